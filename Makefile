@@ -1,0 +1,61 @@
+# make            lint, types and tests
+# make demo       the main job on the fixtures, from nothing
+# make test       the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+FIXTURES := fixtures
+
+.PHONY: all demo test lint types smoke golden fixtures clean
+all: lint types test
+
+# The tool alone: no torch, seconds to install.
+$(VENV)/.tool: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+# What the tests need: torch at the pinned version, before anything that depends on it.
+$(VENV)/.dev: $(VENV)/.tool
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.tool
+	@rm -f merged.pth
+	$(BIN)/ckptool inspect $(FIXTURES)/resnet_nested.pth --depth 1
+	@echo
+	-$(BIN)/ckptool diff $(FIXTURES)/resnet_new.pth $(FIXTURES)/resnet_old.pth
+	@echo
+	$(BIN)/ckptool filter --match $(FIXTURES)/resnet_new.pth $(FIXTURES)/resnet_old.pth -o merged.pth
+	@echo
+	-$(BIN)/ckptool diff merged.pth $(FIXTURES)/resnet_old.pth --values
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+# Rewrites the transcripts of README.md and tests/golden; review the difference before committing it.
+golden: $(VENV)/.dev
+	$(BIN)/python -m tests.transcripts --write
+
+fixtures: $(VENV)/.dev
+	$(BIN)/python fixtures/make.py
+
+# The wheel in an environment of its own, without torch and without anything of development.
+smoke:
+	@rm -rf .smoke && $(PYTHON) -m venv .smoke
+	.smoke/bin/python -m pip --disable-pip-version-check --quiet wheel --no-deps -w .smoke/dist .
+	.smoke/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt .smoke/dist/*.whl
+	.smoke/bin/python tests/smoke.py $(FIXTURES)
+	@rm -rf .smoke
+
+clean:
+	rm -rf $(VENV) .smoke build dist merged.pth
