@@ -1,0 +1,380 @@
+"""The core: a checkpoint is the tree `torch.load` would have returned, with a `TensorInfo` in place of every tensor.
+
+Nothing here reads a byte. A format builds these objects from headers, an operation makes new ones from
+old ones, and a format's writer moves the bytes they point at:
+
+    Checkpoint ── tree ──> dict, list, PyObject ... ──> TensorInfo ── source ──┬─> Storage ──> Span
+                                                                               ├─> Derived  (computed while writing)
+                                                                               └─> Opaque   (sparse, quantised, ...)
+
+Two tensors whose source is the same `Storage` object share memory: tied weights, and views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, ClassVar, Literal
+
+from ckptool import dtypes, modules
+from ckptool.errors import CollisionError, FormatError, UnsupportedError
+from ckptool.tree import Leaf, Path, PyObject, as_mapping, children, ordered_dict, replaced, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A range of ``nbytes`` bytes of the file ``url``.
+
+    ``member`` is None when ``offset`` is that of the first byte. Inside a zip it says how the member is
+    stored, and ``offset`` is that of its local header: the payload begins behind a name and padding whose
+    lengths only that header knows, and reading 100,000 of them to list keys would cost more than the listing.
+    """
+
+    url: str
+    offset: int
+    nbytes: int
+    member: Literal["stored", "deflated"] | None = None
+    packed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """The memory behind one or more tensors; the same object means the same memory.
+
+    ``dtype`` is None for torch's UntypedStorage. ``location`` is the device tag (``cpu``, ``cuda:1``).
+    ``crc32`` is that of the whole span as the file records it, None where it does not.
+    """
+
+    span: Span
+    dtype: str | None = None
+    location: str = "cpu"
+    byteorder: Literal["little", "big"] = "little"
+    crc32: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.span, self.dtype, self.location, self.byteorder, self.crc32)
+
+    @property
+    def nbytes(self) -> int:
+        return self.span.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Derived:
+    """Values computed while writing: ``op`` applied to ``inputs``. Ops: ``cast`` (to the tensor's dtype)."""
+
+    op: Literal["cast"]
+    inputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opaque:
+    """A tensor that is not one strided view; it is listed, and passes through as the file built it.
+
+    ``kind``: ``quantized``, ``sparse_coo`` (csr, csc, bsr, bsc), ``nested_strided``, ``nested_jagged``,
+    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``. ``parts`` are the strided tensors inside.
+    """
+
+    kind: str
+    node: PyObject
+    parts: tuple[TensorInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extras:
+    """What few tensors carry: lazy conjugation and negation bits, a subclass, Python attributes.
+
+    ``conj`` and ``neg`` change values without changing bytes.
+    ``subclass`` and ``state`` are the class and attributes that `_rebuild_from_type_v2` would restore.
+    """
+
+    conj: bool = False
+    neg: bool = False
+    subclass: Any = None
+    state: Any = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorInfo(Leaf):
+    """Everything about a tensor but its values. ``stride`` and ``storage_offset`` count elements, as in torch."""
+
+    dtype: str
+    shape: tuple[int, ...] | None
+    stride: tuple[int, ...]
+    storage_offset: int
+    source: Storage | Derived | Opaque
+    requires_grad: bool = False
+    is_parameter: bool = False
+    extras: Extras | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (
+            self.dtype, self.shape, self.stride, self.storage_offset, self.source,
+            self.requires_grad, self.is_parameter, self.extras,
+        )  # fmt: skip
+
+    @property
+    def kind(self) -> str:
+        """Returns ``dense``, or what kind of `Opaque` it is."""
+        return self.source.kind if isinstance(self.source, Opaque) else "dense"
+
+    @property
+    def storage(self) -> Storage | None:
+        """Returns the memory of a dense tensor; None where there is none, or not one."""
+        return self.source if isinstance(self.source, Storage) else None
+
+    @property
+    def numel(self) -> int:
+        """Returns the number of elements (of a nested tensor: of its parts)."""
+        if self.shape is None:
+            return max((part.numel for part in self.parts), default=0)
+        return prod(self.shape)
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """Returns the strided tensors an `Opaque` tensor is made of; () for a dense one."""
+        return self.source.parts if isinstance(self.source, Opaque) else ()
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes of its own elements (not of its storage); of an `Opaque` tensor those of its parts."""
+        if isinstance(self.source, Opaque):
+            return sum(part.nbytes for part in self.parts)
+        return dtypes.nbytes_of(self.dtype, self.numel)
+
+    @property
+    def location(self) -> str:
+        """Returns the device tag of its storage."""
+        if isinstance(self.source, Storage):
+            return self.source.location
+        inputs = self.source.inputs if isinstance(self.source, Derived) else self.source.parts
+        return inputs[0].location if inputs else "meta" if self.kind == "meta" else "cpu"
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Returns whether its elements lie in C order without gaps, as `torch.Tensor.is_contiguous` does."""
+        return isinstance(self.source, Derived) or contiguous_stride(self.shape or ()) == self.stride or (
+            self.numel == 0 or _dense_in_c_order(self.shape or (), self.stride)
+        )  # fmt: skip
+
+    def inside(self) -> Iterator[tuple[Any, Any]]:
+        """Yields what the file built it from, where that is more than one view: parts, attributes."""
+        if isinstance(self.source, Opaque):
+            yield from children(self.source.node)
+        if self.extras is not None and self.extras.state is not None:
+            yield "__state__", self.extras.state
+
+    @property
+    def form(self) -> object:
+        """Returns what must be equal for one tensor to take another's place: kind and shape."""
+        shape = self.shape if self.shape is not None else tuple(part.shape for part in self.parts)
+        return self.kind, shape
+
+    @property
+    def view(self) -> object:
+        """Returns what is equal for two tensors that are the same elements of the same memory (see `shared`)."""
+        conj = (self.extras.conj, self.extras.neg) if self.extras else (False, False)
+        return id(self.source), self.dtype, self.shape, self.stride, self.storage_offset, conj
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns torch's C-order stride, in elements (a dimension of size 0 counts as 1).
+
+    >>> contiguous_stride((2, 3, 4)), contiguous_stride(())
+    ((12, 4, 1), ())
+    """
+    stride = []
+    step = 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def _dense_in_c_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint file (or directory of shards) with every tensor left where it is.
+
+    ``root`` is the path to the weights in ``tree``. ``metadata`` is safetensors' ``__metadata__``.
+    ``nbytes`` is the size of the file(s). ``names`` are all classes and functions its pickle names.
+    ``problems`` says where a sharded checkpoint contradicts its own index; ``broken`` whether tensors are missing.
+    """
+
+    tree: Any
+    root: Path = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    format: str = "memory"
+    url: str = ""
+    nbytes: int = 0
+    names: tuple[tuple[str, str], ...] = ()
+    problems: tuple[str, ...] = ()
+    broken: bool = False
+    root_notes: tuple[str, ...] = ()
+
+    to_torch: ClassVar[Callable[..., Any]]
+    """Returns the tree with real tensors (see `ckptool.data.to_torch`, which the package binds here)."""
+
+    def at(self, path: Path) -> Any:
+        """Returns the node at ``path``. Raises: FormatError if the tree has no such place."""
+        node = self.tree
+        for step in path:
+            found = [child for name, child in children(node) if name == step and type(name) is type(step)]
+            if not found:
+                raise FormatError(f"no {'/'.join(map(str, path))!r} in the checkpoint's tree", self.url)
+            node = found[0]
+        return node
+
+    def entries(self) -> dict[str, tuple[Path, Any]]:
+        """Returns {key: (path below root, value)} of the dict at ``root``, objects that are no tensors included.
+
+        An nn.Module stand-in gives its state_dict; a tree without any tensor directly at root is flattened with "/".
+        """
+        return _entries(self.at(self.root), self.url)
+
+    def state_dict(self) -> dict[str, TensorInfo]:
+        """Returns {key: TensorInfo} at ``root``, in the file's order: the keys `model.state_dict()` would give."""
+        return {key: value for key, (_, value) in self.entries().items() if isinstance(value, TensorInfo)}
+
+    def tensors(self) -> Iterator[tuple[Path, TensorInfo]]:
+        """Yields (path, tensor) for all tensors of the tree, optimizer and EMA copies included.
+
+        Below an nn.Module these are the ones of its state_dict, each under its dotted key.
+        """
+        for path, node in walk(self.tree, closed=modules.is_module):
+            if isinstance(node, TensorInfo):
+                yield path, node
+            elif modules.is_module(node):
+                for key, value in modules.state_dict(node).items():
+                    if isinstance(value, TensorInfo):
+                        yield (*path, key), value
+
+    def leaves(self) -> Iterator[tuple[Path, Any]]:
+        """Yields (path, object) for everything that is neither a tensor nor a container of others."""
+        for path, node in walk(self.tree):
+            if not isinstance(node, TensorInfo) and next(children(node), None) is None:
+                yield path, node
+
+    def shared(self) -> list[list[str]]:
+        """Returns the groups of two or more keys at root that are the same elements of one storage: tied weights.
+
+        Empty tensors never count as tied. Other views of one storage are not tied: see `overlapping`.
+        """
+        groups: dict[object, list[str]] = {}
+        for key, tensor in self.state_dict().items():
+            if tensor.numel and not isinstance(tensor.source, Opaque):
+                groups.setdefault(tensor.view, []).append(key)
+        return [keys for keys in groups.values() if len(keys) > 1]
+
+    def with_state_dict(self, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
+        """Returns a checkpoint with these tensors at root; all else is the same objects.
+
+        Keys keep the order of ``tensors``; objects at root that are no tensors keep their place among them.
+        An nn.Module becomes the OrderedDict that its `state_dict()` would be. ``_metadata`` follows.
+        Raises: UnsupportedError if root is a list or a nest of dicts and the keys change there.
+        """
+        node = self.at(self.root)
+        old = self.entries()
+        if modules.is_module(node):
+            made: Any = ordered_dict(dict(tensors), modules.metadata(node))
+            made.state = _pruned_state(made.state, {}, old, tensors)
+        elif is_flat(node):
+            names = {key: path[0] for key, (path, _) in old.items()}
+            mapping = _merged(old, names, tensors)
+            if isinstance(node, PyObject):
+                made = node.with_mapping(mapping, _pruned_state(node.state, names, old, tensors))
+            else:
+                made = mapping
+        else:
+            if list(tensors) != [key for key, (_, value) in old.items() if isinstance(value, TensorInfo)]:
+                raise UnsupportedError(
+                    "its weights are spread over several nested containers: choose one with --root", self.url
+                )
+            made = node
+            for key, tensor in tensors.items():
+                made = replaced(made, old[key][0], tensor)
+        return replace(self, tree=replaced(self.tree, self.root, made))
+
+
+def is_flat(node: object) -> bool:
+    """Returns whether a node is a dict with tensors directly in it (an empty dict is flat too)."""
+    mapping = as_mapping(node)
+    return mapping is not None and (not mapping or any(isinstance(value, TensorInfo) for value in mapping.values()))
+
+
+def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
+    if modules.is_module(node):
+        return {key: ((key,), value) for key, value in modules.state_dict(node).items()}
+    found: dict[str, tuple[Path, Any]] = {}
+    if is_flat(node):
+        pairs: Iterator[tuple[Path, Any]] = (((name,), value) for name, value in (as_mapping(node) or {}).items())
+    else:
+        pairs = (
+            (path, value)
+            for path, value in walk(node)
+            if isinstance(value, TensorInfo) or next(children(value), None) is None
+        )
+    for path, value in pairs:
+        key = "/".join(step if isinstance(step, str) else repr(step) for step in path)
+        if key in found:
+            raise CollisionError(f"two keys read {key!r} (one of them is no string)", url)
+        found[key] = path, value
+    return found
+
+
+def _merged(
+    old: Mapping[str, tuple[Path, Any]], names: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> dict[Any, Any]:
+    """Returns the new content: tensors in their order, each non-tensor behind the key it stood behind."""
+    others: dict[str | None, list[str]] = {}
+    last: str | None = None
+    for key, (_, value) in old.items():
+        if not isinstance(value, TensorInfo):
+            others.setdefault(last, []).append(key)
+        elif key in tensors:
+            last = key
+    mapping: dict[Any, Any] = {}
+    for anchor in (None, *tensors):
+        if anchor is not None:
+            mapping[names.get(anchor, anchor)] = tensors[anchor]
+        for key in others.get(anchor, ()):
+            mapping[names[key]] = old[key][1]
+    return mapping
+
+
+def _pruned_state(state: Any, names: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> Any:
+    """Returns a state_dict's state with ``_metadata`` fit for the keys that are left.
+
+    BatchNorm's version 2 promises a ``num_batches_tracked``; where that key was dropped the module's entry
+    goes too, or a strict `load_state_dict` would call it missing.
+    """
+    versions = as_mapping(state.get("_metadata")) if isinstance(state, dict) else None
+    if not versions:
+        return state
+    counter = ".num_batches_tracked"
+    gone = {key.removesuffix(counter) for key in old if key.endswith(counter) and key not in new}
+    if not gone & versions.keys():
+        return state
+    kept = {name: entry for name, entry in versions.items() if name not in gone}
+    return {**state, "_metadata": ordered_dict(kept)}
+
+
+def _no_build(self: object, state: object) -> None:
+    """Stands between a pickle's BUILD and the field-setting ``__setstate__`` that frozen slotted dataclasses get."""
+    if isinstance(self, TensorInfo) and self.is_parameter and isinstance(state, tuple) and len(state) == 3:
+        return  # torch 0.2 and 0.3 repeat (requires_grad, volatile, hooks) behind a Parameter
+    raise FormatError("the pickle builds a tensor or a storage with a state of its own")
+
+
+for _class in (Span, Storage, Derived, Opaque, Extras, TensorInfo):
+    _class.__setstate__ = _no_build  # type: ignore[union-attr]
