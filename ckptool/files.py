@@ -1,0 +1,298 @@
+"""Byte ranges from disk, and outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import struct
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from types import TracebackType
+
+from ckptool.checkpoint import Span
+from ckptool.errors import FormatError, OutputError, UnreadableError
+
+BLOCK = 1 << 20
+"""Bytes moved at a time: large enough that a call costs nothing, small enough to stay in the cache."""
+
+WRITE = 1 << 16
+"""Bytes per write call. Larger ones make ext4 allocate large folios, which collapses when memory is short."""
+
+MAX_OPEN = 32
+"""Files kept open for reading at once (a checkpoint may have hundreds of shards)."""
+
+
+def explain(error: OSError) -> str:
+    """Returns what the system said, in lower case, without the path."""
+    return (error.strerror or str(error)).lower()
+
+
+class File:
+    """A file open for reading at any offset; its size is that at opening."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        except FileNotFoundError:
+            raise UnreadableError("no such file or directory", path) from None
+        except (OSError, ValueError) as error:
+            reason = explain(error) if isinstance(error, OSError) else str(error)
+            raise UnreadableError(f"cannot be opened: {reason}", path) from error
+        status = os.fstat(self.fd)
+        if not os.path.isfile(path):
+            os.close(self.fd)
+            raise UnreadableError("is not a regular file", path)
+        self.size = status.st_size
+        self.identity = (status.st_size, status.st_mtime_ns)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Returns exactly ``nbytes`` bytes. Raises: FormatError if the file ends before, UnreadableError."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise FormatError(f"bytes {offset}-{offset + nbytes} are wanted of a file of {self.size}", self.path)
+        try:
+            data = os.pread(self.fd, nbytes, offset)
+            while len(data) < nbytes:
+                more = os.pread(self.fd, nbytes - len(data), offset + len(data))
+                if not more:
+                    raise FormatError(f"it became shorter while it was read (at byte {offset + len(data)})", self.path)
+                data += more
+        except OSError as error:
+            raise UnreadableError(f"reading at byte {offset}: {explain(error)}", self.path) from error
+        return data
+
+    def blocks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Yields the range in pieces of at most `BLOCK` bytes, each valid until the next is asked for."""
+        buffer = memoryview(bytearray(min(BLOCK, nbytes)))
+        end = offset + nbytes
+        if end > self.size:
+            raise FormatError(f"bytes {offset}-{end} are wanted of a file of {self.size}", self.path)
+        while offset < end:
+            piece = buffer[: min(BLOCK, end - offset)]
+            filled = 0
+            while filled < len(piece):
+                try:
+                    got = os.preadv(self.fd, [piece[filled:]], offset + filled)
+                except OSError as error:
+                    raise UnreadableError(f"reading at byte {offset + filled}: {explain(error)}", self.path) from error
+                if not got:
+                    raise FormatError(f"it became shorter while it was read (at byte {offset + filled})", self.path)
+                filled += got
+            yield piece
+            offset += filled
+
+
+class Files:
+    """The files that spans point into, opened when first needed, at most `MAX_OPEN` at once.
+
+    Raises FormatError when a file is found changed since it was first opened here.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, File] = OrderedDict()
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def get(self, url: str) -> File:
+        """Returns the open file. Raises: UnreadableError, FormatError."""
+        file = self._open.get(url)
+        if file is not None:
+            self._open.move_to_end(url)
+            return file
+        file = File(url)
+        if self._seen.setdefault(url, file.identity) != file.identity:
+            file.close()
+            raise FormatError("it was changed while it was read", url)
+        self._open[url] = file
+        if len(self._open) > MAX_OPEN:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+    def locate(self, span: Span) -> Span:
+        """Returns the span with the offset of its first byte: behind the local header, if in a zip."""
+        if span.member is None:
+            return span
+        file = self.get(span.url)
+        header = file.read(span.offset, 30)
+        if header[:4] != b"PK\x03\x04":
+            raise FormatError(f"no zip member at byte {span.offset}", span.url)
+        name, extra = struct.unpack_from("<HH", header, 26)
+        start = span.offset + 30 + name + extra
+        stored = span.packed if span.member == "deflated" else span.nbytes
+        if start + stored > file.size:
+            raise FormatError(f"the zip member at byte {span.offset} ends behind the end of the file", span.url)
+        return Span(span.url, start, span.nbytes, span.member, span.packed)
+
+    def blocks(self, span: Span, offset: int = 0, nbytes: int | None = None) -> Iterator[memoryview | bytes]:
+        """Yields bytes ``offset`` to ``offset + nbytes`` of a span in blocks, inflated if it is deflated."""
+        nbytes = span.nbytes - offset if nbytes is None else nbytes
+        if not nbytes:
+            return
+        found = self.locate(span)
+        file = self.get(span.url)
+        if found.member == "deflated":
+            yield from _window(_inflated(file, found), offset, nbytes)
+        else:
+            yield from file.blocks(found.offset + offset, nbytes)
+
+    def read(self, span: Span) -> bytes:
+        """Returns the whole span; for small ones."""
+        return b"".join(self.blocks(span))
+
+
+def _inflated(file: File, span: Span) -> Iterator[bytes]:
+    """Yields a deflated member's content in pieces of `BLOCK` bytes; it must come to exactly its declared size."""
+    machine = zlib.decompressobj(-15)
+    left = span.nbytes
+    pending = bytearray()
+    try:
+        for block in file.blocks(span.offset, span.packed):
+            data: bytes | memoryview = block
+            while data and not machine.eof:
+                piece = machine.decompress(data, BLOCK)
+                data = machine.unconsumed_tail
+                left -= len(piece)
+                if left < 0:
+                    raise FormatError(f"a zip member inflates beyond its declared {span.nbytes} bytes", span.url)
+                pending += piece
+                while len(pending) >= BLOCK:
+                    yield bytes(pending[:BLOCK])
+                    del pending[:BLOCK]
+        tail = machine.flush()
+    except zlib.error as error:
+        raise FormatError(f"the deflated zip member at byte {span.offset}: {error}", span.url) from error
+    if left != len(tail):
+        raise FormatError(f"a zip member inflates to other than its declared {span.nbytes} bytes", span.url)
+    yield bytes(pending) + tail
+
+
+def _window(pieces: Iterator[bytes], offset: int, nbytes: int) -> Iterator[bytes]:
+    position = 0
+    for piece in pieces:
+        begin, end = max(offset - position, 0), min(offset + nbytes - position, len(piece))
+        if begin < end:
+            yield piece[begin:end]
+        position += len(piece)
+
+
+class Output:
+    """A file that comes to be under its name only when `commit` is called: temporary file, fsync, rename.
+
+    As a context manager it removes the temporary file unless committed. A symlink is followed, so the link
+    stays; the file gets the permissions a new file gets from the umask, or those of the file it replaces.
+    """
+
+    def __init__(self, path: str, *, force: bool = False, fsync: bool = True) -> None:
+        self.path = path
+        self.fsync = fsync
+        self.position = 0
+        target = os.path.realpath(path)
+        self._target = target
+        directory, name = os.path.split(target)
+        mode = 0o666
+        if os.path.isdir(target):
+            raise OutputError("is a directory; name a file", path)
+        if os.path.lexists(target):
+            if not os.path.isfile(target):
+                raise OutputError("exists and is not a regular file", path)
+            if not force:
+                raise OutputError("exists already; --force overwrites it", path)
+            mode = os.stat(target).st_mode & 0o777
+        self._temporary = os.path.join(directory, f".{name[:200]}.{secrets.token_hex(4)}.ckptool-partial")
+        try:
+            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+        except OSError as error:
+            reason = "no such directory" if error.errno == errno.ENOENT else explain(error)
+            raise OutputError(f"cannot be written: {reason}", path) from error
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(f"writing at byte {self.position}: {explain(error)}", self.path)
+
+    def reserve(self, nbytes: int) -> None:
+        """Asks the file system for room, so that a full disk is known at once; does nothing where it cannot."""
+        if not nbytes or not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, nbytes)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise OutputError(f"no room for {nbytes} bytes: {explain(error)}", self.path) from error
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Appends bytes, in writes that end on multiples of `WRITE`."""
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+        done = 0
+        try:
+            while done < len(view):
+                upto = done + WRITE - self.position % WRITE
+                written = os.pwrite(self._fd, view[done:upto], self.position)
+                done += written
+                self.position += written
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def commit(self) -> None:
+        """Makes the file appear under its name, with all its bytes on disk."""
+        try:
+            os.ftruncate(self._fd, self.position)
+            if self.fsync:
+                os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            os.replace(self._temporary, self._target)
+            if self.fsync:
+                _sync_directory(os.path.dirname(self._target))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
+            raise self._failed(error) from error
+
+
+def _sync_directory(directory: str) -> None:
+    if os.name != "posix":
+        return
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def same_file(first: str, second: str) -> bool:
+    """Returns whether two paths name one existing file, through links too."""
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False

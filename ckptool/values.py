@@ -1,0 +1,195 @@
+"""Numbers: what the bytes of each dtype mean, and how far two tensors are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ckptool.checkpoint import Opaque, TensorInfo
+from ckptool.data import Bytes, same_bytes, tensor_blocks
+from ckptool.dtypes import DTYPES
+from ckptool.errors import UnsupportedError
+from ckptool.files import Files
+from ckptool.tree import Global, PyObject
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far two tensors of one shape are apart.
+
+    ``status``: ``equal`` (every element, NaN equal to NaN), ``close`` (within the tolerance) or ``differ``.
+    ``max_abs`` is the largest |a - b|, ``rel_l2`` is |a - b| / |a| over all elements; None where an element is
+    NaN or infinite on one side only, or where a is all zeros and b is not.
+    """
+
+    status: Literal["equal", "close", "differ"]
+    max_abs: float | None = 0.0
+    rel_l2: float | None = 0.0
+
+
+def compare(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
+    """Returns how far two tensors of one shape are apart; reads both once, a block at a time.
+
+    Floating-point values are close where |a - b| <= atol + rtol * |b|, as `torch.allclose` has it; integers and
+    booleans are exact. Different dtypes are compared as float64. Raises: UnsupportedError for dtypes without values.
+    """
+    if isinstance(a.source, Opaque) or isinstance(b.source, Opaque):
+        return _compare_parts(a, b, files, rtol, atol)
+    if a.dtype == b.dtype and a.view == b.view:
+        return Distance("equal")
+    if a.dtype == b.dtype and same_bytes(a, b, files):
+        return Distance("equal")
+    if not (has_values(a.dtype) and has_values(b.dtype)):
+        return Distance("differ", None, None)
+    sums = _Sums(rtol, atol)
+    for one, other in _same_count(tensor_blocks(a, files), tensor_blocks(b, files), a.dtype, b.dtype):
+        sums.add(decode(a.dtype, one), decode(b.dtype, other))
+    return sums.distance()
+
+
+def _compare_parts(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
+    """Compares sparse, quantised and nested tensors part by part, and what else rebuilds them exactly."""
+    if not (isinstance(a.source, Opaque) and isinstance(b.source, Opaque)) or a.form != b.form:
+        return Distance("differ", None, None)
+    if len(a.parts) != len(b.parts) or _plain(a.source.node.args) != _plain(b.source.node.args):
+        return Distance("differ", None, None)
+    found = [compare(one, other, files, rtol, atol) for one, other in zip(a.parts, b.parts, strict=True)]
+    return max(found, key=lambda part: ("equal", "close", "differ").index(part.status), default=Distance("equal"))
+
+
+def _plain(node: Any) -> Any:
+    """Returns what of a rebuild call is neither tensor nor storage, in a form that compares by value."""
+    if isinstance(node, (list, tuple)):
+        return [_plain(item) for item in node]
+    if isinstance(node, dict):
+        return [(_plain(key), _plain(value)) for key, value in node.items()]
+    if isinstance(node, (str, int, float, bool, type(None), Global)):
+        return repr(node)
+    return _plain(node.args) if isinstance(node, PyObject) else None
+
+
+class _Sums:
+    """Running totals over blocks, in float64."""
+
+    def __init__(self, rtol: float, atol: float) -> None:
+        self.rtol, self.atol = rtol, atol
+        self.equal = self.close = self.bounded = True
+        self.largest = self.difference = self.norm = 0.0
+
+    def add(self, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:
+        import numpy as np
+
+        exact = a.dtype.kind in "iu" and b.dtype.kind in "iu"
+        if exact and a.dtype == b.dtype:
+            wide = "u8"  # modulo 2^64 the larger minus the smaller is exact
+            gap = np.where(a > b, a.astype(wide) - b.astype(wide), b.astype(wide) - a.astype(wide)).astype("f8")
+            apart = gap > 0
+        else:
+            with np.errstate(invalid="ignore", over="ignore"):
+                a, b = (part if part.dtype.kind == "c" else part.astype("f8") for part in (a, b))
+                apart = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+                gap = np.where(apart, np.abs(a - b), 0.0)
+        self.equal &= not apart.any()
+        if apart.any():
+            with np.errstate(invalid="ignore"):
+                near = gap <= (0 if exact else self.atol + self.rtol * np.abs(b))
+            self.close &= bool(near[apart].all())
+            finite = np.isfinite(gap)
+            self.bounded &= bool(finite.all())
+            gap = gap[finite]
+            self.largest = max(self.largest, float(gap.max(initial=0.0)))
+            self.difference += float(np.square(gap).sum())
+        size = np.abs(a.astype("c16") if a.dtype.kind == "c" else a.astype("f8"))
+        self.norm += float(np.square(size[np.isfinite(size)]).sum())
+
+    def distance(self) -> Distance:
+        status: Literal["equal", "close", "differ"] = "equal" if self.equal else "close" if self.close else "differ"
+        if not self.bounded:
+            return Distance(status, None, None)
+        if not self.difference:
+            return Distance(status, self.largest, 0.0)
+        return Distance(status, self.largest, math.sqrt(self.difference / self.norm) if self.norm else None)
+
+
+def _same_count(
+    first: Iterator[Bytes], second: Iterator[Bytes], dtype: str, other_dtype: str
+) -> Iterator[tuple[Bytes, Bytes]]:
+    """Yields pieces with equally many elements from two streams of whole elements."""
+    width, other_width = DTYPES[dtype].bits // 8, DTYPES[other_dtype].bits // 8
+    one: Bytes = b""
+    other: Bytes = b""
+    while True:
+        one = one or next(first, b"")
+        other = other or next(second, b"")
+        count = min(len(one) // width, len(other) // other_width)
+        if not count:
+            return
+        yield one[: count * width], other[: count * other_width]
+        one, other = one[count * width :], other[count * other_width :]
+
+
+def has_values(dtype: str) -> bool:
+    """Returns whether `decode` knows what the bytes of a dtype mean, one value per element."""
+    return DTYPES[dtype].kind in ("float", "complex", "int", "bool") and not dtype.startswith(("float4", "float6"))
+
+
+def decode(dtype: str, data: Bytes) -> np.ndarray[Any, Any]:
+    """Returns the values of little-endian elements: exact integers, or float64 / complex128."""
+    import numpy as np
+
+    plain = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "complex64": "<c8", "complex128": "<c16"}
+    row = DTYPES[dtype]
+    if dtype in plain:
+        values = np.frombuffer(data, plain[dtype])
+        return values.astype("c16" if row.kind == "complex" else "f8")
+    if dtype == "bfloat16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("f8")
+    if dtype == "complex32":
+        return np.frombuffer(data, "<f2").astype("<f4").view("<c8").astype("c16")
+    if dtype in _MINIFLOATS:
+        return np.take(_table(dtype), np.frombuffer(data, "u1"))
+    if dtype == "float4_e2m1fn_x2":
+        nibbles = np.frombuffer(data, "u1")
+        return _table("float4_e2m1fn")[np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(-1)]
+    if row.kind in ("int", "bool", "bits"):
+        signed = "i" if dtype.startswith("int") else "u"
+        return np.frombuffer(data, f"<{signed}{row.bits // 8}")
+    raise UnsupportedError(f"values of {dtype} cannot be decoded")
+
+
+_MINIFLOATS = {
+    # exponent bits, mantissa bits, bias, what the top codes mean
+    "float8_e4m3fn": (4, 3, 7, "fn"),
+    "float8_e5m2": (5, 2, 15, "ieee"),
+    "float8_e4m3fnuz": (4, 3, 8, "fnuz"),
+    "float8_e5m2fnuz": (5, 2, 16, "fnuz"),
+    "float8_e8m0fnu": (8, 0, 127, "e8m0"),
+}
+"""8-bit floats: OCP 8-bit Floating Point Specification 1.0, OCP Microscaling 1.0, and arXiv 2206.02915 (fnuz)."""
+
+
+def _table(dtype: str) -> np.ndarray[Any, Any]:
+    """Returns the float64 value of every code of a small float."""
+    import numpy as np
+
+    exponent_bits, mantissa_bits, bias, top = _MINIFLOATS.get(dtype, (2, 1, 1, "none"))
+    if top == "e8m0":
+        return np.array([2.0 ** (code - 127) for code in range(255)] + [np.nan])
+    values = []
+    half = 1 << (exponent_bits + mantissa_bits)
+    for code in range(2 * half):
+        exponent = (code % half) >> mantissa_bits
+        mantissa = code % (1 << mantissa_bits)
+        fraction = mantissa / (1 << mantissa_bits)
+        size = (1 + fraction) * 2.0 ** (exponent - bias) if exponent else fraction * 2.0 ** (1 - bias)
+        if top == "ieee" and exponent == (1 << exponent_bits) - 1:
+            size = np.inf if mantissa == 0 else np.nan
+        elif (top == "fn" and code % half == half - 1) or (top == "fnuz" and code == half):
+            size = np.nan
+        values.append(-size if code >= half else size)
+    return np.array(values)
