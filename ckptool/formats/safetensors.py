@@ -1,0 +1,219 @@
+"""safetensors: a JSON header, then the tensors' bytes without gaps.
+
+    N (u64 little-endian) | N bytes of JSON | data
+    {"__metadata__": {str: str}, "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+
+Offsets are relative to the data. Checks are those of the reference library (``safetensors/src/tensor.rs``, 0.8),
+and one more: a name twice is refused, as the specification says and the library does not.
+
+Two names cannot share bytes, so tied tensors are stored once; the dropped names stand in ``__metadata__`` as
+``{dropped: kept}``, as huggingface_hub writes it, and are tied again on reading.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ckptool.checkpoint import Checkpoint, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.data import tensor_blocks
+from ckptool.dtypes import BY_SAFETENSORS, DTYPES
+from ckptool.errors import FormatError, LimitError, LossError, UnsupportedError, listed
+from ckptool.files import File, Files, Output
+from ckptool.layout import MapLocation
+
+NAME = "safetensors"
+SUFFIXES = (".safetensors",)
+
+MAX_HEADER = 100_000_000
+"""Bytes of JSON: the reference library's own limit."""
+
+
+def matches(file: File) -> bool:
+    """Returns whether it begins with a length and a JSON object."""
+    if file.size < 10:
+        return False
+    head = file.read(0, min(file.size, 64))
+    return head[8:].lstrip(b" \t\r\n")[:1] == b"{"
+
+
+def read(file: File) -> Checkpoint:
+    """Returns the checkpoint; reads the header only. Raises: FormatError, LimitError, UnsupportedError."""
+    header_size = int.from_bytes(file.read(0, 8), "little")
+    if header_size > MAX_HEADER:
+        raise LimitError(f"its header claims {header_size:,} bytes, over safetensors' limit of {MAX_HEADER:,}")
+    start = 8 + header_size
+    if start > file.size:
+        raise FormatError(f"its header claims {header_size} bytes of a file of {file.size}: a truncated download?")
+    header = _parse(file.read(8, header_size))
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("its __metadata__ is not a map of strings to strings")
+    if "DCP_SHARDING_INFO" in metadata:
+        raise UnsupportedError(
+            "a shard of a distributed checkpoint (torch's HuggingFaceStorageWriter): not supported yet", file.path
+        )
+    tree: dict[str, TensorInfo] = {}
+    ranges: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        tensor, begin, end = _tensor(name, entry, file, start)
+        tree[name] = tensor
+        ranges.append((begin, end, name))
+    _check_ranges(ranges, file.size - start)
+    return Checkpoint(_tied(tree, metadata), format=NAME, url=file.path, nbytes=file.size, metadata=metadata)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw)
+        if isinstance(header, dict) and raw.count(b'"data_offsets"') > len(header) - ("__metadata__" in header):
+            json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise FormatError("its header is no JSON object")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = {name for name in names if names.count(name) > 1} if len(names) < 10_000 else {"(many)"}
+        raise FormatError(f"its header has a name twice: {listed(sorted(twice))}")
+    return found
+
+
+def _tensor(name: str, entry: Any, file: File, start: int) -> tuple[TensorInfo, int, int]:
+    try:
+        kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise FormatError(f"the header's entry {name!r} lacks dtype, shape or data_offsets") from error
+    row = BY_SAFETENSORS.get(kind) if isinstance(kind, str) else None
+    if row is None:
+        raise FormatError(f"{name!r} has dtype {kind!r}, unknown to safetensors")
+    numbers = [begin, end, *(shape if isinstance(shape, list) else [None])]
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise FormatError(f"{name!r} has shape {shape!r} and data_offsets {[begin, end]!r}: not all whole numbers")
+    dims = tuple(shape)
+    bits = 4 if kind == "F4" else row.bits
+    for size in dims:
+        bits *= size
+    if bits % 8 or end - begin != bits // 8:
+        raise FormatError(f"{name!r}, {kind} of shape {list(dims)}, takes {bits / 8:g} bytes; it has {end - begin}")
+    if kind == "F4":
+        if not dims or dims[-1] % 2:
+            raise UnsupportedError(f"{name!r} is F4 with an odd last dimension, which torch cannot hold")
+        dims = (*dims[:-1], dims[-1] // 2)
+    storage = Storage(Span(file.path, start + begin, end - begin), row.name if row.storage else None)
+    return TensorInfo(row.name, dims, contiguous_stride(dims), 0, storage), begin, end
+
+
+def _check_ranges(ranges: list[tuple[int, int, str]], size: int) -> None:
+    """The data must be covered without holes or overlaps, to the last byte."""
+    position = 0
+    for begin, end, name in sorted(ranges):
+        if begin != position:
+            what = "overlaps another tensor" if begin < position else f"leaves a hole of {begin - position} bytes"
+            raise FormatError(f"{name!r} begins at byte {begin} of the data and {what}")
+        position = end
+    if position != size:
+        what = "a truncated download?" if position > size else "trailing bytes"
+        raise FormatError(f"its header describes {position} bytes of data, the file has {size}: {what}")
+
+
+def _tied(tree: dict[str, TensorInfo], metadata: dict[str, str]) -> dict[str, TensorInfo]:
+    """Returns the tensors with each recorded alias put back behind the name that was kept."""
+    aliases: dict[str, list[str]] = {}
+    for dropped, kept in metadata.items():
+        if kept in tree and dropped not in tree:
+            aliases.setdefault(kept, []).append(dropped)
+    if not aliases:
+        return tree
+    tied: dict[str, TensorInfo] = {}
+    for name, tensor in tree.items():
+        tied[name] = tensor
+        tied.update(dict.fromkeys(aliases.get(name, ()), tensor))
+    return tied
+
+
+def write(
+    checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
+) -> tuple[str, ...]:
+    """Writes the state_dict at root, streaming; returns what else the checkpoint held, which is left out.
+
+    Names keep their order in the header; the data are laid out by falling size of element, so that each is
+    aligned, as the library does. Raises: LossError naming every tensor the format cannot hold.
+    """
+    tensors = checkpoint.state_dict()
+    _refuse(tensors)
+    kept: dict[object, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        first = kept.setdefault(tensor.view, name) if tensor.numel else name
+        if first != name:
+            aliases[name] = first
+    stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
+    old = {name: value for name, value in checkpoint.metadata.items() if not _is_alias(name, value, tensors)}
+    metadata = {"format": "pt", **old, **aliases}
+    by_size = sorted(stored, key=lambda name: -DTYPES[stored[name].dtype].bits)
+    offsets: dict[str, tuple[int, int]] = {}
+    position = 0
+    for name in by_size:
+        offsets[name] = (position, position + stored[name].nbytes)
+        position += stored[name].nbytes
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    for name, tensor in stored.items():
+        row, shape = DTYPES[tensor.dtype], list(tensor.shape or ())
+        if row.safetensors == "F4":
+            shape[-1] *= 2
+        header[name] = {"dtype": row.safetensors, "shape": shape, "data_offsets": list(offsets[name])}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > MAX_HEADER:
+        raise LimitError(f"the header would have {len(encoded):,} bytes, over safetensors' limit of {MAX_HEADER:,}")
+    output.reserve(8 + len(encoded) + position)
+    output.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in by_size:
+        for block in tensor_blocks(stored[name], files):
+            output.write(block)
+    return _left_out(checkpoint)
+
+
+def _refuse(tensors: dict[str, TensorInfo]) -> None:
+    """Raises LossError with every tensor that safetensors cannot hold."""
+    refused = []
+    for name, tensor in tensors.items():
+        if isinstance(tensor.source, Opaque):
+            refused.append(f"{name} ({tensor.kind})")
+        elif DTYPES[tensor.dtype].safetensors is None:
+            refused.append(f"{name} ({tensor.dtype})")
+        elif tensor.dtype == "float4_e2m1fn_x2" and not tensor.shape:
+            refused.append(f"{name} (a 0-dim {tensor.dtype})")
+        elif name == "__metadata__" or (not name.isprintable() and _has_surrogate(name)):
+            refused.append(f"{name!r} (as a name)")
+    if refused:
+        raise LossError(f"safetensors cannot hold {listed(refused, 20)}")
+
+
+def _has_surrogate(name: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in name)
+
+
+def _is_alias(name: str, value: str, tensors: dict[str, TensorInfo]) -> bool:
+    return name in tensors or (value in tensors and name != "format")
+
+
+def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Returns the names of what stands beside the weights: every entry next to the way down to root."""
+    from ckptool.tree import as_mapping
+
+    left = [key for key, (_, value) in checkpoint.entries().items() if not isinstance(value, TensorInfo)]
+    node = checkpoint.tree
+    for depth, step in enumerate(checkpoint.root):
+        mapping = as_mapping(node)
+        if mapping is None:
+            break
+        left += ["/".join(map(str, (*checkpoint.root[:depth], name))) for name in mapping if name != step]
+        node = mapping[step]
+    return tuple(left)

@@ -1,0 +1,173 @@
+"""Hugging Face's sharded layout: files of tensors, and an index of which file holds which.
+
+    model.safetensors.index.json     {"metadata": {"total_size": bytes, ...}, "weight_map": {tensor: file}}
+    model-00001-of-00002.safetensors ...            (or pytorch_model-*.bin; diffusers variants: *.index.fp16.json)
+
+The shards decide what is there, the index is advisory (transformers reads it so); where they contradict each
+other it is said. Source: ``huggingface_hub/serialization/_torch.py``, ``transformers/modeling_utils.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ckptool.checkpoint import Checkpoint, TensorInfo
+from ckptool.errors import FormatError, LimitError, UnsupportedError, listed
+from ckptool.files import File
+
+NAME = "hf-sharded"
+
+MAX_INDEX = 200_000_000
+"""Bytes of an index. A million tensors take 100 MB."""
+
+INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json$")
+
+SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors",
+          "diffusion_pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")  # fmt: skip
+"""Names of an unsharded checkpoint, in the order Hugging Face's loaders try them."""
+
+Open = Callable[[str], Checkpoint]
+
+
+def matches(file: File) -> bool:
+    """Returns whether it is an index: JSON with a weight_map."""
+    if file.size > MAX_INDEX or not INDEX.match(os.path.basename(file.path)):
+        return False
+    return file.read(0, min(file.size, 256)).lstrip()[:1] == b"{"
+
+
+def find(directory: str) -> str:
+    """Returns the index or the single file that a directory of weights is read by.
+
+    Raises: FormatError if there is none, UnsupportedError if there are several, or another layout's marks.
+    """
+    names = sorted(os.listdir(directory))
+    _refuse_neighbours(directory, names)
+    indexes = [name for name in names if INDEX.match(name) and name != "model_index.json"]
+    singles = [name for name in SINGLE if name in names]
+    found = singles[:1] or [name for name in indexes if "safetensors" in name][:1] or indexes[:1]
+    if singles and indexes and singles[0].split(".")[0] not in indexes[0]:
+        raise UnsupportedError(f"holds {listed([*singles, *indexes])}: name one of them", directory)
+    if found:
+        return os.path.join(directory, found[0])
+    if "model_index.json" in names:  # a diffusers pipeline: one directory per component
+        parts = [name for name in names if os.path.isdir(os.path.join(directory, name))]
+        held = [name for name in parts if _holds_weights(os.path.join(directory, name))]
+        if len(held) == 1:
+            return find(os.path.join(directory, held[0]))
+        raise UnsupportedError(f"a pipeline of several models: name one of {listed(held)}", directory)
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".pt", ".ckpt"))]
+    if len(weights) == 1:
+        return os.path.join(directory, weights[0])
+    if weights:
+        raise UnsupportedError(
+            f"{len(weights)} files of weights and no index: name one of {listed(weights)}", directory
+        )
+    raise FormatError("a directory without an index or a file of weights", directory)
+
+
+def _holds_weights(directory: str) -> bool:
+    return any(INDEX.match(name) or name.endswith((".safetensors", ".bin")) for name in os.listdir(directory))
+
+
+def _refuse_neighbours(directory: str, names: list[str]) -> None:
+    kind = None
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        kind = "a torch.distributed checkpoint (DCP)"
+    elif any(re.match(r"shard-\d+-", name) for name in names):
+        kind = "a torch.distributed checkpoint in Hugging Face's files"
+    elif "latest_checkpointed_iteration.txt" in names:
+        kind = "a Megatron-LM checkpoint"
+    elif "latest" in names or any(name.startswith(("zero_pp_rank_", "bf16_zero_pp_rank_")) for name in names):
+        kind = "a DeepSpeed checkpoint"
+    elif any(name.startswith("mp_rank_") for name in names):
+        kind = "one iteration of a Megatron-LM or DeepSpeed checkpoint"
+    if kind:
+        raise UnsupportedError(f"{kind}, which is not supported yet", directory)
+
+
+def read(file: File, open_: Open) -> Checkpoint:
+    """Returns one checkpoint of all shards, whose headers ``open_`` reads.
+
+    Keys come in the order of the shards' names, then of each shard. Missing shards and tensors do not raise:
+    `Checkpoint.problems` names them and `Checkpoint.broken` is set, so that only looking is possible.
+    Raises: FormatError for an index that is none, or names a file outside its directory.
+    """
+    index = _index(file)
+    weight_map: dict[str, str] = index.get("weight_map", index)
+    directory = os.path.dirname(file.path)
+    problems: list[str] = []
+    tree: dict[str, TensorInfo] = {}
+    where: dict[str, str] = {}
+    names: dict[tuple[str, str], None] = {}
+    metadata = {str(key): str(value) for key, value in (index.get("metadata") or {}).items()}
+    missing, twice = [], []
+    nbytes = file.size
+    for shard in sorted(set(weight_map.values()), key=_natural):
+        path = os.path.join(directory, shard)
+        if not os.path.exists(path):
+            missing.append(shard)
+            continue
+        part = open_(path)
+        nbytes += part.nbytes
+        names.update(dict.fromkeys(part.names))
+        metadata = {**part.metadata, **metadata}
+        for key, tensor in part.state_dict().items():
+            if key in tree:
+                twice.append(f"{key} ({where[key]}, {shard})")
+            else:
+                tree[key], where[key] = tensor, shard
+    absent = [key for key, shard in weight_map.items() if key not in tree and shard not in missing]
+    lost = [key for key, shard in weight_map.items() if shard in missing]
+    extra = [key for key in tree if key not in weight_map and key not in metadata]
+    moved = [key for key, shard in where.items() if key in weight_map and weight_map[key] != shard]
+    if missing:
+        problems.append(f"missing shards: {listed(missing)}, and in them {listed(lost)}")
+    if absent:
+        problems.append(f"in the index and in no shard: {listed(absent)}")
+    if twice:
+        problems.append(f"in two shards: {listed(twice)}")
+    if extra:
+        problems.append(f"in a shard and not in the index: {listed(extra)}")
+    if moved:
+        problems.append(f"in another shard than the index says: {listed(moved)}")
+    problems += _wrong_size(index, tree)
+    return Checkpoint(
+        tree, format=NAME, url=file.path, nbytes=nbytes, metadata=metadata, names=tuple(names),
+        problems=tuple(problems), broken=bool(missing or absent or twice),
+    )  # fmt: skip
+
+
+def _index(file: File) -> dict[str, Any]:
+    if file.size > MAX_INDEX:
+        raise LimitError(f"an index of {file.size:,} bytes (MAX_INDEX)", file.path)
+    try:
+        index = json.loads(file.read(0, file.size))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"an index that is no JSON: {error}", file.path) from error
+    weight_map = index.get("weight_map", index) if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise FormatError("an index without a weight_map of tensor to file", file.path)
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise FormatError("an index whose metadata is no object", file.path)
+    outside = [shard for shard in set(weight_map.values()) if os.path.basename(shard) != shard or shard in ("", "..")]
+    if outside:
+        raise FormatError(f"its index names files outside its directory: {listed(sorted(outside))}", file.path)
+    return dict(index)
+
+
+def _wrong_size(index: dict[str, Any], tree: dict[str, TensorInfo]) -> list[str]:
+    total = (index.get("metadata") or {}).get("total_size")
+    if total is None:
+        return []
+    single = {tensor.view: tensor.nbytes for tensor in tree.values()}
+    each, stored = sum(tensor.nbytes for tensor in tree.values()), sum(single.values())
+    return [] if total in (each, stored) else [f"total_size says {total}, the tensors have {stored} bytes"]
+
+
+def _natural(name: str) -> list[Any]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
