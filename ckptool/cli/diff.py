@@ -1,0 +1,129 @@
+"""ckptool diff."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+import ckptool
+from ckptool import keys
+from ckptool.cli import render
+from ckptool.errors import UsageError
+from ckptool.ops.diff import KINDS, DiffReport
+
+
+def command(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another, in any format.")],
+    values: Annotated[bool, typer.Option("--values", help="Compare the data too, not only keys and shapes.")] = False,
+    rtol: Annotated[float, typer.Option(min=0, help="With --values: relative tolerance for floats.")] = 1e-5,
+    atol: Annotated[float, typer.Option(min=0, help="With --values: absolute tolerance for floats.")] = 1e-8,
+    ignore: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave keys out (re:REGEX too).")] = None,
+    strip_prefix_a: Annotated[str | None, typer.Option(metavar="P", help="Take a prefix off A's keys.")] = None,
+    strip_prefix_b: Annotated[str | None, typer.Option(metavar="P", help="Take a prefix off B's keys.")] = None,
+    root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are, in both.")] = None,
+    root_a: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in A.")] = None,
+    root_b: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in B.")] = None,
+    devices: Annotated[bool, typer.Option("--devices", help="Compare device tags too.")] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND", help=f"What makes the exit code 1 (comma-separated): {', '.join(KINDS)}."),
+    ] = None,
+    exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even if they differ.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> int:
+    """Show how two checkpoints differ: exit 0 if they are the same, 1 if they differ."""
+    wanted = _kinds(fail_on)
+    if "values" in wanted and fail_on and not values:
+        raise UsageError("--fail-on values needs --values")
+    if "devices" in wanted and fail_on:
+        devices = True
+    first = ckptool.open(a, root=root_a or root)
+    second = ckptool.open(b, root=root_b or root)
+    report = ckptool.diff(
+        first, second, ignore=ignore or (), strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b,
+        devices=devices, values=values, rtol=rtol, atol=atol,
+    )  # fmt: skip
+    if as_json:
+        render.print_json(render.document("diff", report, report.notes))
+    else:
+        render.show(_lines(report, b, values))
+    found = report.found()
+    return int(any(found[kind] for kind in wanted) and not exit_zero)
+
+
+def _kinds(fail_on: list[str] | None) -> set[str]:
+    if not fail_on:
+        return set(KINDS) - {"bookkeeping"}
+    kinds = {kind.strip() for text in fail_on for kind in text.split(",")}
+    unknown = kinds - set(KINDS)
+    if unknown:
+        raise UsageError(f"--fail-on knows {', '.join(KINDS)}; not {', '.join(sorted(unknown))}")
+    return kinds
+
+
+def _lines(report: DiffReport, b: str, compared: bool) -> list[str]:
+    rows: list[tuple[str, str, str]] = []
+    rows += [("shape", row.key, f"{_text(row.a)} -> {_text(row.b)}") for row in report.shape]
+    rows += [("dtype", row.key, f"{row.a} -> {row.b}") for row in report.dtype]
+    rows += [("device", row.key, f"{row.a} -> {row.b}") for row in report.devices]
+    rows += [("only in A", key, _tensor(report, key)) for key in report.only_in_a]
+    rows += [("only in B", key, _tensor(report, key)) for key in report.only_in_b]
+    lines = [[kind, name, text] for kind, name, text in _folded(rows)]
+    for row in report.values:
+        lines.append(["differs" if row.status == "differ" else row.status, row.key, _distance(row)])
+    return [_headline(report, b, compared), *render.aligned(lines), *_notes(report)]
+
+
+def _folded(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    folded = []
+    for name, members in keys.fold([(key, (kind, text)) for kind, key, text in rows]):
+        kind, _, text = rows[members[0]]
+        folded.append((kind, name, text + (f"  ({len(members)} keys)" if len(members) > 1 else "")))
+    return folded
+
+
+def _headline(report: DiffReport, b: str, compared: bool) -> str:
+    found = report.found()
+    parts = [
+        (found["shape"], "shape", "shapes"),
+        (found["dtype"], "dtype", "dtypes"),
+        (found["values"], "tensor with other values", "tensors with other values"),
+        (found["devices"], "device tag", "device tags"),
+        (found["only-in-a"], "only in A", "only in A"),
+        (found["only-in-b"], "only in B", "only in B"),
+    ]
+    counted = [f"{number:,} {one if number == 1 else many}" for number, one, many in parts if number]
+    close = sum(row.status == "close" for row in report.values)
+    equal = f"{report.equal:,} equal"
+    if close:
+        equal += f", {close:,} close"
+    if not compared:
+        equal += " (values not compared, --values does)"
+    if counted:
+        return f"differ: {', '.join(counted)}; {equal}"
+    but = " but for bookkeeping" if report.bookkeeping else ""
+    return f"same{but}: {equal}"
+
+
+def _notes(report: DiffReport) -> list[str]:
+    lines = []
+    if report.bookkeeping:
+        lines.append(["bookkeeping", f"{len(report.bookkeeping)} x num_batches_tracked on one side only"])
+    lines += [["note", text] for text in report.notes]
+    return render.aligned(lines)
+
+
+def _tensor(report: DiffReport, key: str) -> str:
+    return f"{render.dims(report.shapes[key])}  {report.dtypes[key]}"
+
+
+def _text(value: Any) -> str:
+    return render.dims(value)
+
+
+def _distance(row: Any) -> str:
+    largest = "not finite" if row.max_abs is None else f"{row.max_abs:.3g}"
+    relative = "not finite" if row.rel_l2 is None else f"{row.rel_l2:.3g}"
+    return f"max abs {largest}, relative L2 {relative}"

@@ -1,0 +1,189 @@
+"""ckptool filter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+import ckptool
+from ckptool import keys
+from ckptool.cli import render
+from ckptool.errors import UsageError
+from ckptool.ops.filter import LOADED, FilterReport, Row
+
+
+def command(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Checkpoints to take tensors from.")],
+    match: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="The checkpoint whose keys and shapes count.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only keys that fit (re:REGEX too).")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="No keys that fit.")] = None,
+    strip_prefix: Annotated[str | None, typer.Option(metavar="P", help="Take a prefix off the sources' keys.")] = None,
+    add_prefix: Annotated[str | None, typer.Option(metavar="P", help="Put a prefix before the sources' keys.")] = None,
+    only_matched: Annotated[bool, typer.Option("--only-matched", help="Write only what was matched.")] = False,
+    cast: Annotated[bool, typer.Option("--cast", help="Convert to the target's dtypes (needs torch).")] = False,
+    min_loaded: Annotated[
+        str | None, typer.Option(metavar="90%", help="Exit 1 if fewer of the target's parameters are loaded.")
+    ] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Exit 1 if such a key is not loaded.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 on missing, unexpected or mismatched keys.")] = False,
+    root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in the sources.")] = None,
+    match_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where they are in TARGET.")] = None,
+    map_location: Annotated[
+        str | None, typer.Option(metavar="TAGS", help="Device tags to write: cpu, or cuda:1=cuda:0,cuda:2=cpu.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Allow OUT to be one of the inputs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only, write nothing.")] = False,
+    report_file: Annotated[
+        str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report too.")
+    ] = None,
+    all_rows: Annotated[bool, typer.Option("--all", help="Show loaded keys too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> int:
+    """Keep what fits: TARGET with every tensor that agrees in name and shape taken from SOURCE."""
+    if output is None and not dry_run:
+        raise UsageError("name the output with -o, or ask for a --dry-run")
+    if not match and (min_loaded or require or strict):
+        raise UsageError("--min-loaded, --require and --strict need --match")
+    least = _fraction(min_loaded)
+    tags = _tags(map_location)
+    if output is not None:
+        ckptool.check_output(output, force=force or in_place)
+    opened = [ckptool.open(source, root=root) for source in sources]
+    target = ckptool.open(match, root=match_root) if match else None
+    checkpoint, report = ckptool.filter(
+        *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix,
+        add_prefix=add_prefix, only_matched=only_matched, cast=cast,
+    )  # fmt: skip
+    failed = _gates(report, least, require or [], strict)
+    if not failed and output is not None and not dry_run:
+        left_out = ckptool.save(checkpoint, output, force=force, in_place=in_place, map_location=tags)
+        notes = [*report.notes, *([f"left out: {', '.join(left_out)}"] if left_out else [])]
+        report = replace(report, output=output, notes=notes)
+    document = render.document("filter", report, [*report.notes, *failed])
+    if report_file is not None:
+        ckptool.write_text(report_file, render.json_text(document), force=force)
+    if as_json:
+        render.print_json(document)
+    else:
+        render.show(_lines(report, output, dry_run, failed, all_rows))
+    return int(bool(failed))
+
+
+def _fraction(text: str | None) -> float | None:
+    """Returns the share that ``90%`` or ``0.9`` means. Raises: UsageError."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UsageError(f"--min-loaded takes a share such as 90% or 0.9, not {text!r}")
+    return value
+
+
+def _tags(text: str | None) -> str | dict[str, str] | None:
+    if text is None or "=" not in text:
+        return text
+    pairs = [pair.split("=") for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise UsageError(f"--map-location takes a device or from=to pairs, not {text!r}")
+    return {pair[0]: pair[1] for pair in pairs}
+
+
+def _gates(report: FilterReport, least: float | None, require: Sequence[str], strict: bool) -> list[str]:
+    """Returns why the result is not good enough, a line each; empty if it is."""
+    failed = []
+    if report.target and not report.loaded:
+        failed.append("no key of the source fits")
+    if least is not None and report.loaded_fraction < least:
+        share, wanted = render.percent(report.loaded_fraction), render.percent(least)
+        failed.append(f"{share} of the parameters loaded, --min-loaded wants {wanted}")
+    rows = {row.key: row for row in report.rows if row.reason != "unexpected"}
+    for pattern in require:
+        fitting = [key for key in rows if keys.matches(pattern, key)]
+        lacking = [key for key in fitting if rows[key].reason not in LOADED]
+        if not fitting:
+            failed.append(f"--require {pattern} fits no key of the target")
+        elif lacking:
+            failed.append(f"--require {pattern}: not loaded: {', '.join(lacking[:8])}" + (" ..." * (len(lacking) > 8)))
+    if strict:
+        bad = [f"{report.counts[reason]} {reason}" for reason in ("missing", "unexpected", "mismatched")
+               if report.counts.get(reason)]  # fmt: skip
+        if bad:
+            failed.append(f"--strict: {', '.join(bad)}")
+    return failed
+
+
+def _lines(report: FilterReport, output: str | None, dry_run: bool, failed: list[str], all_rows: bool) -> list[str]:
+    counts = report.counts
+    total = sum(1 for row in report.rows if row.reason != "unexpected" and row.shape is not None)
+    parts = []
+    if report.target:
+        loaded = f"{report.loaded} loaded ({render.percent(report.loaded_fraction)} of parameters)"
+        parts.append(loaded)
+        parts += [f"of them {counts[reason]} {reason}" for reason in ("tied", "cast") if counts.get(reason)]
+        lacking = [f"{counts[reason]} {reason}" for reason in ("mismatched", "missing") if counts.get(reason)]
+        if lacking:
+            parts.append(f"{' and '.join(lacking)} kept from {report.target}")
+    else:
+        parts.append(f"{report.loaded} of {total} tensors chosen")
+    parts += [f"{counts[reason]} {reason}" for reason in ("unexpected", "bookkeeping") if counts.get(reason)]
+    if report.target and counts.get("ignored"):
+        parts.append(f"{counts['ignored']} ignored")
+    name = output or "(dry run)"
+    state = " (dry run)" if dry_run and output else " (not written)" if failed else ""
+    lines = [f"{render.safe(name)}{state}: {', '.join(parts)}"]
+    lines += render.aligned(_rows(report, all_rows))
+    if report.hint:
+        lines += render.aligned([["hint", report.hint]])
+    lines += render.aligned([["note", text] for text in report.notes])
+    lines += render.aligned([["failed", text] for text in failed])
+    return lines
+
+
+def _rows(report: FilterReport, all_rows: bool) -> list[list[str]]:
+    shown = []
+    for row in report.rows:
+        if row.reason in ("loaded", "ignored") and not all_rows:
+            continue
+        shown.append((row.reason, row.key, _text(report, row)))
+    lines = []
+    plain = [row for row in shown if all_rows or row[0] != "bookkeeping"]
+    for name, members in keys.fold([(key, (reason, text)) for reason, key, text in plain]):
+        reason, _, text = plain[members[0]]
+        lines.append([reason, name, text + (f"  ({len(members)} keys)" if len(members) > 1 else "")])
+    if not all_rows:
+        sides = Counter(row.detail for row in report.rows if row.reason == "bookkeeping")
+        stay = f": the values of {report.target} stay"
+        for side, number in sides.items():
+            text = f"{side}{stay if side == 'absent in the source' else ''}"
+            lines.append(["bookkeeping", f"{number} x num_batches_tracked", text])
+    return lines
+
+
+def _text(report: FilterReport, row: Row) -> str:
+    shape = render.dims(row.shape)
+    where = f"  in {row.file}" if row.file else ""
+    detail = f"  {row.detail}" if row.detail else ""
+    if row.reason == "mismatched":
+        return f"target {shape}, source {render.dims(row.source_shape)}{detail}{where}"
+    if row.reason == "cast":
+        before = f"{row.source_dtype} -> " if row.source_dtype else ""
+        return f"{shape}  {before}{row.dtype}{detail}{where}"
+    if row.reason in ("missing", "unexpected", "bookkeeping"):
+        return f"{shape}  {row.dtype}{where}"
+    renamed = f"  from {row.source}" if row.source and row.source != row.key else ""
+    return f"{shape}{renamed}{detail}{where}"

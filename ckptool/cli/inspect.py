@@ -1,0 +1,208 @@
+"""ckptool inspect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+import ckptool
+from ckptool import keys
+from ckptool.cli import render
+from ckptool.errors import CkptoolError, UsageError
+from ckptool.ops.inspect import Beside, InspectReport, TensorRow
+
+
+class Order(StrEnum):
+    """What --sort sorts by."""
+
+    key = "key"
+    numel = "numel"
+    nbytes = "nbytes"
+
+
+def command(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Checkpoints: files, indexes, directories.")],
+    root: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where the weights are, steps joined with /.")
+    ] = None,
+    flat: Annotated[bool, typer.Option("--flat", help="One line per tensor, nothing folded.")] = False,
+    keys_only: Annotated[bool, typer.Option("--keys", help="The bare keys, one per line.")] = False,
+    depth: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sum up below N levels of names.")] = None,
+    sort: Annotated[Order | None, typer.Option(help="Sort; sizes from the largest. Default: the file's order.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only keys that fit (re:REGEX too).")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="No keys that fit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> int:
+    """Show what a checkpoint holds: reads headers only, runs nothing that is in it."""
+    if keys_only and (depth or as_json):
+        raise UsageError("--keys goes with neither --depth nor --json")
+    if flat and depth:
+        raise UsageError("--flat and --depth contradict each other")
+    reports = []
+    failed: CkptoolError | None = None
+    for path in files:
+        try:
+            reports.append(replace(ckptool.inspect(path, root=root), path=path))
+        except CkptoolError as error:
+            if len(files) == 1 or as_json:
+                raise
+            failed = error
+            render.note(f"error: {error}")
+    chosen = [_chosen(report, include or [], exclude or [], sort) for report in reports]
+    if as_json:
+        documents = [{**render.to_json(report), "tensors": render.to_json(rows)} for report, rows in chosen]
+        render.print_json(render.document("inspect", documents))
+        return 0
+    for number, (report, rows) in enumerate(chosen):
+        if keys_only:
+            render.show(render.safe(row.key) for row in rows)
+            continue
+        lines = [*([""] if number else []), *_summary(report), ""]
+        prefix = keys.common_prefix([row.key for row in rows])
+        if depth:
+            lines += _summed(rows, depth)
+        elif flat or sort:
+            lines += _flat(rows)
+        else:
+            lines += ([f"{render.safe(prefix)}"] if prefix else []) + _folded(rows, prefix)
+        render.show(lines)
+    return failed.exit_code if failed else 0
+
+
+def _chosen(
+    report: InspectReport, include: list[str], exclude: list[str], sort: Order | None
+) -> tuple[InspectReport, list[TensorRow]]:
+    choose = keys.chooser(include, exclude)
+    rows = [row for row in report.tensors if choose(row.key)]
+    for pattern in keys.unused_patterns([*include, *exclude], [row.key for row in report.tensors]):
+        render.note(f"{report.path}: {pattern} fits no key")
+    orders: dict[Order, Callable[[TensorRow], tuple[int, str]]] = {
+        Order.key: lambda row: (0, row.key),
+        Order.numel: lambda row: (-_numel(row), row.key),
+        Order.nbytes: lambda row: (-row.nbytes, row.key),
+    }
+    return report, sorted(rows, key=orders[sort]) if sort else rows
+
+
+def _numel(row: TensorRow) -> int:
+    numel = 1
+    for length in row.shape or ():
+        numel *= length
+    return numel
+
+
+def _summary(report: InspectReport) -> list[str]:
+    """Returns the lines above the keys: the file, its weights, what stands beside them, what is worth a word."""
+    foreign = [tag for tag in report.devices if tag not in ("cpu", "meta")]
+    origin = f", written from {', '.join(foreign)}" if foreign else ""
+    head = f"{render.safe(report.path)}   {report.format}, {render.size(report.nbytes)}{origin}"
+    lines = [["weights", _weights(report)]]
+    for label, texts in (
+        ("beside them", [_beside(item) for item in report.beside]),
+        ("metadata", [f"{name}: {value}" for name, value in report.metadata.items()]),
+        ("notes", _notes(report)),
+    ):
+        lines += [["" if number else label, text] for number, text in enumerate(texts)]
+    return [head, *render.aligned(lines, indent=0)]
+
+
+def _beside(item: Beside) -> str:
+    return f"{item.path}: {item.text}" + (f", {render.size(item.nbytes)}" if item.nbytes is not None else "")
+
+
+def _weights(report: InspectReport) -> str:
+    kinds = report.dtypes.items()
+    if len(report.dtypes) == 1:
+        sizes = f"{render.size(report.tensor_nbytes)} {next(iter(report.dtypes))}"
+    else:
+        sizes = " + ".join(f"{render.size(nbytes)} {dtype} ({number})" for dtype, (number, nbytes) in kinds)
+    return (
+        f"{report.root or 'the top'}: {render.plural(len(report.tensors), 'tensor')}, "
+        f"{render.count(report.parameters)} parameters, {sizes}"
+        + (f", every key under {report.prefix}" if report.prefix else "")
+    )
+
+
+def _notes(report: InspectReport) -> list[str]:
+    found = [*report.problems]
+    if report.wrapper and report.wrapper != report.prefix:
+        found.append(f"wrapped: {report.wrapper}")
+    elif report.wrapper:
+        found.append(f"{report.wrapper} is a wrapper's prefix; diff and filter look through it")
+    if report.other_roots:
+        found.append(f"other places with weights (--root): {', '.join(report.other_roots)}")
+    if report.ema:
+        found.append(f"averaged copies (EMA), taken only with --root: {', '.join(report.ema)}")
+    found += [f"tied: {' = '.join(group)}" for group in report.tied[:20]]
+    if len(report.tied) > 20:
+        found.append(f"tied: {len(report.tied) - 20} more groups (--json has all)")
+    if report.stored_nbytes > report.used_nbytes:
+        found.append(
+            f"storages take {render.size(report.stored_nbytes)}, tensors use {render.size(report.used_nbytes)}"
+        )
+    if len(report.devices) > 1:
+        found.append("devices: " + ", ".join(f"{tag} {number}" for tag, number in report.devices.items()))
+    if report.empty:
+        found.append(f"empty (zero-size): {', '.join(report.empty[:20])}" + (" ..." if len(report.empty) > 20 else ""))
+    if any(report.counters.values()):
+        present, absent = report.counters["present"], report.counters["absent"]
+        text = f"num_batches_tracked: {present} present" if present else "num_batches_tracked: none"
+        found.append(text + (f", absent in {render.plural(absent, 'BatchNorm layer')}" if absent else ""))
+    if report.loose:
+        found.append(f"not in the state_dict: {', '.join(report.loose)}")
+    return found + _foreign_names(report.unsafe) + list(report.notes)
+
+
+def _foreign_names(names: list[str]) -> list[str]:
+    """Returns the line about what the pickle names beyond tensors; torch.nn's own classes are only counted."""
+    layers = [name for name in names if name.startswith("torch.nn.modules.")]
+    others = [name for name in names if name not in layers]
+    if layers:
+        others.append(f"{len(layers)} class" + ("es" if len(layers) > 1 else "") + " of torch.nn")
+    return [f"names beyond tensors, none imported or run: {', '.join(others)}"] if others else []
+
+
+def _folded(rows: list[TensorRow], prefix: str) -> list[str]:
+    same = [(row.key[len(prefix) :], (tuple(row.shape or ()), row.dtype, row.kind, row.device)) for row in rows]
+    lines = []
+    for name, members in keys.fold(same):
+        row = rows[members[0]]
+        times = f"{len(members)} x " if len(members) > 1 else ""
+        total = sum(rows[member].nbytes for member in members)
+        lines.append([name, times + render.dims(row.shape), _dtype(row), render.size(total)])
+    return render.aligned(lines)
+
+
+def _dtype(row: TensorRow) -> str:
+    return f"{row.dtype} {row.kind}" if row.kind else row.dtype
+
+
+def _flat(rows: list[TensorRow]) -> list[str]:
+    return render.aligned(
+        [
+            [row.key, render.dims(row.shape), _dtype(row), render.size(row.nbytes),
+             f"= {row.tied_to}" if row.tied_to else ""]
+            for row in rows
+        ]
+    )  # fmt: skip
+
+
+def _summed(rows: list[TensorRow], depth: int) -> list[str]:
+    groups: dict[str, list[TensorRow]] = {}
+    for row in rows:
+        parts = row.key.split(".")
+        name = row.key if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
+        groups.setdefault(name, []).append(row)
+    return render.aligned(
+        [
+            [name, render.plural(len(members), "tensor"), f"{render.count(sum(map(_numel, members)))} elements",
+             render.size(sum(row.nbytes for row in members))]
+            for name, members in groups.items()
+        ]
+    )  # fmt: skip

@@ -1,0 +1,145 @@
+"""Text for people and JSON for scripts, from the same reports.
+
+Names out of a file are data: `safe` shows control characters, escape sequences and direction marks escaped,
+and no markup is ever interpreted. Colour only on a terminal, and not with NO_COLOR.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Line = Sequence[str]
+
+COLOURS = {
+    "loaded": "green", "cast": "green", "tied": "green", "equal": "green", "same": "bold green",
+    "mismatched": "red", "shape": "red", "values": "red", "differ": "bold red", "differs": "red",
+    "missing": "yellow", "unexpected": "yellow", "only in A": "yellow", "only in B": "yellow", "dtype": "yellow",
+    "device": "yellow", "close": "yellow", "bookkeeping": "dim", "ignored": "dim", "hint": "bold", "notes": "cyan",
+    "note": "cyan",
+}  # fmt: skip
+"""Words in the first column that are coloured on a terminal."""
+
+
+def safe(text: str) -> str:
+    """Returns text with everything that is not plainly printable escaped.
+
+    >>> print(safe("a\\x1b[31mb\\u202ec"))
+    a\\x1b[31mb\\u202ec
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def size(nbytes: float) -> str:
+    """Returns bytes in decimal units: ``512 B``, ``37.6 kB``, ``4.32 GB``."""
+    return _scaled(nbytes, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def count(number: float) -> str:
+    """Returns a count in thousands, millions ...: ``512``, ``11.7 M``."""
+    return _scaled(number, ("", "k", "M", "B", "T")).rstrip()
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    if value < 1000:
+        return f"{value:.0f} {units[0]}"
+    for unit in units[1:]:
+        value /= 1000
+        if value < 999.5 or unit == units[-1]:
+            break
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Returns ``1 tensor``, ``2 tensors``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def dims(shape: Sequence[int] | None) -> str:
+    """Returns a shape as people write it: ``64x3x7x7``, ``scalar``; ``nested`` where it has none."""
+    if shape is None:
+        return "nested"
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def percent(fraction: float) -> str:
+    """Returns a share that reads 100 % only when it is."""
+    text = f"{100 * fraction:.1f}"
+    if text == "100.0" and fraction < 1:
+        text = "99.9"
+    return f"{text.removesuffix('.0') if fraction in (0, 1) else text} %"
+
+
+def aligned(lines: Iterable[Line], indent: int = 2) -> list[str]:
+    """Returns lines of text with their columns aligned; the last column is not padded."""
+    rows = [[safe(cell) for cell in line] for line in lines]
+    widths: list[int] = []
+    for row in rows:
+        for column, cell in enumerate(row[:-1]):
+            if column == len(widths):
+                widths.append(0)
+            widths[column] = max(widths[column], len(cell))
+    return [
+        (" " * indent + "  ".join([*(cell.ljust(widths[i]) for i, cell in enumerate(row[:-1])), row[-1]])).rstrip()
+        for row in rows
+    ]
+
+
+def show(lines: Iterable[str]) -> None:
+    """Prints lines on stdout; on a terminal the words of `COLOURS` in front are coloured."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    for line in lines:
+        text = Text(line)
+        start = len(line) - len(line.lstrip())
+        for word, style in COLOURS.items():
+            if line.startswith(word, start) and not line[start + len(word) : start + len(word) + 1].isalnum():
+                text.stylize(style, start, start + len(word))
+                break
+        console.print(text)
+
+
+def note(text: str) -> None:
+    """Prints a note on stderr."""
+    print(f"ckptool: {safe(text)}", file=sys.stderr)
+
+
+def to_json(value: Any) -> Any:
+    """Returns a report as JSON's own types; optional fields (default None) are left out when they are None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: to_json(content)
+            for field in dataclasses.fields(value)
+            if not ((content := getattr(value, field.name)) is None and field.default is None)
+        }
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {str(key): to_json(content) for key, content in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def json_text(document: Any) -> str:
+    """Returns a JSON document as text, with its final newline."""
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def print_json(document: Any) -> None:
+    """Prints one JSON document on stdout."""
+    sys.stdout.write(json_text(document))
+
+
+def document(command: str, result: Any, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the document that every command prints with --json."""
+    return {"schema": 1, "command": command, "result": to_json(result), "notes": list(notes)}

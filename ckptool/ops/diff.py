@@ -1,0 +1,212 @@
+"""How two checkpoints' weights differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ckptool import keys as names
+from ckptool.checkpoint import Checkpoint, TensorInfo
+from ckptool.errors import CollisionError, NoTensorsError, UsageError, listed
+
+KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
+"""What a difference can be; all but bookkeeping make two checkpoints differ by default."""
+
+
+class Distance(Protocol):
+    """What a comparison of values answers (see `ckptool.values.Distance`)."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def max_abs(self) -> float | None: ...
+    @property
+    def rel_l2(self) -> float | None: ...
+
+
+Compare = Callable[[TensorInfo, TensorInfo], Distance]
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A key whose shape, dtype or device differs: ``a`` against ``b``."""
+
+    key: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ValuesChanged:
+    """A key whose values differ, or are ``close``: largest |a - b|, and |a - b| / |a|; None where not finite."""
+
+    key: str
+    status: str
+    max_abs: float | None
+    rel_l2: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DiffReport:
+    """Keys are spelled as in A, those only in B as in B.
+
+    ``equal`` counts keys that agree in everything that was compared. ``shape`` and ``dtype`` may name one key
+    both. ``values`` holds close and differing keys, and is empty unless values were compared; ``compared``
+    says whether they were. ``bookkeeping`` are the num_batches_tracked that one side lacks.
+    """
+
+    same: bool
+    equal: int
+    only_in_a: list[str]
+    only_in_b: list[str]
+    shape: list[Changed]
+    dtype: list[Changed]
+    values: list[ValuesChanged]
+    devices: list[Changed]
+    bookkeeping: list[str]
+    renamed: list[Changed] = field(default_factory=list)
+    compared: bool = False
+    shapes: dict[str, list[int] | None] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def found(self) -> dict[str, int]:
+        """Returns how many differences there are of each of `KINDS`."""
+        differing = sum(row.status == "differ" for row in self.values)
+        counts = (self.only_in_a, self.only_in_b, self.shape, self.dtype, differing, self.devices, self.bookkeeping)
+        numbers = [count if isinstance(count, int) else len(count) for count in counts]
+        return dict(zip(KINDS, numbers, strict=True))
+
+
+def diff(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    ignore: Sequence[str] = (),
+    strip_prefix_a: str | None = None,
+    strip_prefix_b: str | None = None,
+    devices: bool = False,
+    compare: Compare | None = None,
+) -> DiffReport:
+    """Returns how the weights of two checkpoints differ; ``compare`` is asked about pairs of one shape.
+
+    Raises: NoTensorsError if a side has none, CollisionError if stripping makes two keys one.
+    """
+    first, second = _tensors(a), _tensors(b)
+    notes: list[str] = []
+    plain_a, plain_b = _plain_keys(a, first, strip_prefix_a), _plain_keys(b, second, strip_prefix_b)
+    notes += _wrapper_notes(a, first, b, second)
+    chosen = names.chooser((), ignore)
+    for pattern in names.unused_patterns(ignore, [*plain_a, *plain_b, *first, *second]):
+        notes.append(f"--ignore {pattern} fits no key")
+    report = DiffReport(False, 0, [], [], [], [], [], [], [], compared=compare is not None, notes=notes)
+    equal = ignored = 0
+    for plain, key in plain_a.items():
+        if not (chosen(plain) and chosen(key)):
+            ignored += 1
+        elif plain not in plain_b:
+            (report.bookkeeping if names.is_counter(key) else report.only_in_a).append(key)
+            _remember(report, key, first[key])
+        else:
+            equal += _same(report, key, first[key], second[plain_b[plain]], devices, compare)
+    for plain, key in plain_b.items():
+        if plain in plain_a:
+            continue
+        if not (chosen(plain) and chosen(key)):
+            ignored += 1
+            continue
+        (report.bookkeeping if names.is_counter(key) else report.only_in_b).append(key)
+        _remember(report, key, second[key])
+    if ignored:
+        notes.append(f"ignored: {ignored} keys")
+    if (report.only_in_a or report.only_in_b) and not equal + len(report.shape) + len(report.dtype):
+        notes += _hint(plain_a, plain_b)
+    same = not any(count for kind, count in report.found().items() if kind != "bookkeeping")
+    return DiffReport(
+        same, equal, report.only_in_a, report.only_in_b, report.shape, report.dtype, report.values,
+        report.devices, report.bookkeeping, [], report.compared, report.shapes, report.dtypes, notes,
+    )  # fmt: skip
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    tensors = checkpoint.state_dict()
+    if not tensors:
+        raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+    return tensors
+
+
+def no_tensors(checkpoint: Checkpoint) -> str:
+    """Returns the line that says there is nothing to work on, and where there might be."""
+    where = "/".join(map(str, checkpoint.root))
+    places = {"/".join(map(str, path[:-1])) or "the top" for path, _ in checkpoint.tensors()}
+    return f"no tensors at {where or 'the top'}" + (f"; there are some at {listed(sorted(places))}" if places else "")
+
+
+def _plain_keys(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], strip: str | None) -> dict[str, str]:
+    """Returns {key as it is compared: key as it stands in the file}."""
+    if strip is None:
+        return names.unwrap_all(tensors)
+    if not any(key.startswith(strip) for key in tensors):
+        raise UsageError(f"no key begins with {strip!r}", checkpoint.url)
+    stripped = {key: names.replace_prefix(key, strip, None) for key in tensors}
+    found = {plain: key for key, plain in stripped.items()}
+    if len(found) < len(stripped):
+        twice = sorted(plain for key, plain in stripped.items() if found[plain] != key)
+        raise CollisionError(f"without {strip!r} two keys are named {listed(twice)}", checkpoint.url)
+    return {plain: found[key] for plain, key in names.unwrap_all(found).items()}
+
+
+def _wrapper_notes(
+    a: Checkpoint, first: Mapping[str, TensorInfo], b: Checkpoint, second: Mapping[str, TensorInfo]
+) -> list[str]:
+    in_a, in_b = names.wrapper_of(list(first)), names.wrapper_of(list(second))
+    if in_a == in_b:
+        return []
+    return [f"looked through {prefix!r} in {side.url}" for prefix, side in ((in_a, a), (in_b, b)) if prefix]
+
+
+def _remember(report: DiffReport, key: str, tensor: TensorInfo) -> None:
+    report.shapes[key] = None if tensor.shape is None else list(tensor.shape)
+    report.dtypes[key] = tensor.dtype
+
+
+def _same(
+    report: DiffReport, key: str, one: TensorInfo, other: TensorInfo, devices: bool, compare: Compare | None
+) -> bool:
+    """Notes what differs between two tensors of one name; returns whether nothing does."""
+    same = True
+    counters = names.is_counter(key) and {one.shape, other.shape} <= {(), (1,)}
+    if one.form != other.form and not counters:
+        report.shape.append(Changed(key, _shape(one), _shape(other)))
+        same = False
+    if one.dtype != other.dtype:
+        report.dtype.append(Changed(key, one.dtype, other.dtype))
+        same = False
+    if devices and one.location != other.location:
+        report.devices.append(Changed(key, one.location, other.location))
+        same = False
+    if compare is not None and (one.form == other.form or counters):
+        distance = compare(one, other)
+        if distance.status != "equal":
+            report.values.append(ValuesChanged(key, distance.status, distance.max_abs, distance.rel_l2))
+            same = False
+    return same
+
+
+def _shape(tensor: TensorInfo) -> Any:
+    if tensor.shape is None:
+        return None
+    return list(tensor.shape)
+
+
+def _hint(plain_a: Mapping[str, str], plain_b: Mapping[str, str]) -> list[str]:
+    best = names.best_prefix(plain_a, plain_b)
+    if best is None:
+        return []
+    strip, add, count = best
+    if strip and not add:
+        return [f"--strip-prefix-a {strip} would match {count} of {len(plain_b)} keys"]
+    if add and not strip:
+        return [f"--strip-prefix-b {add} would match {count} of {len(plain_b)} keys"]
+    return [f"--strip-prefix-a {strip} --strip-prefix-b {add} would match {count} of {len(plain_b)} keys"]

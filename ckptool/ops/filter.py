@@ -1,0 +1,417 @@
+"""What of one checkpoint fits another: the merged dictionary, and a reason for every key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ckptool import keys as names
+from ckptool import modules, roots
+from ckptool.checkpoint import Checkpoint, Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
+from ckptool.dtypes import DTYPES
+from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
+from ckptool.ops.diff import no_tensors
+from ckptool.tree import as_mapping, ordered_dict, walk
+
+Reason = Literal["loaded", "cast", "tied", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"]
+
+LOADED: tuple[Reason, ...] = ("loaded", "cast", "tied")
+"""The reasons under which a key of the target has the source's values."""
+
+Same = Callable[[TensorInfo, TensorInfo], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One key and its fate. ``source`` is the key it was matched with, ``file`` the source it is about.
+
+    ``key`` and ``shape`` are the target's, for unexpected and ignored keys of a source that source's.
+    ``dtype`` is what is written, ``source_dtype`` the source's where they differ or differed.
+    """
+
+    key: str
+    reason: Reason
+    shape: list[int] | None
+    source: str | None = None
+    source_shape: list[int] | None = None
+    dtype: str | None = None
+    source_dtype: str | None = None
+    file: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FilterReport:
+    """``rows``: one per key of the target, then one per key of a source that found no place.
+
+    ``loaded_fraction`` is the share of the target's elements (counters aside) that have the sources' values.
+    ``hint`` is the best prefix hypothesis where it would match more. ``output`` is filled in when saved.
+    """
+
+    rows: list[Row]
+    counts: dict[str, int]
+    output: str | None = None
+    loaded_fraction: float = 0.0
+    hint: str | None = None
+    target: str | None = None
+    sources: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def loaded(self) -> int:
+        """Returns how many keys have the sources' values."""
+        return sum(self.counts.get(reason, 0) for reason in LOADED)
+
+
+def filter(
+    sources: Sequence[Checkpoint],
+    target: Checkpoint | None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    strip_prefix: str | None = None,
+    add_prefix: str | None = None,
+    only_matched: bool = False,
+    cast: bool = False,
+    same: Same,
+) -> tuple[Checkpoint, FilterReport]:
+    """Returns (checkpoint, report); ``same`` is asked whether two tensors hold the same bytes.
+
+    Raises: NoTensorsError for an empty side or an empty selection, CollisionError, UsageError.
+    """
+    if not sources:
+        raise UsageError("no source to filter")
+    for checkpoint in (*sources, *([target] if target else ())):
+        if not checkpoint.state_dict():
+            raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+    if target is None:
+        if strip_prefix or add_prefix or only_matched or cast:
+            raise UsageError("--strip-prefix, --add-prefix, --only-matched and --cast need --match")
+        return _select(sources, names.chooser(include, exclude), [*include, *exclude])
+    merge = _Merge(sources, target, strip_prefix, add_prefix, names.chooser(include, exclude), cast)
+    merge.match()
+    merge.tie(same)
+    return merge.result(only_matched, [*include, *exclude])
+
+
+# --- selection by patterns ---------------------------------------------------------------------------------------
+
+
+def _select(
+    sources: Sequence[Checkpoint], chosen: Callable[[str], bool], patterns: Sequence[str]
+) -> tuple[Checkpoint, FilterReport]:
+    kept: dict[str, TensorInfo] = {}
+    rows: list[Row] = []
+    everything: list[str] = []
+    several = len(sources) > 1
+    for checkpoint in sources:
+        file = checkpoint.url if several else None
+        for key, (_, value) in checkpoint.entries().items():
+            if not isinstance(value, TensorInfo):
+                rows.append(Row(key, "ignored", None, file=file, detail="no tensor: stays where it is"))
+                continue
+            everything.append(key)
+            shape = _dims(value)
+            if not chosen(key):
+                rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file))
+            elif key in kept:
+                rows.append(Row(key, "ignored", shape, file=file, detail="an earlier source has it"))
+            else:
+                kept[key] = value
+                rows.append(Row(key, "loaded", shape, dtype=value.dtype, file=file))
+    if not kept:
+        raise NoTensorsError(f"the patterns choose none of {len(everything)} tensors", sources[0].url)
+    base = sources[0]
+    notes = [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, everything)]
+    if len(kept) != len(base.state_dict()):
+        notes += _optimizer_notes(base)
+    merged = base.with_state_dict(kept)
+    notes += _module_notes(base)
+    return merged, _report(rows, 1.0, None, [c.url for c in sources], None, notes)
+
+
+# --- merging into a target ---------------------------------------------------------------------------------------
+
+
+class _Merge:
+    """The matching of sources with a target, key by key; then ties; then the merged checkpoint."""
+
+    def __init__(
+        self,
+        sources: Sequence[Checkpoint],
+        target: Checkpoint,
+        strip_prefix: str | None,
+        add_prefix: str | None,
+        chosen: Callable[[str], bool],
+        cast: bool,
+    ) -> None:
+        self.sources, self.target, self.chosen, self.cast = sources, target, chosen, cast
+        self.tensors = target.state_dict()
+        self.plain = {key: plain for plain, key in names.unwrap_all(self.tensors).items()}
+        self.offers = [_offer(source, strip_prefix, add_prefix) for source in sources]
+        self.rows: dict[str, Row] = {}
+        self.taken: dict[str, TensorInfo] = {}
+        self.used: set[tuple[int, str]] = set()
+        self.uncastable: list[str] = []
+        self._storages: dict[tuple[int, str], Storage] = {}
+        self._casts: dict[tuple[object, str], Derived] = {}
+
+    def match(self) -> None:
+        """Decides for each key of the target which source it takes, if any."""
+        for key, tensor in self.tensors.items():
+            if not self.chosen(key):
+                self.rows[key] = Row(key, "ignored", _dims(tensor), dtype=tensor.dtype, detail="not chosen")
+                self._mark_used(key)
+                continue
+            self.rows[key] = self._match_one(key, tensor)
+        if self.uncastable:
+            raise LossError(f"--cast cannot convert {listed(self.uncastable, 20)}", self.target.url)
+
+    def _mark_used(self, key: str) -> None:
+        for number, (plain, _) in enumerate(self.offers):
+            if self.plain[key] in plain:
+                self.used.add((number, plain[self.plain[key]]))
+
+    def _match_one(self, key: str, tensor: TensorInfo) -> Row:
+        shape = _dims(tensor)
+        refused: Row | None = None
+        for number, (plain, tensors) in enumerate(self.offers):
+            found = plain.get(self.plain[key])
+            if found is None:
+                continue
+            offered = tensors[found]
+            file = self.sources[number].url if len(self.sources) > 1 else None
+            if key in self.taken:
+                continue  # the keys of later sources are accounted for in `_unplaced`
+            self.used.add((number, found))
+            if not _fits(key, offered, tensor):
+                refused = refused or Row(
+                    key,
+                    "mismatched",
+                    shape,
+                    found,
+                    _dims(offered),
+                    tensor.dtype,
+                    file=file,
+                    detail=_why(offered, tensor),
+                )
+                continue
+            self.taken[key] = self._placed(key, offered, tensor)
+            differs = offered.dtype != tensor.dtype
+            written = self.taken[key].dtype
+            return Row(
+                key, "cast" if differs else "loaded", shape, found, _dims(offered), written,
+                offered.dtype if written != offered.dtype else None, file,
+                f"{tensor.dtype} in the target" if differs and written == offered.dtype else None,
+            )  # fmt: skip
+        if refused is not None:
+            return refused
+        reason: Reason = "bookkeeping" if names.is_counter(key) else "missing"
+        return Row(key, reason, shape, dtype=tensor.dtype, detail="absent in the source")
+
+    def _placed(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> TensorInfo:
+        """Returns the source's values in the target's place: its shape of a counter, its device, its class."""
+        if isinstance(offered.source, Opaque):
+            return offered
+        shape = tensor.shape or ()
+        stride = offered.stride if offered.shape == shape else contiguous_stride(shape)
+        source: Storage | Derived = offered.source
+        dtype, offset, bits = offered.dtype, offered.storage_offset, offered.extras
+        if self.cast and offered.dtype != tensor.dtype:
+            kinds = {DTYPES[offered.dtype].kind, DTYPES[tensor.dtype].kind}
+            if (kinds - {"float", "int", "bool"} and kinds != {"complex"}) or "float6" in offered.dtype + tensor.dtype:
+                self.uncastable.append(f"{key} ({offered.dtype} to {tensor.dtype})")
+            made = self._casts.setdefault((offered.view, tensor.dtype), Derived("cast", (offered,)))
+            source, dtype, offset, stride, bits = made, tensor.dtype, 0, contiguous_stride(shape), None
+        elif isinstance(source, Storage) and tensor.location != source.location and tensor.kind == "dense":
+            identity = (id(source), tensor.location)
+            source = self._storages.setdefault(identity, replace(source, location=tensor.location))
+        extras = tensor.extras
+        if bits is not None or extras is not None:
+            conj, neg = (bits.conj, bits.neg) if bits else (False, False)
+            extras = replace(extras or Extras(), conj=conj, neg=neg)
+        return TensorInfo(dtype, shape, stride, offset, source, tensor.requires_grad, tensor.is_parameter, extras)
+
+    def tie(self, same: Same) -> None:
+        """Lets tied keys of the target share what any of them took; refuses two different values for one tensor."""
+        conflicts: list[str] = []
+        for group in self.target.shared():
+            loaded = [key for key in group if key in self.taken]
+            if not loaded:
+                continue
+            first = loaded[0]
+            for key in loaded[1:]:
+                one, other = self.taken[first], self.taken[key]
+                if one.view != other.view and not same(one, other):
+                    conflicts.append(f"{first} and {key}")
+            for key in group:
+                self.taken[key] = self.taken[first]
+                if key not in loaded:
+                    self.rows[key] = replace(
+                        self.rows[key], reason="tied", source=self.rows[first].source, detail=f"tied to {first}"
+                    )
+        if conflicts:
+            raise CollisionError(
+                f"tied in {self.target.url}, and different in the source: {listed(conflicts)}", self.sources[0].url
+            )
+
+    def result(self, only_matched: bool, patterns: Sequence[str]) -> tuple[Checkpoint, FilterReport]:
+        """Returns the merged checkpoint and the report."""
+        merged = {key: self.taken.get(key, tensor) for key, tensor in self.tensors.items()}
+        checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
+        rows = [*self.rows.values(), *self._others(), *self._unplaced()]
+        known = [*self.tensors, *(key for plain, _ in self.offers for key in plain)]
+        notes = [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, known)]
+        notes += self._wrapper_notes() + (_module_notes(self.target) if not only_matched else [])
+        notes += self._separated(merged)
+        report = _report(rows, self._fraction(), self._hint(), [c.url for c in self.sources], self.target.url, notes)
+        return checkpoint, report
+
+    def _only_matched(self) -> Checkpoint:
+        taken = {key: self.taken[key] for key in self.tensors if key in self.taken}
+        node = self.target.at(self.target.root)
+        if modules.is_module(node):
+            versions: Any = modules.metadata(node)
+        else:
+            state = getattr(node, "state", None)
+            versions = state.get("_metadata") if isinstance(state, dict) else None
+        whole: dict[Any, Any] = dict(self.tensors)
+        bare = replace(self.target, tree=ordered_dict(whole, versions), root=(), metadata={})
+        if not taken:
+            return replace(bare, tree=ordered_dict({}))
+        return bare.with_state_dict(taken)
+
+    def _others(self) -> list[Row]:
+        entries = self.target.entries().items()
+        return [
+            Row(key, "ignored", None, detail="no tensor: the target's stays")
+            for key, (_, value) in entries
+            if not isinstance(value, TensorInfo)
+        ]
+
+    def _unplaced(self) -> list[Row]:
+        """Returns a row for each key of a source that went nowhere."""
+        known = set(self.plain.values())
+        rows = []
+        for number, (source, (plain, tensors)) in enumerate(zip(self.sources, self.offers, strict=True)):
+            file = source.url if len(self.sources) > 1 else None
+            for name, key in plain.items():
+                tensor = tensors[key]
+                row = Row(key, "unexpected", _dims(tensor), dtype=tensor.dtype, file=file)
+                if name in known:
+                    if (number, key) not in self.used:
+                        rows.append(replace(row, reason="ignored", detail="an earlier source has it"))
+                elif not self.chosen(name):
+                    rows.append(replace(row, reason="ignored", detail="not chosen"))
+                else:
+                    reason: Reason = "bookkeeping" if names.is_counter(key) else "unexpected"
+                    rows.append(replace(row, reason=reason, detail="absent in the target"))
+            rows += [
+                Row(key, "ignored", None, file=file, detail="no tensor in the source: not taken")
+                for key, (_, value) in source.entries().items()
+                if not isinstance(value, TensorInfo)
+            ]
+        return rows
+
+    def _fraction(self) -> float:
+        counted = {key: tensor.numel for key, tensor in self.tensors.items() if not names.is_counter(key)}
+        loaded = sum(count for key, count in counted.items() if self.rows[key].reason in LOADED)
+        return loaded / total if (total := sum(counted.values())) else float(bool(self.taken))
+
+    def _hint(self) -> str | None:
+        plain, tensors = self.offers[0]
+        key_of = {name: key for key, name in self.plain.items()}
+
+        def agree(source: str, target: str) -> bool:
+            return _fits(key_of[target], tensors[plain[source]], self.tensors[key_of[target]])
+
+        best = names.best_prefix(plain, key_of, agree)
+        direct = sum(agree(name, name) for name in plain if name in key_of)
+        if best is None or best[2] <= direct or not (best[0] or best[1]):
+            return None
+        strip, add, count = best
+        doing = {(True, True): f"replacing {strip!r} by {add!r}", (True, False): f"stripping {strip!r}"}
+        words = doing.get((bool(strip), bool(add)), f"adding {add!r}")
+        options = " ".join(f"--{name}-prefix {value}" for name, value in (("strip", strip), ("add", add)) if value)
+        return f"{words} would match {count} of {len(self.tensors)} ({options})"
+
+    def _wrapper_notes(self) -> list[str]:
+        own = names.wrapper_of(list(self.tensors))
+        notes = []
+        for source, (_, tensors) in zip(self.sources, self.offers, strict=True):
+            theirs = names.wrapper_of(list(tensors))
+            if theirs != own:
+                sides = ((theirs, source.url), (own, self.target.url))
+                notes += [f"looked through {prefix!r} in {url}" for prefix, url in sides if prefix]
+        return list(dict.fromkeys(notes))
+
+    def _separated(self, merged: Mapping[str, TensorInfo]) -> list[str]:
+        """Says where the target's keys overlapped in memory without being equal, and no longer do."""
+        tied = {key for group in self.target.shared() for key in group}
+        by_storage: dict[int, list[str]] = {}
+        for key, tensor in self.tensors.items():
+            if tensor.numel and key not in tied and isinstance(tensor.source, Storage):
+                by_storage.setdefault(id(tensor.source), []).append(key)
+        split = [
+            group for group in by_storage.values()
+            if len(group) > 1 and len({id(merged[key].source) for key in group}) > 1
+        ]  # fmt: skip
+        return [f"shared memory in the target, and no longer: {listed(group)}" for group in split[:8]]
+
+
+def _offer(source: Checkpoint, strip: str | None, add: str | None) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Returns ({key as it is matched: key in the source}, the source's tensors). Raises: CollisionError."""
+    tensors = source.state_dict()
+    if strip and not any(key.startswith(strip) for key in tensors):
+        raise UsageError(f"no key begins with {strip!r}", source.url)
+    renamed: dict[str, str] = {}
+    twice = []
+    for key in tensors:
+        name = names.replace_prefix(key, strip, add)
+        if name in renamed:
+            twice.append(name)
+        renamed[name] = key
+    if twice:
+        raise CollisionError(f"with these prefixes two keys are named {listed(twice)}", source.url)
+    return {plain: renamed[name] for plain, name in names.unwrap_all(renamed).items()}, tensors
+
+
+def _fits(key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
+    if offered.form == tensor.form:
+        return True
+    return names.is_counter(key) and {offered.form, tensor.form} <= {("dense", ()), ("dense", (1,))}
+
+
+def _why(offered: TensorInfo, tensor: TensorInfo) -> str | None:
+    if offered.kind != tensor.kind:
+        return f"{offered.kind} in the source, {tensor.kind} in the target"
+    if offered.shape and tensor.shape and offered.shape[::-1] == tensor.shape:
+        return "transposed?"
+    return None
+
+
+def _dims(tensor: TensorInfo) -> list[int] | None:
+    return None if tensor.shape is None else list(tensor.shape)
+
+
+def _module_notes(checkpoint: Checkpoint) -> list[str]:
+    if not modules.is_module(checkpoint.at(checkpoint.root)):
+        return []
+    return [f"{checkpoint.url} is a whole-model pickle: the output holds its state_dict, without class and attributes"]
+
+
+def _optimizer_notes(checkpoint: Checkpoint) -> list[str]:
+    for path, node in walk(checkpoint.tree, closed=roots.is_optimizer):
+        if roots.is_optimizer(node) and as_mapping((as_mapping(node) or {}).get("state")):
+            where = "/".join(map(str, path))
+            return [f"{where} goes by position: with keys dropped it no longer lines up with the weights"]
+    return []
+
+
+def _report(
+    rows: list[Row], fraction: float, hint: str | None, sources: list[str], target: str | None, notes: list[str]
+) -> FilterReport:
+    counts: dict[str, int] = dict(Counter(row.reason for row in rows))
+    return FilterReport(rows, counts, None, fraction, hint, target, sources, notes)

@@ -1,0 +1,277 @@
+"""What a checkpoint holds: weights, what stands beside them, and what is worth a word."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptool import keys as names
+from ckptool import modules, optimizers, rebuild, roots
+from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
+from ckptool.errors import NoTensorsError
+from ckptool.ops.diff import no_tensors
+from ckptool.tree import Global, Path, PyObject, as_mapping, attributes, walk
+
+SHOWN = 120
+"""Characters of a value beside the weights that are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One tensor at root. ``tied_to`` is the first key of its tie group; ``kind`` is None for a dense tensor."""
+
+    key: str
+    shape: list[int] | None
+    dtype: str
+    nbytes: int
+    tied_to: str | None = None
+    device: str | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Something next to the weights: where, and what it is in a few words."""
+
+    path: str
+    text: str
+    nbytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport:
+    """``nbytes`` is the file's size. ``parameters`` counts elements, each tie group once, counters aside.
+
+    ``stored_nbytes`` is what the storages of all tensors in the file take, ``used_nbytes`` what tensors use
+    of it. ``unsafe`` are names the pickle would have called beyond what tensors need; none was run.
+    ``counters``: num_batches_tracked present, and BatchNorm layers that lack it.
+    """
+
+    path: str
+    format: str
+    root: str
+    nbytes: int
+    tensors: list[TensorRow]
+    unsafe: list[str]
+    parameters: int
+    tensor_nbytes: int
+    dtypes: dict[str, list[int]]
+    devices: dict[str, int]
+    beside: list[Beside] = field(default_factory=list)
+    wrapper: str = ""
+    prefix: str = ""
+    ema: list[str] = field(default_factory=list)
+    other_roots: list[str] = field(default_factory=list)
+    tied: list[list[str]] = field(default_factory=list)
+    stored_nbytes: int = 0
+    used_nbytes: int = 0
+    empty: list[str] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    loose: list[str] = field(default_factory=list)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect(checkpoint: Checkpoint) -> InspectReport:
+    """Returns what a checkpoint holds. Raises: NoTensorsError if there is no tensor at root."""
+    tensors = checkpoint.state_dict()
+    if not tensors:
+        raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+    tied = checkpoint.shared()
+    first_of = {key: group[0] for group in tied for key in group[1:]}
+    tagged = checkpoint.format != "safetensors"
+    rows = [
+        TensorRow(
+            key, None if tensor.shape is None else list(tensor.shape), tensor.dtype, tensor.nbytes, first_of.get(key),
+            tensor.location if tagged else None, None if tensor.kind == "dense" else tensor.kind,
+        )
+        for key, tensor in tensors.items()
+    ]  # fmt: skip
+    single = {key: tensor for key, tensor in tensors.items() if key not in first_of}
+    stored, used = _stored_and_used(checkpoint)
+    found = roots.find_root(checkpoint.tree)
+    by_dtype: dict[str, list[int]] = {}
+    for tensor in single.values():
+        entry = by_dtype.setdefault(tensor.dtype, [0, 0])
+        entry[0] += 1
+        entry[1] += tensor.nbytes
+    keys = list(tensors)
+    node = checkpoint.at(checkpoint.root)
+    return InspectReport(
+        checkpoint.url,
+        checkpoint.format,
+        shown(checkpoint.root),
+        checkpoint.nbytes,
+        rows,
+        sorted({f"{_module(module)}.{name}" for module, name in checkpoint.names if not _needed(module, name)}),
+        sum(tensor.numel for key, tensor in single.items() if not names.is_counter(key)),
+        sum(tensor.nbytes for tensor in single.values()),
+        by_dtype,
+        dict(Counter(tensor.location for tensor in tensors.values())) if tagged else {},
+        _beside(checkpoint),
+        names.wrapper_of(keys),
+        names.common_prefix(keys),
+        [shown(path) for path in found.ema if path != checkpoint.root],
+        [shown(path) for path in (*found.others, found.path) if path != checkpoint.root] if found.others else [],
+        tied,
+        stored,
+        used,
+        [key for key, tensor in tensors.items() if tensor.shape is not None and not tensor.numel],
+        _counters(keys),
+        _loose(node),
+        checkpoint.metadata,
+        list(checkpoint.problems),
+        _notes(node),
+    )
+
+
+def shown(path: Path) -> str:
+    """Returns a path as it is printed: steps joined with "/"."""
+    return "/".join(str(step) for step in path)
+
+
+def _needed(module: str, name: str) -> bool:
+    return rebuild.is_needed_for_tensors(module, name)
+
+
+def _module(module: str) -> str:
+    return {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+
+
+def _stored_and_used(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Returns the bytes of all storages in the tree, and how many of them some tensor uses (at most)."""
+    storages: dict[int, Storage] = {}
+    views: dict[int, dict[object, int]] = {}
+    for _, node in walk(checkpoint.tree, inside=True):
+        if isinstance(node, TensorInfo) and isinstance(node.source, Storage):
+            storages[id(node.source)] = node.source
+            views.setdefault(id(node.source), {})[node.view] = node.nbytes
+        elif isinstance(node, Storage):
+            storages[id(node)] = node
+            views.setdefault(id(node), {})[None] = node.nbytes
+    used = sum(min(storages[key].nbytes, sum(sizes.values())) for key, sizes in views.items())
+    return sum(storage.nbytes for storage in storages.values()), used
+
+
+def _counters(keys: list[str]) -> dict[str, int]:
+    """Returns how many BatchNorm layers have num_batches_tracked, and how many have running_mean without it."""
+    present = {key.rpartition(".")[0] for key in keys if names.is_counter(key)}
+    layers = {key.rpartition(".")[0] for key in keys if key.rpartition(".")[2] == "running_mean"}
+    return {"present": len(present), "absent": len(layers - present)}
+
+
+def _loose(node: Any) -> list[str]:
+    """Returns the tensors of an nn.Module that its state_dict leaves out: plain attributes, non-persistent buffers."""
+    if not modules.is_module(node):
+        return []
+    kept = set(modules.state_dict(node))
+    found = []
+    for prefix, module in modules.walk_modules(node):
+        named = attributes(module)
+        buffers = as_mapping(named.get("_buffers")) or {}
+        for name, value in {**buffers, **named}.items():
+            if isinstance(value, TensorInfo) and f"{prefix}{name}" not in kept:
+                found.append(f"{prefix}{name}")
+    return found
+
+
+def _notes(node: Any) -> list[str]:
+    hooks = modules.state_dict_hooks(node) if modules.is_module(node) else []
+    return [f"state_dict hooks were not run, a live state_dict may differ: {', '.join(hooks)}"] if hooks else []
+
+
+def _beside(checkpoint: Checkpoint) -> list[Beside]:
+    """Returns what stands next to the way from the top down to the weights."""
+    found: list[Beside] = []
+    node = checkpoint.tree
+    for depth, step in enumerate(checkpoint.root):
+        mapping = as_mapping(node)
+        if mapping is None:
+            break
+        for name, value in mapping.items():
+            if name != step:
+                found.append(describe(shown((*checkpoint.root[:depth], name)), value))
+        node = mapping[step]
+    for key, (_, value) in checkpoint.entries().items():
+        if not isinstance(value, TensorInfo):
+            found.append(describe(shown((*checkpoint.root, key)), value))
+    return found
+
+
+def describe(path: str, value: Any) -> Beside:
+    """Returns what a value is in a few words: an optimizer's kind, a container's size, a scalar as it is."""
+    if roots.is_optimizer(value):
+        kind, count = optimizers.describe(as_mapping(value) or {})
+        return Beside(path, f"{kind} of {count} parameters", _nbytes(value))
+    if isinstance(value, list) and value and all(roots.is_optimizer(item) for item in value):
+        kinds = [optimizers.describe(as_mapping(item) or {}) for item in value]
+        return Beside(path, ", ".join(f"{kind} of {count} parameters" for kind, count in kinds), _nbytes(value))
+    if modules.is_module(value):
+        return Beside(path, f"a {value.qualname} model of {len(modules.state_dict(value))} tensors", _nbytes(value))
+    count = sum(isinstance(node, TensorInfo) for _, node in walk(value))
+    if count and not isinstance(value, TensorInfo):
+        return Beside(path, f"{_kind(value)} with {count} tensor{'s' * (count > 1)}", _nbytes(value))
+    return Beside(path, preview(value), value.nbytes if isinstance(value, TensorInfo) else None)
+
+
+def _kind(value: Any) -> str:
+    return value.qualname if isinstance(value, PyObject) else type(value).__name__
+
+
+def _nbytes(value: Any) -> int:
+    return sum(node.nbytes for _, node in walk(value) if isinstance(node, TensorInfo))
+
+
+def preview(value: Any, room: int = SHOWN) -> str:
+    """Returns a value as Python would write it, cut to about ``room`` characters; objects by class and attributes."""
+    text = "".join(_pieces(value, [room * 2], 0))
+    return text if len(text) <= room else f"{text[: room - 3]}..."
+
+
+def _pieces(value: Any, left: list[int], depth: int) -> list[str]:
+    """Returns the text of a value in pieces, stopping when ``left`` characters are used up."""
+    if left[0] <= 0 or depth > 6:
+        return ["..."]
+    made: list[str]
+    if isinstance(value, TensorInfo):
+        made = [f"tensor {'x'.join(map(str, value.shape or ())) or 'scalar'} {value.dtype}"]
+    elif isinstance(value, (str, bytes, bytearray)):
+        made = [repr(value[: left[0]])]
+    elif isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1000:
+        made = [f"<int of {value.bit_length()} bits>"]
+    elif isinstance(value, (bool, int, float, type(None))):
+        made = [repr(value)]
+    elif isinstance(value, Global):
+        made = [f"{value.module}.{value.qualname}"]
+    elif isinstance(value, (dict, list, tuple, set, frozenset)):
+        brackets = {dict: "{}", list: "[]", tuple: "()"}.get(type(value), "{}")
+        made = [brackets[0], *_joined(value, left, depth), brackets[1]]
+    elif isinstance(value, PyObject):
+        content: Any = as_mapping(value)
+        named = attributes(value)
+        inner = named or content or value.items or list(value.args)
+        made = [f"{value.qualname}(", *_joined(inner, left, depth, "=" if named else ": "), ")"]
+    else:
+        made = [type(value).__name__]
+    left[0] -= sum(map(len, made))
+    return made
+
+
+def _joined(value: Any, left: list[int], depth: int, colon: str = ": ") -> list[str]:
+    made: list[str] = []
+    for item in value:
+        if made:
+            made.append(", ")
+        if left[0] <= 0:
+            made.append("...")
+            break
+        if isinstance(value, dict):
+            named = item if isinstance(item, str) and colon == "=" else "".join(_pieces(item, left, depth + 1))
+            made += [named, colon]
+            made += _pieces(value[item], left, depth + 1)
+        else:
+            made += _pieces(item, left, depth + 1)
+    return made
