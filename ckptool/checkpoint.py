@@ -13,12 +13,13 @@ Two tensors whose source is the same `Storage` object share memory: tied weights
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any, ClassVar, Literal
 
 from ckptool import dtypes, modules
 from ckptool.errors import CollisionError, FormatError, UnsupportedError
+from ckptool.keys import is_counter
 from ckptool.tree import Leaf, Path, PyObject, as_mapping, children, ordered_dict, replaced, walk
 
 
@@ -51,9 +52,6 @@ class Storage:
     location: str = "cpu"
     byteorder: Literal["little", "big"] = "little"
     crc32: int | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.span, self.dtype, self.location, self.byteorder, self.crc32)
 
     @property
     def nbytes(self) -> int:
@@ -107,12 +105,6 @@ class TensorInfo(Leaf):
     requires_grad: bool = False
     is_parameter: bool = False
     extras: Extras | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (
-            self.dtype, self.shape, self.stride, self.storage_offset, self.source,
-            self.requires_grad, self.is_parameter, self.extras,
-        )  # fmt: skip
 
     @property
     def kind(self) -> str:
@@ -361,8 +353,7 @@ def _pruned_state(state: Any, names: Mapping[str, Any], old: Mapping[str, Any], 
     versions = as_mapping(state.get("_metadata")) if isinstance(state, dict) else None
     if not versions:
         return state
-    counter = ".num_batches_tracked"
-    gone = {key.removesuffix(counter) for key in old if key.endswith(counter) and key not in new}
+    gone = {key.rpartition(".")[0] for key in old if is_counter(key) and key not in new}
     if not gone & versions.keys():
         return state
     kept = {name: entry for name, entry in versions.items() if name not in gone}
@@ -376,5 +367,11 @@ def _no_build(self: object, state: object) -> None:
     raise FormatError("the pickle builds a tensor or a storage with a state of its own")
 
 
+def _by_fields(self: Any) -> tuple[Any, ...]:
+    """Copies and pickles these classes through their constructors, which leaves ``__setstate__`` to `_no_build`."""
+    return type(self), tuple(getattr(self, one.name) for one in fields(self))
+
+
 for _class in (Span, Storage, Derived, Opaque, Extras, TensorInfo):
     _class.__setstate__ = _no_build  # type: ignore[union-attr]
+    _class.__reduce__ = _by_fields  # type: ignore[method-assign]

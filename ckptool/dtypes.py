@@ -29,6 +29,11 @@ class DType:
     safetensors: str | None
 
     @property
+    def in_torch(self) -> bool:
+        """Returns whether torch has this dtype: all but the 6-bit floats."""
+        return self.bits != 6
+
+    @property
     def swap_unit(self) -> int:
         """Returns the bytes that are reversed together in a big-endian storage (complex: per component)."""
         return self.bits // 16 if self.kind == "complex" else self.bits // 8

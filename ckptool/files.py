@@ -21,6 +21,8 @@ BLOCK = 1 << 20
 WRITE = 1 << 16
 """Bytes per write call. Larger ones make ext4 allocate large folios, which collapses when memory is short."""
 
+EXISTS = "exists already; --force overwrites it"
+
 MAX_OPEN = 32
 """Files kept open for reading at once (a checkpoint may have hundreds of shards)."""
 
@@ -156,7 +158,7 @@ class Files:
 
     def read(self, span: Span) -> bytes:
         """Returns the whole span; for small ones."""
-        return b"".join(self.blocks(span))
+        return b"".join(bytes(block) for block in self.blocks(span))
 
 
 def _inflated(file: File, span: Span) -> Iterator[bytes]:
@@ -208,18 +210,23 @@ class Output:
         target = os.path.realpath(path)
         self._target = target
         directory, name = os.path.split(target)
-        mode = 0o666
+        self._force = force
+        mode = None
         if os.path.isdir(target):
             raise OutputError("is a directory; name a file", path)
         if os.path.lexists(target):
             if not os.path.isfile(target):
                 raise OutputError("exists and is not a regular file", path)
             if not force:
-                raise OutputError("exists already; --force overwrites it", path)
+                raise OutputError(EXISTS, path)
             mode = os.stat(target).st_mode & 0o777
-        self._temporary = os.path.join(directory, f".{name[:200]}.{secrets.token_hex(4)}.ckptool-partial")
+        short = os.fsdecode(os.fsencode(name)[:200])
+        self._temporary = os.path.join(directory, f".{short}.{secrets.token_hex(4)}.ckptool-partial")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         try:
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+            self._fd = os.open(self._temporary, flags, 0o666)
+            if mode is not None:
+                os.fchmod(self._fd, mode)
         except OSError as error:
             reason = "no such directory" if error.errno == errno.ENOENT else explain(error)
             raise OutputError(f"cannot be written: {reason}", path) from error
@@ -268,13 +275,29 @@ class Output:
                 os.fsync(self._fd)
             os.close(self._fd)
             self._fd = -1
-            os.replace(self._temporary, self._target)
+            self._publish()
             if self.fsync:
                 _sync_directory(os.path.dirname(self._target))
-        except OSError as error:
+        except (OSError, OutputError) as error:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
-            raise self._failed(error) from error
+            raise (self._failed(error) if isinstance(error, OSError) else error) from error
+
+    def _publish(self) -> None:
+        """Gives the temporary file its name; without ``force`` not even over a file that has appeared meanwhile."""
+        if self._force:
+            os.replace(self._temporary, self._target)
+            return
+        try:
+            os.link(self._temporary, self._target)
+        except FileExistsError:
+            raise OutputError(EXISTS, self.path) from None
+        except OSError:  # a file system without hard links
+            if os.path.lexists(self._target):
+                raise OutputError(EXISTS, self.path) from None
+            os.replace(self._temporary, self._target)
+            return
+        os.unlink(self._temporary)
 
 
 def _sync_directory(directory: str) -> None:

@@ -100,7 +100,7 @@ class Layout:
         """Returns (function, args) that rebuild a tensor on its written storage."""
         if isinstance(tensor.source, Opaque):
             return type(tensor.source.node), tensor.source.node.args
-        if tensor.dtype not in DTYPES or tensor.dtype.startswith("float6"):
+        if not DTYPES[tensor.dtype].in_torch:
             raise UnsupportedError(f"torch has no dtype {tensor.dtype}")
         storage, shift = self._new[id(tensor.source)]
         if shift < 0 or isinstance(tensor.source, Derived) or not tensor.numel:

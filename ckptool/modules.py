@@ -22,9 +22,8 @@ MAX_DEPTH = 500
 """Levels of submodules. Real models have under 20."""
 
 _VERSIONS = {
-    "BatchNorm1d": 2, "BatchNorm2d": 2, "BatchNorm3d": 2, "SyncBatchNorm": 2,
-    "LazyBatchNorm1d": 2, "LazyBatchNorm2d": 2, "LazyBatchNorm3d": 2,
-}  # fmt: skip
+    f"{lazy}{norm}{dims}d": 2 for lazy in ("", "Lazy") for norm in ("BatchNorm", "InstanceNorm") for dims in (1, 2, 3)
+} | {"SyncBatchNorm": 2}
 """Classes of torch.nn whose ``_version`` is not 1 (torch 2.13)."""
 
 

@@ -103,8 +103,8 @@ def scan(buffer: bytes, start: int = 0) -> int:
     run = _fixed(bound)
     position = start
     while True:
-        matched = run.match(buffer, position)
-        position = matched.end() if matched else position
+        if position < size and (matched := run.match(buffer, position)):
+            position = matched.end()
         if position >= size:
             raise CutOffError(f"the pickle at byte {start} is cut off: no STOP in {size - start} bytes")
         opcode = buffer[position]
@@ -312,7 +312,8 @@ class _Writer:
         elif kind is bytearray:
             self.save_call("__builtin__", "bytearray", (bytes(node),), node)
         elif kind is set or kind is frozenset:
-            self.save_call("__builtin__", kind.__name__, (list(node),), node)
+            # a set's order changes from run to run; the file's must not
+            self.save_call("__builtin__", kind.__name__, (sorted(node, key=repr),), node)
         else:
             pid = self.persistent_id(node)
             if pid is not None:

@@ -135,7 +135,8 @@ def _same_count(
 
 def has_values(dtype: str) -> bool:
     """Returns whether `decode` knows what the bytes of a dtype mean, one value per element."""
-    return DTYPES[dtype].kind in ("float", "complex", "int", "bool") and not dtype.startswith(("float4", "float6"))
+    row = DTYPES[dtype]
+    return row.kind in ("float", "complex", "int", "bool") and row.in_torch and dtype != "float4_e2m1fn_x2"
 
 
 def decode(dtype: str, data: Bytes) -> np.ndarray[Any, Any]:
@@ -148,7 +149,8 @@ def decode(dtype: str, data: Bytes) -> np.ndarray[Any, Any]:
         values = np.frombuffer(data, plain[dtype])
         return values.astype("c16" if row.kind == "complex" else "f8")
     if dtype == "bfloat16":
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("f8")
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("f8")
     if dtype == "complex32":
         return np.frombuffer(data, "<f2").astype("<f4").view("<c8").astype("c16")
     if dtype in _MINIFLOATS:

@@ -108,9 +108,10 @@ def _headline(report: DiffReport, b: str, compared: bool) -> str:
 
 
 def _notes(report: DiffReport) -> list[str]:
-    lines = []
-    if report.bookkeeping:
-        lines.append(["bookkeeping", f"{len(report.bookkeeping)} x num_batches_tracked on one side only"])
+    sides = {"A": report.counters.get("a"), "B": report.counters.get("b")}
+    lines = [
+        ["bookkeeping", f"{number} x num_batches_tracked only in {side}"] for side, number in sides.items() if number
+    ]
     lines += [["note", text] for text in report.notes]
     return render.aligned(lines)
 

@@ -66,7 +66,7 @@ def command(
         lines = [*([""] if number else []), *_summary(report), ""]
         prefix = keys.common_prefix([row.key for row in rows])
         if depth:
-            lines += _summed(rows, depth)
+            lines += ([render.safe(prefix)] if prefix else []) + _summed(rows, depth, prefix)
         elif flat or sort:
             lines += _flat(rows)
         else:
@@ -193,11 +193,11 @@ def _flat(rows: list[TensorRow]) -> list[str]:
     )  # fmt: skip
 
 
-def _summed(rows: list[TensorRow], depth: int) -> list[str]:
+def _summed(rows: list[TensorRow], depth: int, prefix: str) -> list[str]:
     groups: dict[str, list[TensorRow]] = {}
     for row in rows:
-        parts = row.key.split(".")
-        name = row.key if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
+        parts = row.key[len(prefix) :].split(".")
+        name = ".".join(parts) if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
         groups.setdefault(name, []).append(row)
     return render.aligned(
         [

@@ -142,4 +142,7 @@ def print_json(document: Any) -> None:
 
 def document(command: str, result: Any, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the document that every command prints with --json."""
-    return {"schema": 1, "command": command, "result": to_json(result), "notes": list(notes)}
+    content = to_json(result)
+    if isinstance(content, dict):
+        content.pop("notes", None)
+    return {"schema": 1, "command": command, "result": content, "notes": list(notes)}

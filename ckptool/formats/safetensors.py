@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ckptool import aliases
 from ckptool.checkpoint import Checkpoint, Opaque, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.data import tensor_blocks
 from ckptool.dtypes import BY_SAFETENSORS, DTYPES
@@ -60,7 +61,7 @@ def read(file: File) -> Checkpoint:
         tree[name] = tensor
         ranges.append((begin, end, name))
     _check_ranges(ranges, file.size - start)
-    return Checkpoint(_tied(tree, metadata), format=NAME, url=file.path, nbytes=file.size, metadata=metadata)
+    return Checkpoint(aliases.restored(tree, metadata), format=NAME, url=file.path, nbytes=file.size, metadata=metadata)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -122,21 +123,6 @@ def _check_ranges(ranges: list[tuple[int, int, str]], size: int) -> None:
         raise FormatError(f"its header describes {position} bytes of data, the file has {size}: {what}")
 
 
-def _tied(tree: dict[str, TensorInfo], metadata: dict[str, str]) -> dict[str, TensorInfo]:
-    """Returns the tensors with each recorded alias put back behind the name that was kept."""
-    aliases: dict[str, list[str]] = {}
-    for dropped, kept in metadata.items():
-        if kept in tree and dropped not in tree:
-            aliases.setdefault(kept, []).append(dropped)
-    if not aliases:
-        return tree
-    tied: dict[str, TensorInfo] = {}
-    for name, tensor in tree.items():
-        tied[name] = tensor
-        tied.update(dict.fromkeys(aliases.get(name, ()), tensor))
-    return tied
-
-
 def write(
     checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
 ) -> tuple[str, ...]:
@@ -147,15 +133,9 @@ def write(
     """
     tensors = checkpoint.state_dict()
     _refuse(tensors)
-    kept: dict[object, str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        first = kept.setdefault(tensor.view, name) if tensor.numel else name
-        if first != name:
-            aliases[name] = first
-    stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
-    old = {name: value for name, value in checkpoint.metadata.items() if not _is_alias(name, value, tensors)}
-    metadata = {"format": "pt", **old, **aliases}
+    dropped = aliases.record(tensors)
+    stored = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    metadata = {"format": "pt", **aliases.without(checkpoint.metadata, tensors), **dropped}
     by_size = sorted(stored, key=lambda name: -DTYPES[stored[name].dtype].bits)
     offsets: dict[str, tuple[int, int]] = {}
     position = 0
@@ -198,10 +178,6 @@ def _refuse(tensors: dict[str, TensorInfo]) -> None:
 
 def _has_surrogate(name: str) -> bool:
     return any("\ud800" <= char <= "\udfff" for char in name)
-
-
-def _is_alias(name: str, value: str, tensors: dict[str, TensorInfo]) -> bool:
-    return name in tensors or (value in tensors and name != "format")
 
 
 def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:

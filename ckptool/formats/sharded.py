@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ckptool import aliases
 from ckptool.checkpoint import Checkpoint, TensorInfo
 from ckptool.errors import FormatError, LimitError, UnsupportedError, listed
 from ckptool.files import File
@@ -137,9 +138,15 @@ def read(file: File, open_: Open) -> Checkpoint:
         problems.append(f"in another shard than the index says: {listed(moved)}")
     problems += _wrong_size(index, tree)
     return Checkpoint(
-        tree, format=NAME, url=file.path, nbytes=nbytes, metadata=metadata, names=tuple(names),
-        problems=tuple(problems), broken=bool(missing or absent or twice),
-    )  # fmt: skip
+        aliases.restored(tree, metadata),
+        format=NAME,
+        url=file.path,
+        nbytes=nbytes,
+        metadata=metadata,
+        names=tuple(names),
+        problems=tuple(problems),
+        broken=bool(missing or absent or twice),
+    )
 
 
 def _index(file: File) -> dict[str, Any]:

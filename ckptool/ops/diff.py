@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ckptool import keys as names
@@ -51,9 +51,10 @@ class ValuesChanged:
 class DiffReport:
     """Keys are spelled as in A, those only in B as in B.
 
-    ``equal`` counts keys that agree in everything that was compared. ``shape`` and ``dtype`` may name one key
-    both. ``values`` holds close and differing keys, and is empty unless values were compared; ``compared``
-    says whether they were. ``bookkeeping`` are the num_batches_tracked that one side lacks.
+    ``equal`` counts keys that agree in everything that was compared. ``shape`` and ``dtype`` may name one key both.
+    ``values`` holds close and differing keys; ``compared`` says whether values were compared at all.
+    ``bookkeeping`` are the num_batches_tracked that one side lacks, ``counters`` how many of them A has, and B.
+    ``shapes`` and ``dtypes`` describe the keys that only one side has.
     """
 
     same: bool
@@ -66,6 +67,7 @@ class DiffReport:
     devices: list[Changed]
     bookkeeping: list[str]
     renamed: list[Changed] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
     compared: bool = False
     shapes: dict[str, list[int] | None] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
@@ -110,6 +112,7 @@ def diff(
             _remember(report, key, first[key])
         else:
             equal += _same(report, key, first[key], second[plain_b[plain]], devices, compare)
+    lone = len(report.bookkeeping)
     for plain, key in plain_b.items():
         if plain in plain_a:
             continue
@@ -123,10 +126,8 @@ def diff(
     if (report.only_in_a or report.only_in_b) and not equal + len(report.shape) + len(report.dtype):
         notes += _hint(plain_a, plain_b)
     same = not any(count for kind, count in report.found().items() if kind != "bookkeeping")
-    return DiffReport(
-        same, equal, report.only_in_a, report.only_in_b, report.shape, report.dtype, report.values,
-        report.devices, report.bookkeeping, [], report.compared, report.shapes, report.dtypes, notes,
-    )  # fmt: skip
+    counters = {"a": lone, "b": len(report.bookkeeping) - lone}
+    return replace(report, same=same, equal=equal, counters=counters)
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:

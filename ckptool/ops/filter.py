@@ -220,8 +220,7 @@ class _Merge:
         source: Storage | Derived = offered.source
         dtype, offset, bits = offered.dtype, offered.storage_offset, offered.extras
         if self.cast and offered.dtype != tensor.dtype:
-            kinds = {DTYPES[offered.dtype].kind, DTYPES[tensor.dtype].kind}
-            if (kinds - {"float", "int", "bool"} and kinds != {"complex"}) or "float6" in offered.dtype + tensor.dtype:
+            if not _castable(offered.dtype, tensor.dtype):
                 self.uncastable.append(f"{key} ({offered.dtype} to {tensor.dtype})")
             made = self._casts.setdefault((offered.view, tensor.dtype), Derived("cast", (offered,)))
             source, dtype, offset, stride, bits = made, tensor.dtype, 0, contiguous_stride(shape), None
@@ -382,6 +381,13 @@ def _fits(key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
     if offered.form == tensor.form:
         return True
     return names.is_counter(key) and {offered.form, tensor.form} <= {("dense", ()), ("dense", (1,))}
+
+
+def _castable(old: str, new: str) -> bool:
+    """Returns whether torch converts one dtype to the other without losing a component."""
+    kinds = {DTYPES[old].kind, DTYPES[new].kind}
+    packed = "float4_e2m1fn_x2" in (old, new)
+    return DTYPES[old].in_torch and not packed and (kinds <= {"float", "int", "bool"} or kinds == {"complex"})
 
 
 def _why(offered: TensorInfo, tensor: TensorInfo) -> str | None:

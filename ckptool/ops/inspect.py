@@ -253,7 +253,7 @@ def _pieces(value: Any, left: list[int], depth: int) -> list[str]:
         content: Any = as_mapping(value)
         named = attributes(value)
         inner = named or content or value.items or list(value.args)
-        made = [f"{value.qualname}(", *_joined(inner, left, depth, "=" if named else ": "), ")"]
+        made = [f"{value.module}.{value.qualname}(", *_joined(inner, left, depth, "=" if named else ": "), ")"]
     else:
         made = [type(value).__name__]
     left[0] -= sum(map(len, made))
