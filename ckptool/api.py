@@ -11,7 +11,7 @@ from typing import Any
 from ckptool import formats, modules, roots
 from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo
 from ckptool.errors import CkptoolError, IncompleteError, OutputError, UsageError
-from ckptool.files import Files, Output, same_file
+from ckptool.files import EXISTS, Files, Output, same_file
 from ckptool.ops.diff import DiffReport
 from ckptool.ops.filter import FilterReport
 from ckptool.ops.inspect import InspectReport
@@ -87,11 +87,9 @@ def save(
     cannot hold, IncompleteError if shards are missing, UsageError for an unknown suffix.
     """
     url = os.fspath(path)
+    check_output(url, force=force, in_place=in_place, inputs=[checkpoint])
     writer = formats.writer(url)
     refuse_broken(checkpoint)
-    for source in _sources(checkpoint):
-        if same_file(source, url) and not in_place:
-            raise OutputError("is one of the inputs; --in-place replaces it", url)
     try:
         with Files() as files, Output(url, force=force or in_place, fsync=fsync) as output:
             left_out: tuple[str, ...] = writer.write(checkpoint, output, files, _tag_map(map_location))
@@ -114,14 +112,35 @@ def _sources(checkpoint: Checkpoint) -> set[str]:
     return found - {""}
 
 
-def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Raises what `save` would for the name alone: an unknown suffix, a file that exists, a directory."""
+def check_output(
+    path: str | os.PathLike[str], *, force: bool = False, in_place: bool = False, inputs: Sequence[Checkpoint] = ()
+) -> None:
+    """Raises what `save` would for the name alone: an unknown suffix, a file that exists, an input."""
     url = os.fspath(path)
     formats.writer(url)
+    _check_place(url, force or in_place, () if in_place else inputs, "is one of the inputs; --in-place replaces it")
+
+
+def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
+    """Raises what `write_text` would for the name alone, and OutputError for the name of an input."""
+    _check_place(os.fspath(path), force, inputs, "is one of the inputs")
+
+
+def _check_place(url: str, force: bool, inputs: Sequence[Checkpoint], refusal: str) -> None:
     if os.path.isdir(url):
         raise OutputError("is a directory; name a file", url)
+    for checkpoint in inputs:
+        if any(same_file(source, url) for source in _sources(checkpoint)):
+            raise OutputError(refusal, url)
     if os.path.lexists(url) and not force:
-        raise OutputError("exists already; --force overwrites it", url)
+        raise OutputError(EXISTS, url)
+    if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
+        raise OutputError("cannot be written: no such directory", url)
+
+
+def same_place(first: str, second: str) -> bool:
+    """Returns whether two paths name one file, existing or not."""
+    return same_file(first, second) or os.path.realpath(first) == os.path.realpath(second)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:
@@ -247,4 +266,4 @@ def _module_state_dict(node: Any) -> Any:
 
 Checkpoint.to_torch = _to_torch
 
-__all__ = ["Checkpoint", "check_output", "diff", "filter", "inspect", "open", "save", "write_text"]
+__all__ = ["Checkpoint", "diff", "filter", "inspect", "open", "save"]

@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Literal
 
 from ckptool import dtypes, modules
 from ckptool.errors import CollisionError, FormatError, UnsupportedError
-from ckptool.keys import is_counter
+from ckptool.keys import EMA, is_counter
+from ckptool.optimizers import is_optimizer
 from ckptool.tree import Leaf, Path, PyObject, as_mapping, children, ordered_dict, replaced, walk
 
 
@@ -30,6 +31,7 @@ class Span:
     ``member`` is None when ``offset`` is that of the first byte. Inside a zip it says how the member is
     stored, and ``offset`` is that of its local header: the payload begins behind a name and padding whose
     lengths only that header knows, and reading 100,000 of them to list keys would cost more than the listing.
+    ``version`` tells the file that was opened from another that has taken its name since (see `files.File`).
     """
 
     url: str
@@ -37,6 +39,7 @@ class Span:
     nbytes: int
     member: Literal["stored", "deflated"] | None = None
     packed: int = 0
+    version: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +161,7 @@ class TensorInfo(Leaf):
             yield "__state__", self.extras.state
 
     @property
-    def form(self) -> object:
+    def form(self) -> tuple[str, object]:
         """Returns what must be equal for one tensor to take another's place: kind and shape."""
         shape = self.shape if self.shape is not None else tuple(part.shape for part in self.parts)
         return self.kind, shape
@@ -230,7 +233,8 @@ class Checkpoint:
     def entries(self) -> dict[str, tuple[Path, Any]]:
         """Returns {key: (path below root, value)} of the dict at ``root``, objects that are no tensors included.
 
-        An nn.Module stand-in gives its state_dict; a tree without any tensor directly at root is flattened with "/".
+        An nn.Module stand-in gives its state_dict; a tree without any tensor directly at root is flattened with "/",
+        optimizer states and averaged copies (EMA) left out.
         """
         return _entries(self.at(self.root), self.url)
 
@@ -311,17 +315,24 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
     if is_flat(node):
         pairs: Iterator[tuple[Path, Any]] = (((name,), value) for name, value in (as_mapping(node) or {}).items())
     else:
-        pairs = (
-            (path, value)
-            for path, value in walk(node)
-            if isinstance(value, TensorInfo) or next(children(value), None) is None
-        )
+        pairs = _nested_entries(node)
     for path, value in pairs:
         key = "/".join(step if isinstance(step, str) else repr(step) for step in path)
         if key in found:
             raise CollisionError(f"two keys read {key!r} (one of them is no string)", url)
         found[key] = path, value
     return found
+
+
+def _nested_entries(top: object) -> Iterator[tuple[Path, Any]]:
+    """Yields (path, value) below a nest of containers, but not of optimizer states and averaged copies."""
+    for path, node in walk(top, closed=lambda node: is_optimizer(node) or modules.is_module(node)):
+        if path and path[0] in EMA:
+            continue
+        if modules.is_module(node):
+            yield from (((*path, key), value) for key, value in modules.state_dict(node).items())
+        elif isinstance(node, TensorInfo) or next(children(node), None) is None:
+            yield path, node
 
 
 def _merged(

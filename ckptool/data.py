@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptool.checkpoint import Derived, Opaque, Storage, TensorInfo
 from ckptool.dtypes import DTYPES
-from ckptool.errors import UnsupportedError, needs_torch
+from ckptool.errors import FormatError, UnsupportedError, needs_torch
 from ckptool.files import BLOCK, Files
 
 Bytes = bytes | memoryview
@@ -56,12 +56,14 @@ def _gathered(tensor: TensorInfo, storage: Storage, files: Files, swap: int) -> 
     itemsize = DTYPES[tensor.dtype].bits // 8
     with tempfile.TemporaryFile() as unpacked:
         span = files.locate(storage.span)
-        fd, offset = files.get(span.url).fd, span.offset
+        fd, offset = files.get(span).fd, span.offset
         if span.member == "deflated":
             for block in files.blocks(storage.span):
                 unpacked.write(block)
             unpacked.flush()
             fd, offset = unpacked.fileno(), 0
+        elif offset + storage.nbytes > files.get(span).size:
+            raise FormatError(f"a storage ends at byte {offset + storage.nbytes}, behind the end of the file", span.url)
         base = offset - offset % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(fd, offset - base + storage.nbytes, access=mmap.ACCESS_READ, offset=base)
         array: Any = np.ndarray(

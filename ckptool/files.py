@@ -10,7 +10,9 @@ import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
+from typing import Literal
 
 from ckptool.checkpoint import Span
 from ckptool.errors import FormatError, OutputError, UnreadableError
@@ -49,7 +51,7 @@ class File:
             os.close(self.fd)
             raise UnreadableError("is not a regular file", path)
         self.size = status.st_size
-        self.identity = (status.st_size, status.st_mtime_ns)
+        self.version = (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -59,6 +61,12 @@ class File:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def span(
+        self, offset: int, nbytes: int, member: Literal["stored", "deflated"] | None = None, packed: int = 0
+    ) -> Span:
+        """Returns the span of this version of this file."""
+        return Span(self.path, offset, nbytes, member, packed, self.version)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Returns exactly ``nbytes`` bytes. Raises: FormatError if the file ends before, UnreadableError."""
@@ -99,12 +107,11 @@ class File:
 class Files:
     """The files that spans point into, opened when first needed, at most `MAX_OPEN` at once.
 
-    Raises FormatError when a file is found changed since it was first opened here.
+    Raises FormatError when a file is no longer the one that the span was made from.
     """
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, File] = OrderedDict()
-        self._seen: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Files:
         return self
@@ -114,17 +121,16 @@ class Files:
             file.close()
         self._open.clear()
 
-    def get(self, url: str) -> File:
-        """Returns the open file. Raises: UnreadableError, FormatError."""
+    def get(self, span: Span) -> File:
+        """Returns the open file of a span. Raises: UnreadableError, FormatError."""
+        url = span.url
         file = self._open.get(url)
         if file is not None:
             self._open.move_to_end(url)
-            return file
-        file = File(url)
-        if self._seen.setdefault(url, file.identity) != file.identity:
-            file.close()
-            raise FormatError("it was changed while it was read", url)
-        self._open[url] = file
+        else:
+            file = self._open[url] = File(url)
+        if span.version is not None and span.version != file.version:
+            raise FormatError("it was changed since it was opened", url)
         if len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)[1].close()
         return file
@@ -133,7 +139,7 @@ class Files:
         """Returns the span with the offset of its first byte: behind the local header, if in a zip."""
         if span.member is None:
             return span
-        file = self.get(span.url)
+        file = self.get(span)
         header = file.read(span.offset, 30)
         if header[:4] != b"PK\x03\x04":
             raise FormatError(f"no zip member at byte {span.offset}", span.url)
@@ -142,7 +148,7 @@ class Files:
         stored = span.packed if span.member == "deflated" else span.nbytes
         if start + stored > file.size:
             raise FormatError(f"the zip member at byte {span.offset} ends behind the end of the file", span.url)
-        return Span(span.url, start, span.nbytes, span.member, span.packed)
+        return replace(span, offset=start)
 
     def blocks(self, span: Span, offset: int = 0, nbytes: int | None = None) -> Iterator[memoryview | bytes]:
         """Yields bytes ``offset`` to ``offset + nbytes`` of a span in blocks, inflated if it is deflated."""
@@ -150,7 +156,7 @@ class Files:
         if not nbytes:
             return
         found = self.locate(span)
-        file = self.get(span.url)
+        file = self.get(span)
         if found.member == "deflated":
             yield from _window(_inflated(file, found), offset, nbytes)
         else:

@@ -15,6 +15,15 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 ``module``, which DataParallel and DistributedDataParallel put in front, counts only while it leads.
 """
 
+ROOTS = (
+    "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "generator", "params",
+    "weights",
+)  # fmt: skip
+"""Names under which training scripts and frameworks keep the weights, first match first."""
+
+EMA = ("state_dict_ema", "model_ema", "ema", "params_ema", "ema_state_dict")
+"""Names of an exponential moving average of the weights: another set of values, taken only when asked for."""
+
 COUNTER = "num_batches_tracked"
 """BatchNorm's buffer since torch 0.4.1; older files lack it, and it is bookkeeping wherever it is lacking."""
 
@@ -59,6 +68,11 @@ def wrapper_of(keys: Sequence[str]) -> str:
         for segment in segments:
             seen.setdefault(segment)
     return "".join(f"{segment}." for segment in seen)
+
+
+def looked_through(keys: Sequence[str]) -> str:
+    """Returns the wrapper segments that `unwrap_all` takes off these keys; "" where it leaves them alone."""
+    return wrapper_of(keys) if any(plain != key for plain, key in unwrap_all(keys).items()) else ""
 
 
 def common_prefix(keys: Sequence[str]) -> str:
@@ -190,6 +204,9 @@ def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
         groups.setdefault((tuple(pieces[::2]), equal), []).append(position)
     folded: list[tuple[str, list[int]]] = []
     for (frame, _), positions in groups.items():
+        if len(frame) == 1:  # no number in it: the same key more than once
+            folded.append((frame[0], positions))
+            continue
         columns = list(zip(*(parts[position][1::2] for position in positions), strict=True))
         distinct = [{*column} for column in columns]
         full = 1

@@ -14,7 +14,7 @@ from ckptool import rebuild
 from ckptool.checkpoint import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.dtypes import DTYPES
 from ckptool.errors import UnsupportedError
-from ckptool.tree import Global, walk
+from ckptool.tree import Global, PyObject, walk
 
 MapLocation = Callable[[str], str]
 """Maps a device tag to the one that is written."""
@@ -96,10 +96,10 @@ class Layout:
         """Returns what a written storage holds."""
         return self._contents[id(storage)]
 
-    def call(self, tensor: TensorInfo) -> tuple[Global, tuple[Any, ...]]:
-        """Returns (function, args) that rebuild a tensor on its written storage."""
+    def call(self, tensor: TensorInfo) -> tuple[Global, tuple[Any, ...]] | PyObject:
+        """Returns (function, args) that rebuild a tensor on its written storage; an opaque one's call as it was."""
         if isinstance(tensor.source, Opaque):
-            return type(tensor.source.node), tensor.source.node.args
+            return tensor.source.node
         if not DTYPES[tensor.dtype].in_torch:
             raise UnsupportedError(f"torch has no dtype {tensor.dtype}")
         storage, shift = self._new[id(tensor.source)]

@@ -22,9 +22,17 @@ _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("Muon", frozenset({"ns_steps", "nesterov"})),
     ("Adam", frozenset({"betas", "amsgrad"})),
     ("SGD", frozenset({"momentum", "dampening"})),
-    ("Adamax", frozenset({"betas", "eps"})),
+    ("RAdam", frozenset({"betas", "decoupled_weight_decay"})),
+    ("Adamax", frozenset({"betas", "eps", "weight_decay"})),
+    ("SparseAdam", frozenset({"betas", "eps"})),
 )
 """The hyper-parameters that give an optimizer away, the more particular first."""
+
+
+def is_optimizer(node: Any) -> bool:
+    """Returns whether a node is what `torch.optim.Optimizer.state_dict()` gives."""
+    mapping = as_mapping(node)
+    return mapping is not None and "param_groups" in mapping and "state" in mapping
 
 
 def describe(state: Mapping[Any, Any]) -> tuple[str, int]:

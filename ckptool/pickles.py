@@ -233,15 +233,19 @@ def _unpickling_error() -> type[Exception]:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
+Reduced = tuple[Global, tuple[Any, ...]] | PyObject | None
+"""What a leaf is written as: a call, whose arguments are of that call alone and remembered by nobody; or an object."""
+
+
 def dump(
     tree: Any,
     *,
-    reduce: Callable[[Any], tuple[Global, tuple[Any, ...]] | None] = lambda _: None,
+    reduce: Callable[[Any], Reduced] = lambda _: None,
     persistent_id: Callable[[Any], Any] = lambda _: None,
 ) -> bytes:
     """Returns the protocol-2 pickle of a tree.
 
-    ``reduce`` maps a leaf to (callable, args); ``persistent_id`` maps an object kept elsewhere to its id.
+    ``reduce`` maps a leaf to what it is written as; ``persistent_id`` maps an object kept elsewhere to its id.
     Both answer None for anything else. Shared objects stay shared, cycles stay cycles.
     Raises: UnsupportedError for what protocol 2 cannot say, LimitError past `MAX_DEPTH`.
     """
@@ -255,10 +259,14 @@ def dump(
     return b"\x80\x02" + b"".join(writer.out) + b"."
 
 
+_TUPLES = (b")", b"\x85", b"\x86", b"\x87", b"t")
+"""Opcodes that make a tuple of 0, 1, 2, 3, and of all items since the mark."""
+
+
 class _Writer:
     def __init__(
         self,
-        reduce: Callable[[Any], tuple[Global, tuple[Any, ...]] | None],
+        reduce: Callable[[Any], Reduced],
         persistent_id: Callable[[Any], Any],
     ) -> None:
         self.reduce = reduce
@@ -317,13 +325,17 @@ class _Writer:
         else:
             pid = self.persistent_id(node)
             if pid is not None:
-                self.save(pid)
+                self.save_fresh(pid)
                 self.out.append(b"Q")
                 return
             reduced = self.reduce(node)
             if reduced is None:
                 raise UnsupportedError(f"a pickle cannot hold a {kind.__name__}")
-            self.save_call(reduced[0].module, reduced[0].qualname, reduced[1], node)
+            if isinstance(reduced, PyObject):
+                self.save(reduced)
+                return
+            self.save_fresh_call(*reduced)
+            self.put(node)
 
     def put(self, node: Any) -> None:
         self.memo[id(node)] = self.count
@@ -379,6 +391,22 @@ class _Writer:
         self.names[name] = self.count
         self.put_index()
 
+    def save_fresh_call(self, function: Global, args: tuple[Any, ...]) -> None:
+        """Writes a call whose arguments nothing else refers to: they need no place in the memo."""
+        self.save_global(function.module, function.qualname)
+        self.save_fresh(args)
+        self.out.append(b"R")
+
+    def save_fresh(self, items: tuple[Any, ...]) -> None:
+        if len(items) > 3:
+            self.out.append(b"(")
+        for item in items:
+            if isinstance(item, PyObject) and item.called and not (item.mapping or item.items or item.state):
+                self.save_fresh_call(type(item), item.args)
+            else:
+                self.save(item)
+        self.out.append(_TUPLES[min(len(items), 4)])
+
     def save_tuple(self, node: tuple[Any, ...]) -> None:
         if len(node) > 3:
             self.out.append(b"(")
@@ -388,8 +416,9 @@ class _Writer:
             self.out.append(b"1" if len(node) > 3 else b"0" * len(node))
             self.get(self.memo[id(node)])
             return
-        self.out.append(b"t" if len(node) > 3 else (b"", b"\x85", b"\x86", b"\x87")[len(node)])
-        self.put(node)
+        self.out.append(_TUPLES[min(len(node), 4)])
+        if not all(type(item) is int for item in node):  # of a shape nobody asks whether it is the same object
+            self.put(node)
 
     def save_call(self, module: str, qualname: str, args: tuple[Any, ...], node: Any) -> None:
         self.save_global(module, qualname)

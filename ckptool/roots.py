@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ckptool import modules
+from ckptool import keys, modules
 from ckptool.checkpoint import TensorInfo
+from ckptool.optimizers import is_optimizer
 from ckptool.tree import Path, as_mapping, walk
-
-NAMES = (
-    "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "generator", "params",
-    "weights",
-)  # fmt: skip
-"""Names under which training scripts and frameworks keep the weights, first match first."""
-
-EMA = ("state_dict_ema", "model_ema", "ema", "params_ema", "ema_state_dict")
-"""Names of an exponential moving average of the weights: another set of values, taken only when asked for."""
 
 _PROBE = 10_000
 """Nodes looked at to see whether a container holds any tensor."""
@@ -43,12 +35,12 @@ def find_root(tree: Any) -> Root:
         mapping = as_mapping(node)
         if mapping is None:
             break
-        ema += [(*path, name) for name in EMA if name in mapping and holds_weights(mapping[name])]
+        ema += [(*path, name) for name in keys.EMA if name in mapping and holds_weights(mapping[name])]
         direct = sum(isinstance(value, TensorInfo) for value in mapping.values())
-        named = [name for name in NAMES if name in mapping and holds_weights(mapping[name])]
+        named = [name for name in keys.ROOTS if name in mapping and holds_weights(mapping[name])]
         if direct and (not named or 2 * direct > len(mapping)):
             break
-        found = named or [name for name, value in mapping.items() if name not in EMA and holds_weights(value)]
+        found = named or [name for name, value in mapping.items() if name not in keys.EMA and holds_weights(value)]
         if not found:
             break
         if len(found) > 1:
@@ -72,9 +64,3 @@ def holds_weights(node: Any) -> bool:
         if seen > _PROBE:
             break
     return False
-
-
-def is_optimizer(node: Any) -> bool:
-    """Returns whether a node is what `torch.optim.Optimizer.state_dict()` gives."""
-    mapping = as_mapping(node)
-    return mapping is not None and "param_groups" in mapping and "state" in mapping

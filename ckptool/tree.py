@@ -117,9 +117,12 @@ class PyObject(metaclass=Global):
 _DICT_CLASSES = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("collections", "Counter")}
 
 
+_ORDERED_DICT = Global.named("collections", "OrderedDict")
+
+
 def ordered_dict(mapping: dict[Any, Any], metadata: Any = None) -> PyObject:
     """Returns a `collections.OrderedDict` of the tree, with ``_metadata`` as `Module.state_dict` sets it."""
-    made = Global.named("collections", "OrderedDict")()
+    made = _ORDERED_DICT()
     made.mapping = mapping
     made.state = None if metadata is None else {"_metadata": metadata}
     return made

@@ -73,22 +73,49 @@ def _plain(node: Any) -> Any:
     return _plain(node.args) if isinstance(node, PyObject) else None
 
 
+class _Norm:
+    """A running L2 norm as scale * sqrt(total), so that squares of 1e200 do not overflow (LAPACK's dlassq)."""
+
+    def __init__(self) -> None:
+        self.scale = self.total = 0.0
+
+    def add(self, values: np.ndarray[Any, Any]) -> None:
+        import numpy as np
+
+        largest = float(values.max(initial=0.0))
+        if not largest:
+            return
+        block = float(np.square(values / largest).sum())
+        if largest > self.scale:
+            self.total *= (self.scale / largest) ** 2
+            self.scale = largest
+        self.total += block * (largest / self.scale) ** 2
+
+    def over(self, other: _Norm) -> float | None:
+        """Returns this norm over another; None over zero, or where it is beyond float64."""
+        if not self.scale:
+            return 0.0
+        if not other.scale:
+            return None
+        ratio = (self.scale / other.scale) * math.sqrt(self.total / other.total)
+        return ratio if math.isfinite(ratio) else None
+
+
 class _Sums:
     """Running totals over blocks, in float64."""
 
     def __init__(self, rtol: float, atol: float) -> None:
         self.rtol, self.atol = rtol, atol
         self.equal = self.close = self.bounded = True
-        self.largest = self.difference = self.norm = 0.0
+        self.largest = 0.0
+        self.difference, self.norm = _Norm(), _Norm()
 
     def add(self, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:
         import numpy as np
 
         exact = a.dtype.kind in "iu" and b.dtype.kind in "iu"
-        if exact and a.dtype == b.dtype:
-            wide = "u8"  # modulo 2^64 the larger minus the smaller is exact
-            gap = np.where(a > b, a.astype(wide) - b.astype(wide), b.astype(wide) - a.astype(wide)).astype("f8")
-            apart = gap > 0
+        if exact:
+            apart, gap = _integer_gaps(a, b)
         else:
             with np.errstate(invalid="ignore", over="ignore"):
                 a, b = (part if part.dtype.kind == "c" else part.astype("f8") for part in (a, b))
@@ -96,24 +123,32 @@ class _Sums:
                 gap = np.where(apart, np.abs(a - b), 0.0)
         self.equal &= not apart.any()
         if apart.any():
-            with np.errstate(invalid="ignore"):
-                near = gap <= (0 if exact else self.atol + self.rtol * np.abs(b))
-            self.close &= bool(near[apart].all())
             finite = np.isfinite(gap)
+            with np.errstate(invalid="ignore", over="ignore"):
+                near = finite & (gap <= (0 if exact else self.atol + self.rtol * np.abs(b)))
+            self.close &= bool(near[apart].all())
             self.bounded &= bool(finite.all())
-            gap = gap[finite]
-            self.largest = max(self.largest, float(gap.max(initial=0.0)))
-            self.difference += float(np.square(gap).sum())
-        size = np.abs(a.astype("c16") if a.dtype.kind == "c" else a.astype("f8"))
-        self.norm += float(np.square(size[np.isfinite(size)]).sum())
+            self.largest = max(self.largest, float(gap[finite].max(initial=0.0)))
+            self.difference.add(gap[finite])
+        size = np.abs(a if a.dtype.kind == "c" else a.astype("f8"))
+        self.norm.add(size[np.isfinite(size)])
 
     def distance(self) -> Distance:
         status: Literal["equal", "close", "differ"] = "equal" if self.equal else "close" if self.close else "differ"
         if not self.bounded:
             return Distance(status, None, None)
-        if not self.difference:
-            return Distance(status, self.largest, 0.0)
-        return Distance(status, self.largest, math.sqrt(self.difference / self.norm) if self.norm else None)
+        return Distance(status, self.largest, self.difference.over(self.norm))
+
+
+def _integer_gaps(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+    """Returns (which differ, |a - b| as float64), exact for integers of any two dtypes before the last rounding."""
+    import numpy as np
+
+    one, other = a.astype("u8"), b.astype("u8")  # modulo 2^64 the larger minus the smaller is exact
+    negative, other_negative = a < 0, b < 0
+    larger = np.where(negative == other_negative, one >= other, other_negative)
+    gap = np.where(larger, one - other, other - one)
+    return gap > 0, gap.astype("f8")
 
 
 def _same_count(

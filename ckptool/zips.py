@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ckptool.checkpoint import Span
 from ckptool.errors import FormatError, LimitError, UnsupportedError
@@ -80,8 +80,8 @@ def read_directory(file: File) -> dict[str, Member]:
             raise FormatError(f"the zip member {name!r} reaches beyond the archive's data", file.path)
         if name in members:
             raise FormatError(f"two zip members are named {name!r}", file.path)
-        kind = "stored" if method == 0 else "deflated"
-        members[name] = Member(Span(file.path, offset, usize, kind, packed), crc)  # type: ignore[arg-type]
+        kind: Literal["stored", "deflated"] = "stored" if method == 0 else "deflated"
+        members[name] = Member(file.span(offset, usize, kind, packed), crc)
         ranges.append((offset, offset + 30 + name_size + packed))
     if position > size:
         raise FormatError("its zip directory is cut off", file.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,11 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args == ["--version"]:  # the one thing that needs no parser
         print(f"ckptool {ckptool.__version__}")
         return 0
-    from ckptool.cli.app import run
+    from ckptool.cli import app, render
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name the terminal's encoding lacks is escaped, no traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return run(args)
-    except BrokenPipeError:
-        # Whoever read our output has gone: what is left of it must not be flushed into the closed pipe.
+        return app.run(args)
+    except render.ClosedPipe:
+        # What is left of our output must not be flushed into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

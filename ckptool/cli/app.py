@@ -38,15 +38,15 @@ def _options(
 
 def run(args: list[str]) -> int:
     """Runs one command line. Any exception but ours and the parser's is a bug and keeps its traceback."""
-    command = next((arg for arg in args if not arg.startswith("-")), "")
+    known = {command.name for command in app.registered_commands}
+    command = next((arg for arg in args if arg in known), "")
     as_json = "--json" in args
     try:
         code = app(args, standalone_mode=False, prog_name="ckptool")
-        sys.stdout.flush()
     except CkptoolError as error:
         return _fail(error, command, as_json)
     except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
+        render.write(f"{error.format_message()}\n")
         return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
@@ -64,6 +64,5 @@ def _fail(error: CkptoolError, command: str, as_json: bool) -> int:
             {"schema": 1, "command": command,
              "error": {"kind": error.slug, "message": error.message, "path": error.path}}
         )  # fmt: skip
-    sys.stdout.flush()
     print(f"ckptool: error: {render.safe(str(error))}", file=sys.stderr)
     return error.exit_code

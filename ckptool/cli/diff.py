@@ -126,5 +126,6 @@ def _text(value: Any) -> str:
 
 def _distance(row: Any) -> str:
     largest = "not finite" if row.max_abs is None else f"{row.max_abs:.3g}"
-    relative = "not finite" if row.rel_l2 is None else f"{row.rel_l2:.3g}"
+    undefined = "not finite" if row.max_abs is None else "undefined (A is zero)"
+    relative = undefined if row.rel_l2 is None else f"{row.rel_l2:.3g}"
     return f"max abs {largest}, relative L2 {relative}"

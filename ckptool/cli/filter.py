@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import ckptool
-from ckptool import keys
+from ckptool import api, keys
 from ckptool.cli import render
 from ckptool.errors import UsageError
 from ckptool.ops.filter import LOADED, FilterReport, Row
@@ -54,14 +54,19 @@ def command(
     """Keep what fits: TARGET with every tensor that agrees in name and shape taken from SOURCE."""
     if output is None and not dry_run:
         raise UsageError("name the output with -o, or ask for a --dry-run")
-    if not match and (min_loaded or require or strict):
+    if match is None and (min_loaded or require or strict):
         raise UsageError("--min-loaded, --require and --strict need --match")
     least = _fraction(min_loaded)
     tags = _tags(map_location)
-    if output is not None:
-        ckptool.check_output(output, force=force or in_place)
     opened = [ckptool.open(source, root=root) for source in sources]
-    target = ckptool.open(match, root=match_root) if match else None
+    target = ckptool.open(match, root=match_root) if match is not None else None
+    inputs = [*opened, *([] if target is None else [target])]
+    if output is not None:
+        api.check_output(output, force=force, in_place=in_place, inputs=inputs)
+    if report_file is not None:
+        if output is not None and api.same_place(report_file, output):
+            raise UsageError("--report and --output name one file")
+        api.check_report(report_file, force=force, inputs=inputs)
     checkpoint, report = ckptool.filter(
         *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix,
         add_prefix=add_prefix, only_matched=only_matched, cast=cast,
@@ -73,7 +78,7 @@ def command(
         report = replace(report, output=output, notes=notes)
     document = render.document("filter", report, [*report.notes, *failed])
     if report_file is not None:
-        ckptool.write_text(report_file, render.json_text(document), force=force)
+        api.write_text(report_file, render.json_text(document), force=force)
     if as_json:
         render.print_json(document)
     else:
@@ -111,7 +116,10 @@ def _gates(report: FilterReport, least: float | None, require: Sequence[str], st
     if least is not None and report.loaded_fraction < least:
         share, wanted = render.percent(report.loaded_fraction), render.percent(least)
         failed.append(f"{share} of the parameters loaded, --min-loaded wants {wanted}")
-    rows = {row.key: row for row in report.rows if row.reason != "unexpected"}
+    rows: dict[str, Row] = {}
+    for row in report.rows:  # the target's come first, and count
+        if row.reason != "unexpected":
+            rows.setdefault(row.key, row)
     for pattern in require:
         fitting = [key for key in rows if keys.matches(pattern, key)]
         lacking = [key for key in fitting if rows[key].reason not in LOADED]
@@ -145,7 +153,7 @@ def _lines(report: FilterReport, output: str | None, dry_run: bool, failed: list
         parts.append(f"{counts['ignored']} ignored")
     name = output or "(dry run)"
     state = " (dry run)" if dry_run and output else " (not written)" if failed else ""
-    lines = [f"{render.safe(name)}{state}: {', '.join(parts)}"]
+    lines = [render.safe(f"{name}{state}: {', '.join(parts)}")]
     lines += render.aligned(_rows(report, all_rows))
     if report.hint:
         lines += render.aligned([["hint", report.hint]])
@@ -175,6 +183,8 @@ def _rows(report: FilterReport, all_rows: bool) -> list[list[str]]:
 
 
 def _text(report: FilterReport, row: Row) -> str:
+    if row.shape is None and row.dtype is None:
+        return row.detail or ""
     shape = render.dims(row.shape)
     where = f"  in {row.file}" if row.file else ""
     detail = f"  {row.detail}" if row.detail else ""

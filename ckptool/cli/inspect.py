@@ -54,10 +54,13 @@ def command(
                 raise
             failed = error
             render.note(f"error: {error}")
-    chosen = [_chosen(report, include or [], exclude or [], sort) for report in reports]
+    chosen = [(report, _chosen(report, include or [], exclude or [], sort)) for report in reports]
+    notes = [note for report in reports for note in _unused(report, [*(include or []), *(exclude or [])])]
+    for text in () if as_json else notes:
+        render.note(text)
     if as_json:
         documents = [{**render.to_json(report), "tensors": render.to_json(rows)} for report, rows in chosen]
-        render.print_json(render.document("inspect", documents))
+        render.print_json(render.document("inspect", documents, notes))
         return 0
     for number, (report, rows) in enumerate(chosen):
         if keys_only:
@@ -75,19 +78,20 @@ def command(
     return failed.exit_code if failed else 0
 
 
-def _chosen(
-    report: InspectReport, include: list[str], exclude: list[str], sort: Order | None
-) -> tuple[InspectReport, list[TensorRow]]:
+def _chosen(report: InspectReport, include: list[str], exclude: list[str], sort: Order | None) -> list[TensorRow]:
     choose = keys.chooser(include, exclude)
     rows = [row for row in report.tensors if choose(row.key)]
-    for pattern in keys.unused_patterns([*include, *exclude], [row.key for row in report.tensors]):
-        render.note(f"{report.path}: {pattern} fits no key")
     orders: dict[Order, Callable[[TensorRow], tuple[int, str]]] = {
         Order.key: lambda row: (0, row.key),
         Order.numel: lambda row: (-_numel(row), row.key),
         Order.nbytes: lambda row: (-row.nbytes, row.key),
     }
-    return report, sorted(rows, key=orders[sort]) if sort else rows
+    return sorted(rows, key=orders[sort]) if sort else rows
+
+
+def _unused(report: InspectReport, patterns: list[str]) -> list[str]:
+    unused = keys.unused_patterns(patterns, [row.key for row in report.tensors])
+    return [f"{report.path}: {pattern} fits no key" for pattern in unused]
 
 
 def _numel(row: TensorRow) -> int:

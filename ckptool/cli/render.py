@@ -91,10 +91,23 @@ def aligned(lines: Iterable[Line], indent: int = 2) -> list[str]:
     ]
 
 
+class ClosedPipe(Exception):
+    """Whoever read our output has gone. Not an OSError: the parser would make an exit code of its own from it."""
+
+
+def write(text: str) -> None:
+    """Writes to stdout. Raises: ClosedPipe."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise ClosedPipe from None
+
+
 def show(lines: Iterable[str]) -> None:
     """Prints lines on stdout; on a terminal the words of `COLOURS` in front are coloured."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        write("".join(f"{line}\n" for line in lines))
         return
     from rich.console import Console
     from rich.text import Text
@@ -137,7 +150,7 @@ def json_text(document: Any) -> str:
 
 def print_json(document: Any) -> None:
     """Prints one JSON document on stdout."""
-    sys.stdout.write(json_text(document))
+    write(json_text(document))
 
 
 def document(command: str, result: Any, notes: Sequence[str] = ()) -> dict[str, Any]:

@@ -13,10 +13,11 @@ Two names cannot share bytes, so tied tensors are stored once; the dropped names
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from ckptool import aliases
-from ckptool.checkpoint import Checkpoint, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, contiguous_stride
 from ckptool.data import tensor_blocks
 from ckptool.dtypes import BY_SAFETENSORS, DTYPES
 from ckptool.errors import FormatError, LimitError, LossError, UnsupportedError, listed
@@ -47,7 +48,8 @@ def read(file: File) -> Checkpoint:
     if start > file.size:
         raise FormatError(f"its header claims {header_size} bytes of a file of {file.size}: a truncated download?")
     header = _parse(file.read(8, header_size))
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("its __metadata__ is not a map of strings to strings")
     if "DCP_SHARDING_INFO" in metadata:
@@ -66,10 +68,12 @@ def read(file: File) -> Checkpoint:
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw)
-        if isinstance(header, dict) and raw.count(b'"data_offsets"') > len(header) - ("__metadata__" in header):
-            json.loads(raw, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        if b"\\ud" in raw.lower():  # an escaped surrogate: a pair is a character, a lone one is no text
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise FormatError("its header is nested too deep") from error
+    except ValueError as error:
         raise FormatError(f"its header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise FormatError("its header is no JSON object")
@@ -79,9 +83,8 @@ def _parse(raw: bytes) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = {name for name in names if names.count(name) > 1} if len(names) < 10_000 else {"(many)"}
-        raise FormatError(f"its header has a name twice: {listed(sorted(twice))}")
+        counts = Counter(name for name, _ in pairs)
+        raise FormatError(f"its header has a name twice: {listed(name for name, count in counts.items() if count > 1)}")
     return found
 
 
@@ -106,7 +109,7 @@ def _tensor(name: str, entry: Any, file: File, start: int) -> tuple[TensorInfo, 
         if not dims or dims[-1] % 2:
             raise UnsupportedError(f"{name!r} is F4 with an odd last dimension, which torch cannot hold")
         dims = (*dims[:-1], dims[-1] // 2)
-    storage = Storage(Span(file.path, start + begin, end - begin), row.name if row.storage else None)
+    storage = Storage(file.span(start + begin, end - begin), row.name if row.storage else None)
     return TensorInfo(row.name, dims, contiguous_stride(dims), 0, storage), begin, end
 
 

@@ -110,7 +110,7 @@ def read(file: File, open_: Open) -> Checkpoint:
     nbytes = file.size
     for shard in sorted(set(weight_map.values()), key=_natural):
         path = os.path.join(directory, shard)
-        if not os.path.exists(path):
+        if not os.path.lexists(path):
             missing.append(shard)
             continue
         part = open_(path)
@@ -154,16 +154,20 @@ def _index(file: File) -> dict[str, Any]:
         raise LimitError(f"an index of {file.size:,} bytes (MAX_INDEX)", file.path)
     try:
         index = json.loads(file.read(0, file.size))
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise FormatError("an index that is nested too deep", file.path) from error
+    except ValueError as error:
         raise FormatError(f"an index that is no JSON: {error}", file.path) from error
     weight_map = index.get("weight_map", index) if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError("an index without a weight_map of tensor to file", file.path)
     if not isinstance(index.get("metadata") or {}, dict):
         raise FormatError("an index whose metadata is no object", file.path)
-    outside = [shard for shard in set(weight_map.values()) if os.path.basename(shard) != shard or shard in ("", "..")]
-    if outside:
-        raise FormatError(f"its index names files outside its directory: {listed(sorted(outside))}", file.path)
+    for shard in sorted(set(weight_map.values())):
+        if os.path.basename(shard) != shard or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
+            raise FormatError(f"its index names a file outside its directory: {shard!r}", file.path)
+        if INDEX.match(shard) or os.path.isdir(os.path.join(os.path.dirname(file.path), shard)):
+            raise FormatError(f"its index names something that is no shard: {shard!r}", file.path)
     return dict(index)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckptool import rebuild
-from ckptool.checkpoint import Checkpoint, Span, Storage
+from ckptool.checkpoint import Checkpoint, Storage
 from ckptool.errors import FormatError
 from ckptool.files import File
 from ckptool.streams import PickleStream
@@ -57,7 +57,7 @@ def read(file: File) -> Checkpoint:
             raise FormatError(f"the storage {key!r} is listed, and named in no tensor or twice", file.path)
         (sizes[key],) = stream.numbers("<q")
         nbytes = rebuild.storage_nbytes(types[key], sizes[key])
-        storages[key] = Storage(Span(file.path, stream.skip(nbytes), nbytes), types[key])
+        storages[key] = Storage(file.span(stream.skip(nbytes), nbytes), types[key])
 
     def persistent_load(pid: Any) -> Any:
         if _is_module(pid):

@@ -16,7 +16,7 @@ import tarfile
 from typing import Any
 
 from ckptool import rebuild
-from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo
+from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
 from ckptool.errors import FormatError, LimitError
 from ckptool.files import File
 from ckptool.streams import PickleStream
@@ -46,7 +46,7 @@ def read(file: File) -> Checkpoint:
         dtype = rebuild.dtype_of_storage(storage_type)
         (numel,) = stream.numbers("<q")
         nbytes = rebuild.storage_nbytes(dtype, numel)
-        storages[_key(key)] = Storage(Span(file.path, stream.skip(nbytes), nbytes), dtype, str(location))
+        storages[_key(key)] = Storage(file.span(stream.skip(nbytes), nbytes), dtype, str(location))
     for view in stream.pickle():
         if not isinstance(view, tuple) or len(view) != 4 or type(view[2]) is not int or view[2] < 0:
             raise FormatError(f"a view of a storage is described as {view!r}")

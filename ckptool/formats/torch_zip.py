@@ -20,7 +20,6 @@ from ckptool.data import storage_blocks, tensor_blocks
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.files import File, Files, Output
 from ckptool.layout import Layout, MapLocation
-from ckptool.tree import Global
 from ckptool.zips import is_zip, read_directory, read_small
 from ckptool.zipwriter import ZipWriter
 
@@ -105,7 +104,7 @@ def write(
     order: dict[int, int] = {}
     used: list[Storage] = []
 
-    def reduce(node: Any) -> tuple[Global, tuple[Any, ...]] | None:
+    def reduce(node: Any) -> pickles.Reduced:
         return layout.call(node) if isinstance(node, TensorInfo) else None
 
     def persistent_id(node: Any) -> Any:

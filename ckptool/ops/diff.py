@@ -96,7 +96,8 @@ def diff(
     Raises: NoTensorsError if a side has none, CollisionError if stripping makes two keys one.
     """
     first, second = _tensors(a), _tensors(b)
-    notes: list[str] = []
+    found = {side.url: "/".join(map(str, side.root)) for side in (a, b)}
+    notes = [f"the weights of {url} are at {root}" for url, root in found.items() if root]
     plain_a, plain_b = _plain_keys(a, first, strip_prefix_a), _plain_keys(b, second, strip_prefix_b)
     notes += _wrapper_notes(a, first, b, second)
     chosen = names.chooser((), ignore)
@@ -146,22 +147,29 @@ def no_tensors(checkpoint: Checkpoint) -> str:
 
 def _plain_keys(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], strip: str | None) -> dict[str, str]:
     """Returns {key as it is compared: key as it stands in the file}."""
+    plain = names.unwrap_all(tensors)
     if strip is None:
-        return names.unwrap_all(tensors)
-    if not any(key.startswith(strip) for key in tensors):
-        raise UsageError(f"no key begins with {strip!r}", checkpoint.url)
-    stripped = {key: names.replace_prefix(key, strip, None) for key in tensors}
-    found = {plain: key for key, plain in stripped.items()}
-    if len(found) < len(stripped):
-        twice = sorted(plain for key, plain in stripped.items() if found[plain] != key)
+        return plain
+    if not any(name.startswith(strip) for name in plain):
+        if not any(key.startswith(strip) for key in tensors):
+            raise UsageError(f"no key begins with {strip!r}", checkpoint.url)
+        plain = {key: key for key in tensors}
+    found: dict[str, str] = {}
+    twice = []
+    for name, key in plain.items():
+        made = names.replace_prefix(name, strip, None)
+        if made in found:
+            twice.append(made)
+        found[made] = key
+    if twice:
         raise CollisionError(f"without {strip!r} two keys are named {listed(twice)}", checkpoint.url)
-    return {plain: found[key] for plain, key in names.unwrap_all(found).items()}
+    return {name: found[key] for name, key in names.unwrap_all(found).items()}
 
 
 def _wrapper_notes(
     a: Checkpoint, first: Mapping[str, TensorInfo], b: Checkpoint, second: Mapping[str, TensorInfo]
 ) -> list[str]:
-    in_a, in_b = names.wrapper_of(list(first)), names.wrapper_of(list(second))
+    in_a, in_b = names.looked_through(list(first)), names.looked_through(list(second))
     if in_a == in_b:
         return []
     return [f"looked through {prefix!r} in {side.url}" for prefix, side in ((in_a, a), (in_b, b)) if prefix]
@@ -178,11 +186,11 @@ def _same(
     """Notes what differs between two tensors of one name; returns whether nothing does."""
     same = True
     counters = names.is_counter(key) and {one.shape, other.shape} <= {(), (1,)}
-    if one.form != other.form and not counters:
+    if one.form[1] != other.form[1] and not counters:
         report.shape.append(Changed(key, _shape(one), _shape(other)))
         same = False
-    if one.dtype != other.dtype:
-        report.dtype.append(Changed(key, one.dtype, other.dtype))
+    if (one.dtype, one.kind) != (other.dtype, other.kind):
+        report.dtype.append(Changed(key, _dtype(one), _dtype(other)))
         same = False
     if devices and one.location != other.location:
         report.devices.append(Changed(key, one.location, other.location))
@@ -193,6 +201,10 @@ def _same(
             report.values.append(ValuesChanged(key, distance.status, distance.max_abs, distance.rel_l2))
             same = False
     return same
+
+
+def _dtype(tensor: TensorInfo) -> str:
+    return tensor.dtype if tensor.kind == "dense" else f"{tensor.dtype} {tensor.kind}"
 
 
 def _shape(tensor: TensorInfo) -> Any:

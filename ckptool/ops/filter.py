@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ckptool import keys as names
-from ckptool import modules, roots
+from ckptool import modules, optimizers
 from ckptool.checkpoint import Checkpoint, Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
 from ckptool.dtypes import DTYPES
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
@@ -124,7 +124,8 @@ def _select(
     if not kept:
         raise NoTensorsError(f"the patterns choose none of {len(everything)} tensors", sources[0].url)
     base = sources[0]
-    notes = [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, everything)]
+    notes = root_notes(sources)
+    notes += [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, everything)]
     if len(kept) != len(base.state_dict()):
         notes += _optimizer_notes(base)
     merged = base.with_state_dict(kept)
@@ -227,11 +228,7 @@ class _Merge:
         elif isinstance(source, Storage) and tensor.location != source.location and tensor.kind == "dense":
             identity = (id(source), tensor.location)
             source = self._storages.setdefault(identity, replace(source, location=tensor.location))
-        extras = tensor.extras
-        if bits is not None or extras is not None:
-            conj, neg = (bits.conj, bits.neg) if bits else (False, False)
-            extras = replace(extras or Extras(), conj=conj, neg=neg)
-        return TensorInfo(dtype, shape, stride, offset, source, tensor.requires_grad, tensor.is_parameter, extras)
+        return _like(TensorInfo(dtype, shape, stride, offset, source, extras=bits), tensor)
 
     def tie(self, same: Same) -> None:
         """Lets tied keys of the target share what any of them took; refuses two different values for one tensor."""
@@ -245,12 +242,15 @@ class _Merge:
                 one, other = self.taken[first], self.taken[key]
                 if one.view != other.view and not same(one, other):
                     conflicts.append(f"{first} and {key}")
+            made: dict[int, TensorInfo] = {}  # names for one object in the target stay names for one object
             for key in group:
-                self.taken[key] = self.taken[first]
-                if key not in loaded:
-                    self.rows[key] = replace(
-                        self.rows[key], reason="tied", source=self.rows[first].source, detail=f"tied to {first}"
-                    )
+                tensor = self.tensors[key]
+                self.taken[key] = made.setdefault(id(tensor), _like(self.taken[first], tensor))
+                row, detail = self.rows[key], f"tied to {first}"
+                if row.reason == "mismatched":
+                    self.rows[key] = replace(row, detail=f"{detail}, whose values it takes")
+                elif key not in loaded:
+                    self.rows[key] = replace(row, reason="tied", source=self.rows[first].source, detail=detail)
         if conflicts:
             raise CollisionError(
                 f"tied in {self.target.url}, and different in the source: {listed(conflicts)}", self.sources[0].url
@@ -262,7 +262,8 @@ class _Merge:
         checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
         rows = [*self.rows.values(), *self._others(), *self._unplaced()]
         known = [*self.tensors, *(key for plain, _ in self.offers for key in plain)]
-        notes = [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, known)]
+        notes = root_notes([*self.sources, self.target])
+        notes += [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, known)]
         notes += self._wrapper_notes() + (_module_notes(self.target) if not only_matched else [])
         notes += self._separated(merged)
         report = _report(rows, self._fraction(), self._hint(), [c.url for c in self.sources], self.target.url, notes)
@@ -320,6 +321,8 @@ class _Merge:
         return loaded / total if (total := sum(counted.values())) else float(bool(self.taken))
 
     def _hint(self) -> str | None:
+        if len(self.taken) == len(self.tensors):
+            return None
         plain, tensors = self.offers[0]
         key_of = {name: key for key, name in self.plain.items()}
 
@@ -337,17 +340,17 @@ class _Merge:
         return f"{words} would match {count} of {len(self.tensors)} ({options})"
 
     def _wrapper_notes(self) -> list[str]:
-        own = names.wrapper_of(list(self.tensors))
+        own = names.looked_through(list(self.tensors))
         notes = []
         for source, (_, tensors) in zip(self.sources, self.offers, strict=True):
-            theirs = names.wrapper_of(list(tensors))
+            theirs = names.looked_through(list(tensors))
             if theirs != own:
                 sides = ((theirs, source.url), (own, self.target.url))
                 notes += [f"looked through {prefix!r} in {url}" for prefix, url in sides if prefix]
         return list(dict.fromkeys(notes))
 
     def _separated(self, merged: Mapping[str, TensorInfo]) -> list[str]:
-        """Says where the target's keys overlapped in memory without being equal, and no longer do."""
+        """Says what shared memory with the target's weights and no longer does: other views, other places."""
         tied = {key for group in self.target.shared() for key in group}
         by_storage: dict[int, list[str]] = {}
         for key, tensor in self.tensors.items():
@@ -357,30 +360,55 @@ class _Merge:
             group for group in by_storage.values()
             if len(group) > 1 and len({id(merged[key].source) for key in group}) > 1
         ]  # fmt: skip
-        return [f"shared memory in the target, and no longer: {listed(group)}" for group in split[:8]]
+        notes = [f"shared memory in the target, and no longer: {listed(group)}" for group in split[:8]]
+        replaced = {id(self.tensors[key].source) for key in self.taken}
+        root = self.target.root
+        elsewhere = [
+            "/".join(map(str, path))
+            for path, tensor in self.target.tensors()
+            if id(tensor.source) in replaced and path[: len(root)] != root
+        ]
+        if elsewhere:
+            notes.append(f"shared memory with the target's weights, and keep the old values: {listed(elsewhere)}")
+        return notes
 
 
 def _offer(source: Checkpoint, strip: str | None, add: str | None) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Returns ({key as it is matched: key in the source}, the source's tensors). Raises: CollisionError."""
+    """Returns ({key as it is matched: key in the source}, the source's tensors). Raises: CollisionError.
+
+    Prefixes are those of the keys behind any wrapper, or else of the keys as they stand.
+    """
     tensors = source.state_dict()
-    if strip and not any(key.startswith(strip) for key in tensors):
-        raise UsageError(f"no key begins with {strip!r}", source.url)
+    plain = names.unwrap_all(tensors)
+    if strip and not any(name.startswith(strip) for name in plain):
+        if not any(key.startswith(strip) for key in tensors):
+            raise UsageError(f"no key begins with {strip!r}", source.url)
+        plain = {key: key for key in tensors}
     renamed: dict[str, str] = {}
     twice = []
-    for key in tensors:
-        name = names.replace_prefix(key, strip, add)
-        if name in renamed:
-            twice.append(name)
-        renamed[name] = key
+    for name, key in plain.items():
+        made = names.replace_prefix(name, strip, add)
+        if made in renamed:
+            twice.append(made)
+        renamed[made] = key
     if twice:
         raise CollisionError(f"with these prefixes two keys are named {listed(twice)}", source.url)
-    return {plain: renamed[name] for plain, name in names.unwrap_all(renamed).items()}, tensors
+    return {name: renamed[key] for name, key in names.unwrap_all(renamed).items()}, tensors
 
 
 def _fits(key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
     if offered.form == tensor.form:
         return True
     return names.is_counter(key) and {offered.form, tensor.form} <= {("dense", ()), ("dense", (1,))}
+
+
+def _like(values: TensorInfo, tensor: TensorInfo) -> TensorInfo:
+    """Returns the values as what ``tensor`` is: a parameter or not, of its subclass, with its attributes."""
+    extras = tensor.extras
+    if values.extras is not None or extras is not None:
+        conj, neg = (values.extras.conj, values.extras.neg) if values.extras else (False, False)
+        extras = replace(extras or Extras(), conj=conj, neg=neg)
+    return replace(values, requires_grad=tensor.requires_grad, is_parameter=tensor.is_parameter, extras=extras)
 
 
 def _castable(old: str, new: str) -> bool:
@@ -402,6 +430,12 @@ def _dims(tensor: TensorInfo) -> list[int] | None:
     return None if tensor.shape is None else list(tensor.shape)
 
 
+def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Returns where the weights were found, for each checkpoint in which that is not the top."""
+    found = [(checkpoint.url, "/".join(map(str, checkpoint.root))) for checkpoint in checkpoints]
+    return list(dict.fromkeys(f"the weights of {url} are at {root}" for url, root in found if root))
+
+
 def _module_notes(checkpoint: Checkpoint) -> list[str]:
     if not modules.is_module(checkpoint.at(checkpoint.root)):
         return []
@@ -409,8 +443,8 @@ def _module_notes(checkpoint: Checkpoint) -> list[str]:
 
 
 def _optimizer_notes(checkpoint: Checkpoint) -> list[str]:
-    for path, node in walk(checkpoint.tree, closed=roots.is_optimizer):
-        if roots.is_optimizer(node) and as_mapping((as_mapping(node) or {}).get("state")):
+    for path, node in walk(checkpoint.tree, closed=optimizers.is_optimizer):
+        if optimizers.is_optimizer(node) and as_mapping((as_mapping(node) or {}).get("state")):
             where = "/".join(map(str, path))
             return [f"{where} goes by position: with keys dropped it no longer lines up with the weights"]
     return []

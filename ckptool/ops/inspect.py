@@ -203,10 +203,10 @@ def _beside(checkpoint: Checkpoint) -> list[Beside]:
 
 def describe(path: str, value: Any) -> Beside:
     """Returns what a value is in a few words: an optimizer's kind, a container's size, a scalar as it is."""
-    if roots.is_optimizer(value):
+    if optimizers.is_optimizer(value):
         kind, count = optimizers.describe(as_mapping(value) or {})
         return Beside(path, f"{kind} of {count} parameters", _nbytes(value))
-    if isinstance(value, list) and value and all(roots.is_optimizer(item) for item in value):
+    if isinstance(value, list) and value and all(optimizers.is_optimizer(item) for item in value):
         kinds = [optimizers.describe(as_mapping(item) or {}) for item in value]
         return Beside(path, ", ".join(f"{kind} of {count} parameters" for kind, count in kinds), _nbytes(value))
     if modules.is_module(value):

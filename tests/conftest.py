@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import CANARY, FIXTURES
+
+sys.path.insert(0, str(FIXTURES))  # make.py: its models are the live ones that pickled ones are compared with
+
+
+@pytest.fixture(autouse=True)
+def nothing_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test runs in an empty directory, and fails if a file's code made the directory it tries to make."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not (tmp_path / CANARY).exists()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fixtures_stay_as_they_are() -> Iterator[None]:
+    def digests() -> dict[Path, str]:
+        files = [path for path in FIXTURES.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    before = digests()
+    yield
+    assert digests() == before
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Saves an object with torch.save and returns the path."""
+
+    def save(obj: Any, name: str = "saved.pth", **options: Any) -> Path:
+        torch.save(obj, tmp_path / name, **options)
+        return tmp_path / name
+
+    return save

@@ -1,0 +1,38 @@
+"""The main job as a user of the wheel runs it, where torch cannot be imported. Run by `make smoke`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+fixtures = Path(sys.argv[1]).resolve()
+ckptool = Path(sys.executable).with_name("ckptool")
+
+
+def run(*args: str | Path, code: int = 0) -> str:
+    """Returns what ckptool prints; stops the smoke test if the exit code is another."""
+    done = subprocess.run([ckptool, *map(str, args)], capture_output=True, text=True)
+    if done.returncode != code or "Traceback" in done.stderr:
+        sys.exit(f"ckptool {' '.join(map(str, args))}: exit {done.returncode}, not {code}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+if importlib.util.find_spec("torch") is not None:
+    sys.exit("torch can be imported here: this is no smoke test")
+with tempfile.TemporaryDirectory() as directory:
+    merged = Path(directory, "merged.pth")
+    old, new = fixtures / "resnet_old.pth", fixtures / "resnet_new.pth"
+    print(run("--version").strip())
+    run("--help")
+    assert json.loads(run("inspect", "--json", old))["result"][0]["tensors"]
+    run("diff", old, new, code=1)
+    run("filter", "--match", new, old, "-o", merged)
+    run("diff", "--values", merged, new, code=1)
+    report = json.loads(run("filter", "--json", "--match", new, old, "-o", merged.with_suffix(".safetensors")))
+    assert report["result"]["counts"] == {"loaded": 100, "mismatched": 2, "bookkeeping": 20}, report
+    run("inspect", fixtures / "bad" / "html.pth", code=2)
+print("smoke: the wheel works without torch")

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import FIXTURES, loads_safely
+
+OLD, FULL = FIXTURES / "resnet_old.pth", FIXTURES / "resnet_122.pth"
+SAFE = FIXTURES / "resnet_old.safetensors"
+
+IMPORTED = """
+import sys
+from ckptool.cli import main
+code = main(sys.argv[1:])
+print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+sys.exit(code)
+"""
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in %r:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocked())
+from ckptool.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=60)
+
+
+WITHOUT = [
+    (["--help"], 0),
+    (["--version"], 0),
+    (["inspect", "--help"], 0),
+    (["inspect", FULL], 0),
+    (["inspect", FIXTURES / "resnet_module.pth", "--json"], 0),
+    (["inspect", SAFE, FIXTURES / "sharded", FIXTURES / "resnet_legacy.pth"], 0),
+    (["diff", OLD, FULL], 0),
+    (["diff", OLD, FIXTURES / "resnet_new.pth", "--json"], 1),
+    (["diff", SAFE, FIXTURES / "resnet_nested.pth"], 0),
+    (["filter", "--match", FULL, OLD, "-o", "out.pth"], 0),
+    (["filter", "--match", FULL, SAFE, "-o", "out.safetensors"], 0),
+    (["filter", "--match", FIXTURES / "resnet_nested.pth", FIXTURES / "resnet_legacy.pth", "-o", "out.pth"], 0),
+    (["filter", FIXTURES / "sharded", "-o", "out.pth"], 0),
+    (["inspect", FIXTURES / "bad" / "html.pth"], 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "code"), WITHOUT, ids=[" ".join(Path(str(arg)).name for arg in args) for args, _ in WITHOUT]
+)
+def test_what_moves_bytes_and_reads_headers_imports_neither_torch_nor_numpy(args: list[object], code: int) -> None:
+    done = python(IMPORTED, *args)
+    assert done.returncode == code, done.stderr
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "ckptool" in imported
+    assert not imported & {"torch", "numpy", "safetensors"}
+
+
+def test_the_version_needs_no_parser() -> None:
+    done = python(IMPORTED, "--version")
+    assert not set(done.stderr.split()) & {"typer", "click", "rich"}
+
+
+def test_importing_the_library_imports_no_command_line() -> None:
+    done = python("import sys, ckptool; print(*sys.modules)")
+    imported = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not imported & {"typer", "rich", "click", "torch", "numpy", "safetensors"}
+
+
+def test_the_library_does_the_main_job_without_torch_or_numpy() -> None:
+    code = """
+import sys, ckptool
+source, target = sys.argv[1:]
+merged, report = ckptool.filter(source, match=target)
+ckptool.save(merged, "out.pth")
+assert report.counts == {"loaded": 102, "bookkeeping": 20}
+assert ckptool.diff("out.pth", target).same
+assert ckptool.inspect("out.pth").parameters
+print(*sys.modules)
+"""
+    done = python(code, OLD, FULL)
+    assert done.returncode == 0, done.stderr
+    assert not {name.partition(".")[0] for name in done.stdout.split()} & {"torch", "numpy"}
+    assert loads_safely(Path("out.pth"))
+
+
+def test_comparing_values_needs_numpy_and_no_torch() -> None:
+    done = python(BLOCKED % ["torch"], "diff", FIXTURES / "dtypes.pth", FIXTURES / "dtypes.safetensors", "--values")
+    assert done.returncode == 1, done.stderr
+    done = python(BLOCKED % ["torch"], "diff", OLD, FIXTURES / "resnet_new.pth", "--values")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+# --- where torch cannot be imported ----------------------------------------------------------------------------------
+
+
+def test_the_whole_flow_works_where_torch_cannot_be_imported() -> None:
+    blocked = BLOCKED % ["torch"]
+    nested, legacy = FIXTURES / "resnet_nested.pth", FIXTURES / "resnet_legacy.pth"
+    assert python(blocked, "inspect", nested, "--json").returncode == 0
+    assert python(blocked, "filter", "--match", nested, legacy, "-o", "out.pth").returncode == 0
+    assert python(blocked, "diff", "out.pth", legacy, "--values").returncode == 0
+    assert python(blocked, "filter", "out.pth", "-o", "out.safetensors").returncode == 0
+    assert python(blocked, "diff", "out.safetensors", "out.pth", "--values").returncode == 0
+    for name, tensor in torch.load("out.pth", weights_only=False)["model"].items():
+        assert torch.equal(tensor, torch.load(OLD)[name])
+
+
+def test_views_and_lazy_bits_are_gathered_without_torch() -> None:
+    for name in ("views.pth", "conj_neg.pth", "big_endian.pth"):
+        done = python(BLOCKED % ["torch"], "filter", FIXTURES / name, "-o", f"out-{name}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert python(BLOCKED % ["torch"], "diff", FIXTURES / name, f"out-{name}", "--values").returncode == 0
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("ckptool: error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_a_cast_says_in_one_line_that_torch_is_absent_and_writes_nothing() -> None:
+    torch.save({"w": torch.ones(2)}, "source.pth")
+    torch.save({"w": torch.ones(2).half()}, "target.pth")
+    done = python(BLOCKED % ["torch"], "filter", "--match", "target.pth", "source.pth", "-o", "out.pth", "--cast")
+    assert "needs torch, which is not installed: pip install 'ckptool[torch]'" in one_line(done)
+    assert sorted(path.name for path in Path().iterdir()) == ["source.pth", "target.pth"]
+    again = python(BLOCKED % ["torch"], "filter", "--match", "target.pth", "source.pth", "-o", "out.pth")
+    assert again.returncode == 0  # without --cast it is bytes
+
+
+def test_making_real_tensors_says_in_one_line_that_torch_is_absent() -> None:
+    call = "import ckptool; ckptool.open(sys.argv[1]).to_torch()"
+    code = (BLOCKED % ["torch"]).replace("sys.exit(main(sys.argv[1:]))", call)
+    done = python(code, OLD)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ckptool.errors.DependencyError: ")
+    assert "making real tensors needs torch" in last

@@ -1,0 +1,180 @@
+"""Files that other people's tools made, with what is truly in them; skipped where they are absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptool import data, modules
+from ckptool.api import open as open_checkpoint
+from ckptool.api import save
+from ckptool.checkpoint import Checkpoint, TensorInfo
+from ckptool.dtypes import DTYPES
+from ckptool.errors import CkptoolError, FormatError, UnsupportedError
+from ckptool.files import Files
+from ckptool.formats import read
+from ckptool.tree import as_mapping, attributes, walk
+
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
+EXPECTED: dict[str, Any] = {}
+if (SAMPLES / "expected.json").exists():
+    EXPECTED = json.loads((SAMPLES / "expected.json").read_text())["samples"]
+
+READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded")
+# Words that the refusal must have: a format is refused by its name.
+REFUSED = {
+    "torchscript": "TorchScript", "torch.package": "torch.package", "pickle": "plain pickle", "deepspeed": "DeepSpeed",
+    "megatron": "Megatron", "dcp": "DCP", "dcp-hf": "distributed",
+}  # fmt: skip
+GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]
+BAD = [name for name, sample in EXPECTED.items() if sample["format"] == "bad" or sample.get("invalid")]
+OTHERS = [name for name, sample in EXPECTED.items() if sample["format"] in REFUSED]
+
+pytestmark = pytest.mark.skipif(not EXPECTED, reason="the samples are not beside this repository")
+
+
+def opened(name: str) -> Checkpoint:
+    return read(str(SAMPLES / name))
+
+
+def found_tensors(checkpoint: Checkpoint) -> dict[tuple[Any, ...], TensorInfo]:
+    """By path; an nn.Module gives its state_dict; True and 1 are told apart as expected.json does, by their text."""
+    return {tuple(map(str, path)): tensor for path, tensor in checkpoint.tensors()}
+
+
+def digest(tensor: TensorInfo) -> str:
+    with Files() as files:
+        return hashlib.sha256(data.read_bytes(tensor, files)).hexdigest()
+
+
+def assert_tensor(tensor: TensorInfo, want: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
+    kind = want["kind"]
+    assert tensor.kind == kind, want["key"]
+    if "st_dtype" in want:
+        assert DTYPES[tensor.dtype].safetensors == want["st_dtype"]
+        shape = list(tensor.shape or ())
+        if want["st_dtype"] == "F4":
+            shape[-1] *= 2
+        assert shape == want["shape"]
+    else:
+        assert tensor.dtype == want["dtype"], want["key"]
+        if tensor.shape is not None:
+            assert list(tensor.shape) == want["shape"], want["key"]
+    if kind != "dense":
+        return
+    assert digest(tensor) == want["sha256"], want["key"]
+    assert tensor.nbytes == want["nbytes"]
+    for field, value in (
+        ("stride", list(tensor.stride)), ("storage_offset", tensor.storage_offset), ("location", tensor.location),
+        ("requires_grad", tensor.requires_grad), ("is_param", tensor.is_parameter),
+        ("storage_nbytes", tensor.storage.nbytes if tensor.storage else None),
+        ("conj", bool(tensor.extras and tensor.extras.conj)), ("neg", bool(tensor.extras and tensor.extras.neg)),
+    ):  # fmt: skip
+        if field in want and field not in ignored:
+            assert value == want[field], f"{want['key']}: {field}"
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_tensor_is_the_one_that_was_saved(name: str) -> None:
+    sample = EXPECTED[name]
+    checkpoint = opened(name)
+    assert checkpoint.format == sample["format"]
+    found = found_tensors(checkpoint)
+    groups: dict[int, set[int]] = {}
+    wanted = {}
+    for want in sample["tensors"]:
+        if want["kind"] in ("numpy", "storage"):
+            continue
+        # Of a whole model expected.json gives the path of its keys, dots and all.
+        wanted[tuple(map(str, want["path"]))] = want
+    extra = {(name,) for name in sample.get("problems", {}).get("in_shard_not_index", ())}
+    assert set(found) == set(wanted) | extra
+    for path, want in wanted.items():
+        tensor = found[path]
+        # torch makes a storage of a named part of one; ours is the whole with an offset.
+        assert_tensor(tensor, want, ("storage_offset", "storage_nbytes") if sample["format"] == "torch-tar" else ())
+        if "share" in want and tensor.numel and tensor.kind == "dense":
+            groups.setdefault(want["share"], set()).add(id(tensor.source))
+    assert all(len(sources) == 1 for sources in groups.values())
+    assert len({next(iter(sources)) for sources in groups.values()}) == len(groups)
+    if sample["format"] != "safetensors" and sample["format"] != "hf-sharded":
+        assert [path for path in found if path in wanted] == list(wanted)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_rewritten_every_tensor_is_still_the_one_that_was_saved(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(SAMPLES / name)
+    if checkpoint.broken:
+        pytest.skip("a part is missing")
+    before = {path: tensor for path, tensor in found_tensors(checkpoint).items() if tensor.kind == "dense"}
+    save(checkpoint, tmp_path / "out.pth")
+    after = found_tensors(open_checkpoint(tmp_path / "out.pth"))
+    for path, tensor in before.items():
+        assert (after[path].dtype, after[path].shape) == (tensor.dtype, tensor.shape)
+        assert digest(after[path]) == digest(tensor)
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if "metadata" in EXPECTED[name] and name.startswith("module")])
+def test_the_versions_of_a_models_modules_are_torchs(name: str) -> None:
+    top = next(node for _, node in walk(opened(name).tree) if modules.is_module(node))
+    found = {key: dict(entry) for key, entry in (as_mapping(modules.metadata(top)) or {}).items()}
+    assert found == EXPECTED[name]["metadata"]
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if EXPECTED[name]["format"] == "safetensors"])
+def test_metadata_is_there_word_for_word(name: str) -> None:
+    assert dict(opened(name).metadata) == (EXPECTED[name]["metadata"] or {})
+
+
+def test_an_inconsistent_index_is_told_in_full() -> None:
+    said = "\n".join(opened("hf_inconsistent").problems)
+    assert opened("hf_inconsistent").broken
+    problems = EXPECTED["hf_inconsistent"]["problems"]
+    for kind in ("in_shard_not_index", "in_index_not_shard", "missing_shard"):
+        assert all(name in said for name in problems[kind]), kind
+    assert "total_size" in said
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if not name.endswith("malicious.pt")])
+def test_a_bad_file_is_an_error_that_names_it(name: str) -> None:
+    if not (SAMPLES / name).exists():
+        pytest.skip("too large to be kept")
+    with pytest.raises(FormatError, match=Path(name).name):
+        opened(name)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_format_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=REFUSED[EXPECTED[name]["format"]]):
+        opened(name)
+
+
+def test_a_malicious_file_is_read_and_its_call_is_named() -> None:
+    checkpoint = opened("bad/malicious.pt")
+    assert any(qualname == "mkdir" for _, qualname in checkpoint.names)
+    found = found_tensors(checkpoint)
+    for want in EXPECTED["bad/malicious.pt"]["tensors"]:
+        assert_tensor(next(tensor for path, tensor in found.items() if path[-1] == want["key"]), want)
+
+
+def test_every_file_of_the_samples_is_read_or_refused_without_a_crash() -> None:
+    for path in sorted(SAMPLES.rglob("*")):
+        if path.is_file():
+            try:
+                checkpoint = open_checkpoint(path)
+                list(checkpoint.tensors())
+                list(checkpoint.leaves())
+            except CkptoolError as error:
+                said = str(error)
+            else:
+                said = str(path)
+            assert str(path.parent) in said
+
+
+def test_metadata_of_a_state_dict_is_kept() -> None:
+    assert "_metadata" in attributes(opened("zip/basic.pt").tree)
+    assert "_metadata" not in attributes(opened("zip/plain_dict.pt").tree)
