@@ -26,11 +26,11 @@ demo: $(VENV)/.tool
 	@rm -f merged.pth
 	$(BIN)/ckptool inspect $(FIXTURES)/resnet_nested.pth --depth 1
 	@echo
-	-$(BIN)/ckptool diff $(FIXTURES)/resnet_new.pth $(FIXTURES)/resnet_old.pth
+	$(BIN)/ckptool diff $(FIXTURES)/resnet_new.pth $(FIXTURES)/resnet_old.pth; test $$? -eq 1
 	@echo
 	$(BIN)/ckptool filter --match $(FIXTURES)/resnet_new.pth $(FIXTURES)/resnet_old.pth -o merged.pth
 	@echo
-	-$(BIN)/ckptool diff merged.pth $(FIXTURES)/resnet_old.pth --values
+	$(BIN)/ckptool diff merged.pth $(FIXTURES)/resnet_old.pth --values; test $$? -eq 1
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ckptool import formats, modules, roots
-from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo
+from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo, detached
 from ckptool.errors import CkptoolError, IncompleteError, OutputError, UsageError
 from ckptool.files import EXISTS, Files, Output, same_file
 from ckptool.ops.diff import DiffReport
@@ -150,12 +151,19 @@ def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) 
         output.commit()
 
 
+_DEVICE = re.compile(r"(cpu|cuda|meta|mps|xpu|xla|hpu|npu|mtia|ipu|maia|privateuseone)(:\d+)?")
+
+
 def _tag_map(map_location: MapLocation) -> Callable[[str], str] | None:
+    """Returns the mapping of device tags. Raises: UsageError for a tag that torch.load would not know."""
     if map_location is None or callable(map_location):
         return map_location
+    tags = {"*": map_location} if isinstance(map_location, str) else dict(map_location)
+    for tag in tags.values():
+        if not _DEVICE.fullmatch(tag):
+            raise UsageError(f"{tag!r} is no device tag such as cpu or cuda:1")
     if isinstance(map_location, str):
         return lambda tag: map_location if tag != "meta" else tag
-    tags = dict(map_location)
     return lambda tag: tags.get(tag, tag)
 
 
@@ -253,7 +261,10 @@ def _to_torch(self: Checkpoint, map_location: Any = None, *, only_root: bool = F
     from ckptool import real
 
     refuse_broken(self)
-    tree = {key: value for key, (_, value) in self.entries().items()} if only_root else self.tree
+    tree = self.tree
+    if only_root:
+        entries = {key: value for key, (_, value) in self.entries().items()}
+        tree = detached(entries) if modules.is_module(self.at(self.root)) else entries
     with Files() as files:
         return real.to_torch(tree, files, map_location, _module_state_dict)
 
@@ -261,7 +272,7 @@ def _to_torch(self: Checkpoint, map_location: Any = None, *, only_root: bool = F
 def _module_state_dict(node: Any) -> Any:
     if not modules.is_module(node):
         return None
-    return ordered_dict(modules.state_dict(node), modules.metadata(node))
+    return ordered_dict(detached(modules.state_dict(node)), modules.metadata(node))
 
 
 Checkpoint.to_torch = _to_torch

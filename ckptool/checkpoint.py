@@ -282,7 +282,7 @@ class Checkpoint:
         node = self.at(self.root)
         old = self.entries()
         if modules.is_module(node):
-            made: Any = ordered_dict(dict(tensors), modules.metadata(node))
+            made: Any = ordered_dict(detached(tensors), modules.metadata(node))
             made.state = _pruned_state(made.state, {}, old, tensors)
         elif is_flat(node):
             names = {key: path[0] for key, (path, _) in old.items()}
@@ -300,6 +300,16 @@ class Checkpoint:
             for key, tensor in tensors.items():
                 made = replaced(made, old[key][0], tensor)
         return replace(self, tree=replaced(self.tree, self.root, made))
+
+
+def detached(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns tensors as `Module.state_dict()` gives them: no parameters, no gradients; one object stays one object."""
+    made: dict[int, Any] = {}
+    for value in tensors.values():
+        if isinstance(value, TensorInfo) and id(value) not in made:
+            plain = not (value.is_parameter or value.requires_grad)
+            made[id(value)] = value if plain else replace(value, is_parameter=False, requires_grad=False)
+    return {key: made.get(id(value), value) for key, value in tensors.items()}
 
 
 def is_flat(node: object) -> bool:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -357,10 +356,12 @@ def measured(*args: object) -> tuple[int, int, int, str]:
 
 
 @pytest.fixture
-def sparse_dir() -> Iterator[Path]:
-    """Not pytest's own: those are kept, and these files would be large where a file system has no holes."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+def sparse_dir(tmp_path: Path) -> Iterator[Path]:
+    """A directory that is emptied at once: pytest keeps its own, and what is written here is large."""
+    folder = tmp_path / "sparse"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
 
 
 def eight_gigabytes(last: int) -> dict[str, int]:

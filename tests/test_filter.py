@@ -135,7 +135,6 @@ def test_the_target_may_be_a_whole_model_whose_class_is_gone(old: Path, run: Run
     assert_equal_values(merged, by_hand({**target, **counters}, load(OLD)))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: Parameters, where model.state_dict() has detached tensors")
 def test_a_whole_model_becomes_the_plain_tensors_that_its_state_dict_has(run: Run) -> None:
     for args in (["--match", FIXTURES / "resnet_module.pth", OLD], [FIXTURES / "resnet_module.pth"]):
         assert run("filter", *args, "-o", "out.pth", "--force")[0] == 0
@@ -207,12 +206,13 @@ def test_every_key_of_every_input_has_a_row_and_every_key_of_the_target_exactly_
         ("b", "missing", None),
         ("c", "loaded", "s2.pth"),
         ("note", "ignored", None),
+        ("c", "ignored", "s1.pth"),  # its shape does not fit, and the second source's does
         ("x", "unexpected", "s1.pth"),
         ("when", "ignored", "s1.pth"),
         ("a", "ignored", "s2.pth"),
         ("y", "unexpected", "s2.pth"),
     ]
-    assert report.counts == {"loaded": 2, "missing": 1, "ignored": 3, "unexpected": 2}
+    assert report.counts == {"loaded": 2, "missing": 1, "ignored": 4, "unexpected": 2}
     assert sum(report.counts.values()) == len(report.rows)
 
 
@@ -242,7 +242,6 @@ def test_no_key_is_ever_passed_over_in_silence(seed: int, saved: Saved) -> None:
     assert sum(report.counts.values()) == len(report.rows)
 
 
-@pytest.mark.xfail(strict=True, reason="gap: the row of an excluded key does not say how the source spells it")
 def test_a_key_that_was_not_chosen_is_told_as_its_source_spells_it(saved: Saved) -> None:
     target = saved({"a": torch.zeros(1), "b": torch.zeros(1)}, "t.pth")
     source = saved({"module.a": torch.ones(1), "module.b": torch.ones(1)}, "s.pth")
@@ -250,7 +249,6 @@ def test_a_key_that_was_not_chosen_is_told_as_its_source_spells_it(saved: Saved)
     assert {"module.a", "module.b"} <= {row.source for row in report.rows} | {row.key for row in report.rows}
 
 
-@pytest.mark.xfail(strict=True, reason="gap: a source's mismatch is not told where a later source stands in")
 def test_a_mismatch_is_told_though_a_later_source_fits(saved: Saved) -> None:
     target = saved({"w": torch.zeros(2)}, "t.pth")
     first, second = saved({"w": torch.ones(3)}, "one.pth"), saved({"w": torch.ones(2)}, "two.pth")
@@ -797,7 +795,6 @@ def test_device_tags_are_written_as_asked(run: Run) -> None:
     assert_equal_values(load("two.pth"), by_hand(load(FULL), load(OLD)))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: any text is written as a tag, and torch.load then refuses the file")
 @pytest.mark.parametrize("tag", ["no such device", "", "cpu=cuda:x", "gpu", "cuda:-1"])
 def test_a_device_tag_that_torch_would_not_load_is_refused(tag: str, run: Run) -> None:
     assert run("filter", "--match", FULL, OLD, "-o", "out.pth", "--map-location", tag)[0] == 2

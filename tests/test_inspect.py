@@ -188,9 +188,7 @@ def test_a_small_view_of_a_large_storage_is_worth_a_note(saved: Saved, run: Run)
     assert "storages take" not in run("inspect", FIXTURES / "resnet_old.pth")[1]
 
 
-def test_device_tags_are_counted_and_need_no_device(
-    monkeypatch: pytest.MonkeyPatch, saved: Saved, run: Run
-) -> None:
+def test_device_tags_are_counted_and_need_no_device(monkeypatch: pytest.MonkeyPatch, saved: Saved, run: Run) -> None:
     tags = iter(["cuda:1", "cuda:1", "cpu"])
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: next(tags))
     path = saved({"a": torch.zeros(1), "b": torch.zeros(1), "c": torch.zeros(1)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +40,8 @@ def command(
         raise UsageError("--fail-on values needs --values")
     if "devices" in wanted and fail_on:
         devices = True
+    if math.isnan(rtol) or math.isnan(atol):
+        raise UsageError("--rtol and --atol take numbers")
     first = ckptool.open(a, root=root_a or root)
     second = ckptool.open(b, root=root_b or root)
     report = ckptool.diff(

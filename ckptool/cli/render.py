@@ -98,7 +98,8 @@ class ClosedPipe(Exception):
 def write(text: str) -> None:
     """Writes to stdout. Raises: ClosedPipe."""
     try:
-        sys.stdout.write(text)
+        for start in range(0, len(text), 1 << 16):  # an unbuffered stdout may cut a long write short without a word
+            sys.stdout.write(text[start : start + (1 << 16)])
         sys.stdout.flush()
     except BrokenPipeError:
         raise ClosedPipe from None

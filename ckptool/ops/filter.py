@@ -156,6 +156,7 @@ class _Merge:
         self.taken: dict[str, TensorInfo] = {}
         self.used: set[tuple[int, str]] = set()
         self.uncastable: list[str] = []
+        self.refused: list[Row] = []
         self._storages: dict[tuple[int, str], Storage] = {}
         self._casts: dict[tuple[object, str], Derived] = {}
 
@@ -163,52 +164,55 @@ class _Merge:
         """Decides for each key of the target which source it takes, if any."""
         for key, tensor in self.tensors.items():
             if not self.chosen(key):
-                self.rows[key] = Row(key, "ignored", _dims(tensor), dtype=tensor.dtype, detail="not chosen")
-                self._mark_used(key)
+                self.rows[key] = Row(
+                    key, "ignored", _dims(tensor), self._mark_used(key), dtype=tensor.dtype, detail="not chosen"
+                )
                 continue
             self.rows[key] = self._match_one(key, tensor)
         if self.uncastable:
             raise LossError(f"--cast cannot convert {listed(self.uncastable, 20)}", self.target.url)
 
-    def _mark_used(self, key: str) -> None:
-        for number, (plain, _) in enumerate(self.offers):
-            if self.plain[key] in plain:
-                self.used.add((number, plain[self.plain[key]]))
+    def _mark_used(self, key: str) -> str | None:
+        """Accounts for a key in every source that has it; returns how the first of them spells it."""
+        found = [
+            (number, plain[self.plain[key]])
+            for number, (plain, _) in enumerate(self.offers)
+            if self.plain[key] in plain
+        ]
+        self.used.update(found)
+        return found[0][1] if found else None
 
     def _match_one(self, key: str, tensor: TensorInfo) -> Row:
         shape = _dims(tensor)
-        refused: Row | None = None
+        refused: list[Row] = []
+        row: Row | None = None
         for number, (plain, tensors) in enumerate(self.offers):
             found = plain.get(self.plain[key])
-            if found is None:
-                continue
+            if found is None or row is not None:
+                continue  # what later sources have under a name that is taken is accounted for in `_unplaced`
             offered = tensors[found]
             file = self.sources[number].url if len(self.sources) > 1 else None
-            if key in self.taken:
-                continue  # the keys of later sources are accounted for in `_unplaced`
             self.used.add((number, found))
+            theirs = _dims(offered)
             if not _fits(key, offered, tensor):
-                refused = refused or Row(
-                    key,
-                    "mismatched",
-                    shape,
-                    found,
-                    _dims(offered),
-                    tensor.dtype,
-                    file=file,
-                    detail=_why(offered, tensor),
-                )
+                why = _why(offered, tensor)
+                refused.append(Row(key, "mismatched", shape, found, theirs, tensor.dtype, file=file, detail=why))
                 continue
             self.taken[key] = self._placed(key, offered, tensor)
-            differs = offered.dtype != tensor.dtype
             written = self.taken[key].dtype
-            return Row(
-                key, "cast" if differs else "loaded", shape, found, _dims(offered), written,
-                offered.dtype if written != offered.dtype else None, file,
-                f"{tensor.dtype} in the target" if differs and written == offered.dtype else None,
-            )  # fmt: skip
-        if refused is not None:
-            return refused
+            row = Row(key, "loaded", shape, found, theirs, written, file=file)
+            if offered.dtype != tensor.dtype:
+                kept = written == offered.dtype
+                source_dtype, detail = (None, f"{tensor.dtype} in the target") if kept else (offered.dtype, None)
+                row = replace(row, reason="cast", source_dtype=source_dtype, detail=detail)
+        if row is None:
+            row = refused.pop(0) if refused else None
+        self.refused += [
+            Row(str(other.source), "ignored", other.source_shape, file=other.file, detail="its shape does not fit")
+            for other in refused
+        ]
+        if row is not None:
+            return row
         reason: Reason = "bookkeeping" if names.is_counter(key) else "missing"
         return Row(key, reason, shape, dtype=tensor.dtype, detail="absent in the source")
 
@@ -260,7 +264,7 @@ class _Merge:
         """Returns the merged checkpoint and the report."""
         merged = {key: self.taken.get(key, tensor) for key, tensor in self.tensors.items()}
         checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
-        rows = [*self.rows.values(), *self._others(), *self._unplaced()]
+        rows = [*self.rows.values(), *self._others(), *self.refused, *self._unplaced()]
         known = [*self.tensors, *(key for plain, _ in self.offers for key in plain)]
         notes = root_notes([*self.sources, self.target])
         notes += [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, known)]
