@@ -1,13 +1,14 @@
 # make            lint, types and tests
 # make demo       the main job on the fixtures, from nothing
 # make test       the tests
+# make bench      speed and memory beside other tools (bench/README.md)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 FIXTURES := fixtures
 
-.PHONY: all demo test lint types smoke golden fixtures clean
+.PHONY: all demo test lint types smoke golden fixtures bench bench-full clean
 all: lint types test
 
 # The tool alone: no torch, seconds to install.
@@ -48,6 +49,13 @@ golden: $(VENV)/.dev
 
 fixtures: $(VENV)/.dev
 	$(BIN)/python fixtures/make.py
+
+# What they say is in bench/README.md; the full one is for release notes. BENCH='--dir /on/a/disk --json figures.json'
+bench: $(VENV)/.dev
+	$(BIN)/python bench/run.py $(BENCH)
+
+bench-full: $(VENV)/.dev
+	$(BIN)/python bench/run.py --full $(BENCH)
 
 # The wheel in an environment of its own, without torch and without anything of development.
 smoke:

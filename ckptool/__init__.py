@@ -5,7 +5,7 @@
 (6, 16)
 """
 
-from ckptool.api import diff, filter, inspect, open, save
+from ckptool.api import Rules, convert, diff, filter, inspect, invert, open, remap, save
 from ckptool.checkpoint import Checkpoint, TensorInfo
 from ckptool.errors import CkptoolError
 
@@ -14,11 +14,15 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CkptoolError",
+    "Rules",
     "TensorInfo",
     "__version__",
+    "convert",
     "diff",
     "filter",
     "inspect",
+    "invert",
     "open",
+    "remap",
     "save",
 ]

@@ -1,46 +1,100 @@
 """Tied weights in formats that store each name's bytes once: Hugging Face's record ``{dropped alias: kept name}``.
 
-It stands in safetensors' ``__metadata__``, or in the index's metadata when sharded.
+It stands in safetensors' ``__metadata__``, or in the index's metadata when sharded. A dropped alias comes back
+behind the name that was kept, several of one name in alphabetical order, as JSON maps are written sorted. Where
+that is not where they stood, a record of ours that other readers ignore, `ORDER`, has their positions.
 Source: ``huggingface_hub/serialization/_torch.py`` (`save_torch_state_dict`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 
 from ckptool.checkpoint import TensorInfo
 
-RESERVED = frozenset({"format"})
+ORDER = "ckptool.alias_order"
+"""Name in the metadata of JSON ``{alias: position in the state_dict}``; there only if an alias would else move."""
+
+RESERVED = frozenset({"format", "total_size", "total_parameters", ORDER})
 """Names in the metadata that mean something else: a tensor of such a name is stored, tied or not."""
 
 
-def record(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Returns {dropped alias: kept name}: of names for the same elements the first is kept. Empty tensors never tie."""
+def ties(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Returns {alias: first name} of names for the same elements. Empty tensors never tie."""
     kept: dict[object, str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        first = kept.setdefault(tensor.view, name) if tensor.numel and name not in RESERVED else name
-        if first != name:
-            aliases[name] = first
-    return aliases
+    firsts = {name: kept.setdefault(tensor.view, name) for name, tensor in tensors.items() if tensor.numel}
+    return {name: first for name, first in firsts.items() if first != name}
+
+
+def record(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Returns {dropped alias: kept name} of what can be recorded: of names for the same elements the first is kept."""
+    return ties({name: tensor for name, tensor in tensors.items() if name not in RESERVED})
+
+
+def described(tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Returns what the metadata says of the aliases that `record` found: each of them, and `ORDER` where needed."""
+    if not aliases or _order((name for name in tensors if name not in aliases), aliases) == list(tensors):
+        return dict(aliases)
+    positions = {name: position for position, name in enumerate(tensors) if name in aliases}
+    return {**aliases, ORDER: json.dumps(positions, ensure_ascii=False, separators=(",", ":"))}
 
 
 def restored(tensors: dict[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """Returns the tensors with each recorded alias put back behind the name that was kept, on the same storage."""
-    aliases: dict[str, list[str]] = {}
-    for dropped, kept in metadata.items():
-        if kept in tensors and dropped not in tensors and dropped not in RESERVED:
-            aliases.setdefault(kept, []).append(dropped)
+    """Returns the tensors with each recorded alias put back where it stood, on the storage of the kept name."""
+    aliases = {
+        dropped: kept
+        for dropped, kept in metadata.items()
+        if kept in tensors and dropped not in tensors and dropped not in RESERVED
+    }
     if not aliases:
         return tensors
-    tied: dict[str, TensorInfo] = {}
-    for name, tensor in tensors.items():
-        tied[name] = tensor
-        tied.update((alias, replace(tensor)) for alias in aliases.get(name, ()))
-    return tied
+    names = _order(tensors, aliases)
+    positions = _positions(metadata.get(ORDER), aliases)
+    if positions:
+        names = _moved(names, positions)
+    return {name: tensors[name] if name in tensors else replace(tensors[aliases[name]]) for name in names}
+
+
+def _order(stored: Iterable[str], aliases: Mapping[str, str]) -> list[str]:
+    """Returns all names, every alias behind the name that was kept for it."""
+    behind: dict[str, list[str]] = {}
+    for alias in sorted(aliases):
+        behind.setdefault(aliases[alias], []).append(alias)
+    return [name for kept in stored for name in (kept, *behind.get(kept, ()))]
+
+
+def _positions(record: str | None, aliases: Mapping[str, str]) -> dict[str, int]:
+    """Returns {alias: position} as `ORDER` says; {} where it says nothing that can be understood: it is order only."""
+    try:
+        found = json.loads(record or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {alias: position for alias, position in found.items() if alias in aliases and type(position) is int}
+
+
+def _moved(names: list[str], positions: Mapping[str, int]) -> list[str]:
+    """Returns the names with those of ``positions`` at their places, the others in their order around them."""
+    others = iter([name for name in names if name not in positions])
+    moved: list[str] = []
+    for name in sorted(positions, key=positions.__getitem__):
+        moved.extend(islice(others, min(max(positions[name] - len(moved), 0), len(names))))
+        moved.append(name)
+    return [*moved, *others]
 
 
 def without(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Returns the metadata without its alias records: entries whose name or value is a tensor's name."""
-    return {name: value for name, value in metadata.items() if name not in tensors and value not in tensors}
+    """Returns the metadata without what is true of one set of tensors only, and is made anew with every file.
+
+    That is alias records (entries whose name or value is a tensor's name), their order, an index's totals.
+    """
+    stale = RESERVED - {"format"}
+    return {
+        name: value
+        for name, value in metadata.items()
+        if name not in tensors and value not in tensors and name not in stale
+    }

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ckptool import formats, modules, roots
-from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo, detached
-from ckptool.errors import CkptoolError, IncompleteError, OutputError, UsageError
-from ckptool.files import EXISTS, Files, Output, same_file
+from ckptool import formats, modules, roots, saving
+from ckptool.checkpoint import Checkpoint, detached
+from ckptool.dtypes import lookup
+from ckptool.errors import CkptoolError, UsageError
+from ckptool.files import Files
+from ckptool.ops.convert import ConvertReport
+from ckptool.ops.convert import convert as op_convert
 from ckptool.ops.diff import DiffReport
 from ckptool.ops.filter import FilterReport
 from ckptool.ops.inspect import InspectReport
 from ckptool.ops.inspect import inspect as op_inspect
-from ckptool.tree import Path, children, ordered_dict, walk
-
-MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
+from ckptool.ops.remap import RemapReport
+from ckptool.ops.remap import invert as op_invert
+from ckptool.ops.remap import remap as op_remap
+from ckptool.ops.rules import Rules
+from ckptool.saving import MapLocation
+from ckptool.tree import Path, children, ordered_dict
 
 
 def open(path: str | os.PathLike[str], root: str | Path | None = None) -> Checkpoint:
@@ -70,109 +75,6 @@ def _named_children(node: Any) -> dict[str, tuple[Any, Any]]:
     return {str(step): (step, child) for step, child in children(node)}
 
 
-def save(
-    checkpoint: Checkpoint,
-    path: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    in_place: bool = False,
-    map_location: MapLocation = None,
-    fsync: bool = True,
-) -> tuple[str, ...]:
-    """Writes a checkpoint in the format that the suffix of ``path`` names; returns what was left out.
-
-    Streams: memory does not grow with the file. The file appears whole or not at all. ``map_location`` maps
-    device tags: a device for all, a dict, or a callable tag -> tag. ``in_place`` allows ``path`` to be an input.
-
-    Raises: OutputError if it exists (without ``force``) or is an input, LossError for tensors the format
-    cannot hold, IncompleteError if shards are missing, UsageError for an unknown suffix.
-    """
-    url = os.fspath(path)
-    check_output(url, force=force, in_place=in_place, inputs=[checkpoint])
-    writer = formats.writer(url)
-    refuse_broken(checkpoint)
-    try:
-        with Files() as files, Output(url, force=force or in_place, fsync=fsync) as output:
-            left_out: tuple[str, ...] = writer.write(checkpoint, output, files, _tag_map(map_location))
-            output.commit()
-    except CkptoolError as error:
-        error.path = error.path or url
-        raise
-    return left_out
-
-
-def _sources(checkpoint: Checkpoint) -> set[str]:
-    """Returns the files that a checkpoint's bytes come from."""
-    found = {checkpoint.url}
-    for _, node in walk(checkpoint.tree, inside=True):
-        source = node.source if isinstance(node, TensorInfo) else node
-        for tensor in source.inputs if isinstance(source, Derived) else ():
-            source = tensor.source
-        if isinstance(source, Storage):
-            found.add(source.span.url)
-    return found - {""}
-
-
-def check_output(
-    path: str | os.PathLike[str], *, force: bool = False, in_place: bool = False, inputs: Sequence[Checkpoint] = ()
-) -> None:
-    """Raises what `save` would for the name alone: an unknown suffix, a file that exists, an input."""
-    url = os.fspath(path)
-    formats.writer(url)
-    _check_place(url, force or in_place, () if in_place else inputs, "is one of the inputs; --in-place replaces it")
-
-
-def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
-    """Raises what `write_text` would for the name alone, and OutputError for the name of an input."""
-    _check_place(os.fspath(path), force, inputs, "is one of the inputs")
-
-
-def _check_place(url: str, force: bool, inputs: Sequence[Checkpoint], refusal: str) -> None:
-    if os.path.isdir(url):
-        raise OutputError("is a directory; name a file", url)
-    for checkpoint in inputs:
-        if any(same_file(source, url) for source in _sources(checkpoint)):
-            raise OutputError(refusal, url)
-    if os.path.lexists(url) and not force:
-        raise OutputError(EXISTS, url)
-    if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
-        raise OutputError("cannot be written: no such directory", url)
-
-
-def same_place(first: str, second: str) -> bool:
-    """Returns whether two paths name one file, existing or not."""
-    return same_file(first, second) or os.path.realpath(first) == os.path.realpath(second)
-
-
-def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:
-    """Writes a report's text, whole or not at all. Raises: OutputError."""
-    with Output(os.fspath(path), force=force) as output:
-        output.write(text.encode())
-        output.commit()
-
-
-_DEVICE = re.compile(r"(cpu|cuda|meta|mps|xpu|xla|hpu|npu|mtia|ipu|maia|privateuseone)(:\d+)?")
-
-
-def _tag_map(map_location: MapLocation) -> Callable[[str], str] | None:
-    """Returns the mapping of device tags. Raises: UsageError for a tag that torch.load would not know."""
-    if map_location is None or callable(map_location):
-        return map_location
-    tags = {"*": map_location} if isinstance(map_location, str) else dict(map_location)
-    for tag in tags.values():
-        if not _DEVICE.fullmatch(tag):
-            raise UsageError(f"{tag!r} is no device tag such as cpu or cuda:1")
-    if isinstance(map_location, str):
-        return lambda tag: map_location if tag != "meta" else tag
-    return lambda tag: tags.get(tag, tag)
-
-
-def refuse_broken(checkpoint: Checkpoint) -> None:
-    """Raises IncompleteError if tensors are missing from a sharded checkpoint: nothing may be built on it."""
-    if checkpoint.broken:
-        raise IncompleteError("; ".join(checkpoint.problems), checkpoint.url)
-
-
 def _opened(source: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
     return source if isinstance(source, Checkpoint) else open(source)
 
@@ -186,6 +88,92 @@ def inspect(source: Source, *, root: str | Path | None = None) -> InspectReport:
     Reads headers only. Raises: what `open` raises, NoTensorsError.
     """
     return op_inspect(source if isinstance(source, Checkpoint) else open(source, root=root))
+
+
+def save(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    map_location: MapLocation = None,
+    max_shard_size: int = saving.SHARD_SIZE,
+    verify: bool = False,
+    fsync: bool = True,
+) -> tuple[str, ...]:
+    """Writes a checkpoint in the format ``to``, or that the suffix of ``path`` names; returns what was left out.
+
+    See `ckptool.saving.save`, which takes the same and tells more.
+    """
+    return saving.save(
+        checkpoint, path, to=to, force=force, in_place=in_place, map_location=map_location,
+        max_shard_size=max_shard_size, verify=verify, fsync=fsync,
+    ).left_out  # fmt: skip
+
+
+def remap(source: Source, rules: Any, *, allow_unused: bool = False) -> tuple[Checkpoint, RemapReport]:
+    """Returns (checkpoint, report) with keys renamed and tensors reshaped by rules; nothing is written.
+
+    ``rules`` is what `Rules.parse` takes: a list of rules, of [regex, replacement] pairs, or a table of names.
+    Raises: what `open` raises, CollisionError, UsageError for a rule that fits no key (unless ``allow_unused``).
+    """
+    opened = _opened(source)
+    saving.refuse_broken(opened)
+    return op_remap(opened, Rules.parse(rules), allow_unused=allow_unused)
+
+
+def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
+    """Returns (checkpoint, report) with a remap undone; ``saved`` is its report's, or the content of a map file."""
+    opened = _opened(source)
+    saving.refuse_broken(opened)
+    return op_invert(opened, saved)
+
+
+def convert(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    root: str | Path | None = None,
+    dtype: str | None = None,
+    keep: Sequence[str] = (),
+    untie: bool = False,
+    publish: bool = False,
+    metadata: Sequence[str] = (),
+    max_shard_size: int = saving.SHARD_SIZE,
+    map_location: MapLocation = None,
+    force: bool = False,
+    in_place: bool = False,
+    verify: bool = True,
+    fsync: bool = True,
+    progress: saving.Progress | None = None,
+    dry_run: bool = False,
+) -> ConvertReport:
+    """Writes a checkpoint in another format, and returns what became of it.
+
+    ``to``: a name of `formats.WRITERS` or "sharded", else the suffix of ``path`` decides. ``dtype`` casts floats at
+    root, but not keys that fit ``keep``. ``untie`` gives tied names memory of their own. ``publish`` writes the
+    weights alone and puts the first 8 hex digits of the sha256 in the name. ``metadata`` names scalars of the
+    tree to carry into safetensors' metadata. ``verify`` reads the result back before it gets its name.
+
+    Raises: what `open` and `save` raise.
+    """
+    opened = source if isinstance(source, Checkpoint) else open(source, root=root)
+    prepared, report = op_convert(
+        opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, untie=untie, publish=publish,
+        metadata=metadata,
+    )  # fmt: skip
+    if dry_run:
+        return replace(report, output=os.fspath(path))
+    saved = saving.save(
+        prepared, path, to=to, force=force, in_place=in_place, map_location=map_location,
+        max_shard_size=max_shard_size, verify=verify, fsync=fsync, progress=progress, hash_in_name=publish,
+    )  # fmt: skip
+    return replace(
+        report, output=saved.path, nbytes=saved.nbytes, left_out=[*report.left_out, *saved.left_out],
+        verified=saved.verified, overflowed=dict(saved.overflowed),
+    )  # fmt: skip
 
 
 def diff(
@@ -209,8 +197,8 @@ def diff(
     from ckptool.values import compare
 
     first, second = _opened(a), _opened(b)
-    refuse_broken(first)
-    refuse_broken(second)
+    saving.refuse_broken(first)
+    saving.refuse_broken(second)
     with Files() as files:
         compared = partial(compare, files=files, rtol=rtol, atol=atol) if values else None
         return op.diff(
@@ -243,7 +231,7 @@ def filter(
     opened = [_opened(source) for source in sources]
     target = None if match is None else _opened(match)
     for checkpoint in [*opened, *([target] if target else [])]:
-        refuse_broken(checkpoint)
+        saving.refuse_broken(checkpoint)
     with Files() as files:
         return op.filter(
             opened, target, include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix,
@@ -260,7 +248,7 @@ def _to_torch(self: Checkpoint, map_location: Any = None, *, only_root: bool = F
     """
     from ckptool import real
 
-    refuse_broken(self)
+    saving.refuse_broken(self)
     tree = self.tree
     if only_root:
         entries = {key: value for key, (_, value) in self.entries().items()}
@@ -277,4 +265,4 @@ def _module_state_dict(node: Any) -> Any:
 
 Checkpoint.to_torch = _to_torch
 
-__all__ = ["Checkpoint", "diff", "filter", "inspect", "open", "save"]
+__all__ = ["Checkpoint", "Rules", "convert", "diff", "filter", "inspect", "invert", "open", "remap", "save"]

@@ -12,16 +12,30 @@ Two tensors whose source is the same `Storage` object share memory: tied weights
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import prod
+from types import NoneType
 from typing import Any, ClassVar, Literal
 
 from ckptool import dtypes, modules
-from ckptool.errors import CollisionError, FormatError, UnsupportedError
+from ckptool.errors import CollisionError, FormatError, LimitError, UnsupportedError
 from ckptool.keys import EMA, is_counter
 from ckptool.optimizers import is_optimizer
-from ckptool.tree import Leaf, Path, PyObject, as_mapping, children, ordered_dict, replaced, walk
+from ckptool.tree import (
+    MAX_KEY,
+    Leaf,
+    Path,
+    PyObject,
+    as_mapping,
+    children,
+    key_text,
+    ordered_dict,
+    parts,
+    replaced,
+    walk,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +77,20 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Derived:
-    """Values computed while writing: ``op`` applied to ``inputs``. Ops: ``cast`` (to the tensor's dtype)."""
+    """Values computed while writing, which lie in C order in memory of their own.
 
-    op: Literal["cast"]
+    ``cast``: the input's, converted to the tensor's dtype. ``copy``: the input's as they are (the shape may
+    differ). ``cat``: the inputs', put together along the dimension ``dim``.
+    """
+
+    op: Literal["cast", "copy", "cat"]
     inputs: tuple[TensorInfo, ...]
+    dim: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Returns how many elements there are."""
+        return sum(tensor.numel for tensor in self.inputs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,19 +170,33 @@ class TensorInfo(Leaf):
         inputs = self.source.inputs if isinstance(self.source, Derived) else self.source.parts
         return inputs[0].location if inputs else "meta" if self.kind == "meta" else "cpu"
 
+    def storages(self) -> Iterator[Storage]:
+        """Yields the storages its values come from."""
+        if isinstance(self.source, Storage):
+            yield self.source
+        else:
+            for tensor in self.source.inputs if isinstance(self.source, Derived) else self.source.parts:
+                yield from tensor.storages()
+
     @property
     def is_contiguous(self) -> bool:
         """Returns whether its elements lie in C order without gaps, as `torch.Tensor.is_contiguous` does."""
-        return isinstance(self.source, Derived) or contiguous_stride(self.shape or ()) == self.stride or (
-            self.numel == 0 or _dense_in_c_order(self.shape or (), self.stride)
-        )  # fmt: skip
+        shape = self.shape or ()
+        return contiguous_stride(shape) == self.stride or self.numel == 0 or _dense_in_c_order(shape, self.stride)
+
+    @property
+    def is_whole(self) -> bool:
+        """Returns whether it is all of its source's elements in C order."""
+        if isinstance(self.source, Derived):
+            return self.is_contiguous and self.numel == self.source.numel
+        return isinstance(self.source, Storage) and self.is_contiguous and self.nbytes == self.source.nbytes
 
     def inside(self) -> Iterator[tuple[Any, Any]]:
         """Yields what the file built it from, where that is more than one view: parts, attributes."""
         if isinstance(self.source, Opaque):
-            yield from children(self.source.node)
-        if self.extras is not None and self.extras.state is not None:
-            yield "__state__", self.extras.state
+            yield from parts(self.source.node)
+        if self.extras is not None:
+            yield from (("__class__", self.extras.subclass), ("__state__", self.extras.state))
 
     @property
     def form(self) -> tuple[str, object]:
@@ -171,6 +209,23 @@ class TensorInfo(Leaf):
         """Returns what is equal for two tensors that are the same elements of the same memory (see `shared`)."""
         conj = (self.extras.conj, self.extras.neg) if self.extras else (False, False)
         return id(self.source), self.dtype, self.shape, self.stride, self.storage_offset, conj
+
+
+MAX_DIMS = 1_000
+"""Dimensions of a tensor. torch computes with 64 at most."""
+
+MAX_NUMEL = (1 << 63) - 1
+"""Elements of a tensor, counting a dimension of size 0 as 1: more overflow torch's strides."""
+
+
+def is_countable(shape: tuple[int, ...]) -> bool:
+    """Returns whether a shape is within `MAX_DIMS` and `MAX_NUMEL`; cheap for any sizes that are not negative."""
+    count = 1
+    for size in shape if len(shape) <= MAX_DIMS else (MAX_NUMEL + 1,):
+        count *= max(size, 1)
+        if count > MAX_NUMEL:
+            return False
+    return True
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -215,7 +270,7 @@ class Checkpoint:
     names: tuple[tuple[str, str], ...] = ()
     problems: tuple[str, ...] = ()
     broken: bool = False
-    root_notes: tuple[str, ...] = ()
+    _cache: dict[Path, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     to_torch: ClassVar[Callable[..., Any]]
     """Returns the tree with real tensors (see `ckptool.data.to_torch`, which the package binds here)."""
@@ -234,13 +289,33 @@ class Checkpoint:
         """Returns {key: (path below root, value)} of the dict at ``root``, objects that are no tensors included.
 
         An nn.Module stand-in gives its state_dict; a tree without any tensor directly at root is flattened with "/",
-        optimizer states and averaged copies (EMA) left out.
+        optimizer states and averaged copies (EMA) left out. Made once: not to be changed.
         """
-        return _entries(self.at(self.root), self.url)
+        if self.root not in self._cache:
+            self._cache[self.root] = _entries(self.at(self.root), self.url)
+        found: dict[str, tuple[Path, Any]] = self._cache[self.root]
+        return found
 
     def state_dict(self) -> dict[str, TensorInfo]:
         """Returns {key: TensorInfo} at ``root``, in the file's order: the keys `model.state_dict()` would give."""
         return {key: value for key, (_, value) in self.entries().items() if isinstance(value, TensorInfo)}
+
+    def hidden(self) -> dict[str, dict[str, TensorInfo]]:
+        """Returns {key: {path inside: tensor}} of what at ``root`` is no tensor itself and holds some.
+
+        Packed parameters of quantised modules and ``_extra_state`` are such: weights that no state_dict key names.
+        """
+        found: dict[str, dict[str, TensorInfo]] = {}
+        for key, (_, value) in self.entries().items():
+            if not isinstance(value, TensorInfo):
+                inner = {
+                    "/".join(map(str, path)): node
+                    for path, node in walk(value, closed=is_optimizer)
+                    if isinstance(node, TensorInfo)
+                }
+                if inner:
+                    found[key] = inner
+        return found
 
     def tensors(self) -> Iterator[tuple[Path, TensorInfo]]:
         """Yields (path, tensor) for all tensors of the tree, optimizer and EMA copies included.
@@ -298,7 +373,8 @@ class Checkpoint:
                 )
             made = node
             for key, tensor in tensors.items():
-                made = replaced(made, old[key][0], tensor)
+                if tensor is not old[key][1]:
+                    made = _with_tensor(made, old[key][0], tensor, self.url)
         return replace(self, tree=replaced(self.tree, self.root, made))
 
 
@@ -318,6 +394,13 @@ def is_flat(node: object) -> bool:
     return mapping is not None and (not mapping or any(isinstance(value, TensorInfo) for value in mapping.values()))
 
 
+def _with_tensor(node: Any, path: Path, tensor: TensorInfo, url: str) -> Any:
+    try:
+        return replaced(node, path, tensor)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error.message}: choose where its weights are with --root", url) from error
+
+
 def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
     if modules.is_module(node):
         return {key: ((key,), value) for key, value in modules.state_dict(node).items()}
@@ -326,10 +409,19 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
         pairs: Iterator[tuple[Path, Any]] = (((name,), value) for name, value in (as_mapping(node) or {}).items())
     else:
         pairs = _nested_entries(node)
+    times: Counter[str] = Counter()
     for path, value in pairs:
-        key = "/".join(step if isinstance(step, str) else repr(step) for step in path)
-        if key in found:
+        steps = [key_text(step) for step in path]
+        if len(steps) > 1 and sum(map(len, steps)) > MAX_KEY:
+            raise LimitError(
+                f"a key put together from the names above it has over {MAX_KEY:,} characters (MAX_KEY)", url
+            )
+        key = "/".join(steps)
+        if key in found and all(isinstance(step, (str, int, float, NoneType)) for step in path):
             raise CollisionError(f"two keys read {key!r} (one of them is no string)", url)
+        while key in found:  # objects that are shown alike
+            times[key] += 1
+            key = f"{key} ({times[key] + 1})"
         found[key] = path, value
     return found
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from math import prod
+from typing import IO, Any
 
 from ckptool.checkpoint import Derived, Opaque, Storage, TensorInfo
 from ckptool.dtypes import DTYPES
@@ -38,7 +39,10 @@ def tensor_blocks(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
     if isinstance(source, Opaque):
         raise UnsupportedError(f"a {source.kind} tensor has no plain bytes")
     if isinstance(source, Derived):
-        yield from _cast(source.inputs[0], tensor.dtype, files)
+        if tensor.is_whole:
+            yield from _derived(source, tensor.dtype, files)
+        elif tensor.numel:
+            yield from _gathered(tensor, source, files, 1)
         return
     row = DTYPES[tensor.dtype]
     lazy = tensor.extras is not None and (tensor.extras.conj or tensor.extras.neg)
@@ -50,22 +54,27 @@ def tensor_blocks(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
         yield from _gathered(tensor, source, files, swap)
 
 
-def _gathered(tensor: TensorInfo, storage: Storage, files: Files, swap: int) -> Iterator[Bytes]:
+def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap: int) -> Iterator[Bytes]:
+    """Yields the elements of a view that is not contiguous, by way of a memory map of what it looks into."""
     import numpy as np
 
     itemsize = DTYPES[tensor.dtype].bits // 8
     with tempfile.TemporaryFile() as unpacked:
-        span = files.locate(storage.span)
-        fd, offset = files.get(span).fd, span.offset
-        if span.member == "deflated":
-            for block in files.blocks(storage.span):
-                unpacked.write(block)
-            unpacked.flush()
-            fd, offset = unpacked.fileno(), 0
-        elif offset + storage.nbytes > files.get(span).size:
-            raise FormatError(f"a storage ends at byte {offset + storage.nbytes}, behind the end of the file", span.url)
+        if isinstance(source, Derived):
+            nbytes = source.numel * itemsize
+            fd, offset = _spooled(_derived(source, tensor.dtype, files), unpacked), 0
+        elif source.span.member == "deflated":
+            nbytes = source.nbytes
+            fd, offset = _spooled(files.blocks(source.span), unpacked), 0
+        else:
+            nbytes = source.nbytes
+            span = files.locate(source.span)
+            file = files.get(span)
+            fd, offset = file.fd, span.offset
+            if offset + nbytes > file.size:
+                raise FormatError(f"a storage ends at byte {offset + nbytes}, behind the end of the file", span.url)
         base = offset - offset % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(fd, offset - base + storage.nbytes, access=mmap.ACCESS_READ, offset=base)
+        mapped = mmap.mmap(fd, offset - base + nbytes, access=mmap.ACCESS_READ, offset=base)
         array: Any = np.ndarray(
             tensor.shape or (),
             np.dtype(f"V{itemsize}"),
@@ -75,6 +84,14 @@ def _gathered(tensor: TensorInfo, storage: Storage, files: Files, swap: int) -> 
         )
         for slab in _slabs(array):
             yield _resolved(np.ascontiguousarray(slab).reshape(-1).view("u1"), tensor, swap)
+
+
+def _spooled(blocks: Iterator[Bytes], file: IO[bytes]) -> int:
+    """Writes blocks to a temporary file; returns its descriptor."""
+    for block in blocks:
+        file.write(block)
+    file.flush()
+    return file.fileno()
 
 
 def _slabs(array: Any) -> Iterator[Any]:
@@ -112,11 +129,67 @@ def _resolved(raw: Any, tensor: TensorInfo, swap: int) -> Bytes:
     return bytes(words.view("u1"))
 
 
-def _cast(tensor: TensorInfo, dtype: str, files: Files) -> Iterator[Bytes]:
+def _derived(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
+    """Yields computed elements in C order."""
+    if source.op == "cast":
+        yield from _cast(source, dtype, files)
+    elif source.op == "copy":
+        yield from tensor_blocks(source.inputs[0], files)
+    else:
+        yield from _put_together(source, dtype, files)
+
+
+def _cast(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
+    """Yields values converted as `torch.Tensor.to` converts them; counts what becomes infinite or NaN on the way."""
     torch = import_torch(f"casting to {dtype}")
+    tensor = source.inputs[0]
+    floats = DTYPES[dtype].kind == DTYPES[tensor.dtype].kind == "float"
     for block in tensor_blocks(tensor, files):
         values = torch.frombuffer(bytearray(block), dtype=getattr(torch, tensor.dtype))
-        yield values.to(getattr(torch, dtype)).view(torch.uint8).numpy().tobytes()
+        made = values.to(getattr(torch, dtype))
+        if floats:
+            lost = int(torch.isfinite(values.float()).sum() - torch.isfinite(made.float()).sum())
+            if lost:
+                files.overflowed[id(source)] = files.overflowed.get(id(source), 0) + lost
+        yield made.view(torch.uint8).numpy().tobytes()
+
+
+def _put_together(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
+    """Yields tensors put together along a dimension: a row of each in turn, for every index before that dimension."""
+    shapes = [tensor.shape or () for tensor in source.inputs]
+    rounds = prod(shapes[0][: source.dim])
+    if rounds == 1:
+        for tensor in source.inputs:
+            yield from tensor_blocks(tensor, files)
+        return
+    rows = [DTYPES[dtype].bits * prod(shape[source.dim :]) // 8 for shape in shapes]
+    streams = [_Stream(tensor_blocks(tensor, files)) for tensor in source.inputs]
+    pending = bytearray()
+    for _ in range(rounds):
+        for stream, nbytes in zip(streams, rows, strict=True):
+            pending += stream.take(nbytes)
+        if len(pending) >= BLOCK:
+            yield bytes(pending)
+            pending.clear()
+    yield bytes(pending)
+
+
+class _Stream:
+    """Blocks read as a stream of bytes."""
+
+    def __init__(self, blocks: Iterator[Bytes]) -> None:
+        self.blocks = blocks
+        self.rest: Bytes = b""
+
+    def take(self, nbytes: int) -> bytes:
+        """Returns the next bytes, exactly as many."""
+        taken = bytearray()
+        while len(taken) < nbytes:
+            self.rest = self.rest or next(self.blocks)
+            piece = self.rest[: nbytes - len(taken)]
+            taken += piece
+            self.rest = self.rest[len(piece) :]
+        return bytes(taken)
 
 
 def import_torch(what: str) -> Any:

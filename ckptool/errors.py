@@ -113,3 +113,8 @@ def listed(items: Iterable[object], limit: int = 8) -> str:
 def needs_torch(what: str) -> DependencyError:
     """Returns the one line said when a job needs torch and it is not installed."""
     return DependencyError(f"{what} needs torch, which is not installed: pip install 'ckptool[torch]'")
+
+
+def explain(error: OSError) -> str:
+    """Returns what the system said, in lower case, without the path."""
+    return (error.strerror or str(error)).lower()

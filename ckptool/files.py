@@ -9,13 +9,13 @@ import secrets
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Literal
 
 from ckptool.checkpoint import Span
-from ckptool.errors import FormatError, OutputError, UnreadableError
+from ckptool.errors import FormatError, OutputError, UnreadableError, explain
 
 BLOCK = 1 << 20
 """Bytes moved at a time: large enough that a call costs nothing, small enough to stay in the cache."""
@@ -23,15 +23,13 @@ BLOCK = 1 << 20
 WRITE = 1 << 16
 """Bytes per write call. Larger ones make ext4 allocate large folios, which collapses when memory is short."""
 
+SMALL = 1 << 12
+"""Bytes below which pieces are gathered: a hundred thousand small tensors must not cost as many system calls."""
+
 EXISTS = "exists already; --force overwrites it"
 
 MAX_OPEN = 32
 """Files kept open for reading at once (a checkpoint may have hundreds of shards)."""
-
-
-def explain(error: OSError) -> str:
-    """Returns what the system said, in lower case, without the path."""
-    return (error.strerror or str(error)).lower()
 
 
 class File:
@@ -107,10 +105,13 @@ class File:
 class Files:
     """The files that spans point into, opened when first needed, at most `MAX_OPEN` at once.
 
-    Raises FormatError when a file is no longer the one that the span was made from.
+    Raises FormatError when a file is no longer the one that the span was made from. ``progress`` is told the
+    bytes as they are read; ``overflowed`` counts, by the id of what was computed, values that a cast made infinite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Callable[[int], None] | None = None) -> None:
+        self.progress = progress
+        self.overflowed: dict[int, int] = {}
         self._open: OrderedDict[str, File] = OrderedDict()
 
     def __enter__(self) -> Files:
@@ -155,6 +156,28 @@ class Files:
         nbytes = span.nbytes - offset if nbytes is None else nbytes
         if not nbytes:
             return
+        if span.member == "stored" and nbytes == span.nbytes < WRITE:
+            blocks: Iterator[memoryview | bytes] = iter((self._small_member(span),))
+        else:
+            blocks = self._blocks(span, offset, nbytes)
+        for block in blocks:
+            if self.progress is not None:
+                self.progress(len(block))
+            yield block
+
+    def _small_member(self, span: Span) -> bytes:
+        """Returns a small zip member with one read of its local header and what follows."""
+        file = self.get(span)
+        guess = file.read(span.offset, min(30 + 256 + span.nbytes, file.size - span.offset))
+        if len(guess) < 30 or guess[:4] != b"PK\x03\x04":
+            raise FormatError(f"no zip member at byte {span.offset}", span.url)
+        name, extra = struct.unpack_from("<HH", guess, 26)
+        start = 30 + name + extra
+        if start + span.nbytes <= len(guess):
+            return guess[start : start + span.nbytes]
+        return file.read(span.offset + start, span.nbytes)
+
+    def _blocks(self, span: Span, offset: int, nbytes: int) -> Iterator[memoryview | bytes]:
         found = self.locate(span)
         file = self.get(span)
         if found.member == "deflated":
@@ -213,6 +236,8 @@ class Output:
         self.path = path
         self.fsync = fsync
         self.position = 0
+        self._pending = bytearray()
+        self.progress: Callable[[int], None] | None = None
         target = os.path.realpath(path)
         self._target = target
         directory, name = os.path.split(target)
@@ -256,25 +281,60 @@ class Output:
             return
         try:
             os.posix_fallocate(self._fd, 0, nbytes)
+        except OverflowError as error:
+            raise OutputError(f"no room for {nbytes} bytes: no file can be as large", self.path) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise OutputError(f"no room for {nbytes} bytes: {explain(error)}", self.path) from error
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Appends bytes, in writes that end on multiples of `WRITE`."""
+        """Appends bytes: small pieces are gathered, large ones go out in writes that end on multiples of `WRITE`."""
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+        if len(view) < SMALL:
+            self._pending += view
+            self.position += len(view)
+            if len(self._pending) >= WRITE:
+                self._flush()
+        else:
+            self._flush()
+            self._put(view, self.position)
+            self.position += len(view)
+        if self.progress is not None:
+            self.progress(len(view))
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._put(memoryview(bytes(self._pending)), self.position - len(self._pending))
+            self._pending.clear()
+
+    def _put(self, view: memoryview, at: int) -> None:
         done = 0
         try:
             while done < len(view):
-                upto = done + WRITE - self.position % WRITE
-                written = os.pwrite(self._fd, view[done:upto], self.position)
-                done += written
-                self.position += written
+                piece = view[done : done + WRITE - (at + done) % WRITE]
+                done += os.pwrite(self._fd, piece, at + done)
         except OSError as error:
             raise self._failed(error) from error
 
+    def finished(self) -> str:
+        """Cuts off what was reserved too much; returns the temporary file's path, to read it back before `commit`."""
+        self._flush()
+        try:
+            os.ftruncate(self._fd, self.position)
+        except OSError as error:
+            raise self._failed(error) from error
+        return self._temporary
+
+    def rename(self, path: str) -> None:
+        """Changes the name that `commit` will give, within the directory. Raises: OutputError if it is taken."""
+        target = os.path.join(os.path.dirname(self._target), os.path.basename(path))
+        if os.path.lexists(target) and not self._force:
+            raise OutputError(EXISTS, path)
+        self.path, self._target = path, target
+
     def commit(self) -> None:
         """Makes the file appear under its name, with all its bytes on disk."""
+        self._flush()
         try:
             os.ftruncate(self._fd, self.position)
             if self.fsync:

@@ -6,14 +6,16 @@ its views reach, and a lone view with gaps becomes its own elements in C order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ckptool import rebuild
+from ckptool import pickles, rebuild
 from ckptool.checkpoint import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.data import Bytes, storage_blocks, tensor_blocks
 from ckptool.dtypes import DTYPES
 from ckptool.errors import UnsupportedError
+from ckptool.files import Files
 from ckptool.tree import Global, PyObject, walk
 
 MapLocation = Callable[[str], str]
@@ -34,6 +36,7 @@ class Layout:
 
     def __init__(self, tree: Any, map_location: MapLocation | None = None) -> None:
         self.map_location = map_location or (lambda tag: tag)
+        self._tree = tree
         self._views: dict[int, list[TensorInfo]] = {}
         self._old: dict[int, Storage] = {}
         self._new: dict[int, tuple[Storage, int]] = {}
@@ -54,9 +57,12 @@ class Layout:
         """Decides the written storage for one source, and how far its tensors' offsets move."""
         views = self._views.get(identity, [])
         old = self._old.get(identity)
+        if old is not None and len(views) == 1 and not whole and old.byteorder == "little" and views[0].is_whole:
+            content = Content(old, 0, 1, old.crc32)  # nearly every storage: one tensor, all of it
+            self._add(identity, content, _typed(views[0].dtype), old.nbytes, old.location, 0)
+            return
         if old is None:
-            first = views[0]
-            self._add(identity, Content(first), _typed(first.dtype), first.nbytes, first.location, 0)
+            self._place_derived(identity, [view for view in views if view.numel] or views)
             return
         kinds = {view.dtype for view in views if view.numel}
         low, high = 0, old.nbytes
@@ -83,18 +89,58 @@ class Layout:
         content = Content(old, low, unit, old.crc32 if entire else None)
         self._add(identity, content, dtype, high - low, old.location, low)
 
+    def _place_derived(self, identity: int, views: list[TensorInfo]) -> None:
+        """Decides the written storage for computed values: of one view its elements, of several all there are."""
+        first = views[0]
+        if isinstance(first.source, Derived) and any(view.view != first.view for view in views):
+            whole = TensorInfo(first.dtype, (first.source.numel,), (1,), 0, first.source)
+            self._add(identity, Content(whole), _typed(first.dtype), whole.nbytes, first.location, 0)
+        else:
+            self._add(identity, Content(first), _typed(first.dtype), first.nbytes, first.location, -1)
+
     def _add(self, identity: int, content: Content, dtype: str | None, nbytes: int, location: str, shift: int) -> None:
         storage = Storage(Span("", 0, nbytes), dtype, self.map_location(location))
         self._new[identity] = storage, shift
         self._contents[id(storage)] = content
 
-    def written(self, storage: Storage) -> Storage:
-        """Returns the storage that is written in place of an old one (a written one stands for itself)."""
-        return storage if id(storage) in self._contents else self._new[id(storage)][0]
+    def written(self, storage: Storage | Derived) -> Storage:
+        """Returns the storage that is written for an old one or for values to compute (a written one: itself)."""
+        if isinstance(storage, Storage) and id(storage) in self._contents:
+            return storage
+        return self._new[id(storage)][0]
 
     def content(self, storage: Storage) -> Content:
         """Returns what a written storage holds."""
         return self._contents[id(storage)]
+
+    def blocks(self, storage: Storage, files: Files) -> Iterator[Bytes]:
+        """Yields the bytes of a written storage, little-endian."""
+        piece = self.content(storage)
+        if isinstance(piece.source, TensorInfo):
+            return tensor_blocks(piece.source, files)
+        return storage_blocks(piece.source, files, piece.start, storage.nbytes, piece.swap_unit)
+
+    def pickled(self, persistent_id: Callable[[Storage, int], Any]) -> tuple[bytes, list[Storage]]:
+        """Returns the tree's pickle, and the storages it names in the order of first use.
+
+        ``persistent_id`` is asked for the id of a written storage and its number in that order.
+        """
+        order: dict[int, int] = {}
+        used: list[Storage] = []
+
+        def reduce(node: Any) -> pickles.Reduced:
+            return self.call(node) if isinstance(node, TensorInfo) else None
+
+        def id_of(node: Any) -> Any:
+            if not isinstance(node, Storage):
+                return None
+            storage = self.written(node)
+            if id(storage) not in order:
+                order[id(storage)] = len(used)
+                used.append(storage)
+            return persistent_id(storage, order[id(storage)])
+
+        return pickles.dump(self._tree, reduce=reduce, persistent_id=id_of), used
 
     def call(self, tensor: TensorInfo) -> tuple[Global, tuple[Any, ...]] | PyObject:
         """Returns (function, args) that rebuild a tensor on its written storage; an opaque one's call as it was."""
@@ -103,7 +149,7 @@ class Layout:
         if not DTYPES[tensor.dtype].in_torch:
             raise UnsupportedError(f"torch has no dtype {tensor.dtype}")
         storage, shift = self._new[id(tensor.source)]
-        if shift < 0 or isinstance(tensor.source, Derived) or not tensor.numel:
+        if shift < 0 or not tensor.numel:
             return rebuild.call(tensor, storage, 0, contiguous_stride(tensor.shape or ()))
         moved = tensor.storage_offset - shift * 8 // DTYPES[tensor.dtype].bits
         return rebuild.call(tensor, storage, moved, tensor.stride)

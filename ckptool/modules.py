@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from ckptool.errors import LimitError
-from ckptool.tree import PyObject, as_mapping, attributes, ordered_dict
+from ckptool.tree import MAX_KEY, PyObject, as_mapping, attributes, key_text, ordered_dict
 
 MAX_MODULES = 1_000_000
-"""Modules one model may have, counting shared ones at each place: shared submodules can nest 2^n-fold."""
+"""Modules one model may have, counting shared ones at each place."""
+
+MAX_SHARED = 20_000
+"""Modules, parameters and buffers met again because their module is shared: submodules can nest 2^n-fold."""
 
 MAX_DEPTH = 500
 """Levels of submodules. Real models have under 20."""
@@ -39,21 +42,30 @@ def is_module(node: object) -> TypeGuard[PyObject]:
 
 def walk_modules(top: PyObject) -> Iterator[tuple[str, PyObject]]:
     """Yields (prefix, module) in state_dict order; a module registered twice comes twice, prefixes end with "."."""
-    count = 0
+    count = again = 0
+    met: set[int] = set()
     trail: list[tuple[str, PyObject]] = [("", top)]
     while trail:
         prefix, module = trail.pop()
         count += 1
-        if count > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
+        if id(module) in met:
+            slots = (as_mapping(attributes(module).get(slot)) or () for slot in ("_parameters", "_buffers", "_modules"))
+            again += 1 + sum(map(len, slots))
+        met.add(id(module))
+        if count > MAX_MODULES or prefix.count(".") > MAX_DEPTH or len(prefix) > MAX_KEY:
             raise LimitError(
                 f"the model has over {MAX_MODULES:,} modules or {MAX_DEPTH} levels (MAX_MODULES, MAX_DEPTH)"
             )
+        if again > MAX_SHARED:
+            raise LimitError(f"the model has {again:,} parts at several places, counted at each (MAX_SHARED)")
         yield prefix, module
         if not attributes(module) and module.args and is_module(module.args[0]):
             below = {"_orig_mod": module.args[0]}
         else:
             below = as_mapping(attributes(module).get("_modules")) or {}
-        trail.extend((f"{prefix}{name}.", child) for name, child in reversed(below.items()) if is_module(child))
+        trail.extend(
+            (f"{prefix}{key_text(name)}.", child) for name, child in reversed(below.items()) if is_module(child)
+        )
 
 
 def state_dict(top: PyObject) -> dict[str, Any]:
@@ -69,7 +81,7 @@ def state_dict(top: PyObject) -> dict[str, Any]:
         for slot, left_out in (("_parameters", set()), ("_buffers", skipped)):
             for name, value in (as_mapping(named.get(slot)) or {}).items():
                 if value is not None and name not in left_out:
-                    found[f"{prefix}{name}"] = value
+                    found[f"{prefix}{key_text(name)}"] = value
     return found
 
 

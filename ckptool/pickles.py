@@ -4,7 +4,7 @@ Reading is done by CPython's own C machine, in three walls:
 
 1. `scan` reads the opcodes first. It finds where the pickle ends, refuses opcodes that reach outside the
    stream (EXT1/2/4 and the out-of-band buffers), and bounds what a few bytes can make the machine allocate
-   (memo indices, declared lengths).
+   (memo indices, declared lengths, digits; tuples in tuples, see `ckptool.nesting`).
 2. The machine resolves every name through ``find_class``, which here never imports: it gives a `Global`, a
    class whose calls only record themselves, or one of the caller's builders.
 3. Every object the machine can hold takes BUILD, APPEND and SETITEM through methods defined in this package.
@@ -20,11 +20,14 @@ import io
 import re
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from ckptool import nesting, tree
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
-from ckptool.tree import Global, PyObject
+from ckptool.tree import MAX_DEPTH, Global, PyObject, brief
 
 MAX_PICKLE = 1 << 30
 """Bytes of one pickle. 100,000 tensors take 11 MB; a million, with Adam, under 600 MB."""
@@ -32,8 +35,8 @@ MAX_PICKLE = 1 << 30
 MAX_GLOBALS = 100_000
 """Distinct classes and functions one pickle may name. A whole-model pickle names some hundred."""
 
-MAX_DEPTH = 2_000
-"""Containers inside containers that a written pickle may have: torch.load itself gives up near there."""
+MAX_DIGITS = 4300
+"""Digits of an integer: Python itself will not print longer ones."""
 
 Builders = Mapping[tuple[str, str], Callable[..., Any]]
 """What to call instead of recording, by (module, qualname)."""
@@ -72,60 +75,157 @@ _LENGTHS = {
 _LINES = {ord("c"): 2, ord("i"): 2, **dict.fromkeys(b"FILSVPgp", 1)}
 """Opcodes whose arguments end with newlines -> how many."""
 
-_FIXED_SIZE = frozenset(b"KhqMJjrG\x80\x95")
-"""Opcodes with arguments of fixed size: met outside a run only where the bytes end."""
+_FIXED = {**dict.fromkeys(b"Khq\x80", 1), ord("M"): 2, **dict.fromkeys(b"Jjr", 4), **dict.fromkeys(b"G\x95", 8)}
+"""Opcodes with arguments of fixed size -> their bytes: met outside a run only where the bytes end."""
 
 _REFUSED = {
     0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4", 0x97: "NEXT_BUFFER", 0x98: "READONLY_BUFFER",
 }  # fmt: skip
 
 
-def _fixed(bound: int) -> re.Pattern[bytes]:
-    """Returns the pattern for a run of opcodes of fixed size whose LONG_BINPUT indices stay near ``bound``."""
+MANY_GETS = 1_000
+"""GETs looked at one by one; then a run may hold those of the same indices, of which real pickles have a handful."""
+
+_NUMBER = rb"(?:K.|M..|J....|[N\x88\x89]|G.{8})"
+_TUPLE = rb"[\x85-\x87t]"
+
+
+def _put(bound: int) -> bytes:
+    """Returns the pattern for BINPUT, and LONG_BINPUT with an index near ``bound``."""
     high = min(bound >> 16, 0xFF)
     upper = re.escape(bytes([min(bound >> 24, 0x7F)]))
     third = re.escape(bytes([high])) if bound < 1 << 24 else rb"\xff"
-    index = rb"r..[\x00-" + third + rb"][\x00-" + upper + rb"]"
+    return rb"(?:q.|r..[\x00-" + third + rb"][\x00-" + upper + rb"])"
+
+
+def _run(put: bytes, gets: Iterable[bytes] = ()) -> re.Pattern[bytes]:
+    """Returns the pattern for a run of opcodes of fixed size that nest no tuples, with no GETs but ``gets``.
+
+    A tuple in a run is made of numbers, or is the arguments of a call, a persistent id, an item or a value, and
+    so no part of another tuple unless a GET brings it back. Every PUT stands right behind what made the object.
+    """
+    some = rb"|".join(map(re.escape, sorted(gets)))
     return re.compile(
-        rb"(?:[(012NQRab}\]ltdeosu)\x81\x85-\x89\x8f-\x94]|[Khq\x80].|M..|[Jj]....|" + index + rb"|[G\x95]........)*+",
-        re.DOTALL,
-    )
+        put + rb"?+(?:"
+        + _NUMBER + rb"(?:(?:\x85|" + _NUMBER + rb"(?:\x86|" + _NUMBER + rb"\x87))" + put + rb"?+)?"
+        rb"|[}\]lRdo\x81\x8f\x91-\x93]" + put + rb"?+"
+        rb"|\((?:" + _NUMBER + rb"{1,8}t" + put + rb"?+)?"
+        rb"|" + _TUPLE + put + rb"?+(?:[R\x81]" + put + rb"?+|[Qabs])"
+        rb"|[1Qabe)su0\x90]|\x80.|\x95.{8}" + (rb"|" + some if some else b"") + rb")*+", re.DOTALL,
+    )  # fmt: skip
 
 
 def scan(buffer: bytes, start: int = 0) -> int:
     """Returns the offset behind the STOP of the pickle that begins at ``start``; reads opcodes, builds nothing.
 
     Raises: FormatError if it is cut off or holds an unknown opcode, UnsupportedError for opcodes that reach
-    outside the stream, LimitError if a memo index is beyond what its length can need.
+    outside the stream, LimitError if a memo index is beyond what its length can need, or tuples nest too deep.
     """
     size = len(buffer)
     bound = size - start + (1 << 16)
-    run = _fixed(bound)
+    put = _put(bound)
+    match = _run(put).match
+    runs = array("Q")
+    fetched: set[bytes] = set()
+    gets, many, loose, loosened, odd = 0, MANY_GETS, 0, 0, False
     position = start
     while True:
-        if position < size and (matched := run.match(buffer, position)):
-            position = matched.end()
+        if position < size and (matched := match(buffer, position)) and (end := matched.end()) > position:
+            runs.extend((position - loosened, end))
+            position = end
+        loosened = 0
         if position >= size:
             raise CutOffError(f"the pickle at byte {start} is cut off: no STOP in {size - start} bytes")
         opcode = buffer[position]
         if opcode == 0x58 and position + 5 <= size:  # BINUNICODE, nearly all of the rest
             position += 5 + int.from_bytes(buffer[position + 1 : position + 5], "little")
+        elif opcode in b"hj" and position + 1 + _FIXED[opcode] <= size:
+            end = position + 1 + _FIXED[opcode]
+            fetched.add(buffer[position:end])
+            position, gets = end, gets + 1
+            odd = odd or buffer[end : end + 1] in (b"q", b"r")
+            if gets == many:
+                match = _run(put, sorted(fetched)[:64]).match
+                many *= 8
         elif opcode == 0x2E:
-            return position + 1
+            break
         elif opcode in _LENGTHS:
             width = _LENGTHS[opcode]
             length = int.from_bytes(buffer[position + 1 : position + 1 + width], "little")
+            if opcode == 0x8B and size > position + 5 + length > position + 5 + MAX_DIGITS * 0.4153:
+                raise LimitError(f"the pickle has an integer of over {MAX_DIGITS} digits (byte {position}, MAX_DIGITS)")
             position += 1 + width + length
         elif opcode in _LINES:
+            odd = odd or opcode in b"gp"
             position = _after_lines(buffer, position, bound)
         elif opcode in _REFUSED:
             raise UnsupportedError(f"the pickle uses {_REFUSED[opcode]} (byte {position}), which reaches outside it")
-        elif opcode == 0x72 and position + 5 <= size:
+        elif opcode in b"t\x85\x86\x87":
+            loose += 1
+            loosened = 1  # a PUT of it begins the next run
+            position += 1
+        elif (
+            opcode == 0x72
+            and position + 5 <= size
+            and int.from_bytes(buffer[position + 1 : position + 5], "little") > bound
+        ):
             raise LimitError(f"the pickle memoises at an index beyond its own length (byte {position})")
-        elif opcode in _FIXED_SIZE:
-            raise CutOffError(f"the pickle at byte {start} is cut off inside an opcode")
+        elif opcode in _FIXED:
+            odd = True
+            position += 1 + _FIXED[opcode]
+            if position > size:
+                raise CutOffError(f"the pickle at byte {start} is cut off inside an opcode")
+        elif opcode in b"2\x94":
+            odd = True
+            position += 1
         else:
             raise FormatError(f"no pickle opcode at byte {position}: 0x{opcode:02x}")
+    if odd or loose > nesting.MAX_TUPLES or _may_share(buffer, runs, fetched, put):
+        nesting.check(_opcodes(buffer, start))
+    return position + 1
+
+
+def _may_share(buffer: bytes, runs: array[int], fetched: set[bytes], put: bytes) -> bool:
+    """Returns whether one of the GETs may bring back a tuple that was PUT in one of the runs (begin, end, ...).
+
+    First it is looked whether the bytes of such a PUT stand anywhere at all, arguments and texts included.
+    """
+    if not (fetched and runs):
+        return False
+    wanted = {int.from_bytes(get[1:], "little") for get in fetched}
+    puts = {b"r" + index.to_bytes(4, "little") for index in wanted} | {b"q%c" % i for i in wanted if i < 256}
+    low = rb"[" + b"".join(re.escape(b"%c" % low) for low in sorted({index & 0xFF for index in wanted})) + rb"]"
+    places = re.compile(_TUPLE + rb"(q" + low + rb"|r" + low + rb"...)", re.DOTALL)
+    exact = re.compile(
+        put + rb"?+(?:" + _NUMBER + rb"|h.|j....|[}\]lRdo\x81\x8f\x91-\x93]" + put + rb"?+"
+        rb"|" + _TUPLE + rb"(?!" + put + rb")|[(1Qabe)su0\x90]|\x80.|\x95.{8})*+(?:" + _TUPLE + rb"(" + put + rb"))?",
+        re.DOTALL,
+    )  # fmt: skip
+    for place in places.finditer(buffer, runs[0], runs[-1]):
+        run = bisect_right(runs, place.start()) - 1
+        if place[1] in puts and run % 2 == 0 and not puts.isdisjoint(exact.findall(buffer, runs[run], runs[run + 1])):
+            return True
+    return False
+
+
+def _opcodes(buffer: bytes, start: int) -> Iterator[tuple[int, int]]:
+    """Yields (opcode, memo index of a PUT or GET) of a pickle that `scan` has found well-formed; slow."""
+    position = start
+    while (opcode := buffer[position]) != 0x2E:
+        begin = position + 1
+        if opcode in _LENGTHS:
+            position = begin + _LENGTHS[opcode] + int.from_bytes(buffer[begin : begin + _LENGTHS[opcode]], "little")
+        elif opcode in _LINES:
+            position = begin
+            for _ in range(_LINES[opcode]):
+                position = buffer.index(b"\n", position) + 1
+        else:
+            position = begin + _FIXED.get(opcode, 0)
+        if opcode in b"gp":
+            line = buffer[begin : position - 1]
+            yield opcode, int(line) if line.isdigit() else -1
+        else:
+            yield opcode, int.from_bytes(buffer[begin:position], "little") if opcode in b"hjqr" else 0
 
 
 def _after_lines(buffer: bytes, position: int, bound: int) -> int:
@@ -138,8 +238,8 @@ def _after_lines(buffer: bytes, position: int, bound: int) -> int:
         text, end = buffer[end:newline], newline + 1
     if opcode == ord("p") and not (text.isdigit() and len(text) < 12 and int(text) <= bound):
         raise LimitError(f"the pickle memoises at an index beyond its own length (byte {position})")
-    if opcode in b"IL" and len(text) > 4300:
-        raise LimitError(f"the pickle has an integer of {len(text)} digits (byte {position})")
+    if opcode in b"IL" and len(text) > MAX_DIGITS:
+        raise LimitError(f"the pickle has an integer of over {MAX_DIGITS} digits (byte {position}, MAX_DIGITS)")
     return end
 
 
@@ -204,13 +304,14 @@ def load(
     """Returns (tree, names): the tree of the pickle at ``start``, and every (module, qualname) it names.
 
     `scan` the buffer first. ``persistent_load`` maps a persistent id to a leaf. Costs about 1 us per tensor.
-    Raises: FormatError if the machine stumbles, and whatever a builder raises.
+    Raises: FormatError if the machine stumbles, LimitError if the tree is not one to walk, what a builder raises.
     """
     machine = _Machine(builders or {}, persistent_load)
     enabled = gc.isenabled()
     gc.disable()  # every new container would be a candidate: halves the time at 100,000 keys
     try:
-        tree = machine.run(buffer, start)
+        made = machine.run(buffer, start)
+        tree.check(made)
     except CkptoolError:
         raise
     except (
@@ -221,7 +322,7 @@ def load(
     finally:
         if enabled:
             gc.enable()
-    return tree, tuple(machine.found)
+    return made, tuple(machine.found)
 
 
 def _unpickling_error() -> type[Exception]:
@@ -238,7 +339,7 @@ Reduced = tuple[Global, tuple[Any, ...]] | PyObject | None
 
 
 def dump(
-    tree: Any,
+    top: Any,
     *,
     reduce: Callable[[Any], Reduced] = lambda _: None,
     persistent_id: Callable[[Any], Any] = lambda _: None,
@@ -253,10 +354,14 @@ def dump(
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, 8 * MAX_DEPTH))  # at most five frames per container, none of them C's
     try:
-        writer.save(tree)
+        writer.save(top)
     finally:
         sys.setrecursionlimit(limit)
     return b"\x80\x02" + b"".join(writer.out) + b"."
+
+
+def _order(item: Any) -> str:
+    return brief(item, 1 << 16)
 
 
 _TUPLES = (b")", b"\x85", b"\x86", b"\x87", b"t")
@@ -321,7 +426,7 @@ class _Writer:
             self.save_call("__builtin__", "bytearray", (bytes(node),), node)
         elif kind is set or kind is frozenset:
             # a set's order changes from run to run; the file's must not
-            self.save_call("__builtin__", kind.__name__, (sorted(node, key=repr),), node)
+            self.save_call("__builtin__", kind.__name__, (sorted(node, key=_order),), node)
         else:
             pid = self.persistent_id(node)
             if pid is not None:
@@ -401,7 +506,11 @@ class _Writer:
         if len(items) > 3:
             self.out.append(b"(")
         for item in items:
-            if isinstance(item, PyObject) and item.called and not (item.mapping or item.items or item.state):
+            if (
+                isinstance(item, PyObject)
+                and item.called
+                and not (item.mapping or item.items or item.state or item.maker)
+            ):
                 self.save_fresh_call(type(item), item.args)
             else:
                 self.save(item)
@@ -429,7 +538,10 @@ class _Writer:
     def save_object(self, node: PyObject) -> None:
         if node.kwargs:
             raise UnsupportedError(f"protocol 2 cannot make a {type(node)!r} from keyword arguments")
-        self.save_global(node.module, node.qualname)
+        if node.maker is not None:
+            self.save(node.maker)
+        else:
+            self.save_global(node.module, node.qualname)
         self.save(node.args)
         self.out.append(b"R" if node.called else b"\x81")
         self.put(node)

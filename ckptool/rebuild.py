@@ -11,21 +11,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ckptool.checkpoint import Extras, Opaque, Storage, TensorInfo
+from ckptool.checkpoint import MAX_DIMS, MAX_NUMEL, Extras, Opaque, Storage, TensorInfo, is_countable
 from ckptool.dtypes import BY_STORAGE, DTYPES, nbytes_of
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.pickles import Builders
-from ckptool.tree import Global, PyObject, ordered_dict
+from ckptool.tree import Global, PyObject, brief, ordered_dict
 
 
 def dtype_of_storage(storage_type: object) -> str | None:
     """Returns the dtype a pickled storage class stands for, None for UntypedStorage. Raises: FormatError."""
-    name = storage_type.qualname if isinstance(storage_type, Global) else str(storage_type)
+    name = storage_type.qualname if isinstance(storage_type, Global) else ""
     if name in ("UntypedStorage", "_UntypedStorage"):
         return None
     row = BY_STORAGE.get(name)
     if row is None:
-        raise FormatError(f"the pickle names no storage class of torch: {storage_type!r}")
+        raise FormatError(f"the pickle names no storage class of torch: {brief(storage_type)}")
     return row.name
 
 
@@ -59,17 +59,21 @@ def strided(
         raise FormatError(f"a tensor is rebuilt from a {type(storage).__name__}, which is no storage")
     dtype = dtype or storage.dtype or "uint8"
     shape, stride = _ints(shape, "shape"), _ints(stride, "stride")
-    if type(offset) is not int or offset < 0 or len(shape) != len(stride):
-        raise FormatError(f"a tensor of shape {shape} has stride {stride} and storage offset {offset!r}")
+    if type(offset) is not int or not 0 <= offset <= MAX_NUMEL or len(shape) != len(stride):
+        raise FormatError(
+            f"a tensor of shape {brief(shape)} has stride {brief(stride)} and storage offset {brief(offset)}"
+        )
     numel, last = 1, offset
     for size, step in zip(shape, stride, strict=True):
         if size < 0 or step < 0:
-            raise FormatError(f"a tensor has shape {shape} and stride {stride}: a negative one")
+            raise FormatError(f"a tensor has shape {brief(shape)} and stride {brief(stride)}: a negative one")
         numel *= size
         last += (size - 1) * step
+    if not is_countable(shape):
+        raise FormatError(f"a tensor has shape {brief(shape)}: more elements or dimensions than torch can count")
     if numel and DTYPES[dtype].bits * (last + 1) > 8 * storage.nbytes:
         raise FormatError(
-            f"a {dtype} tensor of shape {shape}, stride {stride}, offset {offset} "
+            f"a {dtype} tensor of shape {brief(shape)}, stride {brief(stride)}, offset {offset} "
             f"reaches element {last} of a storage of {storage.nbytes} bytes"
         )
     extras = None
@@ -81,15 +85,16 @@ def strided(
 def _ints(value: object, what: str) -> tuple[int, ...]:
     if isinstance(value, PyObject) and value.qualname == "Size" and value.args:
         value = value.args[0]
-    if isinstance(value, (tuple, list)) and all(type(item) is int for item in value):
+    known = isinstance(value, (tuple, list)) and len(value) <= MAX_DIMS
+    if known and all(type(item) is int and abs(item) <= MAX_NUMEL for item in value):
         return tuple(value)
-    raise FormatError(f"a tensor's {what} is {value!r}: not a tuple of integers")
+    raise FormatError(f"a tensor's {what} is {brief(value)}: not a tuple of integers that torch could have")
 
 
 def _dtype_named(name: object) -> str:
     if isinstance(name, Global) and name.module == "torch" and name.qualname in DTYPES:
         return name.qualname
-    raise FormatError(f"{name!r} is no dtype that torch can save")
+    raise FormatError(f"{brief(name)} is no dtype that torch can save")
 
 
 def _tensor_v1(storage: object, offset: object, shape: object, stride: object, *_: object) -> TensorInfo:
@@ -128,7 +133,7 @@ def _parameter_with_state(data: object, requires_grad: object, hooks: object, st
 
 def _from_type_v2(func: Any, cls: object, args: object, state: object) -> TensorInfo | PyObject:
     if not callable(func) or not isinstance(args, tuple):
-        raise FormatError(f"_rebuild_from_type_v2 is called with {func!r}")
+        raise FormatError(f"_rebuild_from_type_v2 is called with {brief(func)}")
     made = func(*args)
     if isinstance(made, TensorInfo):
         return replace(made, extras=replace(made.extras or Extras(), subclass=cls, state=state))
@@ -172,15 +177,18 @@ def _qtensor(storage: object, offset: object, shape: object, stride: object, *re
 
 def _sparse(layout: object, data: object) -> TensorInfo:
     name = layout.args[0] if isinstance(layout, PyObject) and layout.args else layout
-    kind = str(name).removeprefix("torch.")
+    kind = str(name).removeprefix("torch.") if isinstance(name, (str, Global)) else ""
     node = _recorded("torch._utils", "_rebuild_sparse_tensor", (layout, data))
-    if not isinstance(data, tuple) or not kind.startswith("sparse_"):
-        raise FormatError(f"a sparse tensor of layout {name!r} cannot be understood")
+    if not isinstance(data, tuple) or kind not in _SPARSE:
+        raise FormatError(f"a sparse tensor of layout {brief(name)} cannot be understood")
     parts = tuple(part for part in data if _is_tensor(part))
     at = 2 if kind == "sparse_coo" else 3
     if len(parts) != at or len(data) <= at:
         raise FormatError(f"a {kind} tensor has {len(parts)} parts")
     return _opaque(kind, node, parts[-1].dtype, _ints(data[at], "shape"), parts)
+
+
+_SPARSE = ("sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 
 
 def _nested(*args: Any) -> TensorInfo:
@@ -216,6 +224,8 @@ def _opaque(
     kind: str, node: PyObject, dtype: str, shape: tuple[int, ...] | None,
     parts: tuple[TensorInfo, ...], stride: tuple[int, ...] = (), offset: int = 0,
 ) -> TensorInfo:  # fmt: skip
+    if min(shape or (), default=0) < 0 or not is_countable(shape or ()):
+        raise FormatError(f"a {kind} tensor has shape {brief(shape)}: negative, or more than torch can count")
     return TensorInfo(dtype, shape, stride, offset, Opaque(kind, node, parts))
 
 
@@ -282,15 +292,23 @@ def storage_class(dtype: str | None) -> Global:
 
 def persistent_id(storage: Storage, key: str) -> tuple[Any, ...]:
     """Returns the persistent id of a storage: its numel counts elements of its class, bytes if untyped."""
-    bits = DTYPES[storage.dtype].bits if storage.dtype else 8
+    bits = max(8, DTYPES[storage.dtype].bits) if storage.dtype else 8
     return "storage", storage_class(storage.dtype), key, storage.location, storage.nbytes * 8 // bits
+
+
+def location(tag: object) -> str:
+    """Returns a storage's device tag. Raises: FormatError if it is no text."""
+    if not isinstance(tag, str):
+        raise FormatError(f"a storage's device is {brief(tag)}")
+    return tag
 
 
 def storage_nbytes(dtype: str | None, numel: object) -> int:
     """Returns the bytes that a persistent id's numel claims. Raises: FormatError if it is no count."""
-    if type(numel) is not int or numel < 0:
-        raise FormatError(f"a storage has {numel!r} elements")
-    return nbytes_of(dtype, numel) if dtype else numel
+    if type(numel) is not int or not 0 <= numel <= MAX_NUMEL:
+        raise FormatError(f"a storage has {brief(numel)} elements")
+    packed = dtype is not None and DTYPES[dtype].bits < 8  # torch counts the storages of these in bytes
+    return nbytes_of(dtype, numel) if dtype and not packed else numel
 
 
 # --- safety ------------------------------------------------------------------------------------------------------

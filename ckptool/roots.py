@@ -9,6 +9,9 @@ from ckptool.checkpoint import TensorInfo
 from ckptool.optimizers import is_optimizer
 from ckptool.tree import Path, as_mapping, walk
 
+_DEEPEST = 20
+"""Names above the weights. Real checkpoints have two or three."""
+
 _PROBE = 10_000
 """Nodes looked at to see whether a container holds any tensor."""
 
@@ -31,17 +34,20 @@ def find_root(tree: Any) -> Root:
     others: list[Path] = []
     ema: list[Path] = []
     node = tree
-    while not modules.is_module(node):
+    while len(path) < _DEEPEST and not modules.is_module(node):
         mapping = as_mapping(node)
         if mapping is None:
             break
         ema += [(*path, name) for name in keys.EMA if name in mapping and holds_weights(mapping[name])]
-        direct = sum(isinstance(value, TensorInfo) for value in mapping.values())
         named = [name for name in keys.ROOTS if name in mapping and holds_weights(mapping[name])]
-        if direct and (not named or 2 * direct > len(mapping)):
-            break
         found = named or [name for name, value in mapping.items() if name not in keys.EMA and holds_weights(value)]
         if not found:
+            break
+        direct = sum(value.numel for value in mapping.values() if isinstance(value, TensorInfo))
+        if any(isinstance(value, TensorInfo) for value in mapping.values()) and (
+            direct >= max(_elements(mapping[name]) for name in found)
+        ):
+            others += [(*path, name) for name in found]  # key -> tensor, with something smaller among it
             break
         if len(found) > 1:
             others += [(*path, name) for name in (found[1:] if named else found)]
@@ -50,6 +56,13 @@ def find_root(tree: Any) -> Root:
         path = (*path, found[0])
         node = mapping[found[0]]
     return Root(path, tuple(others), tuple(ema))
+
+
+def _elements(node: Any) -> int:
+    """Returns how many elements the tensors of a module or a nest of dicts have, optimizer states left out."""
+    if modules.is_module(node):
+        return sum(value.numel for value in modules.state_dict(node).values() if isinstance(value, TensorInfo))
+    return sum(value.numel for _, value in walk(node, closed=is_optimizer) if isinstance(value, TensorInfo))
 
 
 def holds_weights(node: Any) -> bool:

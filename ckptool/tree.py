@@ -7,6 +7,7 @@ everything else, and of leaves that other files define (tensors). Nothing here i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, ClassVar
 
 from ckptool.errors import FormatError, LimitError, UnsupportedError
@@ -14,8 +15,17 @@ from ckptool.errors import FormatError, LimitError, UnsupportedError
 Path = tuple[Any, ...]
 """Steps from the top of a tree: dict keys as they are (int keys stay int), list positions, attribute names."""
 
-MAX_NODES = 20_000_000
-"""Nodes one walk may visit. Memoised pickles can share subtrees 2^n-fold; a million keys with Adam are under 10^7."""
+MAX_DEPTH = 2_000
+"""Containers inside containers. torch.load itself gives up near there, and paths as long as that cost their square."""
+
+MAX_SHARED = 1_000_000
+"""Nodes one walk may see again, beyond four times those it saw once: memoised pickles share subtrees 2^n-fold."""
+
+MAX_STEPS = 50_000_000
+"""Steps in all paths of one walk: its memory, if they are kept. A million keys with Adam have 32 million."""
+
+MAX_KEY = 1 << 16
+"""Characters of a key put together from the steps of a path: one memoised name can be every one of 2,000 steps."""
 
 
 class Global(type):
@@ -39,7 +49,7 @@ class Global(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> PyObject:
         made: PyObject = object.__new__(cls)  # type: ignore[arg-type]
         made.args, made.kwargs, made.called = args, kwargs, True
-        made.state = made.items = made.mapping = None
+        made.state = made.items = made.mapping = made.maker = None
         return made
 
     def __setattr__(cls, name: str, value: object) -> None:
@@ -56,9 +66,10 @@ class PyObject(metaclass=Global):
     ``__new__`` (NEWOBJ), with ``args`` and ``kwargs``. ``state``: what BUILD would have given
     ``__setstate__`` or ``__dict__``. ``items``: what was appended. ``mapping``: what was set by key, so an
     OrderedDict is a PyObject whose mapping is its content and whose state may hold ``_metadata``.
+    ``maker``: the object that was called to make it, where that is no class or function by name.
     """
 
-    __slots__ = ("args", "called", "items", "kwargs", "mapping", "state")
+    __slots__ = ("args", "called", "items", "kwargs", "maker", "mapping", "state")
     __hash__ = object.__hash__
 
     module: ClassVar[str]
@@ -69,6 +80,7 @@ class PyObject(metaclass=Global):
     state: Any
     items: list[Any] | None
     mapping: dict[Any, Any] | None
+    maker: PyObject | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PyObject:
         made = cls(*args, **kwargs)  # type(cls).__call__
@@ -76,6 +88,17 @@ class PyObject(metaclass=Global):
         return made
 
     # What the unpickling machine calls on an object:
+
+    def __call__(self, *args: Any) -> PyObject:
+        """Records a call of an object, which makes one of the class that protocol 2 wraps in a ``partial``.
+
+        That is ``functools.partial(cls.__new__, cls, ...)``, for a class whose ``__new__`` takes keywords.
+        """
+        state = self.state if self.qualname == "partial" and isinstance(self.state, tuple) else ()
+        given = state[1] if len(state) > 1 and isinstance(state[1], tuple) else ()
+        made = Global.__call__(given[0] if given and isinstance(given[0], Global) else type(self), *args)
+        made.maker = self
+        return made
 
     def __setstate__(self, state: Any) -> None:
         if self.state is not None:
@@ -104,10 +127,17 @@ class PyObject(metaclass=Global):
 
     def with_mapping(self, mapping: dict[Any, Any], state: Any) -> PyObject:
         """Returns the same kind of dict with other content, and other state (``_metadata``)."""
+        made = self.with_state(state)
+        if self.args and as_mapping(self) is not self.mapping:
+            made.args = ()
+        made.mapping = mapping
+        return made
+
+    def with_state(self, state: Any) -> PyObject:
+        """Returns the same object with another state."""
         made: PyObject = object.__new__(type(self))
-        made.args = () if self.args and as_mapping(self) is not self.mapping else self.args
-        made.kwargs, made.called, made.items = self.kwargs, self.called, self.items
-        made.mapping, made.state = mapping, state
+        made.args, made.kwargs, made.called, made.maker = self.args, self.kwargs, self.called, self.maker
+        made.items, made.mapping, made.state = self.items, self.mapping, state
         return made
 
     def __repr__(self) -> str:
@@ -143,19 +173,27 @@ def as_mapping(node: object) -> dict[Any, Any] | None:
     if isinstance(content, dict):
         return content
     if isinstance(content, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in content):
-        return dict(content)
+        return dict(content) if not any(isinstance(name, _UNHASHABLE) for name, _ in content) else {}
     return {}
+
+
+_UNHASHABLE = (dict, list, set, bytearray)
+
+
+def layers(node: object) -> tuple[Any, ...]:
+    """Returns the parts of an object's state: its ``__dict__`` and its slots, or whatever the state is."""
+    state = node.state if isinstance(node, PyObject) else None
+    if isinstance(state, tuple) and any(isinstance(layer, dict) for layer in state):
+        return state
+    return () if state is None else (state,)
 
 
 def attributes(node: object) -> dict[str, Any]:
     """Returns the instance attributes a PyObject would have: its ``__dict__`` state and its slots."""
-    state = node.state if isinstance(node, PyObject) else None
-    layers = state if isinstance(state, tuple) else (state,)
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        if isinstance(layer, dict):
-            merged.update(layer)
-    return merged
+    found = [layer for layer in layers(node) if isinstance(layer, dict)]
+    if len(found) == 1:
+        return found[0]
+    return {name: value for layer in found for name, value in layer.items()}
 
 
 def children(node: object) -> Iterator[tuple[Any, Any]]:
@@ -172,10 +210,35 @@ def children(node: object) -> Iterator[tuple[Any, Any]]:
             yield from enumerate(node.args)
         yield from node.kwargs.items()
         yield from enumerate(node.items or ())
-        named = attributes(node)
-        yield from named.items()
-        if node.state is not None and not named:
+        if node.maker is not None:
+            yield "__call__", node.maker
+        for layer in layers(node):
+            if isinstance(layer, dict):
+                yield from layer.items()
+            elif layer is not None:
+                yield "__state__", layer
+
+
+def parts(node: object) -> Iterator[tuple[Any, Any]]:
+    """Yields (step, part) for all that a node is made of, as a pickle names it: keys and arguments included."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if isinstance(name, _INNER):
+                yield "a key", name
+            yield name, value
+    elif isinstance(node, PyObject):
+        if node.maker is not None:
+            yield "__call__", node.maker
+        yield from enumerate(node.args)
+        yield from node.kwargs.items()
+        yield from enumerate(node.items or ())
+        yield from parts(node.mapping)
+        if node.state is not None:
             yield "__state__", node.state
+    elif isinstance(node, Leaf):
+        yield from node.inside()
+    else:
+        yield from children(node)
 
 
 class Leaf:
@@ -193,39 +256,55 @@ def walk(
 ) -> Iterator[tuple[Path, Any]]:
     """Yields (path, node) for every node of a tree, parents first, in the file's order.
 
-    A container that holds itself is not entered again, nor is one for which ``closed`` is true; leaves with
-    something behind them are entered only with ``inside``. Raises: LimitError past `MAX_NODES`.
+    A container that holds itself is not entered again, nor is one for which ``closed`` is true. With ``inside``
+    come all the `parts` that a pickle of the tree would have, of leaves too, and a shared container is entered
+    only once. Raises: LimitError past `MAX_DEPTH`, `MAX_SHARED`, `MAX_STEPS`.
     """
     yield (), top
-    visited = 0
-    trail: list[tuple[Path, int, Iterator[tuple[Any, Any]]]] = [
-        ((), id(top), _below(top, inside) if not (closed and closed(top)) else iter(()))
-    ]
-    open_ids = {id(top)}
+    inner = _INNER if inside else _CONTAINERS
+    below = parts if inside else children
+    if not isinstance(top, inner) or (closed and closed(top)):
+        return
+    seen = again = steps = 0
+    trail: list[tuple[Path, int, Iterator[tuple[Any, Any]], bool]] = [((), id(top), below(top), False)]
+    on_trail, entered = {id(top)}, {id(top)}
     while trail:
-        path, holder, below = trail[-1]
-        for step, node in below:
-            visited += 1
-            if visited > MAX_NODES:
-                raise LimitError(f"the tree has over {MAX_NODES:,} nodes (MAX_NODES), shared ones counted each time")
+        path, holder, rest, known = trail[-1]
+        depth = len(trail)
+        for step, node in rest:
+            seen += 1
+            again += known
+            steps += depth
+            if again > MAX_SHARED + 4 * (seen - again):
+                raise LimitError(f"{again:,} nodes of the tree are shared ones, counted at each place (MAX_SHARED)")
+            if steps > MAX_STEPS:
+                raise LimitError(f"the paths in the tree have over {MAX_STEPS:,} steps (MAX_STEPS)")
             here = (*path, step)
             yield here, node
-            if isinstance(node, _INNER) and id(node) not in open_ids and not (closed and closed(node)):
-                open_ids.add(id(node))
-                trail.append((here, id(node), _below(node, inside)))
-                break
+            if not isinstance(node, inner) or id(node) in on_trail or (closed and closed(node)):
+                continue
+            before = id(node) in entered
+            if before and inside:
+                continue
+            if depth >= MAX_DEPTH:
+                raise LimitError(f"its containers are nested over {MAX_DEPTH:,} deep (MAX_DEPTH)")
+            entered.add(id(node))
+            on_trail.add(id(node))
+            trail.append((here, id(node), below(node), known or before))
+            break
         else:
             trail.pop()
-            open_ids.discard(holder)
+            on_trail.discard(holder)
 
 
-def _below(node: object, inside: bool) -> Iterator[tuple[Any, Any]]:
-    if isinstance(node, Leaf):
-        return node.inside() if inside else iter(())
-    return children(node)
+_CONTAINERS = (dict, list, tuple, set, frozenset, PyObject)
+_INNER = (*_CONTAINERS, Leaf)
 
 
-_INNER = (dict, list, tuple, set, frozenset, PyObject, Leaf)
+def check(top: object) -> None:
+    """Raises LimitError if a `walk` over the tree would: once, so that whoever walks later need not be prepared."""
+    for _ in walk(top):
+        pass
 
 
 def replaced(top: Any, path: Path, value: Any) -> Any:
@@ -233,21 +312,113 @@ def replaced(top: Any, path: Path, value: Any) -> Any:
 
     Raises: UnsupportedError if the way leads through something that cannot be copied with one part changed.
     """
-    if not path:
-        return value
-    step, rest = path[0], path[1:]
-    if isinstance(top, dict):
-        return {name: replaced(child, rest, value) if name == step else child for name, child in top.items()}
-    if isinstance(top, (list, tuple)):
-        return type(top)(replaced(child, rest, value) if i == step else child for i, child in enumerate(top))
-    mapping = as_mapping(top)
-    if isinstance(top, PyObject) and mapping is not None and step in mapping:
-        changed = {name: replaced(child, rest, value) if name == step else child for name, child in mapping.items()}
-        return top.with_mapping(changed, top.state)
-    if isinstance(top, PyObject) and isinstance(top.state, dict) and step in top.state:
-        copy: PyObject = object.__new__(type(top))
-        copy.args, copy.kwargs, copy.called = top.args, top.kwargs, top.called
-        copy.items, copy.mapping = top.items, top.mapping
-        copy.state = replaced(top.state, path, value)
-        return copy
-    raise UnsupportedError(f"cannot change {step!r} inside {type(top).__name__}")
+    way = []
+    for step in path:
+        way.append((top, step))
+        top = _part(top, step)
+    for holder, step in reversed(way):
+        value = _with_part(holder, step, value)
+    return value
+
+
+def _part(node: Any, step: Any) -> Any:
+    if isinstance(node, (list, tuple)) and type(step) is int and step < len(node):
+        return node[step]
+    for found in (as_mapping(node), attributes(node)):
+        if found is not None and step in found:
+            return found[step]
+    what = node.qualname if isinstance(node, PyObject) else type(node).__name__
+    raise UnsupportedError(f"cannot change {brief(step)} inside a {what}")
+
+
+def _with_part(node: Any, step: Any, value: Any) -> Any:
+    if isinstance(node, (list, tuple)):
+        return type(node)(value if i == step else child for i, child in enumerate(node))
+    if isinstance(node, dict):
+        return {name: value if name == step else child for name, child in node.items()}
+    mapping = as_mapping(node)
+    if mapping is not None and step in mapping:
+        return node.with_mapping(_with_part(mapping, step, value), node.state)
+    if isinstance(node.state, dict):
+        return node.with_state(_with_part(node.state, step, value))
+    last = max(i for i, layer in enumerate(node.state) if isinstance(layer, dict) and step in layer)
+    return node.with_state(_with_part(node.state, last, _with_part(node.state[last], step, value)))
+
+
+# --- what is said of a value -------------------------------------------------------------------------------------
+
+
+def brief(value: object, room: int = 100) -> str:
+    """Returns a value as Python would write it, cut to ``room`` characters: for messages, whatever the value is."""
+    text = _brief(value, room, 4)
+    return text if len(text) <= room else f"{text[: room - 3]}..."
+
+
+def _brief(value: object, room: int, depth: int) -> str:
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"<int of {value.bit_length()} bits>"
+    if isinstance(value, (str, bytes, bytearray)):
+        return repr(value[:room])
+    if isinstance(value, (int, float, type(None), Global, PyObject)):
+        return repr(value)
+    if not isinstance(value, (dict, list, tuple, set, frozenset)):
+        return f"<{type(value).__name__}>"
+    if not depth:
+        return "..."
+    shown = []
+    for item in islice(value, 12):
+        shown.append(_brief(item, room // 2, depth - 1))
+        if isinstance(value, dict):
+            shown[-1] += f": {_brief(value[item], room // 2, depth - 1)}"
+        if sum(map(len, shown)) > room:
+            break
+    if len(shown) < len(value):
+        shown.append("...")
+    text = ", ".join(shown)
+    if isinstance(value, tuple):
+        return f"({text},)" if len(value) == 1 else f"({text})"
+    return f"[{text}]" if isinstance(value, list) else f"{{{text}}}"
+
+
+def key_text(step: object) -> str:
+    """Returns a key of a dict as it is shown: text as it is, and text and bytes that protocol 2 wraps in a call.
+
+    Those are bytes (``_codecs.encode``), NumPy's ``str_`` and ``bytes_``, and instances of subclasses of str.
+    """
+    if isinstance(step, str):
+        return step
+    if isinstance(step, PyObject):
+        if _as_bytes(step) is not None:
+            return brief(_as_bytes(step), MAX_KEY)
+        if step.qualname == "scalar" and len(step.args) == 2 and step.module.startswith("numpy."):
+            return _numpy_text(*step.args) or brief(step)
+        if not step.called and len(step.args) == 1 and isinstance(step.args[0], str):
+            return step.args[0]
+    return brief(step)
+
+
+def _as_bytes(node: object) -> bytes | None:
+    if isinstance(node, bytes):
+        return node
+    if isinstance(node, PyObject) and (node.module, node.qualname) == ("_codecs", "encode") and len(node.args) == 2:
+        text, encoding = node.args
+        if isinstance(text, str) and encoding == "latin1" and all(char < "\u0100" for char in text):
+            return text.encode("latin1")
+    return None
+
+
+def _numpy_text(dtype: object, data: object) -> str | None:
+    """Returns the text of a pickled NumPy scalar: ``str_`` is UTF-32, padded with zeros; None for another dtype."""
+    name = dtype.args[0] if isinstance(dtype, PyObject) and dtype.qualname == "dtype" and dtype.args else None
+    state = dtype.state if isinstance(dtype, PyObject) and isinstance(dtype.state, tuple) else ()
+    raw = _as_bytes(data)
+    if raw is None or not isinstance(name, str):
+        return None
+    big = len(state) > 1 and state[1] == ">"
+    if name.startswith("U"):
+        return raw.decode("utf-32-be" if big else "utf-32-le", "replace").rstrip("\0")
+    if name.startswith("S"):
+        return brief(raw.rstrip(b"\0"), MAX_KEY)
+    if name[:1] in ("i", "u") and len(raw) <= 8:
+        return str(int.from_bytes(raw, "big" if big else "little", signed=name[0] == "i"))
+    return None

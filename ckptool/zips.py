@@ -28,6 +28,13 @@ MAX_DIRECTORY = 1 << 30
 """Bytes of one central directory. A million tensors take 70 MB."""
 
 
+MAX_RATIO = 32
+"""How much smaller than itself a member read into memory may be stored. Pickles of torch deflate 4 to 10 fold."""
+
+SMALL = 1 << 20
+"""Bytes that `MAX_RATIO` does not count."""
+
+
 class Member(NamedTuple):
     """A zip member: its payload span (see `Span.member`) and its CRC-32, 0 where none was recorded."""
 
@@ -141,5 +148,7 @@ def read_small(file: File, members: Mapping[str, Member], name: str, limit: int)
         return None
     if member.span.nbytes > limit:
         raise LimitError(f"{name} has {member.span.nbytes:,} bytes, over the limit of {limit:,}", file.path)
+    if member.span.member == "deflated" and member.span.nbytes > SMALL + MAX_RATIO * member.span.packed:
+        raise LimitError(f"{name} inflates to over {MAX_RATIO} times its size in the file (MAX_RATIO)", file.path)
     with Files() as files:
         return files.read(member.span)

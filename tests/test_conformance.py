@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import re
 import subprocess
 import sys
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from oracles import FIXTURES, assert_identical, assert_same_tensors, bits, loads_safely, torch_load, tree_equal
+from oracles import (
+    FIXTURES,
+    assert_identical,
+    assert_same_tensors,
+    bits,
+    is_dense,
+    loads_safely,
+    torch_load,
+    tree_equal,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ckptool import formats
+from ckptool import aliases, formats
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import TensorInfo
-from ckptool.errors import LossError
+from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo
+from ckptool.data import read_bytes
+from ckptool.errors import FormatError, LossError
+from ckptool.files import Files, Output
+from ckptool.formats import sharded
 
 TORCH = sorted(
     path.name for path in FIXTURES.iterdir() if path.suffix in (".pth", ".pt", ".ckpt") and path.name != "malicious.pt"
@@ -77,7 +94,7 @@ def module_truth() -> dict[str, torch.Tensor]:
 
 
 def test_every_format_is_in_this_suite() -> None:
-    assert set(formats.WRITERS) == {"torch", "safetensors"}
+    assert set(formats.WRITERS) == {"torch", "torch-legacy", "safetensors", "npz"}
     read = {open_checkpoint(FIXTURES / name).format for name in EVERY}
     known = {formats._module(name).NAME for name in formats.READERS} | {"hf-sharded"}
     assert read == known
@@ -188,41 +205,208 @@ def test_written_as_safetensors_the_library_reads_the_same_weights(name: str, tm
             assert bits(written[key]) == bits(value), key
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_through_safetensors_and_back_keys_values_and_ties_are_the_same(name: str, tmp_path: Path) -> None:
+# --- every way there and back ----------------------------------------------------------------------------------------
+
+LIMIT = 4096
+"""Bytes of a shard: most fixtures have several then."""
+
+WAYS = ["torch", "torch-legacy", "safetensors", "sharded", "npz"]
+BACK = [way for way in WAYS if way != "npz"]  # numpy's archives are written only
+
+SUFFIX = {"torch": ".pth", "torch-legacy": ".old.pth", "safetensors": ".safetensors", "sharded": "", "npz": ".npz"}
+
+
+def holds(way: str, tensor: TensorInfo) -> bool:
+    """Whether a format can hold a tensor, by what the formats' own documents say."""
+    untyped = re.match(r"uint(16|32|64)|float8|float4|complex32|bits", tensor.dtype)
+    if way == "npz":
+        return tensor.kind == "dense" and not re.match(r"float8|float4|bfloat16|complex32|bits", tensor.dtype)
+    if way == "torch-legacy":
+        return not untyped and tensor.kind != "nested_strided"
+    if way in ("safetensors", "sharded"):
+        return tensor.kind == "dense" and not re.match(r"complex32|complex128|bits", tensor.dtype)
+    return True
+
+
+def written(opened: Checkpoint, way: str, path: Path) -> Path:
+    """Where a checkpoint's weights were written, as one of the `WAYS` does it."""
+    target = path.with_name(path.name + SUFFIX[way])
+    if way == "sharded":
+        with Files() as files:
+            sharded.write_directory(opened, str(target), files, max_shard_size=LIMIT)
+        return target
+    with Files() as files, Output(str(target)) as output:
+        formats.writer(str(target), way).write(opened, output, files)
+        output.commit()
+    return target
+
+
+def weights(name: str, way: str) -> Checkpoint:
+    """A fixture's weights without the rest of its tree, as far as a format can hold them."""
     opened = open_checkpoint(FIXTURES / name)
-    refused = NOT_IN_SAFETENSORS.get(name, set())
-    kept = {key: tensor for key, tensor in opened.state_dict().items() if key not in refused}
-    opened = opened.with_state_dict(kept)
-    save(opened, tmp_path / "once.safetensors")
-    once = open_checkpoint(tmp_path / "once.safetensors")
-    assert sorted(once.state_dict()) == sorted(opened.state_dict())
-    assert sorted(map(sorted, once.shared())) == sorted(map(sorted, opened.shared()))
-    tied = {key for group in opened.shared() for key in group[1:]}
-    order = [key for key in opened.state_dict() if key not in tied]
-    assert [key for key in once.state_dict() if key not in tied] == order
-    save(once, tmp_path / "twice.safetensors")
-    assert (tmp_path / "once.safetensors").read_bytes() == (tmp_path / "twice.safetensors").read_bytes()
-    save(once, tmp_path / "back.pth")
-    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    kept = {key: tensor for key, tensor in opened.state_dict().items() if holds(way, tensor)}
+    return Checkpoint(kept, metadata=opened.metadata)
+
+
+def digests(path: Path) -> dict[str, str]:
+    files = {file.name: file for file in path.iterdir()} if path.is_dir() else {"": path}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+
+@pytest.mark.parametrize("way", BACK)
+@pytest.mark.parametrize("name", EVERY)
+def test_there_and_back_all_is_equal_ties_and_order_too(name: str, way: str, tmp_path: Path) -> None:
+    opened = weights(name, way)
+    back = open_checkpoint(written(opened, way, tmp_path / "there"))
+    assert list(back.state_dict()) == list(opened.state_dict())
+    assert back.shared() == opened.shared()
+    assert (back.problems, back.broken) == ((), False)
+    with Files() as files:
+        for key, tensor in opened.state_dict().items():
+            same = back.state_dict()[key]
+            assert (tensor.kind, tensor.dtype, tensor.shape) == (same.kind, same.dtype, same.shape), key
+            if tensor.kind == "dense":
+                assert read_bytes(tensor, files) == read_bytes(same, files), key
+    loaded = torch.load(written(back, "torch", tmp_path / "back"), weights_only=name not in ("composite.pth",))
+    assert list(loaded) == list(opened.state_dict())
     if name != "resnet_module.pth":
-        expected = {key: value for key, value in truth(name).items() if key not in refused}
-        assert {key: bits(value) for key, value in back.items()} == {key: bits(v) for key, v in expected.items()}
+        expected = {key: value for key, value in truth(name).items() if key in loaded and is_dense(value)}
+        assert {key: bits(loaded[key]) for key in expected} == {key: bits(value) for key, value in expected.items()}
 
 
-# --- both ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", EVERY)
-def test_two_runs_give_the_same_bytes(name: str, suffix: str, tmp_path: Path) -> None:
-    opened = open_checkpoint(FIXTURES / name)
-    refused = NOT_IN_SAFETENSORS.get(name, set())
-    if suffix == ".safetensors" and refused:
-        pytest.skip("not writable whole")
-    for stem in ("a", "b"):  # the name must not matter either
-        save(opened, tmp_path / f"{stem}{suffix}")
-    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+def test_the_formats_own_library_reads_the_same_weights(name: str, way: str, tmp_path: Path) -> None:
+    opened = weights(name, way)
+    target = written(opened, way, tmp_path / "out")
+    found: dict[str, Any] = {}
+    if way == "npz":
+        with np.load(target) as archive:
+            found = {key: torch.from_numpy(archive[key]) for key in archive.files}
+            assert list(found) == list(opened.state_dict())
+    elif way in ("safetensors", "sharded"):
+        for file in sorted(target.glob("*.safetensors")) if way == "sharded" else [target]:
+            found |= load_file(file)
+            with safe_open(file, "pt") as reader:
+                said = reader.metadata()
+        index = target / "model.safetensors.index.json"
+        said |= json.loads(index.read_text())["metadata"] if index.is_file() else {}
+        found |= {key: found[said[key]] for key in opened.state_dict() if key not in found}
+    else:
+        found = torch.load(target, weights_only=name != "composite.pth")
+    assert sorted(found) == sorted(opened.state_dict())
+    if name != "resnet_module.pth":
+        expected = {key: value for key, value in truth(name).items() if key in found and is_dense(value)}
+        for key, value in expected.items():
+            assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key
+            assert bits(found[key]) == bits(value), key
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", EVERY)
+def test_two_runs_give_the_same_bytes(name: str, way: str, tmp_path: Path) -> None:
+    opened = open_checkpoint(FIXTURES / name) if way == "torch" else weights(name, way)
+    one, other = (written(opened, way, tmp_path / stem) for stem in ("a", "b"))  # the name must not matter either
+    assert digests(one) == digests(other)
+    if way in BACK:
+        assert digests(written(open_checkpoint(one), way, tmp_path / "c")) == digests(one)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_failure_leaves_nothing(way: str, tmp_path: Path) -> None:
+    source = tmp_path / "source.pth"
+    source.write_bytes((FIXTURES / "resnet_old.pth").read_bytes())
+    opened = open_checkpoint(source)
+    source.write_bytes(source.read_bytes()[:-1])
+    with pytest.raises(FormatError, match="changed"):
+        written(opened, way, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_rewritten_as_a_stream_it_loads_as_the_same_tree_or_is_refused(name: str, tmp_path: Path) -> None:
+    opened = formats.read(str(FIXTURES / name))
+    refused = {"dtypes.pth": r"uint16 \(uint16\)", "composite.pth": r"nested \(nested_strided\)"}.get(name)
+    if refused:
+        with pytest.raises(LossError, match=refused):
+            written(opened, "torch-legacy", tmp_path / "out")
+        return
+    target = written(opened, "torch-legacy", tmp_path / "out")
+    if name in SAME_MEMORY:
+        assert_identical(torch_load(FIXTURES / name), torch_load(target))
+    if loads_safely(FIXTURES / name):
+        assert loads_safely(target)
+
+
+# --- the order of tied names -----------------------------------------------------------------------------------------
+
+
+def tied(*names: str) -> Checkpoint:
+    """Names in order; those that begin alike are tied."""
+    first: dict[str, TensorInfo] = {}
+    for name in names:
+        storage = Storage(Span(str(FIXTURES / "tied.pth"), 0, 4), "float32")
+        first.setdefault(name[0], TensorInfo("float32", (1,), (1,), 0, storage))
+    return Checkpoint({name: replace(first[name[0]]) for name in names})
+
+
+@pytest.mark.parametrize("way", ["safetensors", "sharded"])
+@pytest.mark.parametrize(
+    ("names", "recorded"),
+    [
+        ("a b c", False),
+        ("a a1 b b1 c", False),
+        ("a a1 a2 b", False),
+        ("a a2 a1 b", True),
+        ("a b a1", True),
+        ("b a a1 b1 c a2 b2 a3", True),
+        ("a b c d a1 b1 c1 d1", True),
+        ("a b b1 c a1", True),
+    ],
+)
+def test_tied_names_come_back_where_they_were(names: str, recorded: bool, way: str, tmp_path: Path) -> None:
+    opened = tied(*names.split())
+    back = open_checkpoint(written(opened, way, tmp_path / "x"))
+    assert list(back.state_dict()) == names.split()
+    assert back.shared() == opened.shared()
+    assert (aliases.ORDER in back.metadata) == recorded
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["", "x", "[]", "null", '{"a1": "2"}', '{"a1": true}', '{"a1": -5}', '{"a1": 1e9}', '{"a1": 99999999999999999999}',
+     '{"zz": 0}', '{"a": 1}', "[" * 100_000],
+)  # fmt: skip
+def test_an_order_that_makes_no_sense_loses_no_name(record: str) -> None:
+    tensors = tied("a", "b", "c").state_dict()
+    found = aliases.restored(tensors, {"a1": "a", "b1": "b", aliases.ORDER: record})
+    assert sorted(found) == ["a", "a1", "b", "b1", "c"]
+    assert found["a1"].source is found["a"].source
+
+
+def test_the_order_of_other_names_never_travels(tmp_path: Path) -> None:
+    once = open_checkpoint(written(tied("a", "b", "a1"), "safetensors", tmp_path / "once"))
+    assert aliases.ORDER in once.metadata
+    fewer = {key: tensor for key, tensor in once.state_dict().items() if key != "b"}
+    again = open_checkpoint(written(once.with_state_dict(fewer), "sharded", tmp_path / "again"))
+    assert (list(again.state_dict()), aliases.ORDER in again.metadata) == (["a", "a1"], False)
+
+
+def test_the_order_of_many_ties_costs_no_more_than_their_number() -> None:
+    def seconds(count: int) -> float:
+        half = [f"{number:06}" for number in range(count)]
+        tensors = {name: TensorInfo("float32", (1,), (1,), 0, Storage(Span("", 0, 4))) for name in half}
+        both = {**tensors, **{f"tied.{name}": replace(tensor) for name, tensor in tensors.items()}}
+        start = time.perf_counter()
+        found = aliases.record(both)
+        assert list(aliases.restored(tensors, aliases.described(both, found))) == list(both)
+        return time.perf_counter() - start
+
+    seconds(1000)
+    assert seconds(50_000) < 30 * max(seconds(5_000), 0.01)
+
+
+# --- torch and safetensors -------------------------------------------------------------------------------------------
 
 
 def test_the_bytes_do_not_depend_on_the_process(tmp_path: Path, saved: Any) -> None:

@@ -309,7 +309,7 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path: Path) -> No
         os.dup2(full, output._fd)
         os.close(full)
         with pytest.raises(OutputError, match="no space"):
-            output.write(b"abc")
+            output.write(bytes(1 << 20))
     assert os.listdir(tmp_path) == []
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, assert_identical, assert_same_tensors
+from oracles import FIXTURES, assert_identical, assert_same_tensors, bits
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.errors import CkptoolError, FormatError, IncompleteError, UnreadableError, UnsupportedError
-from ckptool.formats import read
+from ckptool.checkpoint import Checkpoint
+from ckptool.errors import (
+    CkptoolError,
+    FormatError,
+    IncompleteError,
+    LossError,
+    OutputError,
+    UnreadableError,
+    UnsupportedError,
+    UsageError,
+)
+from ckptool.files import Files, Output
+from ckptool.formats import read, sharded
 
 INDEX = "model.safetensors.index.json"
 
@@ -242,3 +257,249 @@ def test_a_variant_of_diffusers_is_found_inside_its_pipeline(tmp_path: Path) -> 
     (tmp_path / "unet" / name).write_text(json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}))
     opened = open_checkpoint(tmp_path)
     assert (list(opened.state_dict()), opened.problems) == (["w"], ())
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(checkpoint: Checkpoint, directory: Path, limit: int, **options: Any) -> tuple[str, ...]:
+    with Files() as files:
+        return sharded.write_directory(checkpoint, str(directory), files, max_shard_size=limit, **options)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir() if path.is_file()}
+
+
+Saved = Callable[..., Path]
+
+
+@pytest.fixture
+def four(saved: Saved) -> Checkpoint:
+    """Tensors of 40, 40, 400 and 8 bytes, the last tied to the first; an epoch beside them."""
+    a = torch.arange(10.0)
+    tensors = {"a": a, "b": torch.ones(10), "big": torch.arange(100.0), "c": torch.zeros(2), "head": a.detach()}
+    return open_checkpoint(saved({"state_dict": tensors, "epoch": 3}))
+
+
+def test_shards_are_filled_in_order_and_a_large_tensor_stands_alone(four: Checkpoint, tmp_path: Path) -> None:
+    assert write(four, tmp_path / "out", 80) == ("epoch",)
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, INDEX]
+    assert [list(load_file(tmp_path / "out" / name)) for name in names] == [["a", "b"], ["big"], ["c"]]
+    text = (tmp_path / "out" / INDEX).read_text()
+    index = {
+        "metadata": {"total_size": 488, "head": "a", "ckptool.alias_order": '{"head":4}'},
+        "weight_map": {"a": names[0], "b": names[0], "big": names[1], "c": names[2]},
+    }
+    assert text == json.dumps(index, indent=2, sort_keys=True) + "\n"
+    for name in names:
+        with safe_open(tmp_path / "out" / name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_read_back_it_is_the_same_with_its_ties_and_order(four: Checkpoint, tmp_path: Path) -> None:
+    write(four, tmp_path / "out", 50)
+    opened = open_checkpoint(tmp_path / "out")
+    assert (opened.problems, opened.broken) == ((), False)
+    assert list(opened.state_dict()) == list(four.state_dict())
+    assert opened.shared() == [["a", "head"]]
+    save(opened, tmp_path / "back.pth")
+    save(four, tmp_path / "four.pth")
+    assert_identical(torch.load(tmp_path / "back.pth"), dict(torch.load(tmp_path / "four.pth")["state_dict"]))
+
+
+@pytest.mark.parametrize("limit", [488, 10**12])
+def test_what_fits_one_shard_is_one_plain_file(limit: int, four: Checkpoint, tmp_path: Path) -> None:
+    write(four, tmp_path / "out", limit)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    save(four, tmp_path / "one.safetensors")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("limit", "shards"), [(1, 4), (40, 4), (79, 4), (80, 3), (407, 3), (408, 2), (487, 2)])
+def test_a_limit_is_of_bytes_and_may_be_reached(limit: int, shards: int, four: Checkpoint) -> None:
+    planned = sharded.plan(four.state_dict(), limit)
+    assert len(planned) == shards
+    assert [key for shard in planned.values() for key in shard] == ["a", "b", "big", "c"]
+    for shard in planned.values():
+        assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard.values()) <= limit
+
+
+def test_a_limit_of_nothing_is_refused(four: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        write(four, tmp_path / "out", 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_shards_than_are_read_at_once_come_back_in_order(saved: Saved, tmp_path: Path) -> None:
+    value = {f"t{number}": torch.full((3,), float(number)) for number in range(120)}
+    write(open_checkpoint(saved(value)), tmp_path / "out", 12)
+    assert len(list((tmp_path / "out").iterdir())) == 121
+    assert_same_tensors(open_checkpoint(tmp_path / "out"), value)
+
+
+def test_metadata_of_the_source_stands_in_every_shard_and_no_stale_word_of_an_index(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(4), "b": torch.zeros(4)}
+    save_file(tensors, tmp_path / "in.safetensors", {"modelspec.title": "x", "format": "pt"})
+    write(open_checkpoint(tmp_path / "in.safetensors"), tmp_path / "one", 16)
+    write(open_checkpoint(tmp_path / "one"), tmp_path / "two", 16)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    for name in sharded.plan(open_checkpoint(tmp_path / "in.safetensors").state_dict(), 16):
+        with safe_open(tmp_path / "two" / name, "pt") as file:
+            assert file.metadata() == {"modelspec.title": "x", "format": "pt"}
+    merged = open_checkpoint(tmp_path / "two")
+    assert merged.metadata["total_size"] == "32"
+    save(merged.with_state_dict({"a": merged.state_dict()["a"]}), tmp_path / "less.safetensors")
+    with safe_open(tmp_path / "less.safetensors", "pt") as file:
+        assert "total_size" not in file.metadata()
+
+
+@pytest.mark.parametrize("name", ["total_size", "total_parameters", "format", "ckptool.alias_order"])
+def test_a_tied_tensor_may_have_a_name_that_the_index_needs(name: str, saved: Saved, tmp_path: Path) -> None:
+    shared = torch.ones(4)
+    value = {"w": shared, name: shared, "z": torch.zeros(1)}
+    write(open_checkpoint(saved(value)), tmp_path / "out", 16)
+    opened = open_checkpoint(tmp_path / "out")
+    assert opened.problems == ()
+    assert {key: tensor.shape for key, tensor in opened.state_dict().items()} == {"w": (4,), name: (4,), "z": (1,)}
+
+
+def test_existing_files_stay_and_others_are_never_touched(four: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(four, out, 80)
+    (out / "config.json").write_text("{}")
+    before = digests(out)
+    with pytest.raises(OutputError, match="exists"):
+        write(four, out, 80)
+    other = four.with_state_dict({"a": four.state_dict()["b"], "c": four.state_dict()["c"]})
+    with pytest.raises(OutputError, match="exists"):
+        write(other, out, 20)  # other shards, the same index
+    assert digests(out) == before
+    write(four, out, 80, force=True)
+    assert digests(out) == before
+    write(other, out, 40, force=True)
+    assert digests(out).items() >= {name: digest for name, digest in before.items() if name != INDEX}.items()
+    assert list(open_checkpoint(out).state_dict()) == ["a", "c"]
+
+
+def test_an_index_is_not_written_beside_the_file_that_would_hide_it(four: Checkpoint, tmp_path: Path) -> None:
+    write(four, tmp_path / "out", 10**6)
+    with pytest.raises(OutputError, match=r"model\.safetensors"):
+        write(four, tmp_path / "out", 80, force=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+
+
+def test_what_safetensors_cannot_hold_is_named_and_no_directory_is_made(saved: Saved, tmp_path: Path) -> None:
+    value = {"w": torch.ones(2), "c": torch.ones(1, dtype=torch.complex128), "coo": torch.eye(2).to_sparse()}
+    with pytest.raises(LossError, match=r"c \(complex128\).*coo \(sparse_coo\)"):
+        write(open_checkpoint(saved(value)), tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_while_writing_leaves_nothing(existing: bool, saved: Saved, tmp_path: Path) -> None:
+    path = saved({f"t{number}": torch.ones(4) for number in range(5)})
+    opened = open_checkpoint(path)
+    path.write_bytes(path.read_bytes() + b"x")
+    if existing:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(FormatError, match="changed"):
+        write(opened, tmp_path / "out", 16)
+    assert (tmp_path / "out").exists() == existing
+    assert not existing or list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "mine.txt"]
+
+
+@pytest.mark.parametrize("error", [OutputError("no"), KeyboardInterrupt()])
+def test_a_failure_while_names_are_given_leaves_nothing(
+    error: BaseException, four: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = Output.commit
+    given: list[str] = []
+
+    def failing(self: Output) -> None:
+        given.append(os.path.basename(self.path))
+        assert len(list((tmp_path / "out").iterdir())) == 4  # everything was written before the first has its name
+        if self.path.endswith("00003-of-00003.safetensors"):
+            raise error
+        commit(self)
+
+    monkeypatch.setattr(Output, "commit", failing)
+    with pytest.raises(type(error)):
+        write(four, tmp_path / "out", 80)
+    assert len(given) == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_index_gets_its_name_last(four: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = Output.commit
+    given: list[str] = []
+    monkeypatch.setattr(Output, "commit", lambda self: (given.append(os.path.basename(self.path)), commit(self)))
+    write(four, tmp_path / "out", 80)
+    assert given == [*sorted(given[:-1]), INDEX]
+
+
+def test_shards_are_checked_before_they_get_their_names(four: Checkpoint, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def check(paths: list[str]) -> None:
+        seen.append([key for path in paths for key in read(path).state_dict()])
+        raise FormatError("not what was meant")
+
+    with pytest.raises(FormatError, match="not what was meant"):
+        write(four, tmp_path / "out", 80, check=check)
+    assert seen == [["a", "b", "big", "c"]]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "absent/out"])
+def test_a_place_for_no_directory_is_said(name: str, four: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError):
+        write(four, tmp_path / name, 80)
+
+
+def test_a_sharded_checkpoint_can_be_written_onto_itself(four: Checkpoint, tmp_path: Path) -> None:
+    write(four, tmp_path / "out", 80)
+    before = digests(tmp_path / "out")
+    write(open_checkpoint(tmp_path / "out"), tmp_path / "out", 80, force=True)
+    assert digests(tmp_path / "out") == before
+
+
+def test_hugging_faces_own_loader_loads_what_was_written(saved: Saved, tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.Embedding(50, 8)
+            self.norm = nn.BatchNorm1d(8)
+            self.head = nn.Linear(8, 50, bias=False)
+            self.head.weight = self.emb.weight
+
+    torch.manual_seed(3)
+    source, target = Net(), Net()
+    write(open_checkpoint(saved(source.state_dict())), tmp_path / "out", 1000)
+    result = hub.load_torch_model(target, tmp_path / "out", strict=False)  # the tied name is in no shard
+    assert (result.missing_keys, result.unexpected_keys) == (["head.weight"], [])
+    assert {key: bits(value) for key, value in target.state_dict().items()} == {
+        key: bits(value) for key, value in source.state_dict().items()
+    }
+
+
+def test_the_layout_is_the_one_hugging_face_writes(saved: Saved, tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    shared = torch.arange(10.0)
+    value = {"a": shared, "b": torch.ones(10), "c": torch.zeros(20), "tied": shared}
+    (tmp_path / "theirs").mkdir()
+    hub.save_torch_state_dict(dict(value), tmp_path / "theirs", max_shard_size=100, shared_tensors_to_discard=["tied"])
+    write(open_checkpoint(saved(value)), tmp_path / "ours", 100)
+    assert sorted(digests(tmp_path / "ours")) == sorted(digests(tmp_path / "theirs"))
+    ours, theirs = (json.loads((tmp_path / name / INDEX).read_text()) for name in ("ours", "theirs"))
+    assert ours["weight_map"] == theirs["weight_map"]
+    del ours["metadata"]["ckptool.alias_order"]
+    assert ours["metadata"] == theirs["metadata"]
+    for name in set(ours["weight_map"].values()):
+        one, other = load_file(tmp_path / "ours" / name), load_file(tmp_path / "theirs" / name)
+        assert {key: bits(tensor) for key, tensor in one.items()} == {key: bits(t) for key, t in other.items()}

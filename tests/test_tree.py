@@ -109,11 +109,11 @@ def test_shared_nodes_are_seen_at_each_of_their_places() -> None:
 
 
 def test_a_memoised_bomb_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "MAX_NODES", 10_000)
+    monkeypatch.setattr(tree, "MAX_SHARED", 10_000)
     bomb: list[Any] = []
     for _ in range(60):  # 2^60 leaves
         bomb = [bomb, bomb]
-    with pytest.raises(LimitError, match="MAX_NODES"):
+    with pytest.raises(LimitError, match="MAX_SHARED"):
         list(walk(bomb))
 
 

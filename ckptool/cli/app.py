@@ -8,7 +8,7 @@ from typing import Annotated
 import click
 import typer
 
-from ckptool.cli import diff, filter, inspect, render
+from ckptool.cli import convert, diff, filter, inspect, remap, render
 from ckptool.errors import CkptoolError, UsageError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command("inspect")(inspect.command)
 app.command("diff")(diff.command)
 app.command("filter")(filter.command)
+app.command("remap", cls=remap.Ordered)(remap.command)
+app.command("convert")(convert.command)
 
 
 @app.callback()

@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 import ckptool
-from ckptool import api, keys
-from ckptool.cli import render
+from ckptool import keys, saving
+from ckptool.checkpoint import Checkpoint
+from ckptool.cli import options, render
+from ckptool.cli.progress import bar
 from ckptool.errors import UsageError
 from ckptool.ops.filter import LOADED, FilterReport, Row
 
@@ -37,19 +39,17 @@ def command(
         list[str] | None, typer.Option(metavar="GLOB", help="Exit 1 if such a key is not loaded.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 on missing, unexpected or mismatched keys.")] = False,
-    root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in the sources.")] = None,
+    root: options.Root = None,
     match_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where they are in TARGET.")] = None,
-    map_location: Annotated[
-        str | None, typer.Option(metavar="TAGS", help="Device tags to write: cpu, or cuda:1=cuda:0,cuda:2=cpu.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Allow OUT to be one of the inputs.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only, write nothing.")] = False,
-    report_file: Annotated[
-        str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report too.")
-    ] = None,
+    map_location: options.MapLocation = None,
+    verify: options.Verify = False,
+    fsync: options.Fsync = True,
+    force: options.Force = False,
+    in_place: options.InPlace = False,
+    dry_run: options.DryRun = False,
+    report_file: options.Report = None,
     all_rows: Annotated[bool, typer.Option("--all", help="Show loaded keys too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: options.Json = False,
 ) -> int:
     """Keep what fits: TARGET with every tensor that agrees in name and shape taken from SOURCE."""
     if output is None and not dry_run:
@@ -57,33 +57,38 @@ def command(
     if match is None and (min_loaded or require or strict):
         raise UsageError("--min-loaded, --require and --strict need --match")
     least = _fraction(min_loaded)
-    tags = _tags(map_location)
+    tags = options.tags(map_location)
     opened = [ckptool.open(source, root=root) for source in sources]
     target = ckptool.open(match, root=match_root) if match is not None else None
     inputs = [*opened, *([] if target is None else [target])]
     if output is not None:
-        api.check_output(output, force=force, in_place=in_place, inputs=inputs)
-    if report_file is not None:
-        if output is not None and api.same_place(report_file, output):
-            raise UsageError("--report and --output name one file")
-        api.check_report(report_file, force=force, inputs=inputs)
+        saving.check_output(output, force=True, in_place=True)
+    options.check_places(output, report_file, force=force, in_place=in_place, inputs=inputs)
     checkpoint, report = ckptool.filter(
         *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix,
         add_prefix=add_prefix, only_matched=only_matched, cast=cast,
     )  # fmt: skip
     failed = _gates(report, least, require or [], strict)
     if not failed and output is not None and not dry_run:
-        left_out = ckptool.save(checkpoint, output, force=force, in_place=in_place, map_location=tags)
-        notes = [*report.notes, *([f"left out: {', '.join(left_out)}"] if left_out else [])]
+        with bar(lambda: _bytes(checkpoint) * (3 if verify else 1)) as progress:
+            saved = saving.save(
+                checkpoint, output, force=force, in_place=in_place, map_location=tags, verify=verify, fsync=fsync,
+                progress=progress,
+            )  # fmt: skip
+        notes = [*report.notes, *([f"left out: {', '.join(saved.left_out)}"] if saved.left_out else [])]
         report = replace(report, output=output, notes=notes)
     document = render.document("filter", report, [*report.notes, *failed])
     if report_file is not None:
-        api.write_text(report_file, render.json_text(document), force=force)
+        saving.write_text(report_file, render.json_text(document), force=force)
     if as_json:
         render.print_json(document)
     else:
         render.show(_lines(report, output, dry_run, failed, all_rows))
     return int(bool(failed))
+
+
+def _bytes(checkpoint: Checkpoint) -> int:
+    return sum(tensor.nbytes for _, tensor in checkpoint.tensors())
 
 
 def _fraction(text: str | None) -> float | None:
@@ -97,15 +102,6 @@ def _fraction(text: str | None) -> float | None:
     if not 0 <= value <= 1:
         raise UsageError(f"--min-loaded takes a share such as 90% or 0.9, not {text!r}")
     return value
-
-
-def _tags(text: str | None) -> str | dict[str, str] | None:
-    if text is None or "=" not in text:
-        return text
-    pairs = [pair.split("=") for pair in text.split(",")]
-    if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise UsageError(f"--map-location takes a device or from=to pairs, not {text!r}")
-    return {pair[0]: pair[1] for pair in pairs}
 
 
 def _gates(report: FilterReport, least: float | None, require: Sequence[str], strict: bool) -> list[str]:
@@ -130,6 +126,9 @@ def _gates(report: FilterReport, least: float | None, require: Sequence[str], st
     if strict:
         bad = [f"{report.counts[reason]} {reason}" for reason in ("missing", "unexpected", "mismatched")
                if report.counts.get(reason)]  # fmt: skip
+        packed = sum(row.reason == "ignored" and bool(row.tensors) for row in report.rows)
+        if packed:
+            bad.append(f"{packed} objects that hold tensors")
         if bad:
             failed.append(f"--strict: {', '.join(bad)}")
     return failed
@@ -165,7 +164,7 @@ def _lines(report: FilterReport, output: str | None, dry_run: bool, failed: list
 def _rows(report: FilterReport, all_rows: bool) -> list[list[str]]:
     shown = []
     for row in report.rows:
-        if row.reason in ("loaded", "ignored") and not all_rows:
+        if row.reason in ("loaded", "ignored") and not all_rows and not row.tensors:
             continue
         shown.append((row.reason, row.key, _text(report, row)))
     lines = []
@@ -184,7 +183,8 @@ def _rows(report: FilterReport, all_rows: bool) -> list[list[str]]:
 
 def _text(report: FilterReport, row: Row) -> str:
     if row.shape is None and row.dtype is None:
-        return row.detail or ""
+        theirs = f"source {render.dims(row.source_shape)}  " if row.source_shape is not None else ""
+        return theirs + (row.detail or "")
     shape = render.dims(row.shape)
     where = f"  in {row.file}" if row.file else ""
     detail = f"  {row.detail}" if row.detail else ""

@@ -7,6 +7,7 @@ and no markup is ever interpreted. Colour only on a terminal, and not with NO_CO
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -131,17 +132,23 @@ def note(text: str) -> None:
 
 def to_json(value: Any) -> Any:
     """Returns a report as JSON's own types; optional fields (default None) are left out when they are None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: to_json(content)
-            for field in dataclasses.fields(value)
-            if not ((content := getattr(value, field.name)) is None and field.default is None)
-        }
-    if isinstance(value, dict) or hasattr(value, "items"):
-        return {str(key): to_json(content) for key, content in value.items()}
+    if value is None or isinstance(value, (str, int, float)):
+        return value
     if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
-    return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            name: to_json(content)
+            for name, optional in _fields(type(value))
+            if not ((content := getattr(value, name)) is None and optional)
+        }
+    return {str(key): to_json(content) for key, content in value.items()}
+
+
+@functools.cache
+def _fields(kind: type) -> list[tuple[str, bool]]:
+    """Returns (name, whether it may be left out) of a report's fields."""
+    return [(field.name, field.default is None) for field in dataclasses.fields(kind)]
 
 
 def json_text(document: Any) -> str:

@@ -1,7 +1,8 @@
 """What we read and write: one file per format, and here the list of them.
 
 A format file has ``NAME``, ``matches(file)`` (by content, never by name) and ``read(file)``; one that can be
-written also has ``SUFFIXES`` and ``write(checkpoint, output, files, map_location)``.
+written also has ``SUFFIXES`` and ``write(checkpoint, output, files, map_location)``; ``npz`` has only those. A
+directory of shards is read through `read`, and written by `sharded.write_directory`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,17 @@ READERS = ("torch_zip", "torch_legacy", "safetensors", "torch_tar")
 
 WRITERS = {
     "torch": ("torch_zip", (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar")),
+    "torch-legacy": ("torch_legacy", ()),
     "safetensors": ("safetensors", (".safetensors",)),
+    "npz": ("npz", (".npz",)),
 }
-"""What a user calls a format -> its module, and the suffixes that stand for it."""
+"""What a user calls a single-file format -> its module, and the suffixes that stand for it (none: only its name)."""
+
+SHARDED = "sharded"
+"""What a user calls the directory that `sharded.write_directory` writes."""
+
+SUFFIXES = tuple(suffix for _, suffixes in WRITERS.values() for suffix in suffixes)
+"""All suffixes that stand for a format when writing."""
 
 
 def _module(name: str) -> ModuleType:
@@ -53,8 +62,19 @@ def _read_file(file: File) -> Checkpoint:
     raise AssertionError("refuse always raises")
 
 
-def writer(path: str) -> ModuleType:
-    """Returns the format module that a path's suffix stands for. Raises: UsageError."""
+def is_sharded(name: str | None) -> bool:
+    """Returns whether a user's name for a format means a directory of shards. Raises: UsageError if unknown."""
+    if name is not None and name != SHARDED and name not in WRITERS:
+        raise UsageError(f"no format {name!r} can be written; there are {', '.join([*WRITERS, SHARDED])}")
+    return name == SHARDED
+
+
+def writer(path: str, name: str | None = None) -> ModuleType:
+    """Returns the format module that a user's ``name`` for it, or else a path's suffix, means. Raises: UsageError."""
+    if name is not None:
+        if name not in WRITERS:
+            raise UsageError(f"no format {name!r} can be written; known: {', '.join(WRITERS)}")
+        return _module(WRITERS[name][0])
     for module, suffixes in WRITERS.values():
         if path.lower().endswith(suffixes):
             return _module(module)

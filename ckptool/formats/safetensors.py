@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from math import prod
 from typing import Any
 
-from ckptool import aliases
-from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, contiguous_stride
-from ckptool.data import tensor_blocks
-from ckptool.dtypes import BY_SAFETENSORS, DTYPES
-from ckptool.errors import FormatError, LimitError, LossError, UnsupportedError, listed
+from ckptool import aliases, flat, safetensors_file
+from ckptool.checkpoint import Checkpoint, Storage, TensorInfo, contiguous_stride, is_countable
+from ckptool.dtypes import BY_SAFETENSORS
+from ckptool.errors import FormatError, LimitError, UnsupportedError, listed
 from ckptool.files import File, Files, Output
 from ckptool.layout import MapLocation
+from ckptool.safetensors_file import MAX_HEADER
+from ckptool.tree import brief
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)
-
-MAX_HEADER = 100_000_000
-"""Bytes of JSON: the reference library's own limit."""
 
 
 def matches(file: File) -> bool:
@@ -98,13 +97,15 @@ def _tensor(name: str, entry: Any, file: File, start: int) -> tuple[TensorInfo, 
         raise FormatError(f"{name!r} has dtype {kind!r}, unknown to safetensors")
     numbers = [begin, end, *(shape if isinstance(shape, list) else [None])]
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
-        raise FormatError(f"{name!r} has shape {shape!r} and data_offsets {[begin, end]!r}: not all whole numbers")
+        raise FormatError(
+            f"{name!r} has shape {brief(shape)} and data_offsets {brief([begin, end])}: not all whole numbers"
+        )
     dims = tuple(shape)
-    bits = 4 if kind == "F4" else row.bits
-    for size in dims:
-        bits *= size
+    if not is_countable(dims):
+        raise FormatError(f"{name!r} has shape {brief(shape)}: more elements or dimensions than can be counted")
+    bits = (4 if kind == "F4" else row.bits) * prod(dims)
     if bits % 8 or end - begin != bits // 8:
-        raise FormatError(f"{name!r}, {kind} of shape {list(dims)}, takes {bits / 8:g} bytes; it has {end - begin}")
+        raise FormatError(f"{name!r}, {kind} of shape {brief(shape)}, takes {bits / 8:g} bytes; it has {end - begin}")
     if kind == "F4":
         if not dims or dims[-1] % 2:
             raise UnsupportedError(f"{name!r} is F4 with an odd last dimension, which torch cannot hold")
@@ -131,68 +132,12 @@ def write(
 ) -> tuple[str, ...]:
     """Writes the state_dict at root, streaming; returns what else the checkpoint held, which is left out.
 
-    Names keep their order in the header; the data are laid out by falling size of element, so that each is
-    aligned, as the library does. Raises: LossError naming every tensor the format cannot hold.
+    Raises: LossError naming every tensor the format cannot hold.
     """
     tensors = checkpoint.state_dict()
-    _refuse(tensors)
+    safetensors_file.refuse(tensors)
     dropped = aliases.record(tensors)
     stored = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-    metadata = {"format": "pt", **aliases.without(checkpoint.metadata, tensors), **dropped}
-    by_size = sorted(stored, key=lambda name: -DTYPES[stored[name].dtype].bits)
-    offsets: dict[str, tuple[int, int]] = {}
-    position = 0
-    for name in by_size:
-        offsets[name] = (position, position + stored[name].nbytes)
-        position += stored[name].nbytes
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    for name, tensor in stored.items():
-        row, shape = DTYPES[tensor.dtype], list(tensor.shape or ())
-        if row.safetensors == "F4":
-            shape[-1] *= 2
-        header[name] = {"dtype": row.safetensors, "shape": shape, "data_offsets": list(offsets[name])}
-    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    if len(encoded) > MAX_HEADER:
-        raise LimitError(f"the header would have {len(encoded):,} bytes, over safetensors' limit of {MAX_HEADER:,}")
-    output.reserve(8 + len(encoded) + position)
-    output.write(len(encoded).to_bytes(8, "little") + encoded)
-    for name in by_size:
-        for block in tensor_blocks(stored[name], files):
-            output.write(block)
-    return _left_out(checkpoint)
-
-
-def _refuse(tensors: dict[str, TensorInfo]) -> None:
-    """Raises LossError with every tensor that safetensors cannot hold."""
-    refused = []
-    for name, tensor in tensors.items():
-        if isinstance(tensor.source, Opaque):
-            refused.append(f"{name} ({tensor.kind})")
-        elif DTYPES[tensor.dtype].safetensors is None:
-            refused.append(f"{name} ({tensor.dtype})")
-        elif tensor.dtype == "float4_e2m1fn_x2" and not tensor.shape:
-            refused.append(f"{name} (a 0-dim {tensor.dtype})")
-        elif name == "__metadata__" or (not name.isprintable() and _has_surrogate(name)):
-            refused.append(f"{name!r} (as a name)")
-    if refused:
-        raise LossError(f"safetensors cannot hold {listed(refused, 20)}")
-
-
-def _has_surrogate(name: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in name)
-
-
-def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Returns the names of what stands beside the weights: every entry next to the way down to root."""
-    from ckptool.tree import as_mapping
-
-    left = [key for key, (_, value) in checkpoint.entries().items() if not isinstance(value, TensorInfo)]
-    node = checkpoint.tree
-    for depth, step in enumerate(checkpoint.root):
-        mapping = as_mapping(node)
-        if mapping is None:
-            break
-        left += ["/".join(map(str, (*checkpoint.root[:depth], name))) for name in mapping if name != step]
-        node = mapping[step]
-    return tuple(left)
+    metadata = {**aliases.without(checkpoint.metadata, tensors), **aliases.described(tensors, dropped)}
+    safetensors_file.write(stored, metadata, output, files)
+    return flat.left_out(checkpoint)

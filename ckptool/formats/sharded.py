@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from ckptool import aliases
+from ckptool import aliases, flat, safetensors_file
 from ckptool.checkpoint import Checkpoint, TensorInfo
-from ckptool.errors import FormatError, LimitError, UnsupportedError, listed
-from ckptool.files import File
+from ckptool.errors import FormatError, LimitError, OutputError, UnsupportedError, UsageError, explain, listed
+from ckptool.files import File, Files, Output
+from ckptool.layout import MapLocation
 
 NAME = "hf-sharded"
 
@@ -30,6 +32,10 @@ INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json$")
 SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors",
           "diffusion_pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")  # fmt: skip
 """Names of an unsharded checkpoint, in the order Hugging Face's loaders try them."""
+
+WHOLE = "model.safetensors"
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
+WRITTEN_INDEX = "model.safetensors.index.json"
 
 Open = Callable[[str], Checkpoint]
 
@@ -181,4 +187,127 @@ def _wrong_size(index: dict[str, Any], tree: dict[str, TensorInfo]) -> list[str]
 
 
 def _natural(name: str) -> list[Any]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+    """Returns what sorts names as people do: numbers by value, which is by length and then by digits."""
+    parts = re.split(r"(\d+)", name)
+    digits = [part.lstrip("0") for part in parts[1::2]]
+    return [
+        *parts[:1],
+        *(step for number, text in zip(digits, parts[2::2], strict=True) for step in ((len(number), number), text)),
+    ]
+
+
+def plan(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[str, dict[str, TensorInfo]]:
+    """Returns {file name: its tensors}, in order: the files of weights that `write_directory` would write.
+
+    Shards are runs of the state_dict of at most ``max_shard_size`` bytes of tensors; a larger tensor has a shard
+    of its own. Aliases of tied tensors are in none. One shard is `WHOLE`, and has no index. Raises: UsageError.
+    """
+    if max_shard_size <= 0:
+        raise UsageError(f"a shard cannot have {max_shard_size} bytes at most")
+    dropped = aliases.record(tensors)
+    shards: list[dict[str, TensorInfo]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if name in dropped:
+            continue
+        if shards[-1] and filled + tensor.nbytes > max_shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        return {WHOLE: shards[0]}
+    return {SHARD.format(number, len(shards)): shard for number, shard in enumerate(shards, 1)}
+
+
+def write_directory(
+    checkpoint: Checkpoint,
+    directory: str,
+    files: Files,
+    *,
+    max_shard_size: int,
+    force: bool = False,
+    fsync: bool = True,
+    map_location: MapLocation | None = None,
+    check: Callable[[list[str]], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[str, ...]:
+    """Writes the state_dict at root as shards and their index, streaming; returns what is left out.
+
+    ``max_shard_size`` counts bytes of tensors. The directory is made if absent (its parent is not). The files
+    get their names when all are written, the index last; if anything fails none of them is left, nor a
+    directory made for them, but what ``force`` had replaced by then is lost. Other files are not touched.
+    ``check`` is handed the paths of the finished shards before they get their names, and may raise; ``progress``
+    is told the bytes as they are written.
+
+    Raises: LossError naming every tensor safetensors cannot hold; OutputError if a file exists (without
+    ``force``), or one that loaders would prefer to the index.
+    """
+    tensors = checkpoint.state_dict()
+    safetensors_file.refuse(tensors)
+    dropped = aliases.record(tensors)
+    shards = plan(tensors, max_shard_size)
+    carried = aliases.without(checkpoint.metadata, tensors)
+    said: dict[str, Any] = dict(aliases.described(tensors, dropped))
+    with _made(directory), ExitStack() as stack:
+        if WHOLE not in shards and os.path.lexists(os.path.join(directory, WHOLE)):
+            raise OutputError(f"it holds {WHOLE}, which loaders prefer to an index: remove it first", directory)
+
+        def opened(name: str) -> Output:
+            output = stack.enter_context(Output(os.path.join(directory, name), force=force, fsync=fsync))
+            output.progress = progress
+            return output
+
+        outputs = {name: opened(name) for name in shards}  # all of them now: what exists is known before hours of work
+        index = opened(WRITTEN_INDEX) if WHOLE not in shards else None
+        for name, shard in shards.items():
+            safetensors_file.write(shard, carried if index else {**carried, **said}, outputs[name], files)
+        if index is not None:
+            said["total_size"] = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
+            weight_map = {key: name for name, shard in shards.items() for key in shard}
+            index.write(_index_text({"metadata": said, "weight_map": weight_map}))
+        if check is not None:
+            check([output.finished() for output in outputs.values()])
+        _commit([*outputs.values(), *([index] if index else [])])
+    return flat.left_out(checkpoint)
+
+
+def _index_text(index: Mapping[str, Any]) -> bytes:
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+@contextmanager
+def _made(directory: str) -> Iterator[None]:
+    """Makes a directory that is not there, and takes it away again if what is done in it fails."""
+    try:
+        os.mkdir(directory)
+        made = True
+    except FileExistsError:
+        if not os.path.isdir(directory):
+            raise OutputError("exists and is not a directory", directory) from None
+        made = False
+    except OSError as error:
+        raise OutputError(f"cannot be made: {explain(error)}", directory) from error
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                os.rmdir(directory)
+        raise
+
+
+def _commit(outputs: list[Output]) -> None:
+    """Gives all outputs their names; if one cannot have its own, takes away those that had none before."""
+    new: list[str] = []
+    try:
+        for output in outputs:
+            existed = os.path.lexists(output.path)
+            output.commit()
+            if not existed:
+                new.append(output.path)
+    except BaseException:
+        for path in new:
+            with suppress(OSError):
+                os.unlink(path)
+        raise

@@ -10,16 +10,21 @@ Data are little-endian whatever the header says. Source: ``torch/serialization.p
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
-from ckptool import rebuild
-from ckptool.checkpoint import Checkpoint, Storage
-from ckptool.errors import FormatError
-from ckptool.files import File
+from ckptool import pickles, rebuild
+from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo
+from ckptool.errors import FormatError, LossError, listed
+from ckptool.files import File, Files, Output
+from ckptool.layout import Layout, MapLocation
 from ckptool.streams import PickleStream
+from ckptool.tree import Global, brief, walk
 
 NAME = "torch-legacy"
+SUFFIXES: tuple[str, ...] = ()
 MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+VERSION = 1001
 
 
 def matches(file: File) -> bool:
@@ -34,7 +39,7 @@ def read(file: File) -> Checkpoint:
     twice: once for the storages' types, once for the tree. Raises: FormatError, LimitError.
     """
     stream = PickleStream(file, len(MAGIC))
-    if stream.pickle() != 1001:
+    if stream.pickle() != VERSION:
         raise FormatError("an unknown version of torch's legacy format (1001 is the only one)", file.path)
     stream.pickle()
     start = stream.position
@@ -53,8 +58,8 @@ def read(file: File) -> Checkpoint:
     storages: dict[str, Storage] = {}
     sizes: dict[str, int] = {}
     for key in keys if isinstance(keys, list) else ():
-        if key not in types or key in storages:
-            raise FormatError(f"the storage {key!r} is listed, and named in no tensor or twice", file.path)
+        if not isinstance(key, str) or key not in types or key in storages:
+            raise FormatError(f"the storage {brief(key)} is listed, and named in no tensor or twice", file.path)
         (sizes[key],) = stream.numbers("<q")
         nbytes = rebuild.storage_nbytes(types[key], sizes[key])
         storages[key] = Storage(file.span(stream.skip(nbytes), nbytes), types[key])
@@ -67,9 +72,9 @@ def read(file: File) -> Checkpoint:
         if storage is None:
             raise FormatError(f"the storage {key!r} is named by a tensor and absent from the file")
         if sizes[key] != numel:
-            raise FormatError(f"the storage {key!r} has {sizes[key]} elements; the tree says {numel}")
-        if storage.location != str(location):
-            storage = storages[key] = Storage(storage.span, storage.dtype, str(location))
+            raise FormatError(f"the storage {key!r} has {sizes[key]} elements; the tree says {brief(numel)}")
+        if storage.location != rebuild.location(location):
+            storage = storages[key] = Storage(storage.span, storage.dtype, location)
         if view and view[0] is not None:
             return _view(storage, view[0])
         return storage
@@ -81,17 +86,72 @@ def read(file: File) -> Checkpoint:
 
 def _is_module(pid: object) -> bool:
     """Whole models name each module class with its source text: ("module", class, file, source)."""
-    return isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module"
+    return isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Global)
 
 
 def _storage_pid(pid: Any) -> tuple[Any, ...]:
     if isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[2], str):
         return pid
-    raise FormatError(f"it refers to something that is no storage: {pid!r}")
+    raise FormatError(f"it refers to something that is no storage: {brief(pid)}")
 
 
 def _view(storage: Storage, view: Any) -> rebuild.StorageView:
     """Torch 0.1.10 to 0.4: (key, offset, size) in elements; a tensor's offset is then relative to the view."""
     if not (isinstance(view, tuple) and len(view) == 3 and type(view[1]) is int and view[1] >= 0):
-        raise FormatError(f"a storage is viewed as {view!r}")
+        raise FormatError(f"a storage is viewed as {brief(view)}")
     return rebuild.StorageView(storage, view[1])
+
+
+def write(
+    checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
+) -> tuple[str, ...]:
+    """Writes the whole tree, streaming; returns what was left out: nothing. Storages lie in the order of first use.
+
+    Raises: LossError naming every tensor whose dtype has no storage class, and every nested one. Torch writes
+    those too, and then cannot load the file: see `_refuse`.
+    """
+    layout = Layout(checkpoint.tree, map_location)
+    _refuse(checkpoint, layout)
+    pickled, used = layout.pickled(
+        lambda storage, number: (*rebuild.persistent_id(storage, _key(number)), None)  # None: no view of a storage
+    )
+    system = {
+        "protocol_version": VERSION,
+        "little_endian": True,
+        "type_sizes": {"short": 2, "int": 4, "long": 4},
+    }
+    output.reserve(len(pickled) + sum(storage.nbytes + 32 for storage in used) + 4096)
+    output.write(MAGIC + pickles.dump(VERSION) + pickles.dump(system) + pickled)
+    output.write(pickles.dump([_key(number) for number in range(len(used))]))
+    for storage in used:
+        output.write(struct.pack("<q", rebuild.persistent_id(storage, "")[-1]))
+        for block in layout.blocks(storage, files):
+            output.write(block)
+    return ()
+
+
+def _key(number: int) -> str:
+    """Returns a storage's key: of eight digits, so that a list in the order of first use is sorted as torch's is."""
+    return f"{number:08}"
+
+
+def _refuse(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Raises LossError with all that torch would write and never load again.
+
+    That is what lies on an UntypedStorage, which its loader has no dtype for, and a nested tensor, whose sizes it
+    looks at when it has made the tree: before it has read them.
+    """
+    root = checkpoint.root
+    refused: dict[str, None] = {}
+    for path, node in walk(checkpoint.tree, inside=True):
+        source = node.source if isinstance(node, TensorInfo) else node
+        if isinstance(source, (Storage, Derived)) and layout.written(source).dtype is None:
+            kind = node.dtype if isinstance(node, TensorInfo) else "UntypedStorage"
+        elif isinstance(node, TensorInfo) and node.kind == "nested_strided":
+            kind = node.kind
+        else:
+            continue  # the parts of an opaque tensor come by themselves
+        below = path[len(root) :] if path[: len(root)] == root else path
+        refused[f"{'/'.join(map(str, below))} ({kind})"] = None
+    if refused:
+        raise LossError(f"torch's legacy format cannot hold {listed(refused, 20)}: no torch could load it again")

@@ -16,10 +16,11 @@ import tarfile
 from typing import Any
 
 from ckptool import rebuild
-from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
+from ckptool.checkpoint import MAX_DIMS, Checkpoint, Storage, TensorInfo
 from ckptool.errors import FormatError, LimitError
 from ckptool.files import File
 from ckptool.streams import PickleStream
+from ckptool.tree import Global, brief
 
 NAME = "torch-tar"
 
@@ -41,18 +42,19 @@ def read(file: File) -> Checkpoint:
     for _ in range(_count(stream)):
         item = stream.pickle()
         if not isinstance(item, tuple) or len(item) != 3:
-            raise FormatError(f"a storage is described as {item!r}")
+            raise FormatError(f"a storage is described as {brief(item)}")
         key, location, storage_type = item
         dtype = rebuild.dtype_of_storage(storage_type)
         (numel,) = stream.numbers("<q")
         nbytes = rebuild.storage_nbytes(dtype, numel)
-        storages[_key(key)] = Storage(file.span(stream.skip(nbytes), nbytes), dtype, str(location))
-    for view in stream.pickle():
+        storages[_key(key)] = Storage(file.span(stream.skip(nbytes), nbytes), dtype, rebuild.location(location))
+    views = stream.pickle()
+    for view in views if isinstance(views, (list, tuple)) else ():
         if not isinstance(view, tuple) or len(view) != 4 or type(view[2]) is not int or view[2] < 0:
-            raise FormatError(f"a view of a storage is described as {view!r}")
+            raise FormatError(f"a view of a storage is described as {brief(view)}")
         base = storages.get(_key(view[1]))
         if not isinstance(base, Storage):
-            raise FormatError(f"a view of the storage {view[1]!r}, which is absent")
+            raise FormatError(f"a view of the storage {_key(view[1])}, which is absent")
         storages[_key(view[0])] = rebuild.StorageView(base, view[2])
     names.update(stream.names)
 
@@ -61,9 +63,9 @@ def read(file: File) -> Checkpoint:
     for _ in range(_count(stream)):
         item = stream.pickle()
         if not isinstance(item, tuple) or len(item) != 3:
-            raise FormatError(f"a tensor is described as {item!r}")
+            raise FormatError(f"a tensor is described as {brief(item)}")
         ndim, _ = stream.numbers("<i4s")
-        if not 0 <= ndim <= 1000:
+        if not 0 <= ndim <= MAX_DIMS:
             raise FormatError(f"a tensor has {ndim} dimensions")
         shape, stride = stream.numbers(f"<{ndim}q"), stream.numbers(f"<{ndim}q")
         (offset,) = stream.numbers("<q")
@@ -72,10 +74,10 @@ def read(file: File) -> Checkpoint:
     names.update(stream.names)
 
     def persistent_load(pid: Any) -> Any:
-        if isinstance(pid, tuple) and len(pid) == 3:
+        if isinstance(pid, tuple) and len(pid) == 3 and isinstance(pid[0], Global):
             return pid[0]
         if _key(pid) not in tensors:
-            raise FormatError(f"the tensor {pid!r} is named by the tree and absent from the archive")
+            raise FormatError(f"the tensor {_key(pid)} is named by the tree and absent from the archive")
         return tensors[_key(pid)]
 
     stream = PickleStream(file, *places["pickle"])
@@ -102,11 +104,13 @@ def _places(file: File) -> dict[str, tuple[int, int]]:
 def _count(stream: PickleStream) -> int:
     count = stream.pickle()
     if type(count) is not int or count < 0:
-        raise FormatError(f"a count reads {count!r}")
+        raise FormatError(f"a count reads {brief(count)}")
     if count > MAX_ITEMS:
         raise LimitError(f"it counts {count:,} items (MAX_ITEMS)")
     return count
 
 
 def _key(key: object) -> str:
+    if type(key) is not int and not isinstance(key, str):
+        raise FormatError(f"a storage or tensor is named {brief(key)}")
     return str(key)

@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ckptool import pickles, rebuild
-from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
-from ckptool.data import storage_blocks, tensor_blocks
+from ckptool.checkpoint import Checkpoint, Storage
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.files import File, Files, Output
 from ckptool.layout import Layout, MapLocation
+from ckptool.tree import brief
 from ckptool.zips import is_zip, read_directory, read_small
 from ckptool.zipwriter import ZipWriter
 
@@ -49,10 +49,12 @@ def read(file: File) -> Checkpoint:
 
     def persistent_load(pid: Any) -> Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise FormatError(f"it refers to something that is no storage: {pid!r}")
+            raise FormatError(f"it refers to something that is no storage: {brief(pid)}")
         _, storage_type, key, location, numel = pid[:5]
+        if not isinstance(key, str):
+            raise FormatError(f"a storage's key is {brief(key)}")
         dtype = rebuild.dtype_of_storage(storage_type)
-        storage = storages.get(key) if isinstance(key, str) else None
+        storage = storages.get(key)
         if storage is None:
             member = members.get(f"{prefix}{key}")
             if member is None:
@@ -60,7 +62,7 @@ def read(file: File) -> Checkpoint:
             expected = rebuild.storage_nbytes(dtype, numel)
             if member.span.nbytes != expected:
                 raise FormatError(f"the storage {key!r} has {member.span.nbytes} bytes; data.pkl says {expected}")
-            storage = Storage(member.span, dtype, str(location), byteorder, member.crc32 or None)
+            storage = Storage(member.span, dtype, rebuild.location(location), byteorder, member.crc32 or None)
             storages[key] = storage
         elif storage.dtype != dtype:
             raise UnsupportedError(f"the storage {key!r} is used under two types: {storage.dtype} and {dtype}")
@@ -101,35 +103,16 @@ def write(
     and what no tensor uses of a storage is not written.
     """
     layout = Layout(checkpoint.tree, map_location)
-    order: dict[int, int] = {}
-    used: list[Storage] = []
-
-    def reduce(node: Any) -> pickles.Reduced:
-        return layout.call(node) if isinstance(node, TensorInfo) else None
-
-    def persistent_id(node: Any) -> Any:
-        if not isinstance(node, Storage):
-            return None
-        storage = layout.written(node)
-        if id(storage) not in order:
-            order[id(storage)] = len(used)
-            used.append(storage)
-        return rebuild.persistent_id(storage, str(order[id(storage)]))
-
-    pickled = pickles.dump(checkpoint.tree, reduce=reduce, persistent_id=persistent_id)
+    pickled, used = layout.pickled(lambda storage, number: rebuild.persistent_id(storage, str(number)))
     output.reserve(len(pickled) + sum(storage.nbytes + 256 for storage in used) + 4096)
     archive = ZipWriter(output, "archive")
     archive.add("data.pkl", pickled)
     archive.add(".format_version", b"1")
     archive.add(".storage_alignment", b"64")
     archive.add("byteorder", b"little")
-    for index, storage in enumerate(used):
-        piece = layout.content(storage)
-        if isinstance(piece.source, TensorInfo):
-            blocks = tensor_blocks(piece.source, files)
-        else:
-            blocks = storage_blocks(piece.source, files, piece.start, storage.nbytes, piece.swap_unit)
-        archive.add_blocks(f"data/{index}", storage.nbytes, blocks, piece.crc32)
+    for number, storage in enumerate(used):
+        crc32 = layout.content(storage).crc32
+        archive.add_blocks(f"data/{number}", storage.nbytes, layout.blocks(storage, files), crc32)
     archive.add("version", b"3\n")
     archive.close()
     return ()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ckptool import keys as names
-from ckptool.checkpoint import Checkpoint, TensorInfo
+from ckptool.checkpoint import Checkpoint, TensorInfo, is_flat
 from ckptool.errors import CollisionError, NoTensorsError, UsageError, listed
 
 KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
@@ -132,9 +132,12 @@ def diff(
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Returns the tensors to compare, those inside packed parameters and extra state included as ``key/path``."""
     tensors = checkpoint.state_dict()
     if not tensors:
         raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+    for key, inner in checkpoint.hidden().items() if is_flat(checkpoint.at(checkpoint.root)) else ():
+        tensors.update((f"{key}/{path}", tensor) for path, tensor in inner.items())
     return tensors
 
 

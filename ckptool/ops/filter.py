@@ -28,7 +28,8 @@ class Row:
     """One key and its fate. ``source`` is the key it was matched with, ``file`` the source it is about.
 
     ``key`` and ``shape`` are the target's, for unexpected and ignored keys of a source that source's.
-    ``dtype`` is what is written, ``source_dtype`` the source's where they differ or differed.
+    ``dtype`` is what is written, ``source_dtype`` the source's where they differ or differed. ``tensors`` counts
+    those inside an entry that is no tensor itself: packed parameters, extra state.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Row:
     source_dtype: str | None = None
     file: str | None = None
     detail: str | None = None
+    tensors: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,13 @@ def _select(
     several = len(sources) > 1
     for checkpoint in sources:
         file = checkpoint.url if several else None
+        hidden = checkpoint.hidden()
         for key, (_, value) in checkpoint.entries().items():
             if not isinstance(value, TensorInfo):
-                rows.append(Row(key, "ignored", None, file=file, detail="no tensor: stays where it is"))
+                count = len(hidden[key]) if key in hidden else None
+                detail = "stays where it is"
+                detail = f"{_held(hidden[key])}: {detail}" if key in hidden else f"no tensor: {detail}"
+                rows.append(Row(key, "ignored", None, file=file, detail=detail, tensors=count))
                 continue
             everything.append(key)
             shape = _dims(value)
@@ -127,7 +133,7 @@ def _select(
     notes = root_notes(sources)
     notes += [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, everything)]
     if len(kept) != len(base.state_dict()):
-        notes += _optimizer_notes(base)
+        notes += optimizer_notes(base)
     merged = base.with_state_dict(kept)
     notes += _module_notes(base)
     return merged, _report(rows, 1.0, None, [c.url for c in sources], None, notes)
@@ -157,6 +163,7 @@ class _Merge:
         self.used: set[tuple[int, str]] = set()
         self.uncastable: list[str] = []
         self.refused: list[Row] = []
+        self.objects: set[str] = set()
         self._storages: dict[tuple[int, str], Storage] = {}
         self._casts: dict[tuple[object, str], Derived] = {}
 
@@ -288,16 +295,29 @@ class _Merge:
         return bare.with_state_dict(taken)
 
     def _others(self) -> list[Row]:
-        entries = self.target.entries().items()
-        return [
-            Row(key, "ignored", None, detail="no tensor: the target's stays")
-            for key, (_, value) in entries
-            if not isinstance(value, TensorInfo)
-        ]
+        """Returns a row for each entry of the target that is no tensor: it stays, whatever a source has."""
+        hidden = self.target.hidden()
+        rows = []
+        for key, (_, value) in self.target.entries().items():
+            if isinstance(value, TensorInfo):
+                continue
+            row = Row(key, "ignored", None, detail="no tensor: the target's stays")
+            if key in hidden:
+                row = replace(row, tensors=len(hidden[key]), detail=f"{_held(hidden[key])}: the target's stays")
+            for number, (plain, tensors) in enumerate(self.offers):
+                found = plain.get(names.unwrapped(key), plain.get(key))
+                if found is not None:
+                    self.used.add((number, found))
+                    self.objects.add(names.unwrapped(key))
+                    theirs = _dims(tensors[found])
+                    detail = "no tensor in the target (uninitialised, or an object)"
+                    row = replace(row, reason="mismatched", source=found, source_shape=theirs, detail=detail)
+            rows.append(row)
+        return rows
 
     def _unplaced(self) -> list[Row]:
         """Returns a row for each key of a source that went nowhere."""
-        known = set(self.plain.values())
+        known = set(self.plain.values()) | self.objects
         rows = []
         for number, (source, (plain, tensors)) in enumerate(zip(self.sources, self.offers, strict=True)):
             file = source.url if len(self.sources) > 1 else None
@@ -312,17 +332,20 @@ class _Merge:
                 else:
                     reason: Reason = "bookkeeping" if names.is_counter(key) else "unexpected"
                     rows.append(replace(row, reason=reason, detail="absent in the target"))
-            rows += [
-                Row(key, "ignored", None, file=file, detail="no tensor in the source: not taken")
-                for key, (_, value) in source.entries().items()
-                if not isinstance(value, TensorInfo)
-            ]
+            hidden = source.hidden()
+            for key, (_, value) in source.entries().items():
+                if key in hidden:
+                    detail = f"{_held(hidden[key])}: not taken"
+                    rows.append(Row(key, "ignored", None, file=file, detail=detail, tensors=len(hidden[key])))
+                elif not isinstance(value, TensorInfo):
+                    rows.append(Row(key, "ignored", None, file=file, detail="no tensor in the source: not taken"))
         return rows
 
     def _fraction(self) -> float:
         counted = {key: tensor.numel for key, tensor in self.tensors.items() if not names.is_counter(key)}
         loaded = sum(count for key, count in counted.items() if self.rows[key].reason in LOADED)
-        return loaded / total if (total := sum(counted.values())) else float(bool(self.taken))
+        packed = sum(tensor.numel for inner in self.target.hidden().values() for tensor in inner.values())
+        return loaded / total if (total := sum(counted.values()) + packed) else float(bool(self.taken))
 
     def _hint(self) -> str | None:
         if len(self.taken) == len(self.tensors):
@@ -430,6 +453,10 @@ def _why(offered: TensorInfo, tensor: TensorInfo) -> str | None:
     return None
 
 
+def _held(inner: Mapping[str, TensorInfo]) -> str:
+    return f"an object with {len(inner)} tensor{'s' * (len(inner) > 1)}"
+
+
 def _dims(tensor: TensorInfo) -> list[int] | None:
     return None if tensor.shape is None else list(tensor.shape)
 
@@ -446,7 +473,8 @@ def _module_notes(checkpoint: Checkpoint) -> list[str]:
     return [f"{checkpoint.url} is a whole-model pickle: the output holds its state_dict, without class and attributes"]
 
 
-def _optimizer_notes(checkpoint: Checkpoint) -> list[str]:
+def optimizer_notes(checkpoint: Checkpoint) -> list[str]:
+    """Returns a line about an optimizer state that goes by position, which dropped or reshaped keys put out of step."""
     for path, node in walk(checkpoint.tree, closed=optimizers.is_optimizer):
         if optimizers.is_optimizer(node) and as_mapping((as_mapping(node) or {}).get("state")):
             where = "/".join(map(str, path))

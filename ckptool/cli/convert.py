@@ -1,0 +1,126 @@
+"""ckptool convert."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+import ckptool
+from ckptool import saving
+from ckptool.cli import options, render
+from ckptool.cli.progress import bar
+from ckptool.errors import UsageError
+from ckptool.ops.convert import ConvertReport
+
+SUFFIX = {"torch": ".pth", "torch-legacy": ".legacy.pth", "safetensors": ".safetensors", "npz": ".npz", "sharded": ""}
+"""What the output's name ends with where none is given, by format."""
+
+
+def command(
+    inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Checkpoints: files, indexes, directories.")],
+    to: Annotated[str | None, typer.Option(metavar="FORMAT", help=f"{', '.join(saving.FORMATS)}.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write; else beside the input.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Cast floats to it (needs torch).")] = None,
+    keep: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="With --dtype: keys that stay.")] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="With --to sharded: bytes per shard.")] = "5GB",
+    untie: Annotated[bool, typer.Option("--untie", help="Give tied names memory of their own.")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="Weights only, and the sha256 in the name.")] = False,
+    metadata: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Scalars to carry into safetensors: epoch,arch.")
+    ] = None,
+    root: options.Root = None,
+    map_location: options.MapLocation = None,
+    verify: options.Verify = True,
+    fsync: options.Fsync = True,
+    force: options.Force = False,
+    in_place: options.InPlace = False,
+    dry_run: options.DryRun = False,
+    report_file: options.Report = None,
+    as_json: options.Json = False,
+) -> int:
+    """Write checkpoints in another format, every tensor proven."""
+    if to is None and output is None:
+        raise UsageError("name the format with --to, or the output with -o")
+    if len(inputs) > 1 and output is not None:
+        raise UsageError("several inputs have no one output: leave out -o, each is written beside its input")
+    if keep and dtype is None:
+        raise UsageError("--keep goes with --dtype")
+    if to is not None and to not in saving.FORMATS:
+        raise UsageError(f"no format {to!r} can be written; there are {', '.join(saving.FORMATS)}")
+    limit = size(max_shard_size)
+    tags = options.tags(map_location)
+    places = [(source, output if output is not None else beside(source, str(to))) for source in inputs]
+    if len({os.path.realpath(place) for _, place in places}) < len(places):
+        raise UsageError("two inputs would be written to one name")
+    opened = [(ckptool.open(source, root=root), place) for source, place in places]
+    for checkpoint, place in opened:
+        saving.check_output(place, to=to, force=force, in_place=in_place, inputs=[checkpoint])
+    if report_file is not None:
+        saving.check_report(report_file, force=force, inputs=[checkpoint for checkpoint, _ in opened])
+    reports = []
+    total = sum(tensor.nbytes for checkpoint, _ in opened for _, tensor in checkpoint.tensors())
+    with bar(lambda: total * (3 if verify else 1)) as progress:
+        for (checkpoint, place), (source, _) in zip(opened, places, strict=True):
+            report = ckptool.convert(
+                checkpoint, place, to=to, dtype=dtype, keep=keep or (), untie=untie, publish=publish,
+                metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit,
+                map_location=tags, force=force, in_place=in_place, verify=verify, fsync=fsync, progress=progress,
+                dry_run=dry_run,
+            )  # fmt: skip
+            reports.append(replace(report, input=source))
+            if not as_json:
+                render.show(_lines(reports[-1], dry_run))
+    notes = [note for report in reports for note in report.notes]
+    document = {"schema": 1, "command": "convert", "result": render.to_json(reports), "notes": notes}
+    if report_file is not None and not dry_run:
+        saving.write_text(report_file, render.json_text(document), force=force)
+    if as_json:
+        render.print_json(document)
+    elif len(reports) > 1:
+        render.show([f"{len(reports)} converted, {render.size(sum(report.nbytes for report in reports))}"])
+    return 0
+
+
+def size(text: str) -> int:
+    """Returns the bytes that ``5GB``, ``500 MB``, ``2GiB`` or a number means. Raises: UsageError.
+
+    >>> size("5GB"), size("2GiB"), size("1000")
+    (5000000000, 2147483648, 1000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise UsageError(f"{text!r} is no size such as 5GB, 500MB or 2GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    nbytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if nbytes < 1:
+        raise UsageError(f"{text!r} leaves no room for a tensor")
+    return nbytes
+
+
+def beside(source: str, to: str) -> str:
+    """Returns the output's name beside the input: its stem with the format's suffix, or a directory for shards."""
+    path = os.path.normpath(source)
+    name = re.sub(r"\.index(\.[\w-]+)?\.json$", "", path)
+    stem = name if os.path.isdir(path) else saving.split_suffix(name)[0]
+    return f"{stem}-sharded" if to == "sharded" else f"{stem}{SUFFIX[to]}"
+
+
+def _lines(report: ConvertReport, dry_run: bool) -> list[str]:
+    state = " (dry run)" if dry_run else ""
+    text = f"{report.output}{state}: {render.plural(report.tensors, 'tensor')}"
+    if not dry_run:
+        text += f", {render.size(report.nbytes)}{', verified' if report.verified else ''}"
+    lines = [["cast", render.plural(len(report.cast), "tensor")]] if report.cast else []
+    lost = sum(report.overflowed.values())
+    if lost:
+        lines.append(["overflow", f"{render.plural(lost, 'value')} no longer finite: {', '.join(report.overflowed)}"])
+    lines += [["untied", ", ".join(report.untied)]] if report.untied else []
+    lines += [["left out", ", ".join(report.left_out)]] if report.left_out else []
+    lines += [["note", note] for note in report.notes]
+    return [render.safe(text), *render.aligned(lines)]

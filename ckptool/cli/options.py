@@ -1,0 +1,49 @@
+"""Options that several commands share, and what is checked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from ckptool import saving
+from ckptool.checkpoint import Checkpoint
+from ckptool.errors import UsageError
+
+Root = Annotated[str | None, typer.Option("--root", metavar="PATH", help="Where the weights are, steps joined with /.")]
+MapLocation = Annotated[
+    str | None,
+    typer.Option("--map-location", metavar="TAGS", help="Device tags to write: cpu, or cuda:1=cuda:0,cuda:2=cpu."),
+]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result back and compare every byte.")]
+Fsync = Annotated[bool, typer.Option("--fsync/--no-fsync", help="Wait until the result is on disk.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+InPlace = Annotated[bool, typer.Option("--in-place", help="Allow the output to be one of the inputs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Report only, write nothing.")]
+Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report too.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+
+
+def tags(text: str | None) -> str | dict[str, str] | None:
+    """Returns what ``--map-location`` means: one tag for all, or {from: to}. Raises: UsageError."""
+    if text is None or "=" not in text:
+        return text
+    pairs = [pair.split("=") for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise UsageError(f"--map-location takes a device or from=to pairs, not {text!r}")
+    return {pair[0]: pair[1] for pair in pairs}
+
+
+def check_places(
+    output: str | None, *beside: str | None, force: bool, in_place: bool, inputs: Sequence[Checkpoint]
+) -> None:
+    """Checks the names of all that will be written before anything is: none exists, is an input, or is another's."""
+    if output is not None:
+        saving.check_place(output, force=force, in_place=in_place, inputs=inputs)
+    written = [path for path in (output, *beside) if path is not None]
+    for number, path in enumerate(written):
+        if any(saving.same_place(path, other) for other in written[:number]):
+            raise UsageError(f"two outputs have the name {path}")
+        if path is not output:
+            saving.check_report(path, force=force, inputs=inputs)

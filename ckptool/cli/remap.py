@@ -1,0 +1,186 @@
+"""ckptool remap."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperCommand
+
+import ckptool
+from ckptool import keys, saving
+from ckptool.checkpoint import Checkpoint
+from ckptool.cli import options, render
+from ckptool.cli.progress import bar
+from ckptool.errors import FormatError, UnreadableError, UsageError, explain
+from ckptool.ops.remap import RemapReport
+from ckptool.ops.rules import PRESETS, Rules, parse_option
+
+RULES = ("strip_prefix", "add_prefix", "rename", "sub", "drop", "preset", "rules")
+"""Options that are rules; they apply in the order in which they are written."""
+
+
+class Ordered(TyperCommand):
+    """A command that remembers in which order its options were given: the parser groups them by name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses as any command does; the order of the options goes into ``ctx.meta``."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta["ckptool.order"] = [parameter.name for parameter in order if parameter.name in RULES]
+        return super().parse_args(ctx, args)
+
+
+Texts = list[str] | None
+
+
+def command(
+    ctx: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint.")],
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")] = None,
+    strip_prefix: Annotated[Texts, typer.Option(metavar="P", help="Take a prefix off the keys that have it.")] = None,
+    add_prefix: Annotated[Texts, typer.Option(metavar="P", help="Put a prefix before every key.")] = None,
+    rename: Annotated[Texts, typer.Option(metavar="A=B", help="Whole segments; {i} and * stand for one each.")] = None,
+    sub: Annotated[Texts, typer.Option(metavar="s/RE/NEW/", help="Regular expression, every occurrence.")] = None,
+    drop: Annotated[Texts, typer.Option(metavar="GLOB", help="Leave keys out (re:REGEX too).")] = None,
+    preset: Annotated[Texts, typer.Option(metavar="NAME", help=f"Rules by name: {', '.join(PRESETS)}.")] = None,
+    rules: Annotated[Texts, typer.Option(metavar="FILE", help="Rules from a TOML or JSON file.")] = None,
+    invert: Annotated[str | None, typer.Option(metavar="MAP", help="Undo what --save-map recorded.")] = None,
+    save_map: Annotated[str | None, typer.Option(metavar="MAP", help="Write the exact list of what was done.")] = None,
+    allow_unused: Annotated[bool, typer.Option("--allow-unused", help="Let rules fit no key.")] = False,
+    root: options.Root = None,
+    map_location: options.MapLocation = None,
+    verify: options.Verify = False,
+    fsync: options.Fsync = True,
+    force: options.Force = False,
+    in_place: options.InPlace = False,
+    dry_run: options.DryRun = False,
+    report_file: options.Report = None,
+    as_json: options.Json = False,
+) -> int:
+    """Rename keys and reshape tensors by rules, in the order given."""
+    if output is None and not dry_run:
+        raise UsageError("name the output with -o, or ask for a --dry-run")
+    given = {"strip_prefix": strip_prefix, "add_prefix": add_prefix, "rename": rename, "sub": sub, "drop": drop,
+             "preset": preset, "rules": rules}  # fmt: skip
+    chosen = _in_order(ctx.meta["ckptool.order"], {name: list(texts or []) for name, texts in given.items()})
+    if invert is not None and chosen.rules:
+        raise UsageError("--invert goes with no other rule")
+    if invert is None and not chosen.rules:
+        raise UsageError("no rule: see --rename, --strip-prefix, --sub, --rules and the others in --help")
+    tags = options.tags(map_location)
+    opened = ckptool.open(file, root=root)
+    options.check_places(output, save_map, report_file, force=force, in_place=in_place, inputs=[opened])
+    if invert is not None:
+        checkpoint, report = ckptool.invert(opened, read_data(invert))
+    else:
+        checkpoint, report = ckptool.remap(opened, chosen, allow_unused=allow_unused)
+    if output is not None and not dry_run:
+        with bar(lambda: _bytes(checkpoint) * (3 if verify else 1)) as progress:
+            saved = saving.save(
+                checkpoint, output, to=_own_format(opened, output), force=force, in_place=in_place, map_location=tags,
+                verify=verify, fsync=fsync, progress=progress,
+            )  # fmt: skip
+        left = [f"left out: {', '.join(saved.left_out)}"] if saved.left_out else []
+        report = replace(report, output=saved.path, notes=[*report.notes, *left])
+    if save_map is not None and not dry_run:
+        saving.write_text(save_map, render.json_text(report.saved), force=force)
+    if report_file is not None and not dry_run:
+        saving.write_text(report_file, render.json_text(_document(report)), force=force)
+    if as_json:
+        render.print_json(_document(report))
+    else:
+        render.show(_lines(report, output, dry_run))
+    return 0
+
+
+def _document(report: RemapReport) -> dict[str, Any]:
+    """Returns the JSON document; what --save-map writes has a file of its own."""
+    document = render.document("remap", replace(report, saved={}), report.notes)
+    del document["result"]["saved"]
+    return document
+
+
+def _own_format(opened: Checkpoint, output: str) -> str | None:
+    """Returns the input's format where the output's name says nothing, or nothing else."""
+    names = {"torch-zip": "torch", "torch-legacy": "torch-legacy", "torch-tar": "torch", "safetensors": "safetensors",
+             "hf-sharded": "sharded"}  # fmt: skip
+    known = saving.split_suffix(output)[1].lower() in saving.SUFFIXES
+    own = names.get(opened.format)
+    if not known:
+        return own
+    torch_suffix = not output.lower().endswith((".safetensors", ".npz"))
+    return "torch-legacy" if own == "torch-legacy" and torch_suffix else None
+
+
+def _in_order(order: Sequence[str], given: dict[str, list[str]]) -> Rules:
+    """Returns the rules in the order in which the options stood."""
+    found = Rules()
+    for name in order:
+        text = given[name].pop(0)
+        found = found + (Rules.parse(read_data(text)) if name == "rules" else parse_option(name, text))
+    return found
+
+
+def read_data(path: str) -> Any:
+    """Returns the content of a TOML or JSON file, told apart by trying. Raises: UnreadableError, FormatError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = explain(error) if isinstance(error, OSError) else "is no text"
+        raise UnreadableError(reason, path) from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not path.endswith(".toml") and text.lstrip()[:1] in ("{", '"'):
+            raise FormatError(f"no JSON: {error}", path) from error
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise FormatError(f"neither JSON nor TOML: {error}", path) from error
+
+
+def _bytes(checkpoint: Checkpoint) -> int:
+    return sum(tensor.nbytes for _, tensor in checkpoint.tensors())
+
+
+def _lines(report: RemapReport, output: str | None, dry_run: bool) -> list[str]:
+    renamed = sum(row.op == "rename" and row.old != [row.new] for row in report.map)
+    made = sum(row.op != "rename" for row in report.map)
+    parts = [render.plural(len(report.map), "key"), f"{renamed:,} renamed"]
+    parts += [f"{made:,} computed"] if made else []
+    parts += [f"{len(report.dropped):,} dropped"] if report.dropped else []
+    state = " (dry run)" if dry_run and output else ""
+    lines = [render.safe(f"{output or '(dry run)'}{state}: {', '.join(parts)}")]
+    lines += render.aligned(_renamed(report))
+    made_rows = [(f"{', '.join(row.old)} -> {row.new}", row.op) for row in report.map if row.op != "rename"]
+    lines += render.aligned([[name, made_rows[members[0]][1]] for name, members in keys.fold(made_rows)])
+    lines += render.aligned([["dropped", name] for name, _ in keys.fold([(key, None) for key in report.dropped])])
+    lines += render.aligned([["note", text] for text in report.notes])
+    lines += render.aligned([["unused", text] for text in report.unused_rules])
+    return lines
+
+
+def _renamed(report: RemapReport) -> list[list[str]]:
+    """Returns a line for each change of name, without the segments that stay: ``module.layer1 -> stages.1``."""
+    counts: dict[tuple[str, str], list[str]] = {}
+    for row in report.map:
+        if row.op != "rename" or row.old == [row.new]:
+            continue
+        old, new = row.old[0].split("."), row.new.split(".")
+        while len(old) > 1 and len(new) > 1 and old[-1] == new[-1]:
+            old.pop()
+            new.pop()
+        if old[-1] == new[-1]:  # all of the shorter one is the end of the longer: a prefix came or went
+            old.pop()
+            new.pop()
+        counts.setdefault((".".join(old), ".".join(new)), []).append(row.new)
+    return [
+        [old or "(nothing)", "->", new or "(nothing)", render.plural(len(made), "key")]
+        for (old, new), made in counts.items()
+    ]

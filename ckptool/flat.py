@@ -1,0 +1,40 @@
+"""What formats that hold {name: tensor} and nothing else have in common: what they refuse and what they leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ckptool.checkpoint import Checkpoint, Opaque, TensorInfo
+from ckptool.errors import LossError, listed
+from ckptool.tree import as_mapping
+
+
+def refuse(
+    format_name: str, tensors: Mapping[str, TensorInfo], reason: Callable[[str, TensorInfo], str | None]
+) -> None:
+    """Raises LossError with every tensor that is opaque, or for which ``reason`` says why the format cannot hold it."""
+    refused = []
+    for name, tensor in tensors.items():
+        why = tensor.kind if isinstance(tensor.source, Opaque) else reason(name, tensor)
+        if why:
+            refused.append(f"{name if name.isprintable() else repr(name)} ({why})")
+    if refused:
+        raise LossError(f"{format_name} cannot hold {listed(refused, 20)}")
+
+
+def has_surrogate(name: str) -> bool:
+    """Returns whether a name is no text: UTF-8 has no bytes for it."""
+    return not name.isprintable() and any("\ud800" <= char <= "\udfff" for char in name)
+
+
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Returns the names of what stands beside the weights: every entry next to the way down to root."""
+    left = [key for key, (_, value) in checkpoint.entries().items() if not isinstance(value, TensorInfo)]
+    node = checkpoint.tree
+    for depth, step in enumerate(checkpoint.root):
+        mapping = as_mapping(node)
+        if mapping is None:
+            break
+        left += ["/".join(map(str, (*checkpoint.root[:depth], name))) for name in mapping if name != step]
+        node = mapping[step]
+    return tuple(left)

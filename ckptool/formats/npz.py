@@ -1,0 +1,104 @@
+"""NumPy's archive of arrays, as `numpy.savez` writes it: a zip of stored members, one ``.npy`` per tensor.
+
+    NAME.npy    "\\x93NUMPY" 1 0 | header size (u16 little-endian) | header | elements, C order, little-endian
+                {'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), } spaces "\\n"
+
+The elements begin on a multiple of 64 of the member. A header of version 2.0 is for more than 65,535 bytes, which
+only arrays with named fields can need. Two members cannot share bytes, so tied tensors are written once each.
+Source: ``numpy/lib/_format_impl.py`` and ``numpy/lib/_npyio_impl.py`` (`NpzFile`) of numpy 2.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Mapping
+
+from ckptool import aliases, flat
+from ckptool.checkpoint import Checkpoint, TensorInfo
+from ckptool.data import tensor_blocks
+from ckptool.files import Files, Output
+from ckptool.layout import MapLocation
+
+NAME = "npz"
+SUFFIXES = (".npz",)
+
+MAX_DIMS = 64
+"""Dimensions an array may have (numpy 2; 32 before)."""
+
+MAX_NAME = 0xFFFF
+"""Bytes of a member's name: the zip has 16 bits for its length."""
+
+DESCR = {
+    "float64": "<f8", "float32": "<f4", "float16": "<f2", "complex64": "<c8", "complex128": "<c16",
+    "int64": "<i8", "int32": "<i4", "int16": "<i2", "int8": "|i1",
+    "uint64": "<u8", "uint32": "<u4", "uint16": "<u2", "uint8": "|u1", "bool": "|b1",
+}  # fmt: skip
+"""torch's dtype -> numpy's; numpy lacks all others."""
+
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The time stamp of every member, the earliest a zip can say: the bytes must not depend on when they were written."""
+
+
+def write(
+    checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
+) -> tuple[str, ...]:
+    """Writes the state_dict at root, streaming; returns what is left out, and ``untied: b = a`` for each lost tie.
+
+    Raises: LossError naming every tensor numpy has no dtype for, and every name an archive cannot have.
+    """
+    tensors = checkpoint.state_dict()
+    _refuse(tensors)
+    heads = {name: _npy_header(tensor) for name, tensor in tensors.items()}
+    output.reserve(sum(len(heads[name]) + tensor.nbytes + 3 * len(name) + 256 for name, tensor in tensors.items()))
+    with zipfile.ZipFile(_Sink(output), "w", zipfile.ZIP_STORED) as archive:
+        for name, tensor in tensors.items():
+            member = zipfile.ZipInfo(f"{name}.npy", EPOCH)
+            member.create_system = 3  # Unix, on every system
+            member.external_attr = 0o600 << 16
+            # 64-bit sizes even for a small member, as numpy does: what follows one may be far, and readers are alike.
+            with archive.open(member, "w", force_zip64=True) as record:
+                record.write(heads[name])
+                for block in tensor_blocks(tensor, files):
+                    record.write(block)
+    untied = (f"untied: {alias} = {kept}" for alias, kept in aliases.ties(tensors).items())
+    return (*flat.left_out(checkpoint), *untied)
+
+
+class _Sink:
+    """An output as `zipfile` needs it: without a position, so that it writes in one pass."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._output.write(data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _npy_header(tensor: TensorInfo) -> bytes:
+    """Returns what stands in front of the elements, padded to a multiple of 64 bytes."""
+    text = f"{{'descr': '{DESCR[tensor.dtype]}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
+    text += " " * (-(10 + len(text) + 1) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode("ascii")
+
+
+def _refuse(tensors: Mapping[str, TensorInfo]) -> None:
+    def reason(name: str, tensor: TensorInfo) -> str | None:
+        if tensor.dtype not in DESCR:
+            return tensor.dtype
+        if len(tensor.shape or ()) > MAX_DIMS:
+            return f"{len(tensor.shape or ())} dimensions"
+        if "\0" in name or flat.has_surrogate(name) or len(name.encode()) + 4 > MAX_NAME:
+            return "as a name"
+        if name.endswith(".npy") and name[:-4] in tensors:
+            return "as a name: numpy would take it for its neighbour's member"
+        return None
+
+    flat.refuse("npz", tensors, reason)

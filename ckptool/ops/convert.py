@@ -1,0 +1,140 @@
+"""What a checkpoint becomes on its way into another format: cast, untied, or cut down to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ckptool import keys as names
+from ckptool import modules
+from ckptool.checkpoint import Checkpoint, Derived, Opaque, TensorInfo, contiguous_stride, detached
+from ckptool.dtypes import DTYPES
+from ckptool.errors import NoTensorsError, UsageError
+from ckptool.ops.diff import no_tensors
+from ckptool.ops.filter import root_notes
+from ckptool.tree import as_mapping, ordered_dict
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What one conversion did. ``nbytes`` of the output; ``left_out`` what it does not hold.
+
+    ``cast`` are the keys whose dtype changed, ``overflowed`` counts per key the values that became infinite.
+    """
+
+    input: str
+    output: str
+    tensors: int
+    nbytes: int
+    left_out: list[str]
+    verified: bool
+    cast: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    overflowed: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | None = None,
+    keep: Sequence[str] = (),
+    untie: bool = False,
+    publish: bool = False,
+    metadata: Sequence[str] = (),
+) -> tuple[Checkpoint, ConvertReport]:
+    """Returns (checkpoint, report), ready to be saved in any format. Nothing is computed yet.
+
+    Raises: NoTensorsError, UsageError for a dtype that is no float's or for metadata that is no scalar.
+    """
+    tensors = checkpoint.state_dict()
+    if not tensors:
+        raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+    notes = root_notes([checkpoint])
+    notes += [f"{pattern} fits no key" for pattern in names.unused_patterns(keep, tensors)]
+    cast: list[str] = []
+    untied: list[str] = []
+    if dtype is not None:
+        tensors, cast = _cast(tensors, dtype, keep)
+    if untie:
+        tensors, untied = _untied(tensors)
+    changed = checkpoint
+    left_out: list[str] = []
+    if publish:
+        changed, left_out = _weights_only(checkpoint, tensors)
+    elif cast or untied:
+        changed = checkpoint.with_state_dict(tensors)
+    if metadata:
+        changed = replace(changed, metadata={**changed.metadata, **_scalars(checkpoint, metadata)})
+    return changed, ConvertReport(checkpoint.url, "", len(tensors), 0, left_out, False, cast, untied, {}, notes)
+
+
+def _cast(tensors: dict[str, TensorInfo], dtype: str, keep: Sequence[str]) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Returns the tensors with floats converted, and which were. Tied names stay tied: if one is kept, all are."""
+    row = DTYPES[dtype]
+    if row.kind != "float" or not row.in_torch or dtype.endswith("_x2"):
+        raise UsageError(f"--dtype takes a floating-point dtype, not {dtype}")
+    kept = names.chooser(keep, ())
+    stay = {tensor.view for key, tensor in tensors.items() if keep and kept(key)}  # tied names stay, or go, together
+    made: dict[object, Derived] = {}
+    changed: dict[str, TensorInfo] = {}
+    cast = []
+    for key, tensor in tensors.items():
+        floats = DTYPES[tensor.dtype].kind == "float" and DTYPES[tensor.dtype].in_torch
+        plain = not isinstance(tensor.source, Opaque) and not tensor.dtype.endswith("_x2")
+        if not (floats and plain) or tensor.dtype == dtype or tensor.view in stay:
+            changed[key] = tensor
+            continue
+        source = made.setdefault(tensor.view, Derived("cast", (tensor,)))
+        stride = contiguous_stride(tensor.shape or ())
+        changed[key] = replace(tensor, dtype=dtype, stride=stride, storage_offset=0, source=source, extras=None)
+        cast.append(key)
+    return changed, cast
+
+
+def _untied(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Returns the tensors with every name after the first of a tie given memory of its own."""
+    seen: set[object] = set()
+    changed = dict(tensors)
+    untied = []
+    for key, tensor in tensors.items():
+        if isinstance(tensor.source, Opaque) or not tensor.numel:
+            continue
+        if tensor.view in seen:
+            stride = contiguous_stride(tensor.shape or ())
+            source = Derived("copy", (tensor,))
+            changed[key] = replace(tensor, stride=stride, storage_offset=0, source=source, extras=None)
+            untied.append(key)
+        seen.add(tensor.view)
+    return changed, untied
+
+
+def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tuple[Checkpoint, list[str]]:
+    """Returns the checkpoint with its state_dict for a tree, and the names of what that leaves out."""
+    left: list[str] = []
+    node: Any = checkpoint.tree
+    for depth, step in enumerate(checkpoint.root):
+        mapping = as_mapping(node) or {}
+        left += ["/".join(map(str, (*checkpoint.root[:depth], name))) for name in mapping if name != step]
+        node = checkpoint.at(checkpoint.root[: depth + 1])
+    if modules.is_module(node):
+        versions: Any = modules.metadata(node)
+    else:
+        state = getattr(node, "state", None)
+        versions = state.get("_metadata") if isinstance(state, dict) else None
+    others = {key: value for key, (_, value) in checkpoint.entries().items() if not isinstance(value, TensorInfo)}
+    left += list(others)
+    return replace(checkpoint, tree=ordered_dict(detached(tensors), versions), root=()), left
+
+
+def _scalars(checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:
+    """Returns {name: text} of scalars at the top of the tree, or along the way down to the weights."""
+    found: dict[str, str] = {}
+    places = [as_mapping(checkpoint.at(checkpoint.root[:depth])) or {} for depth in range(len(checkpoint.root) + 1)]
+    for name in wanted:
+        value = next((mapping[name] for mapping in places if name in mapping), None)
+        if not isinstance(value, (str, int, float, bool)):
+            raise UsageError(f"no text or number {name!r} beside the weights to carry as metadata", checkpoint.url)
+        found[name] = str(value)
+    return found

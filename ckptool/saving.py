@@ -1,0 +1,304 @@
+"""Writing a checkpoint: the place checked, the bytes streamed, the result proven, and only then given its name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptool import formats
+from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, is_flat
+from ckptool.data import read_bytes, same_bytes
+from ckptool.errors import CkptoolError, FormatError, IncompleteError, LossError, OutputError, UsageError, listed
+from ckptool.files import EXISTS, File, Files, Output, same_file
+from ckptool.tree import walk
+
+MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
+
+Progress = Callable[[int], None]
+"""Told how many more bytes have been read or written."""
+
+FORMATS = (*formats.WRITERS, formats.SHARDED)
+"""What a user calls the formats that can be written."""
+
+SUFFIXES = formats.SUFFIXES
+"""The suffixes that stand for one of them."""
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes of tensors in one shard unless another limit is given: huggingface_hub's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What became of a save: the path, its bytes, what was left out, whether it was read back and compared.
+
+    ``overflowed`` counts, per key, the finite values that a cast made infinite.
+    """
+
+    path: str
+    nbytes: int
+    left_out: tuple[str, ...] = ()
+    verified: bool = False
+    overflowed: Mapping[str, int] = field(default_factory=dict)
+
+
+def save(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    map_location: MapLocation = None,
+    max_shard_size: int = SHARD_SIZE,
+    verify: bool = False,
+    fsync: bool = True,
+    progress: Progress | None = None,
+    hash_in_name: bool = False,
+) -> Saved:
+    """Writes a checkpoint and returns what became of it.
+
+    The format is ``to`` (a name of `formats.WRITERS`, or "sharded"), else what the suffix of ``path`` stands for.
+    Streams: memory does not grow with the file. The file appears whole or not at all. ``map_location`` maps
+    device tags: a device for all, a dict, or a callable tag -> tag. ``in_place`` allows ``path`` to be an input.
+    ``verify`` reads the result back, before it gets its name, and compares every tensor's bytes with what was
+    meant. ``hash_in_name`` puts the first 8 hex digits of the file's sha256 behind the stem.
+
+    Raises: OutputError if it exists (without ``force``) or is an input, LossError for tensors the format
+    cannot hold, IncompleteError if shards are missing, UsageError for an unknown suffix or format.
+    """
+    url = os.fspath(path)
+    refuse_broken(checkpoint)
+    tags = _tag_map(map_location)
+    try:
+        if formats.is_sharded(to):
+            _refuse_hidden(checkpoint, "a directory of shards")
+            return _save_sharded(checkpoint, url, force or in_place, tags, max_shard_size, verify, fsync, progress)
+        check_output(url, to=to, force=force, in_place=in_place, inputs=[checkpoint])
+        writer = formats.writer(url, to)
+        if not writer.NAME.startswith("torch"):
+            _refuse_hidden(checkpoint, writer.NAME)
+        with Files() as files, Output(url, force=force or in_place, fsync=fsync) as output:
+            output.progress = progress
+            left_out: tuple[str, ...] = writer.write(checkpoint, output, files, tags)
+            if verify:
+                with Files(progress) as again:
+                    _verify(checkpoint, writer.NAME, output.finished(), again)
+            if hash_in_name:
+                output.rename(_with_hash(url, output.finished()))
+            output.commit()
+            return Saved(output.path, output.position, left_out, verify, _overflowed(checkpoint, files))
+    except CkptoolError as error:
+        error.path = error.path or url
+        raise
+
+
+def _save_sharded(
+    checkpoint: Checkpoint,
+    directory: str,
+    force: bool,
+    tags: Callable[[str], str] | None,
+    max_shard_size: int,
+    verify: bool,
+    fsync: bool,
+    progress: Progress | None,
+) -> Saved:
+    from ckptool.formats import sharded
+
+    with Files() as files, Files(progress) as again:
+
+        def prove(paths: Sequence[str]) -> None:
+            meant = checkpoint.state_dict()
+            for shard in paths:
+                _compare(meant, formats.read(shard).state_dict(), again)
+                _open_with_reference(shard)
+
+        left_out = sharded.write_directory(
+            checkpoint, directory, files, max_shard_size=max_shard_size, force=force, fsync=fsync,
+            map_location=tags, check=prove if verify else None, progress=progress,
+        )  # fmt: skip
+        nbytes = formats.read(directory).nbytes
+        return Saved(directory, nbytes, left_out, verify, _overflowed(checkpoint, files))
+
+
+def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
+    """Refuses to lose tensors inside packed parameters and extra state, which formats of bare tensors cannot hold."""
+    if is_flat(checkpoint.at(checkpoint.root)) and (hidden := checkpoint.hidden()):
+        inside = [f"{key} (an object with {len(inner)} tensors)" for key, inner in hidden.items()]
+        raise LossError(f"{target} cannot hold {listed(inside, 20)}")
+
+
+def _overflowed(checkpoint: Checkpoint, files: Files) -> dict[str, int]:
+    if not files.overflowed:
+        return {}
+    tensors = checkpoint.state_dict().items()
+    return {
+        key: files.overflowed[id(tensor.source)] for key, tensor in tensors if id(tensor.source) in files.overflowed
+    }
+
+
+# --- proof -------------------------------------------------------------------------------------------------------
+
+
+def _verify(checkpoint: Checkpoint, format_name: str, path: str, files: Files) -> None:
+    """Reads a written file back and compares every tensor with what was meant. Raises: FormatError."""
+    if format_name == "npz":
+        _verify_npz(checkpoint, path, files)
+    elif format_name == "safetensors":
+        _compare(checkpoint.state_dict(), formats.read(path).state_dict(), files, all_of_them=True)
+        _open_with_reference(path)
+    else:
+        _compare(dict(checkpoint.tensors()), dict(formats.read(path).tensors()), files, all_of_them=True)
+
+
+def _compare(
+    meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo], files: Files, *, all_of_them: bool = False
+) -> None:
+    lost = set(meant) - set(written) if all_of_them else set()
+    wrong = [key for key, tensor in written.items() if not (key in meant and _same(meant[key], tensor, files))]
+    if lost or wrong:
+        names = ["/".join(map(str, key)) if isinstance(key, tuple) else key for key in [*lost, *wrong]]
+        raise FormatError(f"what was written is not what was meant, and was thrown away: {listed(names)}")
+
+
+def _same(meant: TensorInfo, written: TensorInfo, files: Files) -> bool:
+    if isinstance(meant.source, Opaque) or isinstance(written.source, Opaque):
+        pairs = zip(meant.parts, written.parts, strict=False)
+        return meant.form == written.form and all(_same(one, other, files) for one, other in pairs)
+    return same_bytes(meant, written, files)
+
+
+def _open_with_reference(path: str) -> None:
+    """Opens a safetensors file with the reference library, which checks the whole header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"the reference library refuses what was written: {error}") from error
+
+
+def _verify_npz(checkpoint: Checkpoint, path: str, files: Files) -> None:
+    """Compares a NumPy archive as numpy reads it; holds one array at a time."""
+    import numpy as np
+
+    with np.load(path) as archive:
+        for key, tensor in checkpoint.state_dict().items():
+            array = archive[key]
+            if list(array.shape) != list(tensor.shape or ()) or array.tobytes() != read_bytes(tensor, files):
+                raise FormatError(f"what was written is not what was meant, and was thrown away: {key}")
+
+
+def _with_hash(path: str, written: str) -> str:
+    """Returns the path with 8 hex digits of the written file's sha256 behind the stem, as torchvision has it."""
+    with File(written) as file:
+        digest = hashlib.sha256()
+        for block in file.blocks(0, file.size):
+            digest.update(block)
+    stem, suffix = split_suffix(path)
+    return f"{stem}-{digest.hexdigest()[:8]}{suffix}"
+
+
+def split_suffix(path: str) -> tuple[str, str]:
+    """Returns (stem, suffix) where the suffix may be one of the known double ones, such as ``.pth.tar``.
+
+    >>> split_suffix("runs/model.pth.tar"), split_suffix("v1.0/model")
+    (('runs/model', '.pth.tar'), ('v1.0/model', ''))
+    """
+    lowered = path.lower()
+    for suffix in sorted(formats.SUFFIXES, key=len, reverse=True):
+        if lowered.endswith(suffix) and len(os.path.basename(path)) > len(suffix):
+            return path[: -len(suffix)], path[-len(suffix) :]
+    return os.path.splitext(path)
+
+
+# --- places ------------------------------------------------------------------------------------------------------
+
+
+def sources(checkpoint: Checkpoint) -> set[str]:
+    """Returns the files that a checkpoint's bytes come from, and the one it was opened as."""
+    found = {checkpoint.url}
+    for _, node in walk(checkpoint.tree, inside=True):
+        if isinstance(node, TensorInfo):
+            found.update(storage.span.url for storage in node.storages())
+        elif isinstance(node, Storage):
+            found.add(node.span.url)
+    return found - {""}
+
+
+def check_output(
+    path: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    inputs: Sequence[Checkpoint] = (),
+) -> None:
+    """Raises what `save` would for the name alone: an unknown suffix, a file that exists, an input."""
+    url = os.fspath(path)
+    if formats.is_sharded(to):
+        if os.path.lexists(url) and not os.path.isdir(url):
+            raise OutputError("is a file; shards go into a directory", url)
+        return
+    formats.writer(url, to)
+    _check_place(url, force or in_place, () if in_place else inputs, "is one of the inputs; --in-place replaces it")
+
+
+def check_place(path: str, *, force: bool = False, in_place: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
+    """Raises OutputError for a file that exists or is an input; whatever the name says of a format."""
+    _check_place(path, force or in_place, () if in_place else inputs, "is one of the inputs; --in-place replaces it")
+
+
+def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
+    """Raises what `write_text` would for the name alone, and OutputError for the name of an input."""
+    _check_place(os.fspath(path), force, inputs, "is one of the inputs")
+
+
+def _check_place(url: str, force: bool, inputs: Sequence[Checkpoint], refusal: str) -> None:
+    if os.path.isdir(url):
+        raise OutputError("is a directory; name a file", url)
+    for checkpoint in inputs:
+        if any(same_file(source, url) for source in sources(checkpoint)):
+            raise OutputError(refusal, url)
+    if os.path.lexists(url) and not force:
+        raise OutputError(EXISTS, url)
+    if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
+        raise OutputError("cannot be written: no such directory", url)
+
+
+def same_place(first: str, second: str) -> bool:
+    """Returns whether two paths name one file, existing or not."""
+    return same_file(first, second) or os.path.realpath(first) == os.path.realpath(second)
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:
+    """Writes a report's text, whole or not at all. Raises: OutputError."""
+    with Output(os.fspath(path), force=force) as output:
+        output.write(text.encode())
+        output.commit()
+
+
+_DEVICE = re.compile(r"(cpu|cuda|meta|mps|xpu|xla|hpu|npu|mtia|ipu|maia|privateuseone)(:\d+)?")
+
+
+def _tag_map(map_location: MapLocation) -> Callable[[str], str] | None:
+    """Returns the mapping of device tags. Raises: UsageError for a tag that torch.load would not know."""
+    if map_location is None or callable(map_location):
+        return map_location
+    tags = {"*": map_location} if isinstance(map_location, str) else dict(map_location)
+    for tag in tags.values():
+        if not _DEVICE.fullmatch(tag):
+            raise UsageError(f"{tag!r} is no device tag such as cpu or cuda:1")
+    if isinstance(map_location, str):
+        return lambda tag: map_location if tag != "meta" else tag
+    return lambda tag: tags.get(tag, tag)
+
+
+def refuse_broken(checkpoint: Checkpoint) -> None:
+    """Raises IncompleteError if tensors are missing from a sharded checkpoint: nothing may be built on it."""
+    if checkpoint.broken:
+        raise IncompleteError("; ".join(checkpoint.problems), checkpoint.url)
