@@ -164,8 +164,11 @@ def convert(
         opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, untie=untie, publish=publish,
         metadata=metadata,
     )  # fmt: skip
+    if metadata and not saving.holds_metadata(os.fspath(path), to):
+        raise UsageError("--metadata goes into safetensors and shards only")
     if dry_run:
-        return replace(report, output=os.fspath(path))
+        left_out = saving.left_out(prepared, os.fspath(path), to)
+        return replace(report, output=os.fspath(path), left_out=[*report.left_out, *left_out])
     saved = saving.save(
         prepared, path, to=to, force=force, in_place=in_place, map_location=map_location,
         max_shard_size=max_shard_size, verify=verify, fsync=fsync, progress=progress, hash_in_name=publish,

@@ -85,8 +85,11 @@ def strided(
 def _ints(value: object, what: str) -> tuple[int, ...]:
     if isinstance(value, PyObject) and value.qualname == "Size" and value.args:
         value = value.args[0]
-    known = isinstance(value, (tuple, list)) and len(value) <= MAX_DIMS
-    if known and all(type(item) is int and abs(item) <= MAX_NUMEL for item in value):
+    if (
+        isinstance(value, (tuple, list))
+        and len(value) <= MAX_DIMS
+        and all(type(item) is int and abs(item) <= MAX_NUMEL for item in value)
+    ):
         return tuple(value)
     raise FormatError(f"a tensor's {what} is {brief(value)}: not a tuple of integers that torch could have")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptool import formats
+from ckptool import flat, formats
 from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, is_flat
 from ckptool.data import read_bytes, same_bytes
 from ckptool.errors import CkptoolError, FormatError, IncompleteError, LossError, OutputError, UsageError, listed
@@ -76,6 +76,7 @@ def save(
     try:
         if formats.is_sharded(to):
             _refuse_hidden(checkpoint, "a directory of shards")
+            check_output(url, to=to, force=force, in_place=in_place, inputs=[checkpoint])
             return _save_sharded(checkpoint, url, force or in_place, tags, max_shard_size, verify, fsync, progress)
         check_output(url, to=to, force=force, in_place=in_place, inputs=[checkpoint])
         writer = formats.writer(url, to)
@@ -120,12 +121,29 @@ def _save_sharded(
             checkpoint, directory, files, max_shard_size=max_shard_size, force=force, fsync=fsync,
             map_location=tags, check=prove if verify else None, progress=progress,
         )  # fmt: skip
-        nbytes = formats.read(directory).nbytes
+        names = [*sharded.plan(checkpoint.state_dict(), max_shard_size), sharded.WRITTEN_INDEX]
+        places = [os.path.join(directory, name) for name in names]
+        nbytes = sum(os.path.getsize(place) for place in places if os.path.exists(place))
         return Saved(directory, nbytes, left_out, verify, _overflowed(checkpoint, files))
 
 
+def holds_metadata(path: str, to: str | None) -> bool:
+    """Returns whether an output can carry texts beside its tensors."""
+    return formats.is_sharded(to) or formats.writer(path, to).NAME == "safetensors"
+
+
+def left_out(checkpoint: Checkpoint, path: str, to: str | None) -> tuple[str, ...]:
+    """Returns what a format of bare tensors will leave out, before anything is written."""
+    if not formats.is_sharded(to) and formats.writer(path, to).NAME.startswith("torch"):
+        return ()
+    return flat.left_out(checkpoint)
+
+
 def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
-    """Refuses to lose tensors inside packed parameters and extra state, which formats of bare tensors cannot hold."""
+    """Refuses to lose what formats of bare tensors cannot hold: packed parameters, extra state, keys not text."""
+    numbers = [key for key, (path, _) in checkpoint.entries().items() if path and not isinstance(path[-1], str)]
+    if numbers:
+        raise LossError(f"{target} cannot hold keys that are no text: {listed(numbers, 20)}")
     if is_flat(checkpoint.at(checkpoint.root)) and (hidden := checkpoint.hidden()):
         inside = [f"{key} (an object with {len(inner)} tensors)" for key, inner in hidden.items()]
         raise LossError(f"{target} cannot hold {listed(inside, 20)}")
@@ -243,6 +261,11 @@ def check_output(
     if formats.is_sharded(to):
         if os.path.lexists(url) and not os.path.isdir(url):
             raise OutputError("is a file; shards go into a directory", url)
+        inside = any(
+            same_file(os.path.dirname(source) or ".", url) for checkpoint in inputs for source in sources(checkpoint)
+        )
+        if inside and force and not in_place:
+            raise OutputError("holds an input; --in-place replaces it", url)
         return
     formats.writer(url, to)
     _check_place(url, force or in_place, () if in_place else inputs, "is one of the inputs; --in-place replaces it")

@@ -18,7 +18,7 @@ Path = tuple[Any, ...]
 MAX_DEPTH = 2_000
 """Containers inside containers. torch.load itself gives up near there, and paths as long as that cost their square."""
 
-MAX_SHARED = 1_000_000
+MAX_SHARED = 500_000
 """Nodes one walk may see again, beyond four times those it saw once: memoised pickles share subtrees 2^n-fold."""
 
 MAX_STEPS = 50_000_000

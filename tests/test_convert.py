@@ -387,7 +387,6 @@ def test_a_dry_run_tells_and_writes_nothing(run: Run, saved: Saved) -> None:
     assert os.listdir() == ["saved.pth"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a dry run returns before the writer, which alone knows what is left out")
 def test_a_dry_run_tells_what_would_be_left_out(run: Run, saved: Saved) -> None:
     path = saved({"state_dict": {"w": torch.ones(3)}, "epoch": 3})
     document = json.loads(run("convert", path, "--to", "safetensors", "--dry-run", "--json")[1])
@@ -421,7 +420,6 @@ def test_scalars_are_carried_into_the_metadata_when_named(run: Run, refused: Cal
         assert name in refused(NESTED, "-o", "two.safetensors", "--metadata", name)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: only the first name of --metadata that is missing is named")
 def test_every_missing_scalar_is_named_at_once(refused: Callable[..., str]) -> None:
     err = refused(NESTED, "-o", "two.safetensors", "--metadata", "nope,epoch,args,neither")
     assert all(name in err for name in ("nope", "args", "neither"))
@@ -445,7 +443,6 @@ def test_metadata_that_reads_like_a_key_is_not_lost_and_not_a_tie(convert: Calla
     assert list(ckptool.open("out.safetensors").state_dict()) == ["w"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: --metadata is ignored in silence for torch and npz")
 def test_metadata_that_cannot_be_carried_is_refused_where_the_format_has_no_place(
     refused: Callable[..., str],
 ) -> None:
@@ -798,7 +795,6 @@ def test_other_files_in_the_directory_are_left_alone(run: Run) -> None:
     assert run("convert", source, *options, "--force")[0] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the directory is read again after the commit, and finds two checkpoints")
 def test_shards_go_beside_other_weights_or_nowhere(run: Run) -> None:
     Path("out").mkdir()
     Path("out/pytorch_model.bin").write_text("another")
@@ -807,7 +803,6 @@ def test_shards_go_beside_other_weights_or_nowhere(run: Run) -> None:
     assert code == 0 or content() == before
 
 
-@pytest.mark.xfail(strict=True, reason="bug: --force overwrites the shards that are the input, without --in-place")
 def test_shards_are_not_written_over_themselves(refused: Callable[..., str]) -> None:
     import shutil
 
@@ -942,7 +937,6 @@ def test_all_that_safetensors_cannot_hold_is_named_at_once(
     assert all(f"{key} (" in err for key in NOT_IN_SAFETENSORS[name])
 
 
-@pytest.mark.xfail(strict=True, reason="bug: 0 becomes '0': a key of another type comes back")
 def test_keys_that_are_no_text_are_refused_where_a_format_has_text_only(
     refused: Callable[..., str], convert: Callable[..., Any], saved: Saved
 ) -> None:

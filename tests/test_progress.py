@@ -134,14 +134,7 @@ def test_nothing_goes_to_stderr_that_is_no_terminal(name: str, run: Run, saved: 
     assert "\x1b" not in out
 
 
-REDIRECTED = (
-    "the bar redirects stdout to stderr (rich's redirect_stdout), and convert prints its lines while it is shown"
-)
-
-
-@pytest.mark.parametrize(
-    "name", known_bugs(COMMANDS, {name: REDIRECTED for name in COMMANDS if name.startswith("convert")})
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_on_a_terminal_a_bar_is_drawn_and_stdout_is_the_same(
     name: str, run: Run, saved: Saved, terminal: Terminal, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

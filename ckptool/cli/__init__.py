@@ -15,7 +15,7 @@ import ckptool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 an answer of "no", 2 could not, 130 interrupted, 143 terminated."""
+    """Runs one command; returns the exit code: 0 done, 1 a "no", 2 could not, 130 interrupted, 143 terminated."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args == ["--version"]:  # the one thing that needs no parser
         print(f"ckptool {ckptool.__version__}")

@@ -132,9 +132,14 @@ def _scalars(checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:
     """Returns {name: text} of scalars at the top of the tree, or along the way down to the weights."""
     found: dict[str, str] = {}
     places = [as_mapping(checkpoint.at(checkpoint.root[:depth])) or {} for depth in range(len(checkpoint.root) + 1)]
+    wrong = []
     for name in wanted:
         value = next((mapping[name] for mapping in places if name in mapping), None)
-        if not isinstance(value, (str, int, float, bool)):
-            raise UsageError(f"no text or number {name!r} beside the weights to carry as metadata", checkpoint.url)
-        found[name] = str(value)
+        if isinstance(value, (str, int, float, bool)):
+            found[name] = str(value)
+        else:
+            wrong.append(name)
+    if wrong:
+        names_ = ", ".join(map(repr, wrong))
+        raise UsageError(f"no text or number {names_} beside the weights to carry as metadata", checkpoint.url)
     return found

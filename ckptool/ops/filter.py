@@ -476,7 +476,8 @@ def _module_notes(checkpoint: Checkpoint) -> list[str]:
 def optimizer_notes(checkpoint: Checkpoint) -> list[str]:
     """Returns a line about an optimizer state that goes by position, which dropped or reshaped keys put out of step."""
     for path, node in walk(checkpoint.tree, closed=optimizers.is_optimizer):
-        if optimizers.is_optimizer(node) and as_mapping((as_mapping(node) or {}).get("state")):
+        state = as_mapping((as_mapping(node) or {}).get("state")) if optimizers.is_optimizer(node) else None
+        if state and any(isinstance(key, int) for key in state):
             where = "/".join(map(str, path))
             return [f"{where} goes by position: with keys dropped it no longer lines up with the weights"]
     return []

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from ckptool import optimizers
 from ckptool.checkpoint import Checkpoint, Derived, Opaque, TensorInfo, contiguous_stride
 from ckptool.dtypes import DTYPES
 from ckptool.errors import CollisionError, NoTensorsError, UnsupportedError, UsageError, listed
+from ckptool.keys import is_counter
 from ckptool.ops.diff import no_tensors
 from ckptool.ops.filter import optimizer_notes, root_notes
 from ckptool.ops.rules import Rules, Step, advance, renamed
-from ckptool.tree import PyObject, as_mapping, ordered_dict, replaced, walk
+from ckptool.tree import Path, PyObject, as_mapping, ordered_dict, replaced, walk
 
 SCHEMA = 1
 """Version of the map file."""
@@ -62,7 +64,7 @@ def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -
     if unused and not allow_unused:
         raise UsageError(f"rules that fit no key (--allow-unused lets them): {listed(unused)}", checkpoint.url)
     modules = {path: _module_under(rules, path) for path in _module_paths(checkpoint)}
-    changed, report = _applied(checkpoint, batches, modules, list(shapes))
+    changed, report = _applied(checkpoint, batches, modules, None)
     return changed, replace(report, unused_rules=unused)
 
 
@@ -77,13 +79,24 @@ def invert(checkpoint: Checkpoint, saved: Any) -> tuple[Checkpoint, RemapReport]
         batches = [[_step(entry).inverted() for entry in batch] for batch in reversed(saved["steps"])]
         order = [str(key) for key in saved["keys"]]
         modules = {str(new): str(old) for old, new in saved.get("modules", {}).items()}
+        shapes = dict(saved["shapes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"not a map that remap --save-map wrote: {error}") from error
     entries = checkpoint.entries()
-    absent = [entry["new"] for entry in saved["map"] if entry["new"] not in entries]
+    absent = [key for key in shapes if key not in entries]
     if absent:
         raise UsageError(f"the map speaks of keys that are not there: {listed(absent)}", checkpoint.url)
-    return _applied(checkpoint, batches, modules, order)
+    other = [key for key, shape in shapes.items() if _shape(entries[key][1]) != shape]
+    if other:
+        raise UsageError(f"the map is of tensors of other shapes: {listed(other)}", checkpoint.url)
+    try:
+        return _applied(checkpoint, batches, modules, order)
+    except (KeyError, IndexError, TypeError, ValueError) as error:  # steps that contradict each other: an edited map
+        raise UsageError(f"the map contradicts itself: {type(error).__name__}: {error}", checkpoint.url) from error
+
+
+def _shape(value: Any) -> list[int] | None:
+    return list(value.shape) if isinstance(value, TensorInfo) and value.shape is not None else None
 
 
 def _all(troubles: Sequence[str]) -> str:
@@ -96,7 +109,7 @@ def _step(entry: Mapping[str, Any]) -> Step:
 
 
 def _applied(
-    checkpoint: Checkpoint, batches: Sequence[Sequence[Step]], modules: Mapping[str, str], order: Sequence[str]
+    checkpoint: Checkpoint, batches: Sequence[Sequence[Step]], modules: Mapping[str, str], order: Sequence[str] | None
 ) -> tuple[Checkpoint, RemapReport]:
     entries = checkpoint.entries()
     values: dict[str, Any] = {key: value for key, (_, value) in entries.items()}
@@ -131,16 +144,18 @@ def _applied(
             made[key], past[key] = values[key], history[key]
         values = {key: made[key] for key in current}
         history = past
-    rank = {key: number for number, key in enumerate(order)}
-    if batches and all(key in rank for key in values):  # the way back: the order is known
-        values = dict(sorted(values.items(), key=lambda item: rank[item[0]]))
+    if order is not None:  # the way back: the order is known
+        rank = {key: number for number, key in enumerate(order)}
+        values = dict(sorted(values.items(), key=lambda item: rank.get(item[0], len(rank))))
     if not any(isinstance(value, TensorInfo) for value in values.values()):
         raise NoTensorsError("no tensor would be left", checkpoint.url)
     rows = [Mapped(key, history[key][0], ";".join(history[key][1]) or "rename") for key in values]
     names = {row.old[0]: row.new for row in rows if row.op == "rename"}
     # Records of ties speak of the old names; a writer makes them anew from the tensors.
     metadata = {name: text for name, text in checkpoint.metadata.items() if name not in entries and text not in entries}
-    changed = _with_entries(replace(checkpoint, metadata=metadata), values, modules)
+    changed = _with_entries(
+        replace(checkpoint, metadata=metadata), values, modules, _same_steps(entries, rows), dropped
+    )
     changed, notes = _renamed_optimizers(
         changed, names, {key for row in rows for key in row.old} - names.keys(), dropped
     )
@@ -148,7 +163,8 @@ def _applied(
         "schema": SCHEMA,
         "map": [{"new": row.new, "old": row.old, "op": row.op} for row in rows],
         "dropped": dropped,
-        "keys": list(order),
+        "keys": list(entries),
+        "shapes": {key: _shape(value) for key, value in values.items()},
         "modules": {old: new for old, new in modules.items() if old != new},
         "steps": [
             [{"op": step.op, "old": step.old, "new": step.new, "args": dict(step.args)} for step in batch]
@@ -208,9 +224,13 @@ class _Maker:
         if step.op == "permute":
             return [_own(_view(first, [shape[a] for a in args["dims"]], [first.stride[a] for a in args["dims"]]))]
         if step.op == "reshape":
+            if prod(args["to"]) != first.numel:
+                raise ValueError(f"{step.old[0]} does not hold {args['to']}")
             return [_own(first, tuple(args["to"]))]
         dim = args["dim"]
         if step.op == "split":
+            if sum(args["sizes"]) != shape[dim] or min(args["sizes"]) < 0:
+                raise ValueError(f"{step.old[0]} does not split into {args['sizes']}")
             pieces, start = [], 0
             for size in args["sizes"]:
                 cut = [*shape[:dim], size, *shape[dim + 1 :]]
@@ -218,6 +238,8 @@ class _Maker:
                 start += size
             return pieces
         if step.op == "cat":
+            if [(tensor.shape or ())[dim] for tensor in inputs] != list(args["sizes"]):
+                raise ValueError(f"{', '.join(step.old)} are not {args['sizes']} along {dim}")
             return [_cat(inputs, dim)]
         heads, parts = args["heads"], args["parts"]
         if step.op == "chunk":
@@ -278,7 +300,18 @@ def _module_under(rules: Rules, path: str) -> str:
     return key.removesuffix(_LEAF).removesuffix(".")
 
 
-def _with_entries(checkpoint: Checkpoint, values: Mapping[str, Any], modules: Mapping[str, str]) -> Checkpoint:
+def _same_steps(entries: Mapping[str, tuple[Path, Any]], rows: Sequence[Mapped]) -> dict[str, Any]:
+    """Returns {key: the dict key it really is} of what kept its name: a key may be a number."""
+    return {row.new: entries[row.new][0][-1] for row in rows if row.op == "rename" and row.old == [row.new]}
+
+
+def _with_entries(
+    checkpoint: Checkpoint,
+    values: Mapping[str, Any],
+    modules: Mapping[str, str],
+    steps: Mapping[str, Any],
+    dropped: Sequence[str],
+) -> Checkpoint:
     """Returns the checkpoint with these entries at root, objects that are no tensors renamed like any other."""
     tensors = {key: value for key, value in values.items() if isinstance(value, TensorInfo)}
     plain = checkpoint.with_state_dict(checkpoint.state_dict())
@@ -286,13 +319,18 @@ def _with_entries(checkpoint: Checkpoint, values: Mapping[str, Any], modules: Ma
     mapping = as_mapping(node)
     if mapping is None or not all(len(path) == 1 for path, _ in checkpoint.entries().values()):
         return checkpoint.with_state_dict(tensors)
+    content = {steps.get(key, key): value for key, value in values.items()}
     if not isinstance(node, PyObject):
-        return replace(plain, tree=replaced(plain.tree, plain.root, dict(values)))
+        return replace(plain, tree=replaced(plain.tree, plain.root, content))
     state, versions = node.state, _versions(node)
     if versions is not None:
         moved = {modules.get(path, path) if isinstance(path, str) else path: entry for path, entry in versions.items()}
+        for key in dropped:  # a BatchNorm's version promises its counter, see `Checkpoint.with_state_dict`
+            if is_counter(key):
+                path = key.rpartition(".")[0]
+                moved.pop(modules.get(path, path), None)
         state = {**state, "_metadata": ordered_dict(moved)}
-    return replace(plain, tree=replaced(plain.tree, plain.root, node.with_mapping(dict(values), state)))
+    return replace(plain, tree=replaced(plain.tree, plain.root, node.with_mapping(content, state)))
 
 
 def _renamed_optimizers(

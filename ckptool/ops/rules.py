@@ -215,7 +215,8 @@ def _rule(entry: Any) -> Rule:
 def _table_rule(old: Any, new: Any) -> Rule:
     """A line of a table of names, in which ``{}`` stands for one segment; None drops the key."""
     if new is None:
-        return _checked("drop", {"drop": re.sub(r"\{\w*\}", "*", str(old))})
+        segments = re.split(r"\{\w*\}|\*", str(old))
+        return _checked("drop", {"drop": f"re:^{'[^.]+'.join(map(re.escape, segments))}$"})
     if not isinstance(new, str):
         raise UsageError(f"the table maps {old!r} to {new!r}, which is no name")
     return _checked("rename", {"rename": str(old).replace("{}", "*"), "to": new.replace("{}", "*"), "whole": True})
@@ -244,6 +245,8 @@ def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
     if kind == "rename" and not isinstance(args.get("to"), str):
         raise UsageError(f"{text}: to is a name")
     if kind == "sub":
+        if not isinstance(args.setdefault("by", ""), str):
+            raise UsageError(f"{text}: by is a text")
         try:
             args["compiled"] = re.compile(main)
             re.sub(main, str(args.setdefault("by", "")), "")
@@ -279,7 +282,8 @@ def parse_option(kind: str, text: str) -> Rules:
         parts = re.split(rf"(?<!\\){re.escape(text[1])}", text[2:]) if len(text) > 3 and text[0] == "s" else []
         if len(parts) != 3 or parts[2] not in ("", "g"):
             raise UsageError(f"--sub takes s/REGEX/REPLACEMENT/, not {text!r}")
-        return Rules.parse([{"sub": parts[0], "by": parts[1]}])
+        regex, by = (part.replace(f"\\{text[1]}", text[1]) for part in parts[:2])
+        return Rules.parse([{"sub": regex, "by": by}])
     return Rules.parse([{kind: text}])
 
 
@@ -400,6 +404,8 @@ def _plan_permute(rule: Rule, current: Current, troubles: list[str]) -> list[Ste
             if all(-rank <= axis < rank for axis in dims):
                 swapped[dims[0]], swapped[dims[1]] = swapped[dims[1]], swapped[dims[0]]
                 dims = swapped
+        if rank is not None and dims is not None and all(-rank <= axis < rank for axis in dims):
+            dims = [axis % rank for axis in dims]
         if rank is None or dims is None or sorted(dims) != list(range(rank)):
             troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, which dims {dims} does not fit")
         else:
@@ -442,7 +448,7 @@ def _plan_split(rule: Rule, current: Current, troubles: list[str]) -> list[Step]
             if sizes is None and size is not None and size % parts == 0:
                 sizes = [size // parts] * parts
             args = {"dim": dim, "sizes": sizes}
-            fits = sizes is not None and len(sizes) == parts and sum(sizes) == size
+            fits = sizes is not None and len(sizes) == parts and sum(sizes) == size and min(sizes) >= 0
         if not fits or shape is None:
             what = f"{rule.args['heads']} heads of {parts}" if rule.kind == "chunk" else f"{sizes or parts} pieces"
             troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, dim {dim} is not {what}")
@@ -467,6 +473,9 @@ def _plan_cat(rule: Rule, current: Current, troubles: list[str]) -> list[Step]:
         keys = [members[number][0] for number in sorted(members)]
         if len(members) < len(patterns):
             troubles.append(f"{rule.text}: only {', '.join(keys)} of {len(patterns)} are there")
+            continue
+        if len(set(keys)) < len(keys):
+            troubles.append(f"{rule.text}: {keys[0]} cannot be put together with itself")
             continue
         into = _filled(rule.args["into"], *members[0][1])
         dim = rule.args.get("dim", 0)
