@@ -117,6 +117,55 @@ def test_a_memoised_bomb_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         list(walk(bomb))
 
 
+def test_what_is_shared_a_few_times_may_be_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "MAX_SHARED", 100)
+    shared = list(range(10_000))
+    assert len(list(walk([shared] * 4))) == 1 + 4 + 4 * 10_000
+    with pytest.raises(LimitError, match="MAX_SHARED"):
+        list(walk([shared] * 8))
+
+
+def test_inside_a_walk_gives_all_that_a_pickle_would_hold_once() -> None:
+    key, value, argument, slot = [1], [2], [3], [4]
+    thing = made(argument, state=({"a": value}, [slot]))
+    thing.mapping = {(7, 8): value}
+    found = [node for _, node in walk({"thing": thing, "again": thing}, inside=True)]
+    assert sum(node is argument for node in found) == 1
+    assert any(node is slot for node in found)
+    assert any(node == (7, 8) for node in found)
+    assert key not in found
+
+
+def test_paths_of_a_walk_have_a_bounded_length_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "MAX_STEPS", 1_000)
+    with pytest.raises(LimitError, match="MAX_STEPS"):
+        list(walk({"a": {"b": {"c": list(range(400))}}}))
+
+
+@pytest.mark.parametrize("value", [(1, 2), (1,), [], [1.5, "x"], {"a": None}, "text", b"\x00", True, 1 << 70])
+def test_a_small_value_is_said_as_python_says_it(value: Any) -> None:
+    assert tree.brief(value) == repr(value)
+
+
+def test_a_large_value_is_said_in_few_words() -> None:
+    bomb: Any = ()
+    for _ in range(200):
+        bomb = (bomb, bomb)
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (bomb, deep, 1 << 1_000_000, "x" * 10**6, list(range(10**6)), {1: bomb}):
+        assert len(tree.brief(value)) <= 100
+
+
+def test_deep_trees_end_in_an_error_of_ours() -> None:
+    deep: list[Any] = []
+    for _ in range(tree.MAX_DEPTH + 5):
+        deep = [deep]
+    with pytest.raises(LimitError, match="MAX_DEPTH"):
+        list(walk(deep))
+
+
 def test_deep_trees_do_not_exhaust_the_stack() -> None:
     deep: list[Any] = []
     for _ in range(50_000):
@@ -157,6 +206,21 @@ def test_replacing_inside_lists_tuples_and_attributes_keeps_their_types() -> Non
 def test_replacing_where_there_is_no_place_is_refused() -> None:
     with pytest.raises(UnsupportedError):
         replaced({"a": 5}, ("a", "b"), 1)
+
+
+def test_replacing_deep_down_needs_no_stack() -> None:
+    deep: Any = "old"
+    for _ in range(1_900):
+        deep = [deep]
+    new = replaced(deep, (0,) * 1_900, "new")
+    for _ in range(1_900):
+        new = new[0]
+    assert new == "new"
+
+
+def test_replacing_in_one_of_several_layers_of_state_keeps_the_others() -> None:
+    thing = made(state=({"a": 1}, {"b": 2}, [3]))
+    assert replaced(thing, ("b",), 9).state == ({"a": 1}, {"b": 9}, [3])
 
 
 def test_int_and_str_keys_are_two_keys() -> None:
