@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import translate
 from functools import lru_cache
 
-from ckptool.errors import UsageError
+from ckptool.errors import CollisionError, UsageError, listed
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments that torch.compile, FSDP and activation checkpointing put anywhere in a name.
@@ -127,6 +127,30 @@ def replace_prefix(key: str, strip: str | None, add: str | None) -> str:
     if strip and key.startswith(strip):
         key = key[len(strip) :]
     return f"{add or ''}{key}"
+
+
+def plain_keys(keys: Iterable[str], strip: str | None, add: str | None, where: str) -> dict[str, str]:
+    """Returns {key as it is compared: key as it stands in the file ``where``}: without wrappers, prefixes replaced.
+
+    Prefixes are those of the keys behind any wrapper, or else of the keys as they stand.
+    Raises: UsageError if no key begins with ``strip``, CollisionError if two keys become one.
+    """
+    listed_keys = list(keys)
+    plain = unwrap_all(listed_keys)
+    if strip and not any(name.startswith(strip) for name in plain):
+        if not any(key.startswith(strip) for key in listed_keys):
+            raise UsageError(f"no key begins with {strip!r}", where)
+        plain = {key: key for key in listed_keys}
+    found: dict[str, str] = {}
+    twice = []
+    for name, key in plain.items():
+        made = replace_prefix(name, strip, add)
+        if made in found:
+            twice.append(made)
+        found[made] = key
+    if twice:
+        raise CollisionError(f"with these prefixes two keys are named {listed(twice)}", where)
+    return {name: found[key] for name, key in unwrap_all(found).items()}
 
 
 def best_prefix(

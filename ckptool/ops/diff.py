@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ckptool import keys as names
 from ckptool.checkpoint import Checkpoint, TensorInfo, is_flat
-from ckptool.errors import CollisionError, NoTensorsError, UsageError, listed
+from ckptool.errors import NoTensorsError, listed
 
 KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
 """What a difference can be; all but bookkeeping make two checkpoints differ by default."""
@@ -98,7 +98,10 @@ def diff(
     first, second = _tensors(a), _tensors(b)
     found = {side.url: "/".join(map(str, side.root)) for side in (a, b)}
     notes = [f"the weights of {url} are at {root}" for url, root in found.items() if root]
-    plain_a, plain_b = _plain_keys(a, first, strip_prefix_a), _plain_keys(b, second, strip_prefix_b)
+    plain_a, plain_b = (
+        names.plain_keys(first, strip_prefix_a, None, a.url),
+        names.plain_keys(second, strip_prefix_b, None, b.url),
+    )
     notes += _wrapper_notes(a, first, b, second)
     chosen = names.chooser((), ignore)
     for pattern in names.unused_patterns(ignore, [*plain_a, *plain_b, *first, *second]):
@@ -146,27 +149,6 @@ def no_tensors(checkpoint: Checkpoint) -> str:
     where = "/".join(map(str, checkpoint.root))
     places = {"/".join(map(str, path[:-1])) or "the top" for path, _ in checkpoint.tensors()}
     return f"no tensors at {where or 'the top'}" + (f"; there are some at {listed(sorted(places))}" if places else "")
-
-
-def _plain_keys(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], strip: str | None) -> dict[str, str]:
-    """Returns {key as it is compared: key as it stands in the file}."""
-    plain = names.unwrap_all(tensors)
-    if strip is None:
-        return plain
-    if not any(name.startswith(strip) for name in plain):
-        if not any(key.startswith(strip) for key in tensors):
-            raise UsageError(f"no key begins with {strip!r}", checkpoint.url)
-        plain = {key: key for key in tensors}
-    found: dict[str, str] = {}
-    twice = []
-    for name, key in plain.items():
-        made = names.replace_prefix(name, strip, None)
-        if made in found:
-            twice.append(made)
-        found[made] = key
-    if twice:
-        raise CollisionError(f"without {strip!r} two keys are named {listed(twice)}", checkpoint.url)
-    return {name: found[key] for name, key in names.unwrap_all(found).items()}
 
 
 def _wrapper_notes(

@@ -401,26 +401,9 @@ class _Merge:
 
 
 def _offer(source: Checkpoint, strip: str | None, add: str | None) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Returns ({key as it is matched: key in the source}, the source's tensors). Raises: CollisionError.
-
-    Prefixes are those of the keys behind any wrapper, or else of the keys as they stand.
-    """
+    """Returns ({key as it is matched: key in the source}, the source's tensors). Raises: CollisionError."""
     tensors = source.state_dict()
-    plain = names.unwrap_all(tensors)
-    if strip and not any(name.startswith(strip) for name in plain):
-        if not any(key.startswith(strip) for key in tensors):
-            raise UsageError(f"no key begins with {strip!r}", source.url)
-        plain = {key: key for key in tensors}
-    renamed: dict[str, str] = {}
-    twice = []
-    for name, key in plain.items():
-        made = names.replace_prefix(name, strip, add)
-        if made in renamed:
-            twice.append(made)
-        renamed[made] = key
-    if twice:
-        raise CollisionError(f"with these prefixes two keys are named {listed(twice)}", source.url)
-    return {name: renamed[key] for name, key in names.unwrap_all(renamed).items()}, tensors
+    return names.plain_keys(tensors, strip, add, source.url), tensors
 
 
 def _fits(key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
