@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -25,6 +26,7 @@ import ckptool
 from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.cli import main
 from ckptool.errors import CkptoolError, UnsupportedError
+from ckptool.ops.remap import invert as op_invert
 
 Saved = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -413,9 +415,6 @@ def test_tensors_larger_than_a_block_are_put_together_and_taken_apart(remap: Cal
     })  # fmt: skip
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: of a matrix dims are taken for a permutation: [0, 1] does nothing, [-1, -2] is refused"
-)
 def test_what_torch_calls_transpose_of_two_dims_is_a_transpose_of_a_matrix_too(remap: Callable[..., Any]) -> None:
     state = some("float32")
     for dims in ([0, 1], [1, 0], [-1, -2], [0, -1]):
@@ -566,6 +565,9 @@ def replayed(op: str, sources: list[torch.Tensor], shape: list[int]) -> torch.Te
     """What the README of the benchmark says an ``op`` does, written with torch; the last reshape is to ``shape``."""
     for step in op.split(";"):
         name, *args = step.split(":")
+        if "<" in step:
+            sources, step = parted(step, sources, shape)
+            name, *args = step.split(":")
         if name == "transpose":
             sources = [tensor.t() for tensor in sources]
         elif name == "permute":
@@ -585,6 +587,51 @@ def replayed(op: str, sources: list[torch.Tensor], shape: list[int]) -> torch.Te
             assert name == "rename"
     assert len(sources) == 1
     return sources[0]
+
+
+def parted(step: str, sources: list[torch.Tensor], shape: list[int]) -> tuple[list[torch.Tensor], str]:
+    """What the brackets of ``concat:dim<a|b|..>`` make of the sources one by one, and the step without them."""
+    outside, _, inside = step.partition("<")
+    parts, depth = [""], 0
+    for char in inside.removesuffix(">"):
+        depth += (char == "<") - (char == ">")
+        if char == "|" and not depth:
+            parts.append("")
+        else:
+            parts[-1] += char
+    made, left = [], list(sources)
+    for part in parts:
+        taken = part.count("|") + 1
+        made.append(replayed(part if "<" in part else part.replace("+", ";"), left[:taken], shape))
+        del left[:taken]
+    assert not left
+    return made, outside
+
+
+@pytest.mark.parametrize(
+    ("rules", "op"),
+    [
+        ([{"transpose": "k"}, {"transpose": "q"}, {"cat": ["k", "q"], "into": "m"}], "transpose;concat:0"),
+        ([{"transpose": "w"}, {"split": "w", "into": ["a", "b"]}, {"cat": ["b", "a"], "into": "m"}],
+         "concat:0<transpose+split:0:1/2|transpose+split:0:0/2>"),
+        ([{"transpose": "w"}, {"transpose": "w"}, {"cat": ["w", "v"], "into": "m", "dim": 1}],
+         "concat:1<transpose+transpose|rename>"),
+        ([{"cat": ["w", "v"], "into": "wv"}, {"transpose": "qkv"}, {"transpose": "qkv"},
+          {"split": "wv", "into": ["x", "y"], "dim": 1}, {"cat": ["x", "y"], "into": "m"}],
+         "concat:0<concat:0<rename|rename>+split:1:0/2|concat:0<rename|rename>+split:1:1/2>"),
+    ],
+)  # fmt: skip
+def test_an_op_says_of_each_input_of_a_cat_what_was_done_to_it(rules: Any, op: str, saved: Saved) -> None:
+    state = some("float32")
+    path = saved(state)
+    changed, report = ckptool.remap(path, rules)
+    row = next(row for row in report.map if row.new == "m")
+    assert row.op == op
+    found = changed.to_torch()["m"]
+    if op.count("concat") < 3:
+        assert bits(found) == bits(replayed(op, [state[key] for key in row.old], list(found.shape)))
+    else:
+        assert row.old == ["w", "v", "w", "v"]
 
 
 @pytest.mark.parametrize(
@@ -607,7 +654,6 @@ def test_an_op_says_enough_to_do_it_again(rules: Any, remap: Callable[..., Any])
     assert_bits(found, again)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: of the inputs of a cat only the first one's operations are in op")
 def test_the_op_of_a_cat_whose_inputs_came_about_differently_says_so(saved: Saved) -> None:
     path = saved({"w": torch.zeros(4, 4), "v": torch.zeros(4, 4)})
     one = ckptool.remap(path, [{"transpose": "w"}, {"cat": ["w", "v"], "into": "m"}])[1].map[0]
@@ -795,14 +841,10 @@ def test_random_rules_are_undone_to_the_last_byte(seed: int, remap: Callable[...
     there, expected = torch.load("there.pth"), torch.load(source)
     assert list(there["state_dict"]) != list(expected["state_dict"])
     found = torch.load(back)
-    expected["state_dict"]._metadata = found["state_dict"]._metadata = None  # has a test of its own
     assert_identical(expected, found)
     assert len(tied_groups(expected["state_dict"])) == 6
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: a map does not record ties; one that an operation on one side broke stays broken"
-)
 def test_a_tie_that_an_operation_on_one_side_broke_comes_back(
     remap: Callable[..., Any], run: Run, saved: Saved
 ) -> None:
@@ -810,6 +852,51 @@ def test_a_tie_that_an_operation_on_one_side_broke_comes_back(
     source = saved({"emb": w, "head": w})
     back = go_and_return(remap, run, source, [{"transpose": "head"}])
     assert_identical(torch.load(source), torch.load(back))
+
+
+def test_a_tie_comes_back_as_one_object_only_where_it_was_one(
+    remap: Callable[..., Any], run: Run, saved: Saved
+) -> None:
+    w = torch.randn(4, 4)
+    source = saved({"emb": w, "same": w, "other": w.detach(), "part": w[:2], "alone": torch.randn(4, 4)})
+    rules = [{"transpose": "re:^(same|alone)$"}, {"reshape": "other", "shape": [2, 8]},
+             {"cat": ["alone", "emb"], "into": "both"}]  # fmt: skip
+    back = go_and_return(remap, run, source, rules)
+    found = torch.load(back)
+    assert found["emb"] is found["same"]
+    assert found["other"] is not found["emb"]
+    assert found["other"].data_ptr() == found["emb"].data_ptr()
+    assert_bits(found, torch.load(source))
+    assert found["alone"].data_ptr() != found["emb"].data_ptr()
+
+
+def test_a_tie_that_no_operation_broke_is_not_recorded(saved: Saved) -> None:
+    w = torch.randn(4, 4)
+    path = saved({"emb": w, "head": w, "x": w[:2]})
+    for rules in ([{"transpose": "re:emb|head"}], [{"add_prefix": "a."}], [{"transpose": "x"}]):
+        assert ckptool.remap(path, rules)[1].saved["ties"] == []
+    one, both = [{"transpose": "emb"}], [{"cat": ["emb", "head"], "into": "m"}]
+    assert all(ckptool.remap(path, rules)[1].saved["ties"] == [[["emb", "head"]]] for rules in (one, both))
+
+
+def test_a_tie_is_made_again_only_where_the_bytes_are_the_same(saved: Saved) -> None:
+    w = torch.randn(4, 4)
+    changed, report = ckptool.remap(saved({"emb": w, "head": w}), [{"transpose": "head"}])
+    ckptool.save(changed, "there.pth")
+    there = ckptool.open("there.pth")
+    asked = []
+
+    def differ(one: TensorInfo, other: TensorInfo) -> bool:
+        asked.append((one.shape, other.shape))
+        return False
+
+    back, undone = op_invert(there, report.saved, same=differ)
+    assert back.shared() == []
+    assert asked == [((4, 4), (4, 4))]
+    assert undone.notes == []
+    back, undone = op_invert(there, report.saved)
+    assert back.shared() == [["emb", "head"]]
+    assert undone.notes == ["tied again, as the map says: head = emb"]
 
 
 def test_metadata_of_modules_comes_back_too(remap: Callable[..., Any], run: Run, saved: Saved) -> None:
@@ -823,7 +910,6 @@ def test_metadata_of_modules_comes_back_too(remap: Callable[..., Any], run: Run,
         assert_identical(torch.load(source), torch.load(back))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the entries of '' and of 'model' both become '', and one is lost for good")
 def test_metadata_comes_back_where_a_stripped_prefix_was_a_module_itself(
     remap: Callable[..., Any], run: Run, saved: Saved
 ) -> None:
@@ -886,11 +972,6 @@ def test_a_map_with_drops_cannot_be_inverted_and_says_so(
     assert "drop" in err
 
 
-def known_bugs(names: Any, bugs: dict[str, str]) -> list[Any]:
-    marks = {name: [pytest.mark.xfail(strict=True, reason=f"bug: {why}")] for name, why in bugs.items()}
-    return [pytest.param(name, marks=marks.get(name, [])) for name in names]
-
-
 def edited(change: Callable[[Any], Any]) -> None:
     document = json.loads(Path("map.json").read_text())
     changed = change(document)
@@ -922,7 +1003,39 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "sizes that do not add up": lambda m: m["steps"][2][0]["args"].update(sizes=[1, 1]),
     "a dim that is not there": lambda m: m["steps"][2][0]["args"].update(dim=7),
     "modules as a list": lambda m: m.update(modules=["x"]),
+    "modules by name": lambda m: m.update(modules={"a": "b"}),
+    "modules by numbers": lambda m: m.update(modules={"a": [1]}),
+    "versions as a list": lambda m: m.update(versions=["x"]),
+    "versions that are no dict": lambda m: m.update(versions={"a": 1}),
+    "versions of lists": lambda m: m.update(versions={"a": {"version": [1]}}),
+    "ties as text": lambda m: m.update(ties="wv"),
+    "ties of text": lambda m: m.update(ties=["wv"]),
+    "ties of numbers": lambda m: m.update(ties=[[[1]]]),
+    "ties as nothing": lambda m: m.update(ties=None),
+    "schema as a truth": lambda m: m.update(schema=True),
+    "shapes as a list": lambda m: m.update(shapes=[]),
+    "shapes of text": lambda m: m["shapes"].update(w="32"),
+    "shapes of halves": lambda m: m["shapes"].update(w=[3.0, 2.0]),
+    "a negative shape": lambda m: m["shapes"].update(w=[-3, -2]),
+    "keys of numbers": lambda m: m.update(keys=[1, 2]),
+    "a key that no step brings back": lambda m: m["keys"].append("never"),
+    "a key used twice": lambda m: m["steps"][0].append(m["steps"][0][0]),
+    "no names at all": lambda m: m["steps"][0][0].update(old=[], new=[]),
+    "names that are a text": lambda m: m["steps"][3][0].update(new="p2"),
+    "dims that are true": lambda m: m["steps"][0][0].update(args={"dims": [True, False]}),
+    "dims that are large": lambda m: m["steps"][0][0].update(args={"dims": [0, 10**30]}),
+    "a shape of a thousand dims": lambda m: m["steps"][1][0]["args"].update({"from": [6, *[1] * 2000]}),
+    "a shape beyond any tensor": lambda m: m["steps"][1][0]["args"].update({"from": [0, 10**30]}),
+    "negative sizes": lambda m: m["steps"][2][0]["args"].update(sizes=[-1, 5]),
+    "sizes as a number": lambda m: m["steps"][2][0]["args"].update(sizes=2),
+    "a negative dim": lambda m: m["steps"][2][0]["args"].update(dim=-1),
+    "heads of none": lambda m: m["steps"][2][0].update(op="chunk", args={"dim": 0, "heads": 0, "parts": 2}),
+    "parts without end": lambda m: m["steps"][2][0].update(op="chunk", args={"dim": 0, "heads": 1, "parts": 10**9}),
+    "heads that do not divide": lambda m: m["steps"][2][0].update(op="chunk", args={"dim": 0, "heads": 3, "parts": 2}),
+    "a drop that keeps": lambda m: m["steps"][3][0].update(op="drop"),
     "keys as a number": lambda m: m.update(keys=3),
+    "steps as a dict": lambda m: m.update(steps={}),
+    "a batch as a dict": lambda m: m.update(steps=[{}]),
     "renames of unequal length": lambda m: m["steps"][3][0].update(old=["p", "r"], new=["p2"]),
 }
 WRITTEN_BY = [{"transpose": "w"}, {"reshape": "v", "shape": [-1]}, {"split": "u", "into": ["u0", "u1"]},
@@ -973,10 +1086,6 @@ def test_invert_stands_alone(remap: Callable[..., Any], refused: Callable[..., s
 # --- what carries names follows --------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="bug: a module's path gets a made-up last segment, which the {i} of model.{i} captures",
-)
 def test_metadata_of_modules_follows_their_names(remap: Callable[..., Any], saved: Saved) -> None:
     model = Wrapped()
     remap(saved(model.state_dict()), "out.pth", [{"rename": "model.{i}", "to": "net.layer{i}"}])
@@ -1011,15 +1120,93 @@ def test_a_module_takes_what_was_stripped_and_knows_its_versions(remap: Callable
     assert fresh[1].running_mean.tolist() == [3.0] * 4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="bug: a module whose keys a table, a sub or a rename of whole names moves keeps its old name in _metadata",
-)
 def test_metadata_follows_names_that_a_table_spells_out(remap: Callable[..., Any], saved: Saved) -> None:
     model = nn.Sequential(OrderedDict(bn=nn.BatchNorm1d(2)))
     state = model.state_dict()
     remap(saved(state), "out.pth", {key: key.replace("bn.", "norm.") for key in state})
     assert dict(torch.load("out.pth")._metadata) == {"": {"version": 1}, "norm": {"version": 2}}
+
+
+METADATA: dict[str, tuple[Any, dict[str, str]]] = {
+    "a leaf of another name": ([{"sub": "weight$", "by": "kernel"}], {}),
+    "all leaves of another name, in another place": (
+        [{"sub": r"^head\.(weight|bias)$", "by": r"out.\1_"}], {"head": "out"}),
+    "a table": ({"head.weight": "out.weight", "head.bias": "out.bias"}, {"head": "out"}),
+    "a rename of whole names": (
+        [{"rename": f"head.{leaf}", "to": f"out.{leaf}"} for leaf in ("weight", "bias")], {"head": "out"}),
+    "a module without keys goes with the one above it": (
+        [{"rename": "body", "to": "trunk.main"}],
+        {"body": "trunk.main", "body.0": "trunk.main.0", "body.1": "trunk.main.1", "body.2": "trunk.main.2"}),
+    "all under a prefix": (
+        [{"add_prefix": "net."}],
+        {"": "net", "body": "net.body", "body.0": "net.body.0", "body.1": "net.body.1", "body.2": "net.body.2",
+         "head": "net.head"}),
+    "a capture": ([{"rename": "body.{i}", "to": "b{i}"}], {"body.0": "b0", "body.1": "b1"}),
+    "a rule that has the last word on some leaves": ([{"rename": "body.0.bias", "to": "shift"}], {}),
+    "two that swap": ([{"rename": "head", "to": "t"}, {"rename": "body.0", "to": "head"},
+                       {"rename": "t", "to": "body.0"}], {"head": "body.0", "body.0": "head"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_goes_where_the_keys_go_and_comes_back(
+    name: str, remap: Callable[..., Any], run: Run, saved: Saved
+) -> None:
+    model = nn.Module()
+    model.body = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU())
+    model.head = nn.Linear(2, 2)
+    rules, expected = METADATA[name]
+    source = saved(model.state_dict())
+    back = go_and_return(remap, run, source, rules)
+    before, after = torch.load(source)._metadata, torch.load("there.pth")._metadata
+    assert list(after.items()) == [(expected.get(path, path), entry) for path, entry in before.items()]
+    assert_identical(torch.load(source), torch.load(back))
+
+
+def test_metadata_of_a_module_that_is_taken_apart_goes_to_every_part(
+    remap: Callable[..., Any], run: Run, saved: Saved
+) -> None:
+    model = nn.Sequential(OrderedDict(qkv=nn.Linear(2, 6), norm=nn.BatchNorm1d(6)))
+    source = saved(model.state_dict())
+    rules = [{"split": f"qkv.{leaf}", "into": [f"{n}.{leaf}" for n in "qkv"]} for leaf in ("weight", "bias")]
+    back = go_and_return(remap, run, source, rules)
+    assert list(torch.load("there.pth")._metadata.items()) == [
+        ("", {"version": 1}), *((n, {"version": 1}) for n in "qkv"), ("norm", {"version": 2})
+    ]  # fmt: skip
+    assert_identical(torch.load(source), torch.load(back))
+
+
+def test_metadata_that_another_tool_added_stays_on_the_way_back(
+    remap: Callable[..., Any], run: Run, saved: Saved
+) -> None:
+    remap(saved(Wrapped().state_dict()), "there.pth", [{"strip_prefix": "model."}], "--save-map", "map.json")
+    state = torch.load("there.pth")
+    state._metadata["1"]["version"] = 7
+    state._metadata["added"] = {"version": 5}
+    torch.save(state, "there.pth")
+    assert run("remap", "there.pth", "-o", "back.pth", "--invert", "map.json")[0] == 0
+    assert list(torch.load("back.pth")._metadata.items()) == [
+        ("", {"version": 1}), ("model", {"version": 1}), ("model.0", {"version": 1}), ("model.1", {"version": 7}),
+        ("model.2", {"version": 1}), ("added", {"version": 5}),
+    ]  # fmt: skip
+
+
+def test_a_whole_model_becomes_the_state_dict_that_torch_gives(remap: Callable[..., Any], saved: Saved) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    remap(saved(model), "out.pth", [{"rename": "0", "to": "fc"}])
+    expected = model.state_dict()
+    renamed = OrderedDict((key.replace("0.", "fc."), tensor) for key, tensor in expected.items())
+    renamed._metadata = OrderedDict({"": {"version": 1}, "fc": {"version": 1}, "1": {"version": 2}})
+    assert_identical(renamed, torch.load("out.pth"))
+
+
+def test_the_garbage_collector_runs_again_whatever_happens(saved: Saved) -> None:
+    path = saved({"a": torch.ones(2), "b": torch.ones(2)})
+    ckptool.remap(path, [{"add_prefix": "x."}])
+    assert gc.isenabled()
+    with pytest.raises(CkptoolError):
+        ckptool.remap(path, [{"rename": "a", "to": "b"}])
+    assert gc.isenabled()
 
 
 def test_dropped_counters_do_not_leave_a_promise_that_they_are_there(remap: Callable[..., Any], saved: Saved) -> None:
@@ -1416,7 +1603,7 @@ def test_a_written_file_is_compared_with_what_was_meant(
     write = Output.write
 
     def flipped(self: Output, data: Any) -> None:
-        write(self, bytes([data[0] ^ 1, *data[1:]]) if len(data) == 4000 else data)
+        write(self, bytes([*data[:-1], data[-1] ^ 1]) if len(data) >= 4000 else data)
 
     monkeypatch.setattr(Output, "write", flipped)
     code, _, err = run("remap", path, "-o", "out.pth", "--rules", "rules.json", "--verify")
@@ -1526,7 +1713,6 @@ def test_the_way_back_grows_with_the_keys_too() -> None:
     assert undo[1] < 11 * undo[0]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: every line of a table is tried on every key")
 def test_a_table_of_names_costs_no_more_than_the_names_and_the_keys() -> None:
     steps = []
     for number in (20, 200):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -346,9 +348,54 @@ def test_a_table_is_litgpts_map_of_whole_names(renamed: Renamed) -> None:
     assert renamed(kept, "--rules", in_file(toml, "t.toml")) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the lines of a table are applied one after another, not at once")
 def test_a_table_is_a_map_and_may_swap_names(renamed: Renamed) -> None:
     assert renamed(["a", "b", "c"], "--rules", in_file({"a": "b", "b": "a", "c": "c2"})) == ["b", "a", "c2"]
+
+
+def test_no_line_of_a_table_sees_what_another_made(renamed: Renamed) -> None:
+    table = {"a": "b", "b": "c", "c": "d", "l.{}.w": "m.{}.w", "m.{}.w": "l.{}.w", "{i}.{j}": "{j}.{i}"}
+    keys = ["a", "b", "c", "l.0.w", "m.0.w", "l.1.w", "x.y"]
+    assert renamed(keys, "--rules", in_file(table)) == ["b", "c", "d", "m.0.w", "l.0.w", "m.1.w", "y.x"]
+
+
+def test_a_name_spelled_out_goes_before_a_pattern_and_the_first_pattern_before_others(renamed: Renamed) -> None:
+    table = {"l.{}.w": "any.{}", "l.{}.{}": "rest.{}.{}", "l.0.w": "zero", "l{i}.w_{i}": "twice{i}"}
+    keys = ["l.0.w", "l.1.w", "l.1.b", "l3.w_3", "l3.w_4"]
+    assert renamed(keys, "--rules", in_file(table)) == ["zero", "any.1", "rest.1.b", "twice3", "l3.w_4"]
+
+
+def test_every_line_of_a_table_that_fits_no_key_is_named_and_no_other(refused: Callable[..., str]) -> None:
+    table = {"a": "a", "b": "x", "h.{}": "g.{}", "no.{}.w": "n.{}.w", "nope": "z", "gone.{}": None, "b.{}": None}
+    err = refused(["a", "b", "h.1", "b.1"], "--rules", in_file(table))
+    assert "rename no.{}.w -> n.{}.w, rename nope -> z, drop gone.{}" in err
+    assert err.count("rename") == 2
+
+
+def test_collisions_of_a_table_are_all_listed(refused: Callable[..., str]) -> None:
+    err = refused(["a", "b", "c", "d"], "--rules", in_file({"a": "x", "b": "x", "c": "d"}))
+    assert "a and b would both be x" in err
+    assert "c and d would both be d" in err
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rename_does_the_same_as_a_regular_expression_or_segment_by_segment(seed: int) -> None:
+    from ckptool.ops import segments
+
+    pick = random.Random(seed)
+    fast = 0
+    for _ in range(400):
+        words = ["a", "b", "ab", "a1", "*", "{i}", "a{i}", "{i}b", "{j}", "", "a*b", "*.", "+", "{i}{j}"]
+        old = ".".join(pick.choices(words, k=pick.randint(1, 3)))
+        captures = re.findall(r"\*|\{\w\}", old)
+        new = ".".join(pick.choices(["a", "c", "x\\1", "", *captures], k=pick.randint(1, 3)))
+        if not old or new.count("*") > old.count("*"):
+            continue
+        rename = segments.renamer(old, new)
+        fast += segments._simple(old, new) is not None
+        for _ in range(20):
+            key = ".".join(pick.choices(["a", "b", "ab", "a1b", "1", "", "aab", "c+\n"], k=pick.randint(1, 6)))
+            assert rename(key) == segments._by_segments(old, new, key), (old, new, key)
+    assert fast > 100
 
 
 def test_null_in_a_table_drops_every_key_that_fits(renamed: Renamed) -> None:
@@ -406,6 +453,8 @@ MALFORMED: dict[str, Any] = {
     "a capture twice in a segment": [{"rename": "{i}{i}", "to": "x"}],
     "a capture that is not there": [{"rename": "a.{i}", "to": "b.{j}"}],
     "more stars than captured": [{"rename": "a.*", "to": "b.*.*"}],
+    "more captures in a table than there are": {"a.{}": "b.{}.{}"}, "a capture that a table lacks": {"a.{i}": "{j}"},
+    "a table from nothing": {"": "b"}, "a table of captures twice in a segment": {"a.{i}{i}": "b"},
     "a table of numbers": {"a": 1}, "a table of lists": {"a": ["b"]},
     "negative sizes": [{"split": "a.w", "into": ["b", "c"], "sizes": [3, -1]}],
     "transpose of three dims": [{"transpose": "a.w", "dims": [0, 1, 2]}],

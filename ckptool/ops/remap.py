@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
-from ckptool import optimizers
-from ckptool.checkpoint import Checkpoint, Derived, Opaque, TensorInfo, contiguous_stride
-from ckptool.dtypes import DTYPES
-from ckptool.errors import CollisionError, NoTensorsError, UnsupportedError, UsageError, listed
+from ckptool import modules, optimizers
+from ckptool.checkpoint import Checkpoint, Opaque, TensorInfo, detached, is_flat
+from ckptool.errors import CollisionError, NoTensorsError, UsageError, listed
 from ckptool.keys import is_counter
+from ckptool.ops import maps
 from ckptool.ops.diff import no_tensors
 from ckptool.ops.filter import optimizer_notes, root_notes
-from ckptool.ops.rules import Rules, Step, advance, renamed
+from ckptool.ops.rules import Rules
+from ckptool.ops.steps import Maker, Past, Shapes, Step, advance, fits, pasts
+from ckptool.ops.versions import Moved, moved, restored, versions_of
 from ckptool.tree import Path, PyObject, as_mapping, ordered_dict, replaced, walk
 
-SCHEMA = 1
-"""Version of the map file."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, a hundred thousand of them would cost four times as much
 class Mapped:
     """One key of the output: the keys it was made from, and how.
 
     ``op`` is ``rename``, or operations from left to right joined with ";": ``transpose``, ``permute:a,b,..``,
-    ``reshape``, ``split:dim:i/n``, ``slice:dim:a:b``, ``concat:dim``.
+    ``reshape``, ``split:dim:i/n``, ``slice:dim:a:b``, ``concat:dim``. What stands before a ``concat`` was done to
+    each of the keys; ``concat:dim<a|b|..>`` says it one by one where it differs, with "+" for ";".
     """
 
     new: str
@@ -46,6 +47,10 @@ class RemapReport:
     notes: list[str] = field(default_factory=list)
 
 
+Same = Callable[[TensorInfo, TensorInfo], bool]
+"""Whether two tensors of one dtype and shape hold the same bytes."""
+
+
 def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -> tuple[Checkpoint, RemapReport]:
     """Returns (checkpoint, report) with the rules applied in order to the keys at root.
 
@@ -53,50 +58,82 @@ def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -
     Raises: CollisionError listing all colliding and empty names and all sizes that do not add up; UsageError for
     rules that matched nothing (unless ``allow_unused``); NoTensorsError if nothing would be left.
     """
-    entries = checkpoint.entries()
-    shapes = {key: value.shape if isinstance(value, TensorInfo) else None for key, (_, value) in entries.items()}
-    if not checkpoint.state_dict():
-        raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
-    batches, unused, troubles = rules.plan(shapes)
-    if troubles:
-        troubles += [f"{text} fits no key" for text in unused if not allow_unused]
-        raise CollisionError(_all(troubles), checkpoint.url)
-    if unused and not allow_unused:
-        raise UsageError(f"rules that fit no key (--allow-unused lets them): {listed(unused)}", checkpoint.url)
-    modules = {path: _module_under(rules, path) for path in _module_paths(checkpoint)}
-    changed, report = _applied(checkpoint, batches, modules, None)
-    return changed, replace(report, unused_rules=unused)
+    with _uncollected():
+        node, values = _weights(checkpoint)
+        if not any(isinstance(value, TensorInfo) for value in values.values()):
+            raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+        plan = rules.plan(_shapes(values))
+        if plan.troubles:
+            troubles = [*plan.troubles, *(f"{text} fits no key" for text in plan.unused if not allow_unused)]
+            raise CollisionError(_all(troubles), checkpoint.url)
+        if plan.unused and not allow_unused:
+            raise UsageError(f"rules that fit no key (--allow-unused lets them): {listed(plan.unused)}", checkpoint.url)
+        done = _applied(values, plan.batches, plan.after, checkpoint.url)
+        versions = versions_of(node)
+        follow = None
+        if versions is not None:
+            follow = moved(versions, ((old, row.new) for row in done.rows for old in row.old))
+        changed, report = _finished(checkpoint, node, values, plan.batches, done, follow)
+        return changed, replace(report, unused_rules=plan.unused)
 
 
-def invert(checkpoint: Checkpoint, saved: Any) -> tuple[Checkpoint, RemapReport]:
+def invert(checkpoint: Checkpoint, saved: Any, *, same: Same | None = None) -> tuple[Checkpoint, RemapReport]:
     """Returns (checkpoint, report) with what a saved map did undone, operations and the order of keys included.
 
-    Raises: UsageError if the map is none or does not fit these keys, or dropped any.
+    Keys that an operation untied become one tensor again where ``same`` says that they hold the same bytes;
+    without it the map is believed. Raises: UsageError if the map is none, does not fit these keys, or dropped any.
     """
-    if not isinstance(saved, dict) or saved.get("schema") != SCHEMA or not isinstance(saved.get("steps"), list):
-        raise UsageError("not a map that remap --save-map wrote")
-    try:
-        batches = [[_step(entry).inverted() for entry in batch] for batch in reversed(saved["steps"])]
-        order = [str(key) for key in saved["keys"]]
-        modules = {str(new): str(old) for old, new in saved.get("modules", {}).items()}
-        shapes = dict(saved["shapes"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"not a map that remap --save-map wrote: {error}") from error
-    entries = checkpoint.entries()
-    absent = [key for key in shapes if key not in entries]
-    if absent:
-        raise UsageError(f"the map speaks of keys that are not there: {listed(absent)}", checkpoint.url)
-    other = [key for key, shape in shapes.items() if _shape(entries[key][1]) != shape]
-    if other:
-        raise UsageError(f"the map is of tensors of other shapes: {listed(other)}", checkpoint.url)
-    try:
-        return _applied(checkpoint, batches, modules, order)
-    except (KeyError, IndexError, TypeError, ValueError) as error:  # steps that contradict each other: an edited map
-        raise UsageError(f"the map contradicts itself: {type(error).__name__}: {error}", checkpoint.url) from error
+    with _uncollected():
+        recorded = maps.read(saved)
+        batches = [[step.inverted() for step in batch] for batch in reversed(recorded.batches)]
+        node, values = _weights(checkpoint)
+        shapes = _shapes(values)
+        absent = [key for key in recorded.shapes if key not in shapes]
+        if absent:
+            raise UsageError(f"the map speaks of keys that are not there: {listed(absent)}", checkpoint.url)
+        other = [key for key, shape in recorded.shapes.items() if shapes[key] != shape]
+        if other:
+            raise UsageError(f"the map is of tensors of other shapes: {listed(other)}", checkpoint.url)
+        after = _followed(batches, shapes, checkpoint.url)
+        lost = [key for key in recorded.keys if key not in after]
+        if lost:
+            raise UsageError(f"the map contradicts itself: no step brings back {listed(lost)}", checkpoint.url)
+        ordered = {key: after[key] for key in recorded.keys}
+        done = _applied(values, batches, {**ordered, **after}, checkpoint.url)
+        again = _retied(done.values, recorded.ties, same)
+        versions = versions_of(node)
+        follow = None if versions is None else restored(versions, recorded.modules, recorded.versions)
+        changed, report = _finished(checkpoint, node, values, batches, done, follow)
+        return changed, replace(report, notes=[*report.notes, *again])
 
 
-def _shape(value: Any) -> list[int] | None:
-    return list(value.shape) if isinstance(value, TensorInfo) and value.shape is not None else None
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keeps the garbage collector from looking through 100,000 new rows again and again: most of the time it took."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """Returns (the dict at root, or the one that an nn.Module there would give; {key: value} of what is in it).
+
+    The dict is None where there is none: the weights are spread over a nest of containers.
+    """
+    node = checkpoint.at(checkpoint.root)
+    values = {key: value for key, (_, value) in checkpoint.entries().items()}
+    if modules.is_module(node):
+        values = detached(values)
+        return ordered_dict(values, modules.metadata(node)), values
+    return (node if is_flat(node) else None), values
+
+
+def _shapes(values: Mapping[str, Any]) -> Shapes:
+    return {key: value.shape if isinstance(value, TensorInfo) else None for key, value in values.items()}
 
 
 def _all(troubles: Sequence[str]) -> str:
@@ -104,255 +141,218 @@ def _all(troubles: Sequence[str]) -> str:
     return "; ".join(shown)
 
 
-def _step(entry: Mapping[str, Any]) -> Step:
-    return Step(str(entry["op"]), tuple(entry["old"]), tuple(entry["new"]), dict(entry.get("args", {})))
-
-
-def _applied(
-    checkpoint: Checkpoint, batches: Sequence[Sequence[Step]], modules: Mapping[str, str], order: Sequence[str] | None
-) -> tuple[Checkpoint, RemapReport]:
-    entries = checkpoint.entries()
-    values: dict[str, Any] = {key: value for key, (_, value) in entries.items()}
-    current = {key: value.shape if isinstance(value, TensorInfo) else None for key, value in values.items()}
-    history = {key: ([key], []) for key in values}  # type: dict[str, tuple[list[str], list[str]]]
-    dropped: list[str] = []
-    maker = _Maker()
+def _followed(batches: Sequence[Sequence[Step]], current: Shapes, url: str) -> Shapes:
+    """Returns {key: shape} after steps that someone else wrote. Raises: UsageError, CollisionError."""
     for batch in batches:
+        old = [key for step in batch for key in step.old]
+        wrong = [f"{step.op} of {listed(step.old)}" for step in batch if not all(key in current for key in step.old)]
+        wrong = wrong or [f"{step.op} of {listed(step.old)}" for step in batch if not _fits(step, current)]
+        if wrong or len(set(old)) < len(old):
+            raise UsageError(f"the map contradicts itself: {listed(wrong) or 'a key is used twice'}", url)
         current, troubles = advance(batch, current)
         if troubles:
-            raise CollisionError(_all(troubles), checkpoint.url)
-        made: dict[str, Any] = {}
-        past: dict[str, tuple[list[str], list[str]]] = {}
-        touched: set[str] = set()
+            raise CollisionError(_all(troubles), url)
+    return current
+
+
+def _fits(step: Step, current: Shapes) -> bool:
+    return step.op == "rename" or fits(step, [current[key] for key in step.old])
+
+
+class _Done(NamedTuple):
+    """The new content of the dict at root in order, a row for each of its keys, the old keys left out, the shapes."""
+
+    values: dict[str, Any]
+    rows: list[Mapped]
+    dropped: list[str]
+    shapes: Shapes
+
+
+def _applied(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], after: Shapes, url: str) -> _Done:
+    """Returns what steps that fit make of the values at root, in the order of ``after``."""
+    now: dict[str, str | _Computed] = {}  # what is only renamed has its old name here, or stands not here at all
+    dropped: list[str] = []
+    maker = Maker()
+    for batch in batches:
+        made: dict[str, str | _Computed] = {}
         for step in batch:
-            touched.update(step.old)
+            inputs = list(map(now.pop, step.old, step.old))
             if step.op == "rename":
-                for old, new in zip(step.old, step.new, strict=True):
-                    made[new], past[new] = values[old], history[old]
+                made.update(zip(step.new, inputs, strict=True))
                 continue
+            origins = [_Computed(Past([one]), values[one]) if isinstance(one, str) else one for one in inputs]
             if step.op == "drop":
-                dropped += [origin for key in step.old for origin in history[key][0]]
-                continue
-            inputs = [values[key] for key in step.old]
-            if not all(isinstance(value, TensorInfo) for value in inputs):
-                raise UsageError(f"{', '.join(step.old)}: not tensors, {step.op} does not apply", checkpoint.url)
-            for number, (new, value) in enumerate(zip(step.new, maker.make(step, inputs), strict=True)):
-                made[new] = value
-                origins = [origin for key in step.old for origin in history[key][0]]
-                past[new] = origins, [*history[step.old[0]][1], _op(step, number)]
-        for key in values.keys() - touched:
-            made[key], past[key] = values[key], history[key]
-        values = {key: made[key] for key in current}
-        history = past
-    if order is not None:  # the way back: the order is known
-        rank = {key: number for number, key in enumerate(order)}
-        values = dict(sorted(values.items(), key=lambda item: rank.get(item[0], len(rank))))
-    if not any(isinstance(value, TensorInfo) for value in values.values()):
-        raise NoTensorsError("no tensor would be left", checkpoint.url)
-    rows = [Mapped(key, history[key][0], ";".join(history[key][1]) or "rename") for key in values]
-    names = {row.old[0]: row.new for row in rows if row.op == "rename"}
-    # Records of ties speak of the old names; a writer makes them anew from the tensors.
-    metadata = {name: text for name, text in checkpoint.metadata.items() if name not in entries and text not in entries}
-    changed = _with_entries(
-        replace(checkpoint, metadata=metadata), values, modules, _same_steps(entries, rows), dropped
-    )
-    changed, notes = _renamed_optimizers(
-        changed, names, {key for row in rows for key in row.old} - names.keys(), dropped
-    )
-    saved = {
-        "schema": SCHEMA,
-        "map": [{"new": row.new, "old": row.old, "op": row.op} for row in rows],
-        "dropped": dropped,
-        "keys": list(entries),
-        "shapes": {key: _shape(value) for key, value in values.items()},
-        "modules": {old: new for old, new in modules.items() if old != new},
-        "steps": [
-            [{"op": step.op, "old": step.old, "new": step.new, "args": dict(step.args)} for step in batch]
-            for batch in batches
-        ],
+                dropped += [key for origin in origins for key in origin.past.keys]
+            elif not all(isinstance(origin.value, TensorInfo) for origin in origins):
+                raise UsageError(f"{', '.join(step.old)}: not tensors, {step.op} does not apply", url)
+            else:
+                tensors = maker.make(step, [origin.value for origin in origins])
+                words = pasts(step, [origin.past for origin in origins])
+                made.update(zip(step.new, map(_Computed, words, tensors), strict=True))
+        now.update(made)
+    found = list(map(now.get, after, after))
+    ordered = {
+        key: values[origin] if isinstance(origin, str) else origin.value
+        for key, origin in zip(after, found, strict=True)
     }
-    report = RemapReport(rows, dropped, [], None, saved, [*root_notes([checkpoint]), *notes])
-    return changed, report
+    if not any(isinstance(value, TensorInfo) for value in ordered.values()):
+        raise NoTensorsError("no tensor would be left", url)
+    rows = [
+        Mapped(key, [origin], "rename") if isinstance(origin, str) else Mapped(key, origin.past.keys, origin.past.op)
+        for key, origin in zip(after, found, strict=True)
+    ]
+    return _Done(ordered, rows, dropped, after)
 
 
-def _op(step: Step, number: int) -> str:
-    """Returns a step in the grammar of `Mapped.op`, for its new key of that number."""
-    args = step.args
-    if step.op == "permute":
-        return "transpose" if args["dims"] == [1, 0] else f"permute:{','.join(map(str, args['dims']))}"
-    if step.op == "reshape":
-        return "reshape"
-    dim = args["dim"]
-    if step.op == "split":
-        sizes = args["sizes"]
-        if len(set(sizes)) == 1:
-            return f"split:{dim}:{number}/{len(sizes)}"
-        start = sum(sizes[:number])
-        return f"slice:{dim}:{start}:{start + sizes[number]}"
-    if step.op == "cat":
-        return f"concat:{dim}"
-    if step.op == "chunk":
-        return f"reshape;split:{dim + 1}:{number}/{args['parts']};reshape"
-    return f"reshape;concat:{dim + 1};reshape"
+class _Computed(NamedTuple):
+    """A tensor that operations made, and how it came about."""
+
+    past: Past
+    value: Any
 
 
-class _Maker:
-    """Makes tensors of tensors; tied inputs give tied outputs."""
-
-    def __init__(self) -> None:
-        self._made: dict[object, list[TensorInfo]] = {}
-
-    def make(self, step: Step, inputs: Sequence[TensorInfo]) -> list[TensorInfo]:
-        """Returns the new tensors of a step. Raises: UnsupportedError for tensors that are not plain."""
-        for tensor in inputs:
-            if isinstance(tensor.source, Opaque) or DTYPES[tensor.dtype].bits % 8 or tensor.dtype.endswith("_x2"):
-                raise UnsupportedError(f"{step.op} of {step.old[0]}: a {tensor.dtype} {tensor.kind} tensor stays whole")
-            if len({tensor.dtype for tensor in inputs}) > 1:
-                raise UnsupportedError(f"{step.op} of {', '.join(step.old)}: their dtypes differ")
-        identity = (step.op, repr(sorted(step.args.items())), *(tensor.view for tensor in inputs))
-        if identity not in self._made:
-            self._made[identity] = self._views(step, inputs)
-        first = inputs[0]
-        return [
-            replace(made, requires_grad=first.requires_grad, is_parameter=first.is_parameter)
-            for made in self._made[identity]
-        ]
-
-    def _views(self, step: Step, inputs: Sequence[TensorInfo]) -> list[TensorInfo]:
-        first, args = inputs[0], step.args
-        shape = first.shape or ()
-        if step.op == "permute":
-            return [_own(_view(first, [shape[a] for a in args["dims"]], [first.stride[a] for a in args["dims"]]))]
-        if step.op == "reshape":
-            if prod(args["to"]) != first.numel:
-                raise ValueError(f"{step.old[0]} does not hold {args['to']}")
-            return [_own(first, tuple(args["to"]))]
-        dim = args["dim"]
-        if step.op == "split":
-            if sum(args["sizes"]) != shape[dim] or min(args["sizes"]) < 0:
-                raise ValueError(f"{step.old[0]} does not split into {args['sizes']}")
-            pieces, start = [], 0
-            for size in args["sizes"]:
-                cut = [*shape[:dim], size, *shape[dim + 1 :]]
-                pieces.append(_own(_view(first, cut, first.stride, start * first.stride[dim])))
-                start += size
-            return pieces
-        if step.op == "cat":
-            if [(tensor.shape or ())[dim] for tensor in inputs] != list(args["sizes"]):
-                raise ValueError(f"{', '.join(step.old)} are not {args['sizes']} along {dim}")
-            return [_cat(inputs, dim)]
-        heads, parts = args["heads"], args["parts"]
-        if step.op == "chunk":
-            rest = shape[dim] // (heads * parts)
-            step_rest = first.stride[dim]
-            pieces = []
-            for number in range(parts):
-                cut = [*shape[:dim], heads, rest, *shape[dim + 1 :]]
-                stride = [*first.stride[:dim], parts * rest * step_rest, step_rest, *first.stride[dim + 1 :]]
-                flat = (*shape[:dim], heads * rest, *shape[dim + 1 :])
-                pieces.append(_own(_view(first, cut, stride, number * rest * step_rest), flat))
-            return pieces
-        by_head = (*shape[:dim], heads, shape[dim] // heads, *shape[dim + 1 :])
-        woven = _cat([_own(tensor, by_head) for tensor in inputs], dim + 1)
-        return [_own(woven, (*shape[:dim], shape[dim] * parts, *shape[dim + 1 :]))]
+def _finished(
+    checkpoint: Checkpoint,
+    node: Any,
+    before: Mapping[str, Any],
+    batches: Sequence[Sequence[Step]],
+    done: _Done,
+    follow: Moved | None,
+) -> tuple[Checkpoint, RemapReport]:
+    """Returns (checkpoint, report) with all that carries names made to follow."""
+    changed = _with_content(checkpoint, node, done, follow)
+    # Records of ties speak of the old names; a writer makes them anew from the tensors.
+    changed, notes = _renamed_optimizers(changed, done)
+    content = maps.Map(
+        batches, list(before), done.shapes, _broken_ties(before, batches, done),
+        follow.paths if follow else {}, follow.lost if follow else {},
+    )  # fmt: skip
+    saved = maps.written(content, [{"new": row.new, "old": row.old, "op": row.op} for row in done.rows], done.dropped)
+    return changed, RemapReport(done.rows, done.dropped, [], None, saved, [*root_notes([checkpoint]), *notes])
 
 
-def _view(tensor: TensorInfo, shape: Sequence[int], stride: Sequence[int], offset: int = 0) -> TensorInfo:
-    return replace(tensor, shape=tuple(shape), stride=tuple(stride), storage_offset=tensor.storage_offset + offset)
+# --- ties --------------------------------------------------------------------------------------------------------
 
 
-def _own(tensor: TensorInfo, shape: tuple[int, ...] | None = None) -> TensorInfo:
-    """Returns a tensor's elements in C order in memory of their own, under another shape if one is given."""
-    shape = shape if shape is not None else tensor.shape or ()
-    return TensorInfo(tensor.dtype, shape, contiguous_stride(shape), 0, Derived("copy", (tensor,)))
+def _broken_ties(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], done: _Done) -> list[list[list[str]]]:
+    """Returns the groups of old keys that were the same elements of one storage, and are no longer.
+
+    Within a group, keys that were one object stand together: torch.load gives such one object too.
+    """
+    if all(step.op in ("rename", "drop") for batch in batches for step in batch):
+        return []
+    by_source: dict[int, list[str]] = {}
+    for key, value in values.items():
+        if isinstance(value, TensorInfo) and not isinstance(value.source, Opaque):
+            by_source.setdefault(id(value.source), []).append(key)
+    groups: dict[object, dict[int, list[str]]] = {}
+    for key in (key for keys in by_source.values() if len(keys) > 1 for key in keys):
+        if values[key].numel:
+            groups.setdefault(values[key].view, {}).setdefault(id(values[key]), []).append(key)
+    tied = [list(group.values()) for group in groups.values() if sum(map(len, group.values())) > 1]
+    became: dict[str, list[str]] = {key: [] for group in tied for keys in group for key in keys}
+    for row in done.rows:
+        for key in row.old:
+            if key in became:
+                became[key].append(row.new)
+    return [group for group in tied if not _still_tied([became[key] for keys in group for key in keys], done.values)]
 
 
-def _cat(inputs: Sequence[TensorInfo], dim: int) -> TensorInfo:
-    shape = inputs[0].shape or ()
-    total = sum((tensor.shape or ())[dim] for tensor in inputs)
-    whole = (*shape[:dim], total, *shape[dim + 1 :])
-    source = Derived("cat", tuple(inputs), dim)
-    return TensorInfo(inputs[0].dtype, whole, contiguous_stride(whole), 0, source)
+def _still_tied(became: Sequence[Sequence[str]], values: Mapping[str, Any]) -> bool:
+    """Returns whether what tied keys became is tied, one by one."""
+    names = [new for members in became for new in members]
+    views = {tuple(values[new].view for new in members) for members in became}
+    return len(set(names)) == len(names) and len(views) == 1
+
+
+def _retied(values: dict[str, Any], groups: Sequence[Sequence[Sequence[str]]], same: Same | None) -> list[str]:
+    """Makes one tensor of keys that were one; returns the notes that say so."""
+    pairs = []
+    for group in groups:
+        tensors = {key: values[key] for keys in group for key in keys if isinstance(values.get(key), TensorInfo)}
+        first = next((key for key, value in tensors.items() if value.storage is not None), next(iter(tensors), ""))
+        for keys in group:
+            shared = tensors.get(first) if first in keys else None
+            for key in keys:
+                other = tensors.get(key)
+                if other is not None and _may_be_tied(tensors[first], other, same):
+                    flags = other.requires_grad, other.is_parameter
+                    shared = shared or replace(tensors[first], requires_grad=flags[0], is_parameter=flags[1])
+                    values[key] = shared
+                    pairs.append(f"{key} = {first}")
+    return [f"tied again, as the map says: {listed(pairs)}"] if pairs else []
+
+
+def _may_be_tied(one: TensorInfo, other: TensorInfo, same: Same | None) -> bool:
+    alike = one.view != other.view and (one.dtype, one.form) == (other.dtype, other.form)
+    return alike and (same is None or same(one, other))
 
 
 # --- what follows the keys ---------------------------------------------------------------------------------------
 
 
-def _module_paths(checkpoint: Checkpoint) -> list[str]:
-    node = checkpoint.with_state_dict(checkpoint.state_dict()).at(checkpoint.root)
-    versions = _versions(node)
-    return [path for path in versions if isinstance(path, str)] if versions else []
-
-
-def _versions(node: Any) -> dict[Any, Any] | None:
-    state = node.state if isinstance(node, PyObject) else None
-    return as_mapping(state.get("_metadata")) if isinstance(state, dict) else None
-
-
-_LEAF = "\0"
-
-
-def _module_under(rules: Rules, path: str) -> str:
-    """Returns what becomes of a module's path: what the rules make of a key below it."""
-    key = f"{path}.{_LEAF}" if path else _LEAF
-    for rule in rules.rules:
-        key = renamed(rule, key)
-    return key.removesuffix(_LEAF).removesuffix(".")
-
-
-def _same_steps(entries: Mapping[str, tuple[Path, Any]], rows: Sequence[Mapped]) -> dict[str, Any]:
-    """Returns {key: the dict key it really is} of what kept its name: a key may be a number."""
-    return {row.new: entries[row.new][0][-1] for row in rows if row.op == "rename" and row.old == [row.new]}
-
-
-def _with_entries(
-    checkpoint: Checkpoint,
-    values: Mapping[str, Any],
-    modules: Mapping[str, str],
-    steps: Mapping[str, Any],
-    dropped: Sequence[str],
-) -> Checkpoint:
+def _with_content(checkpoint: Checkpoint, node: Any, done: _Done, follow: Moved | None) -> Checkpoint:
     """Returns the checkpoint with these entries at root, objects that are no tensors renamed like any other."""
-    tensors = {key: value for key, value in values.items() if isinstance(value, TensorInfo)}
-    plain = checkpoint.with_state_dict(checkpoint.state_dict())
-    node = plain.at(plain.root)
-    mapping = as_mapping(node)
-    if mapping is None or not all(len(path) == 1 for path, _ in checkpoint.entries().values()):
-        return checkpoint.with_state_dict(tensors)
-    content = {steps.get(key, key): value for key, value in values.items()}
+    if node is None:
+        return checkpoint.with_state_dict(
+            {key: value for key, value in done.values.items() if isinstance(value, TensorInfo)}
+        )
+    content = _with_own_keys(checkpoint, node, done)
     if not isinstance(node, PyObject):
-        return replace(plain, tree=replaced(plain.tree, plain.root, content))
-    state, versions = node.state, _versions(node)
-    if versions is not None:
-        moved = {modules.get(path, path) if isinstance(path, str) else path: entry for path, entry in versions.items()}
-        for key in dropped:  # a BatchNorm's version promises its counter, see `Checkpoint.with_state_dict`
-            if is_counter(key):
-                path = key.rpartition(".")[0]
-                moved.pop(modules.get(path, path), None)
-        state = {**state, "_metadata": ordered_dict(moved)}
-    return replace(plain, tree=replaced(plain.tree, plain.root, node.with_mapping(content, state)))
+        return replace(checkpoint, tree=replaced(checkpoint.tree, checkpoint.root, content))
+    state = node.state
+    if follow is not None:
+        versions = follow.versions
+        # a BatchNorm's version promises its counter, see `Checkpoint.with_state_dict`
+        for path in {key.rpartition(".")[0] for key in done.dropped if is_counter(key)}:
+            for new in follow.paths.get(path, ()):
+                versions.pop(new, None)
+        state = {**state, "_metadata": ordered_dict(versions)}
+    return replace(checkpoint, tree=replaced(checkpoint.tree, checkpoint.root, node.with_mapping(content, state)))
 
 
-def _renamed_optimizers(
-    checkpoint: Checkpoint, names: Mapping[str, str], reshaped: set[str], dropped: Sequence[str]
-) -> tuple[Checkpoint, list[str]]:
+def _with_own_keys(checkpoint: Checkpoint, node: Any, done: _Done) -> dict[Any, Any]:
+    """Returns the new content, what kept its name under the dict key it really is: that may be a number."""
+    entries = checkpoint.entries()
+    if list(entries) == list(as_mapping(node) or ()):
+        return done.values
+    kept = {row.new for row in done.rows if row.op == "rename" and row.old == [row.new]}
+    return {entries[key][0][-1] if key in kept else key: value for key, value in done.values.items()}
+
+
+def _renamed_optimizers(checkpoint: Checkpoint, done: _Done) -> tuple[Checkpoint, list[str]]:
     """Returns (checkpoint, notes) with the names in optimizer states following the keys.
 
     ``param_names`` and states keyed by name are renamed; states keyed by position need nothing while every
     parameter stays. What was reshaped or dropped is said.
     """
-    found = [
-        path for path, node in walk(checkpoint.tree, closed=optimizers.is_optimizer) if optimizers.is_optimizer(node)
-    ]
+    found = _optimizers(checkpoint)
+    if not found:
+        return checkpoint, []
+    names = {row.old[0]: row.new for row in done.rows if row.op == "rename"}
     for path in found:
         node = checkpoint.at(path)
         renamed_node = _renamed_optimizer(node, names)
         if renamed_node is not node:
             checkpoint = replace(checkpoint, tree=replaced(checkpoint.tree, path, renamed_node))
-    notes = []
-    if found and (reshaped or dropped):
-        notes += optimizer_notes(checkpoint)
-    return checkpoint, notes
+    changed = done.dropped or any(row.op != "rename" for row in done.rows)
+    return checkpoint, optimizer_notes(checkpoint) if changed else []
+
+
+def _optimizers(checkpoint: Checkpoint) -> list[Path]:
+    """Returns where in the tree the optimizer states are; of the weights only what is no tensor is looked through."""
+    node = checkpoint.at(checkpoint.root)
+    weights = node if is_flat(node) and not optimizers.is_optimizer(node) else None
+
+    def closed(node: Any) -> bool:
+        return node is weights or optimizers.is_optimizer(node)
+
+    found = [path for path, node in walk(checkpoint.tree, closed=closed) if optimizers.is_optimizer(node)]
+    for step, value in (as_mapping(weights) or {}).items():
+        if not isinstance(value, TensorInfo):
+            below = walk(value, closed=optimizers.is_optimizer)
+            found += [(*checkpoint.root, step, *path) for path, node in below if optimizers.is_optimizer(node)]
+    return found
 
 
 def _renamed_optimizer(node: Any, names: Mapping[str, str]) -> Any:

@@ -1,55 +1,21 @@
 """Rules that rename keys and reshape tensors: how they are written, and what they mean for given keys.
 
-A `Rules` object is what a user wrote, in order. `Rules.plan` turns it into `Step`s, which name every key they touch:
-steps are what is applied, saved in a map file, and inverted.
+A `Rules` object is what a user wrote, in order. `Rules.plan` turns it into `Step`s, which name every key they touch.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from ckptool import keys as names
 from ckptool.errors import UsageError
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One elementary change, with every key spelled out.
-
-    ``op`` and what ``args`` then holds (sizes in elements along ``dim``):
-
-        rename   old[i] becomes new[i]
-        drop     old is left out
-        permute  dims                      old[i] becomes new[i] = old[i] with its dimensions reordered
-        reshape  from, to                  the same elements in C order
-        split    dim, sizes                old[0] becomes the pieces new
-        cat      dim, sizes                the inverse of split
-        chunk    dim, heads, parts         old[0] is heads x parts x rest along dim; piece i takes part i of every head
-        weave    dim, heads, parts         the inverse of chunk
-    """
-
-    op: str
-    old: tuple[str, ...]
-    new: tuple[str, ...] = ()
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-    def inverted(self) -> Step:
-        """Returns the step that undoes this one. Raises: UsageError for a drop."""
-        args = dict(self.args)
-        if self.op == "drop":
-            raise UsageError("a map that dropped keys cannot bring them back")
-        if self.op == "permute":
-            args["dims"] = [args["dims"].index(axis) for axis in range(len(args["dims"]))]
-        elif self.op == "reshape":
-            args["from"], args["to"] = args["to"], args["from"]
-        opposite = {"split": "cat", "cat": "split", "chunk": "weave", "weave": "chunk"}
-        return Step(opposite.get(self.op, self.op), self.new, self.old, args)
+from ckptool.ops import segments
+from ckptool.ops.segments import Table, captured, filled
+from ckptool.ops.steps import Shape, Shapes, Step, advance, fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +41,7 @@ KINDS = {
     "chunk": ("chunk", "into", "heads", "dim"),
     "weave": ("weave", "into", "heads", "dim"),
 }
-"""What a rule in a file may be -> the fields it may have."""
+"""What a rule in a file may be -> the fields it may have. A table of names is a rule of the kind ``table``."""
 
 PRESETS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "ddp": ({"sub": r"^(module\.)+", "by": ""},),
@@ -101,7 +67,8 @@ class Rules:
 
         Full form: ``{"rules": [{"rename": "blocks.{i}.attn", "to": "layers.{i}.attention"}, ...]}``, see `KINDS`.
         Shorthands: a list of [regex, replacement] pairs, as mmengine's ``revise_keys``; a dict of names, as
-        litgpt's tables (``{}`` stands for a number). Raises: UsageError naming the rule that is wrong.
+        litgpt's tables (``{}`` stands for one segment), applied at once. Raises: UsageError naming the rule that
+        is wrong.
         """
         if isinstance(source, Rules):
             return source
@@ -111,7 +78,7 @@ class Rules:
                 raise UsageError(f"a rules file knows no {', '.join(sorted(map(str, unknown)))} beside rules")
             return cls(_rule(entry) for entry in source["rules"])
         if isinstance(source, dict):
-            return cls(_table_rule(old, new) for old, new in source.items())
+            return cls([Rule("table", "a table of names", {"table": Table(source)})] if source else [])
         if isinstance(source, (list, tuple)):
             return cls(_rule(entry) for entry in source)
         raise UsageError("rules are a list of rules, of [regex, replacement] pairs, or a table of names")
@@ -123,79 +90,38 @@ class Rules:
             raise UsageError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(Rule(rule.kind, f"preset {name}", rule.args) for rule in cls.parse(list(PRESETS[name])).rules)
 
-    def plan(self, shapes: Mapping[str, Shape | None]) -> tuple[list[list[Step]], list[str], list[str]]:
-        """Returns (steps of each rule, unused rules, troubles) for keys and their shapes (None: no tensor).
-
-        The steps of one rule touch different keys. Troubles are all that forbids going on: colliding and
-        empty names, sizes that do not add up.
-        """
-        current: dict[str, Shape | None] = dict(shapes)
-        batches: list[list[Step]] = []
-        unused: list[str] = []
-        troubles: list[str] = []
+    def plan(self, shapes: Shapes) -> Plan:
+        """Returns what the rules do to keys of these shapes; as much as can be told where something forbids it."""
+        plan = Plan([], dict(shapes), [], [])
         for rule in self.rules:
-            before = len(troubles)
-            made = _PLANNERS[rule.kind](rule, current, troubles)
+            before = len(plan.troubles)
+            if rule.kind == "table":
+                made, idle = rule.args["table"].plan(plan.after)
+                plan.unused += idle
+            else:
+                made = _PLANNERS[rule.kind](rule, plan.after, plan.troubles)
+                if not made and len(plan.troubles) == before:
+                    plan.unused.append(rule.text)
             if made:
-                current, collisions = advance(made, current)
-                troubles += [f"{rule.text}: {trouble}" for trouble in collisions]
-                batches.append(made)
-            elif len(troubles) == before:
-                unused.append(rule.text)
-        return batches, unused, troubles
+                plan.after, collisions = advance(made, plan.after)
+                plan.troubles += [f"{rule.text}: {trouble}" for trouble in collisions]
+                plan.batches.append(made)
+        return plan
 
 
-def advance(steps: Sequence[Step], current: Mapping[str, Shape | None]) -> tuple[dict[str, Shape | None], list[str]]:
-    """Returns ({key: shape} after steps over different keys, what forbids them: collisions, empty names).
+@dataclass(slots=True)
+class Plan:
+    """What rules do to given keys.
 
-    New keys stand where the first of their old keys stood. One pass, however many steps.
+    ``batches``: the steps of each rule that does something; those of one rule touch different keys. ``after``: the
+    keys and shapes in the end. ``unused``: the rules that fit no key. ``troubles``: all that forbids going on:
+    colliding and empty names, sizes that do not add up.
     """
-    becomes: dict[str, dict[str, Shape | None]] = {}
-    for step in steps:
-        shapes = [current.get(key) for key in step.old]
-        if step.op == "rename":
-            becomes.update((old, {new: shape}) for old, new, shape in zip(step.old, step.new, shapes, strict=True))
-        else:
-            becomes.update((old, {}) for old in step.old)
-            fresh = dict(zip(step.new, new_shapes(step, shapes), strict=True))
-            if len(fresh) < len(step.new):
-                becomes[step.old[0]] = fresh
-                return dict(current), [f"{step.old[0]} would give one name twice: {', '.join(step.new)}"]
-            if fresh:
-                becomes[step.old[0]] = fresh
-    made: dict[str, Shape | None] = {}
-    origin: dict[str, str] = {}
-    troubles = []
-    for key, shape in current.items():
-        for name, its in becomes.get(key, {key: shape}).items():
-            if key in becomes and (not name or name[0] == "." or name[-1] == "." or ".." in name):
-                troubles.append(f"{key} would be {name!r}: an empty name")
-            elif name in made:
-                troubles.append(f"{origin[name]} and {key} would both be {name}")
-            made[name], origin[name] = its, key
-    return made, troubles
 
-
-def new_shapes(step: Step, shapes: Sequence[Shape | None]) -> list[Shape | None]:
-    """Returns the shapes that a step gives its new keys."""
-    args = step.args
-    first = shapes[0] if shapes else None
-    if step.op in ("rename", "drop"):
-        return list(shapes[: len(step.new)])
-    if first is None:
-        return [None] * len(step.new)
-    if step.op == "permute":
-        return [tuple(first[axis] for axis in args["dims"])]
-    if step.op == "reshape":
-        return [tuple(args["to"])]
-    dim = args["dim"]
-    if step.op == "split":
-        return [(*first[:dim], size, *first[dim + 1 :]) for size in args["sizes"]]
-    if step.op == "cat":
-        return [(*first[:dim], sum(args["sizes"]), *first[dim + 1 :])]
-    parts = args["parts"]
-    size = first[dim] // parts if step.op == "chunk" else first[dim] * parts
-    return [(*first[:dim], size, *first[dim + 1 :])] * len(step.new)
+    batches: list[list[Step]]
+    after: Shapes
+    unused: list[str]
+    troubles: list[str]
 
 
 # --- how rules are written ---------------------------------------------------------------------------------------
@@ -212,18 +138,8 @@ def _rule(entry: Any) -> Rule:
     return _checked(kinds[0], entry)
 
 
-def _table_rule(old: Any, new: Any) -> Rule:
-    """A line of a table of names, in which ``{}`` stands for one segment; None drops the key."""
-    if new is None:
-        segments = re.split(r"\{\w*\}|\*", str(old))
-        return _checked("drop", {"drop": f"re:^{'[^.]+'.join(map(re.escape, segments))}$"})
-    if not isinstance(new, str):
-        raise UsageError(f"the table maps {old!r} to {new!r}, which is no name")
-    return _checked("rename", {"rename": str(old).replace("{}", "*"), "to": new.replace("{}", "*"), "whole": True})
-
-
 def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
-    unknown = set(entry) - set(KINDS[kind]) - {"whole"}
+    unknown = set(entry) - set(KINDS[kind])
     if unknown:
         raise UsageError(f"a {kind} rule takes {', '.join(KINDS[kind])}, not {', '.join(sorted(unknown))}")
     args = dict(entry)
@@ -263,6 +179,8 @@ def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
     for name, needed in (("dims", "permute"), ("shape", "reshape")):
         if kind == needed and name not in args:
             raise UsageError(f"{text}: {name} is missing")
+    if kind == "transpose" and len(args.get("dims", (0, 1))) != 2:
+        raise UsageError(f"{text}: dims are the two to swap; permute takes all of them")
     return Rule(kind, text, args)
 
 
@@ -289,167 +207,99 @@ def parse_option(kind: str, text: str) -> Rules:
 
 # --- what rules mean for given keys ------------------------------------------------------------------------------
 
-Current = dict[str, Shape | None]
-Planner = Callable[[Rule, Current, list[str]], list[Step]]
+Planner = Callable[[Rule, Shapes, list[str]], list[Step]]
 
 
-def _renaming(rename: Callable[[Rule, str], str]) -> Planner:
-    def plan(rule: Rule, current: Current, troubles: list[str]) -> list[Step]:
-        pairs = [(key, made) for key in current if (made := rename(rule, key)) != key]
-        return [Step("rename", tuple(old for old, _ in pairs), tuple(new for _, new in pairs))] if pairs else []
+def _plan_rename(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
+    names_now = list(map(_renamer(rule), current))
+    old = [key for key, new in zip(current, names_now, strict=True) if new != key]
+    new = [new for key, new in zip(current, names_now, strict=True) if new != key]
+    return [Step("rename", tuple(old), tuple(new))] if old else []
 
-    return plan
 
-
-def renamed(rule: Rule, key: str) -> str:
-    """Returns a key under one rule that renames; any other rule leaves it."""
+def _renamer(rule: Rule) -> Callable[[str], str]:
+    """Returns the function from a key to its name under one rule that renames."""
+    args = rule.args
     if rule.kind == "strip_prefix":
-        return key.removeprefix(rule.args["strip_prefix"])
+        prefix = args["strip_prefix"]
+        return lambda key: key.removeprefix(prefix)
     if rule.kind == "add_prefix":
-        return f"{rule.args['add_prefix']}{key}"
+        return lambda key: f"{args['add_prefix']}{key}"
     if rule.kind == "sub":
-        return str(rule.args["compiled"].sub(rule.args["by"], key))
-    if rule.kind == "rename":
-        return _by_segments(rule.args["rename"], rule.args["to"], key, bool(rule.args.get("whole")))
-    return key
+        compiled, by = args["compiled"], args["by"]
+        return lambda key: str(compiled.sub(by, key))
+    return segments.renamer(args["rename"], args["to"])
 
 
-def _by_segments(old: str, new: str, key: str, whole: bool) -> str:
-    """Returns a key with every run of whole segments that fits ``old`` replaced by ``new``; once only if ``whole``."""
-    pattern, literals = _pattern(old)
-    if not all(part in key for part in literals):
-        return key
-    segments = key.split(".")
-    made: list[str] = []
-    position = 0
-    while position < len(segments):
-        found = _captures(pattern, segments[position : position + len(pattern)])
-        if found is None or (whole and (position or len(segments) != len(pattern))):
-            made.append(segments[position])
-            position += 1
-        else:
-            filled = _filled(new, *found)
-            made += filled.split(".") if filled else []
-            position += len(pattern)
-    return ".".join(made)
-
-
-@lru_cache(maxsize=512)
-def _pattern(text: str) -> tuple[list[re.Pattern[str]], list[str]]:
-    """Returns (the pattern of each segment, texts that a key must contain to fit at all)."""
-    parts = text.split(".")
-    return [_segment(part) for part in parts], re.split(r"\*|\{\w+\}|\.", text)
-
-
-def _segment(text: str) -> re.Pattern[str]:
-    """Returns the pattern of one segment, in which ``*`` and ``{name}`` each capture one or more characters."""
-    pieces = re.split(r"(\*|\{\w+\})", text)
-    regex = "".join(
-        "([^.]+)" if piece == "*" else f"(?P<_{piece[1:-1]}>[^.]+)" if piece.startswith("{") else re.escape(piece)
-        for piece in pieces
-    )
-    try:
-        return re.compile(regex)
-    except re.error as error:
-        raise UsageError(f"{text!r}: {error}") from error
-
-
-def _captures(pattern: Sequence[re.Pattern[str]], segments: Sequence[str]) -> tuple[list[str], dict[str, str]] | None:
-    """Returns (what each ``*`` stands for, what each name stands for), or None if the segments do not fit."""
-    if len(segments) < len(pattern):
-        return None
-    stars: list[str] = []
-    named: dict[str, str] = {}
-    for one, segment in zip(pattern, segments, strict=True):
-        match = one.fullmatch(segment)
-        if match is None:
-            return None
-        positions = set(one.groupindex.values())
-        stars += [text for number, text in enumerate(match.groups(), 1) if number not in positions]
-        for name, text in match.groupdict().items():
-            if named.setdefault(name[1:], text) != text:
-                return None
-    return stars, named
-
-
-def _filled(template: str, stars: Sequence[str], named: Mapping[str, str]) -> str:
-    left = list(stars)
-
-    def fill(match: re.Match[str]) -> str:
-        if match[0] == "*":
-            if not left:
-                raise UsageError(f"{template!r} has more * than what it renames")
-            return left.pop(0)
-        if match[0][1:-1] not in named:
-            raise UsageError(f"{template!r} has {match[0]}, which what it renames has not")
-        return named[match[0][1:-1]]
-
-    return re.sub(r"\*|\{\w+\}", fill, template)
-
-
-def _plan_drop(rule: Rule, current: Current, troubles: list[str]) -> list[Step]:
+def _plan_drop(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
     gone = tuple(key for key in current if names.matches(rule.args["drop"], key))
     return [Step("drop", gone)] if gone else []
 
 
-def _plan_permute(rule: Rule, current: Current, troubles: list[str]) -> list[Step]:
+def _plan_permute(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
     steps = []
     for key, shape in current.items():
         if not names.matches(rule.args[rule.kind], key):
             continue
         rank = None if shape is None else len(shape)
-        dims = rule.args.get("dims") or ([1, 0] if rank == 2 else None)
-        if rule.kind == "transpose" and dims is not None and len(dims) == 2 and rank is not None and rank != 2:
-            swapped = list(range(rank))
-            if all(-rank <= axis < rank for axis in dims):
-                swapped[dims[0]], swapped[dims[1]] = swapped[dims[1]], swapped[dims[0]]
-                dims = swapped
+        dims = rule.args.get("dims", [0, 1] if rank == 2 else None)
+        order = None
         if rank is not None and dims is not None and all(-rank <= axis < rank for axis in dims):
-            dims = [axis % rank for axis in dims]
-        if rank is None or dims is None or sorted(dims) != list(range(rank)):
+            order = [axis % rank for axis in dims]
+            if rule.kind == "transpose":
+                order = _swapped(rank, *order)
+        if rank is None or order is None or sorted(order) != list(range(rank)):
             troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, which dims {dims} does not fit")
         else:
-            steps.append(Step("permute", (key,), (key,), {"dims": list(dims)}))
+            steps.append(Step("permute", (key,), (key,), {"dims": order}))
     return steps
 
 
-def _plan_reshape(rule: Rule, current: Current, troubles: list[str]) -> list[Step]:
+def _swapped(rank: int, one: int, other: int) -> list[int]:
+    """Returns the order of dimensions that `torch.transpose` of these two gives."""
+    order = list(range(rank))
+    order[one], order[other] = order[other], order[one]
+    return order
+
+
+def _plan_reshape(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
     steps = []
     for key, shape in current.items():
         if not names.matches(rule.args["reshape"], key):
             continue
         to = list(rule.args["shape"])
-        total = _product(shape or ())
-        if to.count(-1) == 1 and (rest := _product([size for size in to if size != -1])) and total % rest == 0:
+        total = prod(shape or ())
+        if to.count(-1) == 1 and (rest := prod(size for size in to if size != -1)) and total % rest == 0:
             to[to.index(-1)] = total // rest
-        if shape is None or any(size < 0 for size in to) or _product(to) != total:
+        step = Step("reshape", (key,), (key,), {"from": list(shape or ()), "to": to})
+        if any(size < 0 for size in to) or not fits(step, [shape]):
             troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, which {rule.args['shape']} does not hold")
         else:
-            steps.append(Step("reshape", (key,), (key,), {"from": list(shape), "to": to}))
+            steps.append(step)
     return steps
 
 
-def _plan_split(rule: Rule, current: Current, troubles: list[str]) -> list[Step]:
+def _plan_split(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
     steps = []
-    pattern, _ = _pattern(rule.args[rule.kind])
+    pattern = segments.compiled(rule.args[rule.kind])
     for key, shape in current.items():
-        found = _captures(pattern, key.split(".")) if key.count(".") == len(pattern) - 1 else None
+        found = captured(pattern, key.split(".")) if key.count(".") == len(pattern) - 1 else None
         if found is None:
             continue
-        into = tuple(_filled(name, *found) for name in rule.args["into"])
+        into = tuple(filled(name, *found) for name in rule.args["into"])
         dim, parts = rule.args.get("dim", 0), len(into)
         size = shape[dim] if shape is not None and -len(shape) <= dim < len(shape) else None
         sizes = rule.args.get("sizes")
         if rule.kind == "chunk":
             heads = rule.args["heads"]
             args = {"dim": dim, "heads": heads, "parts": parts}
-            fits = size is not None and size % (heads * parts) == 0
+            even = size is not None and size % (heads * parts) == 0
         else:
             if sizes is None and size is not None and size % parts == 0:
                 sizes = [size // parts] * parts
             args = {"dim": dim, "sizes": sizes}
-            fits = sizes is not None and len(sizes) == parts and sum(sizes) == size and min(sizes) >= 0
-        if not fits or shape is None:
+            even = sizes is not None and len(sizes) == parts and sum(sizes) == size and min(sizes) >= 0
+        if not even or shape is None:
             what = f"{rule.args['heads']} heads of {parts}" if rule.kind == "chunk" else f"{sizes or parts} pieces"
             troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, dim {dim} is not {what}")
         else:
@@ -458,13 +308,13 @@ def _plan_split(rule: Rule, current: Current, troubles: list[str]) -> list[Step]
     return steps
 
 
-def _plan_cat(rule: Rule, current: Current, troubles: list[str]) -> list[Step]:
+def _plan_cat(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
     """Puts together the keys that share what the names in the list capture."""
-    patterns = [_pattern(name)[0] for name in rule.args[rule.kind]]
+    patterns = [segments.compiled(name) for name in rule.args[rule.kind]]
     groups: dict[object, dict[int, tuple[str, Any]]] = {}
     for key in current:
         for number, pattern in enumerate(patterns):
-            found = _captures(pattern, key.split(".")) if key.count(".") == len(pattern) - 1 else None
+            found = captured(pattern, key.split(".")) if key.count(".") == len(pattern) - 1 else None
             if found is not None:
                 identity = (tuple(found[0]), tuple(sorted(found[1].items())))
                 groups.setdefault(identity, {})[number] = (key, found)
@@ -477,7 +327,7 @@ def _plan_cat(rule: Rule, current: Current, troubles: list[str]) -> list[Step]:
         if len(set(keys)) < len(keys):
             troubles.append(f"{rule.text}: {keys[0]} cannot be put together with itself")
             continue
-        into = _filled(rule.args["into"], *members[0][1])
+        into = filled(rule.args["into"], *members[0][1])
         dim = rule.args.get("dim", 0)
         shapes = [current[key] for key in keys]
         if any(shape is None or not -len(shape) <= dim < len(shape) for shape in shapes):
@@ -498,19 +348,12 @@ def _plan_cat(rule: Rule, current: Current, troubles: list[str]) -> list[Step]:
     return steps
 
 
-def _product(sizes: Iterable[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
 def _dims(shape: Shape | None) -> str:
     return "none (no tensor)" if shape is None else str(list(shape))
 
 
 _PLANNERS: Mapping[str, Planner] = {
-    **dict.fromkeys(("strip_prefix", "add_prefix", "rename", "sub"), _renaming(renamed)),
+    **dict.fromkeys(("strip_prefix", "add_prefix", "rename", "sub"), _plan_rename),
     "drop": _plan_drop,
     "transpose": _plan_permute,
     "permute": _plan_permute,

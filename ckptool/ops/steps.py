@@ -1,0 +1,323 @@
+"""Steps: one change each, with every key spelled out, and what it does to names, to shapes and to tensors.
+
+Rules are planned into steps, a map file lists them, and the way back is their inverses in reverse order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, NamedTuple
+
+from ckptool.checkpoint import Derived, Opaque, TensorInfo, contiguous_stride, is_countable
+from ckptool.dtypes import DTYPES
+from ckptool.errors import UnsupportedError, UsageError
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape | None]
+"""{key: shape} in the order of the keys; None for what is no tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One elementary change, with every key spelled out.
+
+    ``op`` and what ``args`` then holds (sizes in elements along ``dim``):
+
+        rename   old[i] becomes new[i]
+        drop     old is left out
+        permute  dims                      old[0] becomes new[0] = old[0] with its dimensions reordered
+        reshape  from, to                  the same elements in C order
+        split    dim, sizes                old[0] becomes the pieces new
+        cat      dim, sizes                the inverse of split
+        chunk    dim, heads, parts         old[0] is heads x parts x rest along dim; piece i takes part i of every head
+        weave    dim, heads, parts         the inverse of chunk
+    """
+
+    op: str
+    old: tuple[str, ...]
+    new: tuple[str, ...] = ()
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def inverted(self) -> Step:
+        """Returns the step that undoes this one. Raises: UsageError for a drop."""
+        args = dict(self.args)
+        if self.op == "drop":
+            raise UsageError("a map that dropped keys cannot bring them back")
+        if self.op == "permute":
+            args["dims"] = [args["dims"].index(axis) for axis in range(len(args["dims"]))]
+        elif self.op == "reshape":
+            args["from"], args["to"] = args["to"], args["from"]
+        opposite = {"split": "cat", "cat": "split", "chunk": "weave", "weave": "chunk"}
+        return Step(opposite.get(self.op, self.op), self.new, self.old, args)
+
+
+ARGS: Mapping[str, Mapping[str, type]] = {
+    "rename": {},
+    "drop": {},
+    "permute": {"dims": list},
+    "reshape": {"from": list, "to": list},
+    "split": {"dim": int, "sizes": list},
+    "cat": {"dim": int, "sizes": list},
+    "chunk": {"dim": int, "heads": int, "parts": int},
+    "weave": {"dim": int, "heads": int, "parts": int},
+}
+"""What the ``args`` of each op hold: whole numbers that are not negative, or lists of them."""
+
+
+def is_sound(step: Step) -> bool:
+    """Returns whether a step that someone else may have written makes sense by itself, whatever it is applied to."""
+    wanted, args = ARGS.get(step.op), step.args
+    if wanted is None or set(args) != set(wanted):
+        return False
+    for name, kind in wanted.items():
+        numbers = args[name] if isinstance(args[name], list) else [args[name]]
+        if type(args[name]) is not kind or not all(type(number) is int and number >= 0 for number in numbers):
+            return False
+    if args.get("heads") == 0 or args.get("parts") == 0:
+        return False
+    if step.op == "permute" and sorted(args["dims"]) != list(range(len(args["dims"]))):
+        return False
+    many = len(args.get("sizes", ())) or args.get("parts", 1)
+    counts = {"rename": (len(step.old), len(step.old)), "drop": (len(step.old), 0), "split": (1, many),
+              "chunk": (1, many), "cat": (many, 1), "weave": (many, 1)}.get(step.op, (1, 1))  # fmt: skip
+    return (len(step.old), len(step.new)) == counts
+
+
+def fits(step: Step, shapes: Sequence[Shape | None]) -> bool:
+    """Returns whether a sound step can be applied to tensors of these shapes (None: no tensor)."""
+    solid = [shape for shape in shapes if shape is not None]
+    if step.op in ("rename", "drop"):
+        return True
+    if len(solid) < len(shapes):
+        return False
+    args, first = step.args, solid[0]
+    if step.op == "permute":
+        return len(args["dims"]) == len(first)
+    if step.op == "reshape":
+        to = tuple(args["to"])
+        return bool(tuple(args["from"]) == first and is_countable(to) and prod(to) == prod(first))
+    dim = args["dim"]
+    if any(len(shape) != len(first) or dim >= len(shape) for shape in solid):
+        return False
+    if step.op == "split":
+        return bool(sum(args["sizes"]) == first[dim])
+    if any((*shape[:dim], *shape[dim + 1 :]) != (*first[:dim], *first[dim + 1 :]) for shape in solid):
+        return False
+    if step.op == "cat":
+        return bool([shape[dim] for shape in solid] == args["sizes"])
+    if step.op == "chunk":
+        return bool(first[dim] % (args["heads"] * args["parts"]) == 0)
+    return len(set(solid)) == 1 and bool(first[dim] % args["heads"] == 0)
+
+
+# --- names and shapes --------------------------------------------------------------------------------------------
+
+
+def advance(steps: Sequence[Step], current: Shapes) -> tuple[Shapes, list[str]]:
+    """Returns ({key: shape} after steps over different keys, what forbids them: collisions, empty names).
+
+    New keys stand where the first of their old keys stood. One pass, however many steps.
+    """
+    if all(step.op == "rename" for step in steps):
+        moves: dict[str, str] = {}
+        for step in steps:
+            moves.update(zip(step.old, step.new, strict=True))
+        made = dict(zip(map(moves.get, current, current), current.values(), strict=True))
+        if len(made) == len(current) and not _may_be_empty(moves.values()):
+            return made, []
+    return _advance_slowly(steps, current)
+
+
+def _advance_slowly(steps: Sequence[Step], current: Shapes) -> tuple[Shapes, list[str]]:
+    """Does what `advance` does for steps of every kind, and finds the words for what forbids them."""
+    becomes: dict[str, Shapes] = {}
+    for step in steps:
+        if step.op == "rename":
+            becomes.update((old, {new: current.get(old)}) for old, new in zip(step.old, step.new, strict=True))
+            continue
+        becomes.update((old, {}) for old in step.old)
+        fresh = dict(zip(step.new, new_shapes(step, [current.get(key) for key in step.old]), strict=True))
+        if len(fresh) < len(step.new):
+            return dict(current), [f"{step.old[0]} would give one name twice: {', '.join(step.new)}"]
+        if fresh:
+            becomes[step.old[0]] = fresh
+    made: Shapes = {}
+    origin: dict[str, str] = {}
+    troubles = []
+    for key, shape in current.items():
+        for name, its in becomes.get(key, {key: shape}).items():
+            if key in becomes and _is_empty(name):
+                troubles.append(f"{key} would be {name!r}: an empty name")
+            elif name in made:
+                troubles.append(f"{origin[name]} and {key} would both be {name}")
+            made[name], origin[name] = its, key
+    return made, troubles
+
+
+def _may_be_empty(names: Iterable[str]) -> bool:
+    """Returns whether one of the names `_is_empty`; perhaps also where one has a line break in it."""
+    text = "\n".join(["", *names, ""])
+    return any(mark in text for mark in ("\n\n", "\n.", ".\n", ".."))
+
+
+def _is_empty(name: str) -> bool:
+    return not name or name[0] == "." or name[-1] == "." or ".." in name
+
+
+def new_shapes(step: Step, shapes: Sequence[Shape | None]) -> list[Shape | None]:
+    """Returns the shapes that a step which `fits` gives its new keys."""
+    args = step.args
+    first = shapes[0] if shapes else None
+    if first is None or step.op in ("rename", "drop"):
+        return list(shapes[: len(step.new)])
+    if step.op == "permute":
+        return [tuple(first[axis] for axis in args["dims"])]
+    if step.op == "reshape":
+        return [tuple(args["to"])]
+    dim = args["dim"]
+    if step.op == "split":
+        return [(*first[:dim], size, *first[dim + 1 :]) for size in args["sizes"]]
+    if step.op == "cat":
+        return [(*first[:dim], sum(args["sizes"]), *first[dim + 1 :])]
+    parts = args["parts"]
+    size = first[dim] // parts if step.op == "chunk" else first[dim] * parts
+    return [(*first[:dim], size, *first[dim + 1 :])] * len(step.new)
+
+
+# --- how a key came about, in words ------------------------------------------------------------------------------
+
+
+class Past(NamedTuple):
+    """How a computed key came about: the keys it was made from, and the operations as `Mapped.op` spells them.
+
+    ``nested`` is the same for use inside the angle brackets of a ``concat``.
+    """
+
+    keys: list[str]
+    op: str = ""
+    nested: str = ""
+
+    def then(self, op: str) -> Past:
+        """Returns this past with one more operation."""
+        joined = (f"{past}{mark}{op}" if past else op for past, mark in ((self.op, ";"), (self.nested, "+")))
+        return Past(self.keys, *joined)
+
+
+def pasts(step: Step, inputs: Sequence[Past]) -> list[Past]:
+    """Returns the pasts of a step's new keys, given those of its old ones; for steps that compute."""
+    args, first = step.args, inputs[0]
+    if step.op == "permute":
+        return [first.then("transpose" if args["dims"] == [1, 0] else f"permute:{','.join(map(str, args['dims']))}")]
+    if step.op == "reshape":
+        return [first.then("reshape")]
+    dim = args["dim"]
+    if step.op == "split":
+        return [first.then(piece) for piece in _pieces(dim, args["sizes"])]
+    if step.op == "chunk":
+        apart = first.then("reshape")
+        return [apart.then(f"split:{dim + 1}:{n}/{args['parts']}").then("reshape") for n in range(args["parts"])]
+    if step.op == "cat":
+        return [_joined(dim, inputs)]
+    return [_joined(dim + 1, [past.then("reshape") for past in inputs]).then("reshape")]
+
+
+def _pieces(dim: int, sizes: Sequence[int]) -> list[str]:
+    if len(set(sizes)) == 1:
+        return [f"split:{dim}:{number}/{len(sizes)}" for number in range(len(sizes))]
+    found, start = [], 0
+    for size in sizes:
+        found.append(f"slice:{dim}:{start}:{start + size}")
+        start += size
+    return found
+
+
+def _joined(dim: int, inputs: Sequence[Past]) -> Past:
+    """Returns the past of tensors put together: said once where all came about alike, else one by one."""
+    keys = [key for past in inputs for key in past.keys]
+    one_by_one = f"concat:{dim}<{'|'.join(past.nested or 'rename' for past in inputs)}>"
+    alike = len({past.nested for past in inputs}) == 1 and len(keys) == len(inputs)
+    return Past(keys, inputs[0].then(f"concat:{dim}").op if alike else one_by_one, one_by_one)
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+
+class Maker:
+    """Makes tensors of tensors; tied inputs give tied outputs, and the same objects the same objects."""
+
+    def __init__(self) -> None:
+        self._made: dict[object, list[TensorInfo]] = {}
+        self._same: dict[object, tuple[Sequence[TensorInfo], list[TensorInfo]]] = {}
+
+    def make(self, step: Step, inputs: Sequence[TensorInfo]) -> list[TensorInfo]:
+        """Returns the new tensors of a step that `fits`. Raises: UnsupportedError for tensors that are not plain."""
+        first = inputs[0]
+        for tensor in inputs:
+            if isinstance(tensor.source, Opaque) or DTYPES[tensor.dtype].bits % 8 or tensor.dtype.endswith("_x2"):
+                raise UnsupportedError(f"{step.op} of {step.old[0]}: a {tensor.dtype} {tensor.kind} tensor stays whole")
+            if tensor.dtype != first.dtype:
+                raise UnsupportedError(f"{step.op} of {', '.join(step.old)}: their dtypes differ")
+        what = step.op, repr(step.args)
+        objects = (*what, *map(id, inputs))
+        if objects not in self._same:
+            memory = (*what, *(tensor.view for tensor in inputs))
+            made = self._made.get(memory) or _views(step, inputs)
+            if memory in self._made or first.requires_grad or first.is_parameter:
+                flags = first.requires_grad, first.is_parameter
+                made = [replace(tensor, requires_grad=flags[0], is_parameter=flags[1]) for tensor in made]
+            self._made[memory] = made
+            self._same[objects] = inputs, made  # the inputs too: an id is theirs while they live
+        return self._same[objects][1]
+
+
+def _views(step: Step, inputs: Sequence[TensorInfo]) -> list[TensorInfo]:
+    first, args = inputs[0], step.args
+    shape = first.shape or ()
+    if step.op == "permute":
+        return [_own(_view(first, [shape[a] for a in args["dims"]], [first.stride[a] for a in args["dims"]]))]
+    if step.op == "reshape":
+        return [_own(first, tuple(args["to"]))]
+    dim = args["dim"]
+    if step.op == "split":
+        pieces, start = [], 0
+        for size in args["sizes"]:
+            cut = [*shape[:dim], size, *shape[dim + 1 :]]
+            pieces.append(_own(_view(first, cut, first.stride, start * first.stride[dim])))
+            start += size
+        return pieces
+    if step.op == "cat":
+        return [_cat(inputs, dim)]
+    if step.op == "chunk":
+        return _chunks(first, dim, args["heads"], args["parts"])
+    by_head = (*shape[:dim], args["heads"], shape[dim] // args["heads"], *shape[dim + 1 :])
+    woven = _cat([_own(tensor, by_head) for tensor in inputs], dim + 1)
+    return [_own(woven, (*shape[:dim], shape[dim] * args["parts"], *shape[dim + 1 :]))]
+
+
+def _chunks(tensor: TensorInfo, dim: int, heads: int, parts: int) -> list[TensorInfo]:
+    shape, step = tensor.shape or (), tensor.stride[dim]
+    rest = shape[dim] // (heads * parts)
+    cut = [*shape[:dim], heads, rest, *shape[dim + 1 :]]
+    stride = [*tensor.stride[:dim], parts * rest * step, step, *tensor.stride[dim + 1 :]]
+    flat = (*shape[:dim], heads * rest, *shape[dim + 1 :])
+    return [_own(_view(tensor, cut, stride, number * rest * step), flat) for number in range(parts)]
+
+
+def _view(tensor: TensorInfo, shape: Sequence[int], stride: Sequence[int], offset: int = 0) -> TensorInfo:
+    return replace(tensor, shape=tuple(shape), stride=tuple(stride), storage_offset=tensor.storage_offset + offset)
+
+
+def _own(tensor: TensorInfo, shape: tuple[int, ...] | None = None) -> TensorInfo:
+    """Returns a tensor's elements in C order in memory of their own, under another shape if one is given."""
+    shape = shape if shape is not None else tensor.shape or ()
+    return TensorInfo(tensor.dtype, shape, contiguous_stride(shape), 0, Derived("copy", (tensor,)))
+
+
+def _cat(inputs: Sequence[TensorInfo], dim: int) -> TensorInfo:
+    shape = inputs[0].shape or ()
+    total = sum((tensor.shape or ())[dim] for tensor in inputs)
+    whole = (*shape[:dim], total, *shape[dim + 1 :])
+    source = Derived("cat", tuple(inputs), dim)
+    return TensorInfo(inputs[0].dtype, whole, contiguous_stride(whole), 0, source)
