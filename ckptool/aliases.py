@@ -2,7 +2,8 @@
 
 It stands in safetensors' ``__metadata__``, or in the index's metadata when sharded. A dropped alias comes back
 behind the name that was kept, several of one name in alphabetical order, as JSON maps are written sorted. Where
-that is not where they stood, a record of ours that other readers ignore, `ORDER`, has their positions.
+that is not where they stood, a record of ours that other readers ignore, `ORDER`, has their positions; another,
+`PLAIN`, names the entries that only read like records of ties: ``{"arch": "conv"}`` beside a tensor ``conv``.
 Source: ``huggingface_hub/serialization/_torch.py`` (`save_torch_state_dict`).
 """
 
@@ -18,7 +19,10 @@ from ckptool.checkpoint import TensorInfo
 ORDER = "ckptool.alias_order"
 """Name in the metadata of JSON ``{alias: position in the state_dict}``; there only if an alias would else move."""
 
-RESERVED = frozenset({"format", "total_size", "total_parameters", ORDER})
+PLAIN = "ckptool.no_alias"
+"""Name in the metadata of a JSON list of entries that read like a record of a tie and are none."""
+
+RESERVED = frozenset({"format", "total_size", "total_parameters", ORDER, PLAIN})
 """Names in the metadata that mean something else: a tensor of such a name is stored, tied or not."""
 
 
@@ -44,11 +48,7 @@ def described(tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> 
 
 def restored(tensors: dict[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, TensorInfo]:
     """Returns the tensors with each recorded alias put back where it stood, on the storage of the kept name."""
-    aliases = {
-        dropped: kept
-        for dropped, kept in metadata.items()
-        if kept in tensors and dropped not in tensors and dropped not in RESERVED
-    }
+    aliases = _recorded(tensors, metadata)
     if not aliases:
         return tensors
     names = _order(tensors, aliases)
@@ -56,6 +56,46 @@ def restored(tensors: dict[str, TensorInfo], metadata: Mapping[str, str]) -> dic
     if positions:
         names = _moved(names, positions)
     return {name: tensors[name] if name in tensors else replace(tensors[aliases[name]]) for name in names}
+
+
+def _recorded(stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns the entries of a file's metadata that are records of ties: {name that is not stored: stored name}."""
+    plain = _names(metadata.get(PLAIN))
+    return {
+        dropped: kept
+        for dropped, kept in metadata.items()
+        if kept in stored and dropped not in stored and dropped not in RESERVED and dropped not in plain
+    }
+
+
+def plain(metadata: Mapping[str, str], stored: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Returns a file's metadata without the records of ties: what they said, `restored` has put into the tensors."""
+    records = _recorded(stored, metadata)
+    return {name: text for name, text in metadata.items() if name not in records and name not in (ORDER, PLAIN)}
+
+
+def carried(metadata: Mapping[str, str], stored: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Returns what a file gets of a checkpoint's metadata; where an entry reads like a tie, `PLAIN` says it is none.
+
+    An index's totals stay behind: they are made anew.
+    """
+    found = {name: text for name, text in metadata.items() if name not in RESERVED or name == "format"}
+    like = list(_recorded(stored, found))
+    return {**found, PLAIN: json.dumps(like, ensure_ascii=False)} if like else found
+
+
+def clashes(metadata: Mapping[str, str], aliases: Mapping[str, str]) -> list[str]:
+    """Returns the names for which the metadata and a record of a tie say different things: one map holds the two."""
+    return [name for name, kept in aliases.items() if metadata.get(name, kept) != kept]
+
+
+def _names(record: str | None) -> set[str]:
+    """Returns the names that `PLAIN` lists; none where it says nothing that can be understood."""
+    try:
+        found = json.loads(record or "[]")
+    except (ValueError, RecursionError):
+        return set()
+    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
 
 
 def _order(stored: Iterable[str], aliases: Mapping[str, str]) -> list[str]:
@@ -85,16 +125,3 @@ def _moved(names: list[str], positions: Mapping[str, int]) -> list[str]:
         moved.extend(islice(others, min(max(positions[name] - len(moved), 0), len(names))))
         moved.append(name)
     return [*moved, *others]
-
-
-def without(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Returns the metadata without what is true of one set of tensors only, and is made anew with every file.
-
-    That is alias records (entries whose name or value is a tensor's name), their order, an index's totals.
-    """
-    stale = RESERVED - {"format"}
-    return {
-        name: value
-        for name, value in metadata.items()
-        if name not in tensors and value not in tensors and name not in stale
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from ckptool import formats, modules, roots, saving
-from ckptool.checkpoint import Checkpoint, detached
+from ckptool.checkpoint import Checkpoint, TensorInfo, detached
 from ckptool.dtypes import lookup
-from ckptool.errors import CkptoolError, UsageError
+from ckptool.errors import CkptoolError, UsageError, needs_torch
 from ckptool.files import Files
 from ckptool.ops.convert import ConvertReport
 from ckptool.ops.convert import convert as op_convert
@@ -124,10 +125,16 @@ def remap(source: Source, rules: Any, *, allow_unused: bool = False) -> tuple[Ch
 
 
 def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
-    """Returns (checkpoint, report) with a remap undone; ``saved`` is its report's, or the content of a map file."""
+    """Returns (checkpoint, report) with a remap undone; ``saved`` is its report's, or the content of a map file.
+
+    Weights that the map untied become one tensor again where they still hold the same bytes, which is read.
+    """
+    from ckptool.data import same_bytes
+
     opened = _opened(source)
     saving.refuse_broken(opened)
-    return op_invert(opened, saved)
+    with Files() as files:
+        return op_invert(opened, saved, same=partial(same_bytes, files=files))
 
 
 def convert(
@@ -155,7 +162,8 @@ def convert(
     ``to``: a name of `formats.WRITERS` or "sharded", else the suffix of ``path`` decides. ``dtype`` casts floats at
     root, but not keys that fit ``keep``. ``untie`` gives tied names memory of their own. ``publish`` writes the
     weights alone and puts the first 8 hex digits of the sha256 in the name. ``metadata`` names scalars of the
-    tree to carry into safetensors' metadata. ``verify`` reads the result back before it gets its name.
+    tree to carry into safetensors' metadata. ``verify`` reads the result back before it gets its name. ``dry_run``
+    writes nothing, tells about how many bytes it would be, and raises what the conversion would.
 
     Raises: what `open` and `save` raise.
     """
@@ -166,17 +174,32 @@ def convert(
     )  # fmt: skip
     if metadata and not saving.holds_metadata(os.fspath(path), to):
         raise UsageError("--metadata goes into safetensors and shards only")
+    if report.cast and importlib.util.find_spec("torch") is None:
+        raise needs_torch(f"casting to {dtype}")
+    if publish and saving.is_sharded(to):
+        report.notes.append("a directory of shards has no digest in its name")
+    elif publish and dry_run:
+        report.notes.append("8 hex digits of its sha256 will be in its name")
     if dry_run:
-        left_out = saving.left_out(prepared, os.fspath(path), to)
-        return replace(report, output=os.fspath(path), left_out=[*report.left_out, *left_out])
+        left_out, nbytes = saving.check(
+            prepared, path, to=to, force=force, in_place=in_place, map_location=map_location,
+            max_shard_size=max_shard_size, hash_in_name=publish,
+        )  # fmt: skip
+        left = _not_carried([*report.left_out, *left_out], metadata)
+        return replace(report, output=os.fspath(path), nbytes=nbytes, left_out=left)
     saved = saving.save(
         prepared, path, to=to, force=force, in_place=in_place, map_location=map_location,
         max_shard_size=max_shard_size, verify=verify, fsync=fsync, progress=progress, hash_in_name=publish,
     )  # fmt: skip
     return replace(
-        report, output=saved.path, nbytes=saved.nbytes, left_out=[*report.left_out, *saved.left_out],
-        verified=saved.verified, overflowed=dict(saved.overflowed),
+        report, output=saved.path, nbytes=saved.nbytes, verified=saved.verified, overflowed=dict(saved.overflowed),
+        left_out=_not_carried([*report.left_out, *saved.left_out], metadata),
     )  # fmt: skip
+
+
+def _not_carried(left_out: Sequence[str], metadata: Sequence[str]) -> list[str]:
+    """Returns what was left out without the scalars at the top of the tree that went into the metadata."""
+    return [name for name in left_out if name not in metadata]
 
 
 def diff(
@@ -190,23 +213,29 @@ def diff(
     values: bool = False,
     rtol: float = 1e-5,
     atol: float = 1e-8,
+    progress: saving.Progress | None = None,
 ) -> DiffReport:
     """Returns how two checkpoints' weights differ: keys, shapes and dtypes, from headers alone.
 
     ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
-    integers are exact. Raises: what `open` raises, NoTensorsError.
+    integers are exact. ``progress`` is told, of pairs that were compared, the bytes of both sides.
+    Raises: what `open` raises, NoTensorsError.
     """
     from ckptool.ops import diff as op
-    from ckptool.values import compare
+    from ckptool.values import Distance, compare
 
     first, second = _opened(a), _opened(b)
     saving.refuse_broken(first)
     saving.refuse_broken(second)
-    with Files() as files:
-        compared = partial(compare, files=files, rtol=rtol, atol=atol) if values else None
+    with Files(progress) as files:
+
+        def compared(one: TensorInfo, other: TensorInfo) -> Distance:
+            with saving.share(files, one.nbytes + other.nbytes):
+                return compare(one, other, files, rtol, atol)
+
         return op.diff(
             first, second, ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b,
-            devices=devices, compare=compared,
+            devices=devices, compare=compared if values else None,
         )  # fmt: skip
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import IO, Any
 
-from ckptool.checkpoint import Derived, Opaque, Storage, TensorInfo
+from ckptool.checkpoint import Derived, Opaque, Span, Storage, TensorInfo
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, UnsupportedError, needs_torch
 from ckptool.files import BLOCK, Files
@@ -52,6 +52,29 @@ def tensor_blocks(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
         yield from storage_blocks(source, files, start, tensor.nbytes, swap)
     elif tensor.numel:
         yield from _gathered(tensor, source, files, swap)
+
+
+def blocks_of_all(tensors: Iterable[TensorInfo], files: Files) -> Iterator[Bytes]:
+    """Yields the elements of one tensor after another; those that lie behind each other in a file are read as one."""
+    run: Span | None = None
+    nbytes = 0
+    for tensor in tensors:
+        source = tensor.source
+        span = None
+        if isinstance(source, Storage) and source.span.member is None and source.byteorder == "little":
+            span = source.span if tensor.extras is None and tensor.is_whole else None
+        if run is not None:
+            if span is not None and span.url == run.url and span.offset == run.offset + nbytes:
+                nbytes += span.nbytes
+                continue
+            yield from files.blocks(run._replace(nbytes=nbytes))
+        run = span
+        if span is None:
+            yield from tensor_blocks(tensor, files)
+        else:
+            nbytes = span.nbytes
+    if run is not None:
+        yield from files.blocks(run._replace(nbytes=nbytes))
 
 
 def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap: int) -> Iterator[Bytes]:

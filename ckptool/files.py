@@ -10,7 +10,6 @@ import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from types import TracebackType
 from typing import Literal
 
@@ -149,7 +148,13 @@ class Files:
         stored = span.packed if span.member == "deflated" else span.nbytes
         if start + stored > file.size:
             raise FormatError(f"the zip member at byte {span.offset} ends behind the end of the file", span.url)
-        return replace(span, offset=start)
+        return span._replace(offset=start)
+
+    def member_name(self, span: Span) -> str:
+        """Returns the name that stands in the local header of a zip member's span."""
+        file = self.get(span)
+        length, _ = struct.unpack("<HH", file.read(span.offset + 26, 4))
+        return file.read(span.offset + 30, length).decode("utf-8", "replace")
 
     def blocks(self, span: Span, offset: int = 0, nbytes: int | None = None) -> Iterator[memoryview | bytes]:
         """Yields bytes ``offset`` to ``offset + nbytes`` of a span in blocks, inflated if it is deflated."""
@@ -242,6 +247,7 @@ class Output:
         self._target = target
         directory, name = os.path.split(target)
         self._force = force
+        self._pending_name = True
         mode = None
         if os.path.isdir(target):
             raise OutputError("is a directory; name a file", path)
@@ -269,6 +275,7 @@ class Output:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._pending_name:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
 
@@ -318,12 +325,26 @@ class Output:
 
     def finished(self) -> str:
         """Cuts off what was reserved too much; returns the temporary file's path, to read it back before `commit`."""
-        self._flush()
+        if self._fd >= 0:
+            self._flush()
+            try:
+                os.ftruncate(self._fd, self.position)
+            except OSError as error:
+                raise self._failed(error) from error
+        return self._temporary
+
+    def close(self) -> None:
+        """Ends the writing, with all bytes on disk; `commit` may come later. A thousand outputs may wait like this."""
+        self.finished()
+        if self._fd < 0:
+            return
         try:
-            os.ftruncate(self._fd, self.position)
+            if self.fsync:
+                os.fsync(self._fd)
         except OSError as error:
             raise self._failed(error) from error
-        return self._temporary
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def rename(self, path: str) -> None:
         """Changes the name that `commit` will give, within the directory. Raises: OutputError if it is taken."""
@@ -334,20 +355,14 @@ class Output:
 
     def commit(self) -> None:
         """Makes the file appear under its name, with all its bytes on disk."""
-        self._flush()
+        self.close()
         try:
-            os.ftruncate(self._fd, self.position)
-            if self.fsync:
-                os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
             self._publish()
+            self._pending_name = False
             if self.fsync:
                 _sync_directory(os.path.dirname(self._target))
-        except (OSError, OutputError) as error:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
-            raise (self._failed(error) if isinstance(error, OSError) else error) from error
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _publish(self) -> None:
         """Gives the temporary file its name; without ``force`` not even over a file that has appeared meanwhile."""

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ckptool import pickles, rebuild
+from ckptool import picklewriter, rebuild
 from ckptool.checkpoint import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.data import Bytes, storage_blocks, tensor_blocks
 from ckptool.dtypes import DTYPES
 from ckptool.errors import UnsupportedError
 from ckptool.files import Files
-from ckptool.tree import Global, PyObject, walk
+from ckptool.tree import nodes
 
 MapLocation = Callable[[str], str]
 """Maps a device tag to the one that is written."""
@@ -36,29 +36,50 @@ class Layout:
 
     def __init__(self, tree: Any, map_location: MapLocation | None = None) -> None:
         self.map_location = map_location or (lambda tag: tag)
+        self._moves = map_location is not None
         self._tree = tree
         self._views: dict[int, list[TensorInfo]] = {}
         self._old: dict[int, Storage] = {}
         self._new: dict[int, tuple[Storage, int]] = {}
         self._contents: dict[int, Content] = {}
+        lone: dict[int, TensorInfo] = {}
         whole: set[int] = set()
-        for _, node in walk(tree, inside=True):
-            if isinstance(node, TensorInfo) and not isinstance(node.source, Opaque):
-                self._views.setdefault(id(node.source), []).append(node)
-                if isinstance(node.source, Storage):
-                    self._old[id(node.source)] = node.source
+        for node in nodes(tree):
+            if isinstance(node, TensorInfo):
+                identity = id(node.source)
+                first = lone.setdefault(identity, node)
+                if first is not node and type(node.source) is not Opaque:
+                    self._views.setdefault(identity, [first]).append(node)
             elif isinstance(node, Storage):
                 self._old[id(node)] = node
                 whole.add(id(node))
+        for identity, tensor in lone.items():
+            source = tensor.source
+            if type(source) is Opaque:
+                continue
+            if identity not in self._views and identity not in whole and self._stays(tensor, source):
+                continue
+            self._views.setdefault(identity, [tensor])
+            if isinstance(source, Storage):
+                self._old[identity] = source
         for identity in {**self._views, **self._old}:
             self._place(identity, identity in whole)
+
+    def _stays(self, tensor: TensorInfo, old: Storage | Derived | Opaque) -> bool:
+        """Returns whether a storage is written as it is: its one tensor is all of it, as nearly every one is."""
+        if not isinstance(old, Storage) or old.byteorder == "big" or not tensor.is_whole:
+            return False
+        if old.dtype != _typed(tensor.dtype) or (self._moves and self.map_location(old.location) != old.location):
+            return False
+        self._new[id(old)] = old, 0
+        return True
 
     def _place(self, identity: int, whole: bool) -> None:
         """Decides the written storage for one source, and how far its tensors' offsets move."""
         views = self._views.get(identity, [])
         old = self._old.get(identity)
         if old is not None and len(views) == 1 and not whole and old.byteorder == "little" and views[0].is_whole:
-            content = Content(old, 0, 1, old.crc32)  # nearly every storage: one tensor, all of it
+            content = Content(old, 0, 1, old.crc32)
             self._add(identity, content, _typed(views[0].dtype), old.nbytes, old.location, 0)
             return
         if old is None:
@@ -105,13 +126,13 @@ class Layout:
 
     def written(self, storage: Storage | Derived) -> Storage:
         """Returns the storage that is written for an old one or for values to compute (a written one: itself)."""
-        if isinstance(storage, Storage) and id(storage) in self._contents:
+        if id(storage) in self._contents and isinstance(storage, Storage):
             return storage
         return self._new[id(storage)][0]
 
     def content(self, storage: Storage) -> Content:
         """Returns what a written storage holds."""
-        return self._contents[id(storage)]
+        return self._contents.get(id(storage)) or Content(storage, 0, 1, storage.crc32)
 
     def blocks(self, storage: Storage, files: Files) -> Iterator[Bytes]:
         """Yields the bytes of a written storage, little-endian."""
@@ -120,39 +141,55 @@ class Layout:
             return tensor_blocks(piece.source, files)
         return storage_blocks(piece.source, files, piece.start, storage.nbytes, piece.swap_unit)
 
-    def pickled(self, persistent_id: Callable[[Storage, int], Any]) -> tuple[bytes, list[Storage]]:
+    def pickled(self, key: Callable[[int], str], tail: tuple[Any, ...] = ()) -> tuple[bytes, list[Storage]]:
         """Returns the tree's pickle, and the storages it names in the order of first use.
 
-        ``persistent_id`` is asked for the id of a written storage and its number in that order.
+        ``key`` gives the name of the storage of a number in that order; ``tail`` ends every persistent id.
         """
-        order: dict[int, int] = {}
+        numbers: dict[int, int] = {}
         used: list[Storage] = []
+        forms: dict[tuple[Any, ...], picklewriter.Form] = {}
 
-        def reduce(node: Any) -> pickles.Reduced:
-            return self.call(node) if isinstance(node, TensorInfo) else None
+        def key_of(storage: Storage) -> str:
+            number = numbers.get(id(storage))
+            if number is None:
+                number = numbers[id(storage)] = len(used)
+                used.append(storage)
+            return key(number)
+
+        def reduce(tensor: Any) -> picklewriter.Reduced:
+            if not isinstance(tensor, TensorInfo):
+                return None
+            source = tensor.source
+            if isinstance(source, Opaque):
+                return source.node
+            storage, offset, stride = self._placed(tensor)
+            if tensor.extras is not None or storage.dtype is None:
+                return rebuild.call(tensor, storage, offset, stride)
+            kind = storage.dtype, storage.location, tensor.requires_grad, tensor.is_parameter
+            form = forms.get(kind)
+            if form is None:
+                form = forms[kind] = rebuild.form(*kind, tail)
+            return form, key_of(storage), (rebuild.storage_numel(storage), offset, tensor.shape, stride)
 
         def id_of(node: Any) -> Any:
             if not isinstance(node, Storage):
                 return None
             storage = self.written(node)
-            if id(storage) not in order:
-                order[id(storage)] = len(used)
-                used.append(storage)
-            return persistent_id(storage, order[id(storage)])
+            return (*rebuild.persistent_id(storage, key_of(storage)), *tail)
 
-        return pickles.dump(self._tree, reduce=reduce, persistent_id=id_of), used
+        return picklewriter.dump(self._tree, reduce=reduce, persistent_id=id_of), used
 
-    def call(self, tensor: TensorInfo) -> tuple[Global, tuple[Any, ...]] | PyObject:
-        """Returns (function, args) that rebuild a tensor on its written storage; an opaque one's call as it was."""
-        if isinstance(tensor.source, Opaque):
-            return tensor.source.node
+    def _placed(self, tensor: TensorInfo) -> tuple[Storage, int, tuple[int, ...]]:
+        """Returns (written storage, offset, stride) of a dense tensor."""
         if not DTYPES[tensor.dtype].in_torch:
             raise UnsupportedError(f"torch has no dtype {tensor.dtype}")
         storage, shift = self._new[id(tensor.source)]
+        if shift == 0 and 0 not in (tensor.shape or ()):
+            return storage, tensor.storage_offset, tensor.stride
         if shift < 0 or not tensor.numel:
-            return rebuild.call(tensor, storage, 0, contiguous_stride(tensor.shape or ()))
-        moved = tensor.storage_offset - shift * 8 // DTYPES[tensor.dtype].bits
-        return rebuild.call(tensor, storage, moved, tensor.stride)
+            return storage, 0, contiguous_stride(tensor.shape or ())
+        return storage, tensor.storage_offset - shift * 8 // DTYPES[tensor.dtype].bits, tensor.stride
 
 
 def _typed(dtype: str) -> str | None:

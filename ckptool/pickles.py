@@ -1,6 +1,4 @@
-"""Pickle streams <-> trees, without running anything.
-
-Reading is done by CPython's own C machine, in three walls:
+"""From a pickle stream to a tree, without running anything: done by CPython's own C machine, in three walls:
 
 1. `scan` reads the opcodes first. It finds where the pickle ends, refuses opcodes that reach outside the
    stream (EXT1/2/4 and the out-of-band buffers), and bounds what a few bytes can make the machine allocate
@@ -9,8 +7,7 @@ Reading is done by CPython's own C machine, in three walls:
    class whose calls only record themselves, or one of the caller's builders.
 3. Every object the machine can hold takes BUILD, APPEND and SETITEM through methods defined in this package.
 
-Writing is protocol 2, the only one that `torch.load(weights_only=True)` accepts.
-Opcodes: ``pickletools`` of CPython 3.13.
+Opcodes: ``pickletools`` of CPython 3.13. The way back is `ckptool.picklewriter`.
 """
 
 from __future__ import annotations
@@ -18,8 +15,6 @@ from __future__ import annotations
 import gc
 import io
 import re
-import struct
-import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +22,7 @@ from typing import Any
 
 from ckptool import nesting, tree
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
-from ckptool.tree import MAX_DEPTH, Global, PyObject, brief
+from ckptool.tree import Global
 
 MAX_PICKLE = 1 << 30
 """Bytes of one pickle. 100,000 tensors take 11 MB; a million, with Adam, under 600 MB."""
@@ -329,247 +324,3 @@ def _unpickling_error() -> type[Exception]:
     import _pickle
 
     return _pickle.UnpicklingError
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-Reduced = tuple[Global, tuple[Any, ...]] | PyObject | None
-"""What a leaf is written as: a call, whose arguments are of that call alone and remembered by nobody; or an object."""
-
-
-def dump(
-    top: Any,
-    *,
-    reduce: Callable[[Any], Reduced] = lambda _: None,
-    persistent_id: Callable[[Any], Any] = lambda _: None,
-) -> bytes:
-    """Returns the protocol-2 pickle of a tree.
-
-    ``reduce`` maps a leaf to what it is written as; ``persistent_id`` maps an object kept elsewhere to its id.
-    Both answer None for anything else. Shared objects stay shared, cycles stay cycles.
-    Raises: UnsupportedError for what protocol 2 cannot say, LimitError past `MAX_DEPTH`.
-    """
-    writer = _Writer(reduce, persistent_id)
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, 8 * MAX_DEPTH))  # at most five frames per container, none of them C's
-    try:
-        writer.save(top)
-    finally:
-        sys.setrecursionlimit(limit)
-    return b"\x80\x02" + b"".join(writer.out) + b"."
-
-
-def _order(item: Any) -> str:
-    return brief(item, 1 << 16)
-
-
-_TUPLES = (b")", b"\x85", b"\x86", b"\x87", b"t")
-"""Opcodes that make a tuple of 0, 1, 2, 3, and of all items since the mark."""
-
-
-class _Writer:
-    def __init__(
-        self,
-        reduce: Callable[[Any], Reduced],
-        persistent_id: Callable[[Any], Any],
-    ) -> None:
-        self.reduce = reduce
-        self.persistent_id = persistent_id
-        self.out: list[bytes] = []
-        self.memo: dict[int, int] = {}
-        self.names: dict[object, int] = {}
-        self.alive: list[Any] = []
-        self.count = 0
-        self.depth = 0
-
-    def save(self, node: Any) -> None:
-        kind = type(node)
-        if kind is str:
-            self.save_str(node)
-        elif kind is int:
-            self.save_int(node)
-        elif node is None or kind is bool:
-            self.out.append(b"N" if node is None else b"\x88" if node else b"\x89")
-        elif kind is float:
-            self.out.append(b"G" + struct.pack(">d", node))
-        elif kind is tuple and not node:
-            self.out.append(b")")
-        elif id(node) in self.memo:
-            self.get(self.memo[id(node)])
-        else:
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise LimitError(f"containers are nested over {MAX_DEPTH} deep (MAX_DEPTH)")
-            self.save_once(node, kind)
-            self.depth -= 1
-
-    def save_once(self, node: Any, kind: type) -> None:
-        if kind is dict:
-            self.out.append(b"}")
-            self.put(node)
-            self.save_pairs(node)
-        elif kind is list:
-            self.out.append(b"]")
-            self.put(node)
-            self.save_items(node)
-        elif kind is tuple:
-            self.save_tuple(node)
-        elif kind is Builder or isinstance(node, Global):
-            self.save_global(node.module, node.qualname)
-        elif isinstance(node, PyObject):
-            self.save_object(node)
-        elif kind is bytes:
-            # bytes in protocol 2 are text that _codecs.encode turns back
-            self.save_call("_codecs", "encode", (node.decode("latin1"), "latin1"), node)
-        elif kind is bytearray:
-            self.save_call("__builtin__", "bytearray", (bytes(node),), node)
-        elif kind is set or kind is frozenset:
-            # a set's order changes from run to run; the file's must not
-            self.save_call("__builtin__", kind.__name__, (sorted(node, key=_order),), node)
-        else:
-            pid = self.persistent_id(node)
-            if pid is not None:
-                self.save_fresh(pid)
-                self.out.append(b"Q")
-                return
-            reduced = self.reduce(node)
-            if reduced is None:
-                raise UnsupportedError(f"a pickle cannot hold a {kind.__name__}")
-            if isinstance(reduced, PyObject):
-                self.save(reduced)
-                return
-            self.save_fresh_call(*reduced)
-            self.put(node)
-
-    def put(self, node: Any) -> None:
-        self.memo[id(node)] = self.count
-        self.alive.append(node)
-        self.put_index()
-
-    def put_index(self) -> None:
-        index = self.count
-        self.out.append(b"q" + bytes((index,)) if index < 256 else b"r" + struct.pack("<I", index))
-        self.count += 1
-
-    def get(self, index: int) -> None:
-        self.out.append(b"h" + bytes((index,)) if index < 256 else b"j" + struct.pack("<I", index))
-
-    def save_str(self, text: str) -> None:
-        index = self.names.get(text)
-        if index is not None:
-            self.get(index)
-            return
-        encoded = text.encode("utf-8", "surrogatepass")
-        self.out.append(b"X" + struct.pack("<I", len(encoded)) + encoded)
-        self.names[text] = self.count
-        self.put_index()
-
-    def save_int(self, value: int) -> None:
-        if 0 <= value < 256:
-            self.out.append(b"K" + bytes((value,)))
-        elif 0 <= value < 65536:
-            self.out.append(b"M" + struct.pack("<H", value))
-        elif -0x80000000 <= value < 0x80000000:
-            self.out.append(b"J" + struct.pack("<i", value))
-        else:
-            encoded = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-            head = b"\x8a" + bytes((len(encoded),)) if len(encoded) < 256 else b"\x8b" + struct.pack("<i", len(encoded))
-            self.out.append(head + encoded)
-
-    def save_global(self, module: str, qualname: str) -> None:
-        name = (module, qualname)
-        index = self.names.get(name)
-        if index is not None:
-            self.get(index)
-            return
-        outer, _, inner = qualname.rpartition(".")
-        if outer:
-            self.save_global("__builtin__", "getattr")
-            self.save_global(module, outer)
-            self.save_str(inner)
-            self.out.append(b"\x86R")
-        else:
-            if "\n" in module + qualname:
-                raise UnsupportedError(f"a pickle cannot name {module!r} {qualname!r}")
-            self.out.append(f"c{module}\n{qualname}\n".encode())
-        self.names[name] = self.count
-        self.put_index()
-
-    def save_fresh_call(self, function: Global, args: tuple[Any, ...]) -> None:
-        """Writes a call whose arguments nothing else refers to: they need no place in the memo."""
-        self.save_global(function.module, function.qualname)
-        self.save_fresh(args)
-        self.out.append(b"R")
-
-    def save_fresh(self, items: tuple[Any, ...]) -> None:
-        if len(items) > 3:
-            self.out.append(b"(")
-        for item in items:
-            if (
-                isinstance(item, PyObject)
-                and item.called
-                and not (item.mapping or item.items or item.state or item.maker)
-            ):
-                self.save_fresh_call(type(item), item.args)
-            else:
-                self.save(item)
-        self.out.append(_TUPLES[min(len(items), 4)])
-
-    def save_tuple(self, node: tuple[Any, ...]) -> None:
-        if len(node) > 3:
-            self.out.append(b"(")
-        for item in node:
-            self.save(item)
-        if id(node) in self.memo:  # it holds itself, and was made on the way: drop this copy
-            self.out.append(b"1" if len(node) > 3 else b"0" * len(node))
-            self.get(self.memo[id(node)])
-            return
-        self.out.append(_TUPLES[min(len(node), 4)])
-        if not all(type(item) is int for item in node):  # of a shape nobody asks whether it is the same object
-            self.put(node)
-
-    def save_call(self, module: str, qualname: str, args: tuple[Any, ...], node: Any) -> None:
-        self.save_global(module, qualname)
-        self.save(args)
-        self.out.append(b"R")
-        self.put(node)
-
-    def save_object(self, node: PyObject) -> None:
-        if node.kwargs:
-            raise UnsupportedError(f"protocol 2 cannot make a {type(node)!r} from keyword arguments")
-        if node.maker is not None:
-            self.save(node.maker)
-        else:
-            self.save_global(node.module, node.qualname)
-        self.save(node.args)
-        self.out.append(b"R" if node.called else b"\x81")
-        self.put(node)
-        self.save_items(node.items or [])
-        self.save_pairs(node.mapping or {})
-        if node.state is not None:
-            self.save(node.state)
-            self.out.append(b"b")
-
-    def save_items(self, items: list[Any]) -> None:
-        for start in range(0, len(items), 1000):
-            batch = items[start : start + 1000]
-            if len(batch) == 1:
-                self.save(batch[0])
-                self.out.append(b"a")
-                continue
-            self.out.append(b"(")
-            for item in batch:
-                self.save(item)
-            self.out.append(b"e")
-
-    def save_pairs(self, mapping: dict[Any, Any]) -> None:
-        pairs = list(mapping.items())
-        for start in range(0, len(pairs), 1000):
-            batch = pairs[start : start + 1000]
-            if len(batch) > 1:
-                self.out.append(b"(")
-            for key, value in batch:
-                self.save(key)
-                self.save(value)
-            self.out.append(b"u" if len(batch) > 1 else b"s")

@@ -15,6 +15,7 @@ from ckptool.checkpoint import MAX_DIMS, MAX_NUMEL, Extras, Opaque, Storage, Ten
 from ckptool.dtypes import BY_STORAGE, DTYPES, nbytes_of
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.pickles import Builders
+from ckptool.picklewriter import HOLE, Form, Persistent
 from ckptool.tree import Global, PyObject, brief, ordered_dict
 
 
@@ -41,14 +42,16 @@ class StorageView(NamedTuple):
 
 def strided(
     storage: object,
-    dtype: str | None,
     offset: object,
     shape: object,
     stride: object,
     requires_grad: object = False,
+    hooks: object = None,
     meta: object = None,
+    *,
+    dtype: str | None = None,
 ) -> TensorInfo:
-    """Returns the view of ``storage`` that these arguments describe; ``dtype`` None means the storage's own.
+    """Returns the view of ``storage`` that `_rebuild_tensor_v2` makes; ``dtype`` None means the storage's own.
 
     Raises: FormatError if an argument has the wrong type, or the view leaves its storage: before any byte is read.
     """
@@ -58,19 +61,19 @@ def strided(
     if not isinstance(storage, Storage):
         raise FormatError(f"a tensor is rebuilt from a {type(storage).__name__}, which is no storage")
     dtype = dtype or storage.dtype or "uint8"
-    shape, stride = _ints(shape, "shape"), _ints(stride, "stride")
-    if type(offset) is not int or not 0 <= offset <= MAX_NUMEL or len(shape) != len(stride):
-        raise FormatError(
-            f"a tensor of shape {brief(shape)} has stride {brief(stride)} and storage offset {brief(offset)}"
-        )
-    numel, last = 1, offset
+    if type(shape) is not tuple or type(stride) is not tuple:
+        shape, stride = _ints(shape, "shape"), _ints(stride, "stride")
+    if type(offset) is not int or not 0 <= offset <= MAX_NUMEL or len(shape) != len(stride) or len(shape) > MAX_DIMS:
+        raise _wrong_view(shape, stride, offset)
+    numel, last, count = 1, offset, 1
     for size, step in zip(shape, stride, strict=True):
-        if size < 0 or step < 0:
-            raise FormatError(f"a tensor has shape {brief(shape)} and stride {brief(stride)}: a negative one")
+        if type(size) is not int or type(step) is not int or not (0 <= size <= MAX_NUMEL and 0 <= step <= MAX_NUMEL):
+            raise _wrong_view(shape, stride, offset)
         numel *= size
         last += (size - 1) * step
-    if not is_countable(shape):
-        raise FormatError(f"a tensor has shape {brief(shape)}: more elements or dimensions than torch can count")
+        count *= size or 1
+        if count > MAX_NUMEL:
+            raise FormatError(f"a tensor has shape {brief(shape)}: more elements than torch can count")
     if numel and DTYPES[dtype].bits * (last + 1) > 8 * storage.nbytes:
         raise FormatError(
             f"a {dtype} tensor of shape {brief(shape)}, stride {brief(stride)}, offset {offset} "
@@ -80,6 +83,16 @@ def strided(
     if isinstance(meta, dict) and (meta.get("conj") or meta.get("neg")):
         extras = Extras(conj=bool(meta.get("conj")), neg=bool(meta.get("neg")))
     return TensorInfo(dtype, shape, stride, offset, storage, bool(requires_grad), False, extras)
+
+
+def _wrong_view(shape: tuple[Any, ...], stride: tuple[Any, ...], offset: object) -> FormatError:
+    """Returns what is said of a shape, a stride and an offset that no tensor has together."""
+    _ints(shape, "shape"), _ints(stride, "stride")
+    if min((*shape, *stride), default=0) < 0:
+        return FormatError(f"a tensor has shape {brief(shape)} and stride {brief(stride)}: a negative one")
+    return FormatError(
+        f"a tensor of shape {brief(shape)} has stride {brief(stride)} and storage offset {brief(offset)}"
+    )
 
 
 def _ints(value: object, what: str) -> tuple[int, ...]:
@@ -101,14 +114,7 @@ def _dtype_named(name: object) -> str:
 
 
 def _tensor_v1(storage: object, offset: object, shape: object, stride: object, *_: object) -> TensorInfo:
-    return strided(storage, None, offset, shape, stride)
-
-
-def _tensor_v2(
-    storage: object, offset: object, shape: object, stride: object,
-    requires_grad: object = False, hooks: object = None, meta: object = None,
-) -> TensorInfo:  # fmt: skip
-    return strided(storage, None, offset, shape, stride, requires_grad, meta)
+    return strided(storage, offset, shape, stride)
 
 
 def _tensor_v3(
@@ -119,7 +125,7 @@ def _tensor_v3(
     if isinstance(storage, Storage) and storage.byteorder == "big" and DTYPES[name].bits > 8:
         # torch swaps an UntypedStorage byte by byte, that is not at all: what such a file means is unknowable.
         raise UnsupportedError(f"a big-endian file with a {name} tensor: torch itself does not read it right")
-    return strided(storage, name, offset, shape, stride, requires_grad, meta)
+    return strided(storage, offset, shape, stride, requires_grad, None, meta, dtype=name)
 
 
 def _parameter(data: object, requires_grad: object = True, *_: object) -> TensorInfo:
@@ -171,7 +177,7 @@ def _wrapper(*args: Any) -> PyObject:
 
 
 def _qtensor(storage: object, offset: object, shape: object, stride: object, *rest: Any) -> TensorInfo:
-    whole = strided(storage, None, offset, shape, stride)
+    whole = strided(storage, offset, shape, stride)
     params = rest[0] if rest else ()
     scales = tuple(part for part in params if _is_tensor(part)) if isinstance(params, tuple) else ()
     node = _recorded("torch._utils", "_rebuild_qtensor", (storage, offset, shape, stride, *rest))
@@ -234,7 +240,7 @@ def _opaque(
 
 builders: Builders = {
     ("torch._utils", "_rebuild_tensor"): _tensor_v1,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v2"): strided,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter_with_state,
@@ -287,6 +293,19 @@ def call(tensor: TensorInfo, storage: Storage, offset: int, stride: tuple[int, .
     return _function("_rebuild_parameter"), (plain, tensor.requires_grad, ordered_dict({}))
 
 
+def form(dtype: str, location: str, requires_grad: bool, is_parameter: bool, tail: tuple[Any, ...] = ()) -> Form:
+    """Returns the call that rebuilds a plain tensor of a typed storage, as `call` has it.
+
+    Its holes are the storage's key and numel, then the tensor's offset, shape and stride.
+    """
+    pid = Persistent(("storage", storage_class(dtype), HOLE, location, HOLE, *tail))
+    args = (pid, HOLE, HOLE, HOLE, requires_grad and not is_parameter, ordered_dict({}))
+    plain = _function("_rebuild_tensor_v2")
+    if not is_parameter:
+        return Form(plain, args)
+    return Form(_function("_rebuild_parameter"), (plain(*args), requires_grad, ordered_dict({})))
+
+
 def storage_class(dtype: str | None) -> Global:
     """Returns the class a storage of this dtype is pickled as."""
     name = DTYPES[dtype].storage if dtype else None
@@ -295,8 +314,13 @@ def storage_class(dtype: str | None) -> Global:
 
 def persistent_id(storage: Storage, key: str) -> tuple[Any, ...]:
     """Returns the persistent id of a storage: its numel counts elements of its class, bytes if untyped."""
+    return "storage", storage_class(storage.dtype), key, storage.location, storage_numel(storage)
+
+
+def storage_numel(storage: Storage) -> int:
+    """Returns how many elements of its class a storage has; bytes, if it is untyped or they are smaller."""
     bits = max(8, DTYPES[storage.dtype].bits) if storage.dtype else 8
-    return "storage", storage_class(storage.dtype), key, storage.location, storage.nbytes * 8 // bits
+    return storage.nbytes * 8 // bits
 
 
 def location(tag: object) -> str:

@@ -40,7 +40,11 @@ def find_root(tree: Any) -> Root:
             break
         ema += [(*path, name) for name in keys.EMA if name in mapping and holds_weights(mapping[name])]
         named = [name for name in keys.ROOTS if name in mapping and holds_weights(mapping[name])]
-        found = named or [name for name, value in mapping.items() if name not in keys.EMA and holds_weights(value)]
+        found = named or [
+            name
+            for name, value in mapping.items()
+            if not isinstance(value, TensorInfo) and name not in keys.EMA and holds_weights(value)
+        ]
         if not found:
             break
         direct = sum(value.numel for value in mapping.values() if isinstance(value, TensorInfo))

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ckptool import flat
+from ckptool import aliases, flat
 from ckptool.checkpoint import TensorInfo
-from ckptool.data import tensor_blocks
+from ckptool.data import blocks_of_all
 from ckptool.dtypes import DTYPES
-from ckptool.errors import LimitError
+from ckptool.errors import LimitError, LossError, listed
 from ckptool.files import Files, Output
 
 MAX_HEADER = 100_000_000
@@ -32,6 +32,41 @@ def _reason(name: str, tensor: TensorInfo) -> str | None:
     return None
 
 
+def refuse_clashes(metadata: Mapping[str, str], ties: Mapping[str, str]) -> None:
+    """Raises LossError with every name that stands in the metadata, and is that of a tie to record there."""
+    clashes = aliases.clashes(metadata, ties)
+    if clashes:
+        raise LossError(
+            f"safetensors has one place for the metadata {listed(clashes, 20)} and for the ties of the tensors so "
+            "called: --untie writes them out"
+        )
+
+
+def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """Returns the length and header that a file begins with, and the bytes of data behind it. Raises: LimitError."""
+    ranges: dict[str, list[int]] = {}
+    position = 0
+    for name in _by_size(tensors):
+        end = position + tensors[name].nbytes
+        ranges[name] = [position, end]
+        position = end
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    for name, tensor in tensors.items():
+        kind, shape = DTYPES[tensor.dtype].safetensors, tensor.shape or ()
+        if kind == "F4":
+            shape = (*shape[:-1], 2 * shape[-1])
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": ranges[name]}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > MAX_HEADER:
+        raise LimitError(f"the header would have {len(encoded):,} bytes, over safetensors' limit of {MAX_HEADER:,}")
+    return len(encoded).to_bytes(8, "little") + encoded, position
+
+
+def _by_size(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    return sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].bits)
+
+
 def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output: Output, files: Files) -> None:
     """Writes tensors that `refuse` has let pass, each with bytes of its own, streaming.
 
@@ -39,24 +74,8 @@ def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output
     aligned, as the library does. ``format`` is ``pt`` unless the metadata say otherwise: accelerate wants it.
     Raises: LimitError if the header would pass `MAX_HEADER`.
     """
-    by_size = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].bits)
-    offsets: dict[str, tuple[int, int]] = {}
-    position = 0
-    for name in by_size:
-        offsets[name] = (position, position + tensors[name].nbytes)
-        position += tensors[name].nbytes
-    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
-    for name, tensor in tensors.items():
-        row, shape = DTYPES[tensor.dtype], list(tensor.shape or ())
-        if row.safetensors == "F4":
-            shape[-1] *= 2
-        header[name] = {"dtype": row.safetensors, "shape": shape, "data_offsets": list(offsets[name])}
-    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    if len(encoded) > MAX_HEADER:
-        raise LimitError(f"the header would have {len(encoded):,} bytes, over safetensors' limit of {MAX_HEADER:,}")
-    output.reserve(8 + len(encoded) + position)
-    output.write(len(encoded).to_bytes(8, "little") + encoded)
-    for name in by_size:
-        for block in tensor_blocks(tensors[name], files):
-            output.write(block)
+    header, nbytes = begin(tensors, metadata)
+    output.reserve(len(header) + nbytes)
+    output.write(header)
+    for block in blocks_of_all((tensors[name] for name in _by_size(tensors)), files):
+        output.write(block)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptool import flat, formats
+from ckptool import aliases, formats
 from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, is_flat
 from ckptool.data import read_bytes, same_bytes
 from ckptool.errors import CkptoolError, FormatError, IncompleteError, LossError, OutputError, UsageError, listed
 from ckptool.files import EXISTS, File, Files, Output, same_file
-from ckptool.tree import walk
+from ckptool.tree import nodes
 
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
 
@@ -71,30 +74,79 @@ def save(
     cannot hold, IncompleteError if shards are missing, UsageError for an unknown suffix or format.
     """
     url = os.fspath(path)
-    refuse_broken(checkpoint)
-    tags = _tag_map(map_location)
     try:
+        tags = _refuse(checkpoint, url, to, force, in_place, map_location, hash_in_name)
         if formats.is_sharded(to):
-            _refuse_hidden(checkpoint, "a directory of shards")
-            check_output(url, to=to, force=force, in_place=in_place, inputs=[checkpoint])
             return _save_sharded(checkpoint, url, force or in_place, tags, max_shard_size, verify, fsync, progress)
-        check_output(url, to=to, force=force, in_place=in_place, inputs=[checkpoint])
         writer = formats.writer(url, to)
-        if not writer.NAME.startswith("torch"):
-            _refuse_hidden(checkpoint, writer.NAME)
-        with Files() as files, Output(url, force=force or in_place, fsync=fsync) as output:
-            output.progress = progress
+        name = _with_digest(url, PENDING) if hash_in_name else url
+        with Files() as files, Output(name, force=force or in_place, fsync=fsync) as output:
+            output.path, output.progress = url, progress
             left_out: tuple[str, ...] = writer.write(checkpoint, output, files, tags)
             if verify:
                 with Files(progress) as again:
                     _verify(checkpoint, writer.NAME, output.finished(), again)
             if hash_in_name:
-                output.rename(_with_hash(url, output.finished()))
+                output.rename(_with_hash(url, output.finished(), progress))
             output.commit()
             return Saved(output.path, output.position, left_out, verify, _overflowed(checkpoint, files))
     except CkptoolError as error:
         error.path = error.path or url
         raise
+
+
+def check(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    map_location: MapLocation = None,
+    max_shard_size: int = SHARD_SIZE,
+    hash_in_name: bool = False,
+) -> tuple[tuple[str, ...], int]:
+    """Returns what `save` would leave out, and about how many bytes it would write; writes nothing.
+
+    Raises: all that `save` raises before its first byte.
+    """
+    url = os.fspath(path)
+    try:
+        tags = _refuse(checkpoint, url, to, force, in_place, map_location, hash_in_name)
+        if formats.is_sharded(to):
+            from ckptool.formats import sharded
+
+            return sharded.check(checkpoint, url, max_shard_size=max_shard_size, force=force or in_place)
+        found: tuple[tuple[str, ...], int] = formats.writer(url, to).check(checkpoint, tags)
+        return found
+    except CkptoolError as error:
+        error.path = error.path or url
+        raise
+
+
+def work(nbytes: int, *, verify: bool, hash_in_name: bool = False) -> int:
+    """Returns the bytes that `save` tells its progress of, where it writes so many: written, compared, hashed."""
+    return nbytes * (1 + 2 * verify + hash_in_name)
+
+
+def _refuse(
+    checkpoint: Checkpoint,
+    url: str,
+    to: str | None,
+    force: bool,
+    in_place: bool,
+    map_location: MapLocation,
+    hash_in_name: bool,
+) -> Callable[[str], str] | None:
+    """Refuses what can be refused whatever the format's own rules; returns the mapping of device tags."""
+    refuse_broken(checkpoint)
+    tags = _tag_map(map_location)
+    check_output(url, to=to, force=force, in_place=in_place, inputs=[checkpoint], hash_in_name=hash_in_name)
+    if formats.is_sharded(to):
+        _refuse_hidden(checkpoint, "a directory of shards")
+    elif not (writer := formats.writer(url, to)).NAME.startswith("torch"):
+        _refuse_hidden(checkpoint, writer.NAME)
+    return tags
 
 
 def _save_sharded(
@@ -112,10 +164,13 @@ def _save_sharded(
     with Files() as files, Files(progress) as again:
 
         def prove(paths: Sequence[str]) -> None:
-            meant = checkpoint.state_dict()
+            written: dict[str, TensorInfo] = {}
             for shard in paths:
-                _compare(meant, formats.read(shard).state_dict(), again)
+                written |= formats.read(shard).state_dict()
                 _open_with_reference(shard)
+            meant = checkpoint.state_dict()
+            tied = aliases.record(meant).keys() - written.keys()  # the index has them
+            _compare({key: tensor for key, tensor in meant.items() if key not in tied}, written, again)
 
         left_out = sharded.write_directory(
             checkpoint, directory, files, max_shard_size=max_shard_size, force=force, fsync=fsync,
@@ -127,16 +182,14 @@ def _save_sharded(
         return Saved(directory, nbytes, left_out, verify, _overflowed(checkpoint, files))
 
 
+def is_sharded(to: str | None) -> bool:
+    """Returns whether a user's name for a format means a directory of shards. Raises: UsageError if unknown."""
+    return formats.is_sharded(to)
+
+
 def holds_metadata(path: str, to: str | None) -> bool:
     """Returns whether an output can carry texts beside its tensors."""
     return formats.is_sharded(to) or formats.writer(path, to).NAME == "safetensors"
-
-
-def left_out(checkpoint: Checkpoint, path: str, to: str | None) -> tuple[str, ...]:
-    """Returns what a format of bare tensors will leave out, before anything is written."""
-    if not formats.is_sharded(to) and formats.writer(path, to).NAME.startswith("torch"):
-        return ()
-    return flat.left_out(checkpoint)
 
 
 def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
@@ -166,20 +219,55 @@ def _verify(checkpoint: Checkpoint, format_name: str, path: str, files: Files) -
     if format_name == "npz":
         _verify_npz(checkpoint, path, files)
     elif format_name == "safetensors":
-        _compare(checkpoint.state_dict(), formats.read(path).state_dict(), files, all_of_them=True)
+        _compare(checkpoint.state_dict(), formats.read(path).state_dict(), files)
         _open_with_reference(path)
     else:
-        _compare(dict(checkpoint.tensors()), dict(formats.read(path).tensors()), files, all_of_them=True)
+        _compare(dict(checkpoint.tensors()), dict(formats.read(path).tensors()), files)
 
 
-def _compare(
-    meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo], files: Files, *, all_of_them: bool = False
-) -> None:
-    lost = set(meant) - set(written) if all_of_them else set()
-    wrong = [key for key, tensor in written.items() if not (key in meant and _same(meant[key], tensor, files))]
+def _compare(meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo], files: Files) -> None:
+    """Raises FormatError with every key that is only on one side, or whose bytes are not the same on both."""
+    lost = [key for key in meant if key not in written]
+    wrong = []
+    proven: set[tuple[object, object]] = set()  # tied names are written once, and read once
+    for key, tensor in written.items():
+        pair = (meant[key].view, tensor.view) if key in meant else None
+        if pair in proven:
+            continue
+        with share(files, 2 * tensor.nbytes):
+            if pair is None or not _same(meant[key], tensor, files):
+                wrong.append(key)
+                continue
+        proven.add(pair)
     if lost or wrong:
         names = ["/".join(map(str, key)) if isinstance(key, tuple) else key for key in [*lost, *wrong]]
         raise FormatError(f"what was written is not what was meant, and was thrown away: {listed(names)}")
+
+
+@contextmanager
+def share(files: Files, nbytes: int) -> Iterator[None]:
+    """Has what is read meanwhile told as ``nbytes`` in all: no more as it is read, and at the end what is missing.
+
+    A comparison may read less (a memory map, a difference found at once) or more (what a cast starts from).
+    """
+    tell, left = files.progress, nbytes
+    if tell is None:
+        yield
+        return
+
+    def part(read: int) -> None:
+        nonlocal left
+        step = min(read, left)
+        left -= step
+        tell(step)
+
+    files.progress = part
+    try:
+        yield
+    finally:
+        files.progress = tell
+    if left:
+        tell(left)
 
 
 def _same(meant: TensorInfo, written: TensorInfo, files: Files) -> bool:
@@ -204,21 +292,46 @@ def _verify_npz(checkpoint: Checkpoint, path: str, files: Files) -> None:
     """Compares a NumPy archive as numpy reads it; holds one array at a time."""
     import numpy as np
 
-    with np.load(path) as archive:
-        for key, tensor in checkpoint.state_dict().items():
-            array = archive[key]
-            if list(array.shape) != list(tensor.shape or ()) or array.tobytes() != read_bytes(tensor, files):
-                raise FormatError(f"what was written is not what was meant, and was thrown away: {key}")
+    wrong = []
+    try:
+        with np.load(path) as archive:
+            for key, tensor in checkpoint.state_dict().items():
+                with share(files, 2 * tensor.nbytes):
+                    if not _is_in(archive, key, tensor, files):
+                        wrong.append(key)
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as error:
+        raise FormatError(f"numpy cannot read what was written, and it was thrown away: {error}") from error
+    if wrong:
+        raise FormatError(f"what was written is not what was meant, and was thrown away: {listed(wrong)}")
 
 
-def _with_hash(path: str, written: str) -> str:
+def _is_in(archive: Any, key: str, tensor: TensorInfo, files: Files) -> bool:
+    """Returns whether a NumPy archive holds a tensor as it was meant."""
+    try:
+        array = archive[key]
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError):  # a wrong checksum, a broken header
+        return False
+    return tuple(array.shape) == (tensor.shape or ()) and array.tobytes() == read_bytes(tensor, files)
+
+
+def _with_hash(path: str, written: str, progress: Progress | None = None) -> str:
     """Returns the path with 8 hex digits of the written file's sha256 behind the stem, as torchvision has it."""
     with File(written) as file:
         digest = hashlib.sha256()
         for block in file.blocks(0, file.size):
             digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return _with_digest(path, digest.hexdigest()[:8])
+
+
+PENDING = "########"
+"""Stands in a name for the digest of what is not written yet."""
+
+
+def _with_digest(path: str, digest: str) -> str:
     stem, suffix = split_suffix(path)
-    return f"{stem}-{digest.hexdigest()[:8]}{suffix}"
+    return f"{stem}-{digest}{suffix}"
 
 
 def split_suffix(path: str) -> tuple[str, str]:
@@ -240,9 +353,12 @@ def split_suffix(path: str) -> tuple[str, str]:
 def sources(checkpoint: Checkpoint) -> set[str]:
     """Returns the files that a checkpoint's bytes come from, and the one it was opened as."""
     found = {checkpoint.url}
-    for _, node in walk(checkpoint.tree, inside=True):
+    for node in nodes(checkpoint.tree):
         if isinstance(node, TensorInfo):
-            found.update(storage.span.url for storage in node.storages())
+            if isinstance(node.source, Storage):
+                found.add(node.source.span.url)
+            else:
+                found.update(storage.span.url for storage in node.storages())
         elif isinstance(node, Storage):
             found.add(node.span.url)
     return found - {""}
@@ -255,6 +371,7 @@ def check_output(
     force: bool = False,
     in_place: bool = False,
     inputs: Sequence[Checkpoint] = (),
+    hash_in_name: bool = False,
 ) -> None:
     """Raises what `save` would for the name alone: an unknown suffix, a file that exists, an input."""
     url = os.fspath(path)
@@ -266,8 +383,12 @@ def check_output(
         )
         if inside and force and not in_place:
             raise OutputError("holds an input; --in-place replaces it", url)
+        if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
+            raise OutputError("cannot be made: no such directory", url)
         return
     formats.writer(url, to)
+    if hash_in_name:
+        url = _with_digest(url, PENDING)
     _check_place(url, force or in_place, () if in_place else inputs, "is one of the inputs; --in-place replaces it")
 
 

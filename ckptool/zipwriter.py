@@ -15,12 +15,27 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from ckptool.files import Output
+from ckptool.checkpoint import Span
+from ckptool.files import Files, Output
 
 ALIGNMENT = 64
 _FAR = 0xFFFFFFFF
+_FLAGS, _EMPTY = 0x0808, 0x0800
+"""UTF-8 names; a descriptor behind the payload, but not behind an empty one."""
+
+_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
+
+
+class Record(NamedTuple):
+    """A record of another archive: its name below the prefix, where it is, and its CRC-32."""
+
+    name: str
+    span: Span
+    crc32: int
 
 
 class ZipWriter:
@@ -40,14 +55,15 @@ class ZipWriter:
         start = self.output.position
         full = f"{self.root}/{name}".encode()
         big, far = nbytes >= _FAR, start >= _FAR
-        flags = 0x0808 if nbytes else 0x0800
         extra = b""
         if big or far:
             values = [nbytes, 0] * big + [start] * far
             extra = struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values)
         padding = -(start + 30 + len(full) + len(extra) + 4) % ALIGNMENT
         self.output.write(
-            struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(full), len(extra) + 4 + padding)
+            _LOCAL.pack(
+                b"PK\x03\x04", 0, _FLAGS if nbytes else _EMPTY, 0, 0, 0, 0, 0, 0, len(full), len(extra) + 4 + padding
+            )
             + full + extra + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         )  # fmt: skip
         begin = self.output.position
@@ -58,19 +74,72 @@ class ZipWriter:
             self.output.write(block)
         if self.output.position - begin != nbytes:
             raise RuntimeError(f"{name} came to {self.output.position - begin} bytes, not {nbytes}")
-        crc = computed if crc32 is None else crc32
+        self._finish(full, nbytes, computed if crc32 is None else crc32, start)
+
+    def _finish(self, full: bytes, nbytes: int, crc: int, start: int) -> None:
+        """Writes what stands behind a record's payload, and notes its entry in the directory."""
+        big, far = nbytes >= _FAR, start >= _FAR
         if nbytes:
             sizes = "QQ" if big or far else "II"
             self.output.write(struct.pack(f"<4sI{sizes}", b"PK\x07\x08", crc, nbytes, nbytes))
         wide = struct.pack(f"<{2 * big + far}Q", *([nbytes, nbytes] * big + [start] * far))
         if wide:
             wide = struct.pack("<HH", 1, len(wide)) + wide
+        self._note(full, nbytes, crc, start, wide)
+
+    def _note(self, full: bytes, nbytes: int, crc: int, start: int, wide: bytes = b"") -> None:
+        size = min(nbytes, _FAR)
         self.entries.append(
-            struct.pack(
-                "<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc,
-                min(nbytes, _FAR), min(nbytes, _FAR), len(full), len(wide), 0, 0, 0, 0, min(start, _FAR),
+            _ENTRY.pack(
+                b"PK\x01\x02", 0, 0, _FLAGS if nbytes else _EMPTY, 0, 0, 0, crc, size, size, len(full), len(wide),
+                0, 0, 0, 0, min(start, _FAR),
             ) + full + wide
         )  # fmt: skip
+
+    def copy(self, prefix: str, records: Sequence[Record], files: Files) -> int:
+        """Copies records of one archive all at once, and returns how many of the first ones it could.
+
+        Those are the ones that stand there under the same names, with the same gaps and within 4 GiB: headers,
+        padding and descriptors are then those that would be written here. One read of many small tensors.
+        """
+        count, end = self._alike(prefix, records, files)
+        if not count:
+            return 0
+        first, last = records[0].span, records[count - 1]
+        start, shift = self.output.position, self.output.position - first.offset
+        payload = files.locate(last.span).offset
+        region = first._replace(member=None, nbytes=payload + last.span.nbytes - first.offset)
+        for block in files.blocks(region):
+            self.output.write(block)
+        for record in records[: count - 1]:
+            name = f"{self.root}/{prefix}{record.name}".encode()
+            self._note(name, record.span.nbytes, record.crc32, record.span.offset + shift)
+        self._finish(
+            f"{self.root}/{prefix}{last.name}".encode(), last.span.nbytes, last.crc32, last.span.offset + shift
+        )
+        if self.output.position - start != end - start:
+            raise RuntimeError(f"{count} records came to {self.output.position - start} bytes, not {end - start}")
+        return count
+
+    def _alike(self, prefix: str, records: Sequence[Record], files: Files) -> tuple[int, int]:
+        """Returns how many of the first records lie in their file as they would here, and where the last would end."""
+        start = position = self.output.position
+        shift = start - records[0].span.offset if records else 1
+        if shift % ALIGNMENT:
+            return 0, start
+        root = len(f"{self.root}/{prefix}".encode())
+        count = payload = 0
+        for record in records:
+            span = record.span
+            far = max(position, span.offset) + span.nbytes + (1 << 16) >= _FAR
+            if far or span.member != "stored" or span.url != records[0].span.url or span.offset + shift != position:
+                break
+            payload = position + 34 + root + len(record.name)
+            payload += -payload % ALIGNMENT
+            position = payload + span.nbytes + (16 if span.nbytes else 0)
+            count += 1
+        proven = count and files.locate(records[count - 1].span).offset + shift == payload
+        return (count, position) if proven else (0, start)
 
     def close(self) -> None:
         """Writes the central directory and the end records, of which torch always writes the zip64 ones too."""

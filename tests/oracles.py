@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,19 @@ from ckptool.checkpoint import Storage, TensorInfo
 from ckptool.files import Files
 from ckptool.tree import Global, PyObject, as_mapping, attributes
 
+Saved = Callable[..., Path]
+"""Saves an object with torch.save; see `conftest.saved`."""
+
+Run = Callable[..., tuple[int, str, str]]
+"""Runs a command line: (exit code, stdout, stderr); see `conftest.run`."""
+
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CANARY = "CKPTOOL_CANARY_EXECUTED"
+
+
+def content() -> dict[str, bytes | None]:
+    """All that the current directory holds: files with their bytes, directories with None."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
 
 
 # --- torch.load, also where a class cannot be imported -----------------------------------------------------------

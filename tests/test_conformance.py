@@ -366,10 +366,22 @@ def tied(*names: str) -> Checkpoint:
 )
 def test_tied_names_come_back_where_they_were(names: str, recorded: bool, way: str, tmp_path: Path) -> None:
     opened = tied(*names.split())
-    back = open_checkpoint(written(opened, way, tmp_path / "x"))
+    target = written(opened, way, tmp_path / "x")
+    back = open_checkpoint(target)
     assert list(back.state_dict()) == names.split()
     assert back.shared() == opened.shared()
-    assert (aliases.ORDER in back.metadata) == recorded
+    assert (aliases.ORDER in said_in(target)) == recorded
+    assert not {*back.metadata} - {"format", "total_size"}  # what it says of ties is in the tensors
+
+
+def said_in(target: Path) -> dict[str, str]:
+    """The metadata of a file, or of an index and its shards, as they stand there."""
+    said: dict[str, str] = {}
+    for file in sorted(target.glob("*.safetensors")) if target.is_dir() else [target]:
+        with safe_open(file, "pt") as reader:
+            said |= reader.metadata()
+    index = target / "model.safetensors.index.json"
+    return said | (json.loads(index.read_text())["metadata"] if index.is_file() else {})
 
 
 @pytest.mark.parametrize(
@@ -385,11 +397,12 @@ def test_an_order_that_makes_no_sense_loses_no_name(record: str) -> None:
 
 
 def test_the_order_of_other_names_never_travels(tmp_path: Path) -> None:
-    once = open_checkpoint(written(tied("a", "b", "a1"), "safetensors", tmp_path / "once"))
-    assert aliases.ORDER in once.metadata
+    target = written(tied("a", "b", "a1"), "safetensors", tmp_path / "once")
+    assert aliases.ORDER in said_in(target)
+    once = open_checkpoint(target)
     fewer = {key: tensor for key, tensor in once.state_dict().items() if key != "b"}
-    again = open_checkpoint(written(once.with_state_dict(fewer), "sharded", tmp_path / "again"))
-    assert (list(again.state_dict()), aliases.ORDER in again.metadata) == (["a", "a1"], False)
+    target = written(once.with_state_dict(fewer), "sharded", tmp_path / "again")
+    assert (list(open_checkpoint(target).state_dict()), aliases.ORDER in said_in(target)) == (["a", "a1"], False)
 
 
 def test_the_order_of_many_ties_costs_no_more_than_their_number() -> None:
@@ -403,7 +416,8 @@ def test_the_order_of_many_ties_costs_no_more_than_their_number() -> None:
         return time.perf_counter() - start
 
     seconds(1000)
-    assert seconds(50_000) < 30 * max(seconds(5_000), 0.01)
+    few, many = (min(seconds(count) for _ in range(3)) for count in (20_000, 100_000))  # both beyond the cache
+    assert many < 15 * few
 
 
 # --- torch and safetensors -------------------------------------------------------------------------------------------

@@ -5,37 +5,23 @@ import json
 import os
 import random
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, assert_identical, bits, torch_load
+from oracles import FIXTURES, Run, Saved, assert_identical, bits, torch_load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ckptool
-from ckptool.cli import main
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError
 
-Saved = Callable[..., Path]
-Run = Callable[..., tuple[int, str, str]]
 State = dict[str, torch.Tensor]
 
 OLD, NEW, FULL = FIXTURES / "resnet_old.pth", FIXTURES / "resnet_new.pth", FIXTURES / "resnet_122.pth"
 COUNTERS = 20
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object) -> tuple[int, str, str]:
-        code = main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def result_of(text: str) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from oracles import CANARY, assert_identical
 
-from ckptool import pickles
+from ckptool import pickles, picklewriter
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
-from ckptool.tree import Global, PyObject, as_mapping
+from ckptool.tree import MAX_DEPTH, Global, PyObject, as_mapping
 
 
 def read(data: bytes, **options: Any) -> Any:
@@ -27,7 +27,7 @@ def read(data: bytes, **options: Any) -> Any:
 
 
 def rewritten(data: bytes) -> bytes:
-    return pickles.dump(read(data))
+    return picklewriter.dump(read(data))
 
 
 def frames(*parts: bytes, protocol: int = 2) -> bytes:
@@ -130,9 +130,9 @@ def test_deeply_nested_containers_are_written_or_refused_and_never_crash() -> No
     def nested(depth: int) -> bytes:
         return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
 
-    assert len(rewritten(nested(pickles.MAX_DEPTH - 1))) > 2 * pickles.MAX_DEPTH
+    assert len(rewritten(nested(MAX_DEPTH - 1))) > 2 * MAX_DEPTH
     with pytest.raises(LimitError, match="MAX_DEPTH"):
-        rewritten(nested(pickles.MAX_DEPTH + 5))
+        rewritten(nested(MAX_DEPTH + 5))
     with pytest.raises(LimitError, match="MAX_DEPTH"):
         read(nested(200_000))
 
@@ -255,7 +255,7 @@ def test_nothing_runs_whatever_the_opcode(name: str, monkeypatch: pytest.MonkeyP
     before, imported = dict(vars(PyObject)), set(sys.modules)
     try:
         tree = read(HOSTILE[name])
-        pickles.dump(tree)
+        picklewriter.dump(tree)
     except CkptoolError:
         pass
     assert dict(vars(PyObject)) == before
@@ -381,13 +381,13 @@ def test_what_protocol_two_cannot_say_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="keyword"):
         rewritten(frames(b"cm\nC\n)}X\x01\x00\x00\x00aK\x01s\x92", protocol=4))
     with pytest.raises(UnsupportedError, match="object"):
-        pickles.dump(object())
+        picklewriter.dump(object())
     with pytest.raises(UnsupportedError, match="name"):
-        pickles.dump(Global.named("a\nb", "C"))
+        picklewriter.dump(Global.named("a\nb", "C"))
 
 
 def test_names_with_letters_outside_ascii_are_read_back() -> None:
     made = Global.named("modül", "Klasse")
-    again = read(pickles.dump([made, made]))
+    again = read(picklewriter.dump([made, made]))
     assert repr(again[0]) == "modül.Klasse"
     assert again[0] is again[1]

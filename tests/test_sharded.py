@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import ckptool
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
 from ckptool.checkpoint import Checkpoint
@@ -337,6 +340,38 @@ def test_more_shards_than_are_read_at_once_come_back_in_order(saved: Saved, tmp_
     write(open_checkpoint(saved(value)), tmp_path / "out", 12)
     assert len(list((tmp_path / "out").iterdir())) == 121
     assert_same_tensors(open_checkpoint(tmp_path / "out"), value)
+
+
+def test_more_shards_than_a_process_may_have_files_are_written_and_proven(saved: Saved, tmp_path: Path) -> None:
+    value = {f"t{number}": torch.tensor([number, -number]) for number in range(1500)}
+    script = f"""
+import resource, ckptool
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+report = ckptool.convert({str(saved(value))!r}, {str(tmp_path / "out")!r}, to="sharded", max_shard_size=16, fsync=False)
+print(report.tensors, report.verified)
+"""
+    root = str(Path(ckptool.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert (done.stdout, done.stderr) == ("1500 True\n", "")
+    assert len(os.listdir(tmp_path / "out")) == 1501
+    assert_same_tensors(open_checkpoint(tmp_path / "out"), value)
+
+
+def test_a_tensor_that_went_missing_in_a_shard_is_found(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file = sharded.safetensors_file.write
+
+    def lose(tensors: Any, *rest: Any) -> None:
+        write_file({key: tensor for key, tensor in tensors.items() if key != "gone"}, *rest)
+
+    monkeypatch.setattr(sharded.safetensors_file, "write", lose)
+    path = saved({"a": torch.ones(4), "gone": torch.ones(1), "b": torch.ones(4)})
+    with pytest.raises(FormatError, match="gone"):
+        ckptool.convert(path, tmp_path / "out", to="sharded", max_shard_size=20)
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_metadata_of_the_source_stands_in_every_shard_and_no_stale_word_of_an_index(tmp_path: Path) -> None:

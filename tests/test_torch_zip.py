@@ -277,4 +277,4 @@ def test_a_damaged_member_is_found_out_by_its_checksum_or_read_as_torch_reads_it
     except CkptoolError:
         return
     with zipfile.ZipFile(tmp_path / "out.pth") as archive:
-        assert archive.testzip() == "archive/data/0"
+        assert archive.testzip() == "saved/data/0"

@@ -17,7 +17,8 @@ from torch.utils.serialization import config as serialization
 from ckptool import zipwriter
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.files import Output
+from ckptool.checkpoint import Checkpoint, Span
+from ckptool.files import Files, Output
 from ckptool.zipwriter import ZipWriter
 
 Saved = Callable[..., Path]
@@ -176,12 +177,13 @@ def test_storages_are_numbered_by_first_use_and_lie_in_that_order(name: str, tmp
     assert all(offset % 64 == 0 for offset in found.values())
 
 
-def test_data_records_lie_as_torch_save_lays_them(saved: Saved, tmp_path: Path) -> None:
+def test_data_records_lie_as_torch_save_lays_them(tmp_path: Path) -> None:
     torch.manual_seed(5)
     tensors = {f"t{i}": torch.randn(i * 7 % 50 + 1) for i in range(30)} | {"none": torch.empty(0)}
     theirs = io.BytesIO()
     torch.save(tensors, theirs)  # root "archive", as ours
-    save(open_checkpoint(saved(tensors)), tmp_path / "out.pth")
+    (tmp_path / "theirs.pth").write_bytes(theirs.getvalue())
+    save(open_checkpoint(tmp_path / "theirs.pth"), tmp_path / "out.pth")
     with (
         zipfile.ZipFile(io.BytesIO(theirs.getvalue())) as expected,
         zipfile.ZipFile(tmp_path / "out.pth") as ours,
@@ -207,3 +209,89 @@ def test_the_sizes_in_front_are_zero_as_torch_has_them(tmp_path: Path) -> None:
     data = written(tmp_path / "a.zip", {"x": b"abc"})
     assert struct.unpack("<III", data[14:26]) == (0, 0, 0)
     assert zipwriter.ALIGNMENT == 64
+
+
+# --- many records as one piece ----------------------------------------------------------------------------------------
+
+
+def many(count: int = 300) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {f"layers.{i}.weight": torch.randn(i % 7) for i in range(count)}
+
+
+def reads_of(monkeypatch: pytest.MonkeyPatch, job: Callable[[], object]) -> int:
+    """How many spans a job reads."""
+    spans: list[object] = []
+    blocks = Files.blocks
+
+    def counted(self: Files, span: Span, *rest: Any) -> Any:
+        spans.append(span)
+        return blocks(self, span, *rest)
+
+    monkeypatch.setattr(Files, "blocks", counted)
+    job()
+    return len(spans)
+
+
+def renamed(path: Path) -> Checkpoint:
+    opened = open_checkpoint(path)
+    return opened.with_state_dict({f"model.{key}": tensor for key, tensor in opened.state_dict().items()})
+
+
+def test_records_that_keep_their_places_are_read_as_one(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = many()
+    checkpoint = renamed(saved(tensors))
+    assert reads_of(monkeypatch, lambda: save(checkpoint, tmp_path / "out.pth")) < 5
+    again = torch.load(tmp_path / "out.pth")
+    assert list(again) == [f"model.{key}" for key in tensors]
+    assert all(torch.equal(again[f"model.{key}"], tensor) for key, tensor in tensors.items())
+    with zipfile.ZipFile(tmp_path / "out.pth") as archive:
+        assert archive.testzip() is None  # which compares every local header's name with the directory's
+
+
+def test_a_changed_tensor_ends_the_piece_and_nothing_is_lost(saved: Saved, tmp_path: Path) -> None:
+    tensors = many()
+    opened = open_checkpoint(saved(tensors))
+    kept = {key: tensor for number, (key, tensor) in enumerate(opened.state_dict().items()) if number != 150}
+    save(opened.with_state_dict(kept), tmp_path / "out.pth")
+    again = torch.load(tmp_path / "out.pth")
+    assert list(again) == list(kept)
+    assert all(torch.equal(again[key], tensors[key]) for key in kept)
+    with zipfile.ZipFile(tmp_path / "out.pth") as archive:
+        assert archive.testzip() is None
+
+
+@pytest.mark.parametrize("where", ["padding of the first", "padding of the last", "a gap between two"])
+def test_records_with_other_gaps_are_copied_one_by_one(where: str, saved: Saved, tmp_path: Path) -> None:
+    """A directory whose offsets do not say what the local headers say: the payload is where the header says."""
+    tensors = {f"t{i}": torch.full((16,), float(i)) for i in range(5)}
+    path = saved(tensors)
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if "serialization_id" not in name]
+        content = {name: archive.read(name) for name in names}
+    with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:  # no padding, no descriptors
+        for number, name in enumerate(names):
+            archive.writestr(name, content[name])
+            if where == "a gap between two" and number == 5:
+                archive.writestr("saved/.data/more", b"x" * 77)
+            elif where == "padding of the first" and number == 0:
+                archive.writestr("saved/.data/more", b"x" * 5)
+    save(renamed(tmp_path / "other.pth"), tmp_path / "out.pth")
+    again = torch.load(tmp_path / "out.pth")
+    assert all(torch.equal(again[f"model.{key}"], tensor) for key, tensor in tensors.items())
+    assert all(offset % 64 == 0 for offset in offsets(tmp_path / "out.pth").values())
+
+
+def test_a_local_header_that_lies_about_its_length_changes_no_value(saved: Saved, tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((16,), float(i)) for i in range(5)}
+    path = saved(tensors)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"saved/data/4") - 30
+    (extra,) = struct.unpack_from("<H", data, at + 28)
+    struct.pack_into("<H", data, at + 28, extra + 8)  # torch then reads from 8 bytes behind: so must we
+    path.write_bytes(data)
+    save(renamed(path), tmp_path / "out.pth")
+    expected, again = torch.load(path), torch.load(tmp_path / "out.pth")
+    assert all(torch.equal(again[f"model.{key}"], expected[key]) for key in tensors)

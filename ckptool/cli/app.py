@@ -11,6 +11,9 @@ import typer
 from ckptool.cli import convert, diff, filter, inspect, remap, render
 from ckptool.errors import CkptoolError, UsageError
 
+INTERRUPTED = 130
+"""The exit code of Ctrl-C: no command returns it."""
+
 app = typer.Typer(
     name="ckptool",
     help="Look into, compare, filter and rewrite checkpoints without loading them.",
@@ -55,8 +58,9 @@ def run(args: list[str]) -> int:
         hint = f" (see {context.command_path} --help)" if context else ""
         return _fail(UsageError(f"{error.format_message()}{hint}"), command, as_json)
     except (KeyboardInterrupt, click.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # typer makes an exit code of a KeyboardInterrupt, and says nothing
         print("ckptool: interrupted", file=sys.stderr)
-        return 130
     return code if isinstance(code, int) else 0
 
 

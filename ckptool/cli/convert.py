@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import ckptool
 from ckptool import saving
+from ckptool.checkpoint import Checkpoint
 from ckptool.cli import options, render
 from ckptool.cli.progress import bar
 from ckptool.errors import UsageError
@@ -59,19 +60,33 @@ def command(
     if len({os.path.realpath(place) for _, place in places}) < len(places):
         raise UsageError("two inputs would be written to one name")
     opened = [(ckptool.open(source, root=root), place) for source, place in places]
-    for checkpoint, place in opened:
-        saving.check_output(place, to=to, force=force, in_place=in_place, inputs=[checkpoint])
+    everything = [checkpoint for checkpoint, _ in opened]
+    for _, place in opened:
+        saving.check_output(
+            place, to=to, force=force, in_place=in_place, inputs=everything, hash_in_name=publish
+        )  # fmt: skip
     if report_file is not None:
-        saving.check_report(report_file, force=force, inputs=[checkpoint for checkpoint, _ in opened])
+        saving.check_report(report_file, force=force, inputs=everything)
+
+    def converted(checkpoint: Checkpoint, place: str, **how: Any) -> ConvertReport:
+        return ckptool.convert(
+            checkpoint, place, to=to, dtype=dtype, keep=keep or (), untie=untie, publish=publish,
+            metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit, map_location=tags,
+            verify=verify, fsync=fsync, **how,
+        )  # fmt: skip
+
+    def total() -> int:
+        sizes = [converted(*pair, force=True, in_place=True, dry_run=True).nbytes for pair in opened]
+        return saving.work(sum(sizes), verify=verify, hash_in_name=publish and not saving.is_sharded(to))
+
+    if len(opened) > 1:  # what will be refused is refused before the first is written
+        for pair in opened:
+            converted(*pair, force=force, in_place=in_place, dry_run=True)
     reports = []
-    total = sum(tensor.nbytes for checkpoint, _ in opened for _, tensor in checkpoint.tensors())
-    with bar(lambda: total * (3 if verify else 1)) as progress:
+    with bar(total) as progress:
         for (checkpoint, place), (source, _) in zip(opened, places, strict=True):
-            report = ckptool.convert(
-                checkpoint, place, to=to, dtype=dtype, keep=keep or (), untie=untie, publish=publish,
-                metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit,
-                map_location=tags, force=force, in_place=in_place, verify=verify, fsync=fsync, progress=progress,
-                dry_run=dry_run,
+            report = converted(
+                checkpoint, place, force=force, in_place=in_place, progress=progress, dry_run=dry_run
             )  # fmt: skip
             reports.append(replace(report, input=source))
             if not as_json:
@@ -83,7 +98,8 @@ def command(
     if as_json:
         render.print_json(document)
     elif len(reports) > 1:
-        render.show([f"{len(reports)} converted, {render.size(sum(report.nbytes for report in reports))}"])
+        state = " (dry run), about" if dry_run else ","
+        render.show([f"{len(reports)} converted{state} {render.size(sum(report.nbytes for report in reports))}"])
     return 0
 
 
@@ -113,9 +129,8 @@ def beside(source: str, to: str) -> str:
 
 def _lines(report: ConvertReport, dry_run: bool) -> list[str]:
     state = " (dry run)" if dry_run else ""
-    text = f"{report.output}{state}: {render.plural(report.tensors, 'tensor')}"
-    if not dry_run:
-        text += f", {render.size(report.nbytes)}{', verified' if report.verified else ''}"
+    text = f"{report.output}{state}: {render.plural(report.tensors, 'tensor')}, {'about ' if dry_run else ''}"
+    text += f"{render.size(report.nbytes)}{', verified' if report.verified else ''}"
     lines = [["cast", render.plural(len(report.cast), "tensor")]] if report.cast else []
     lost = sum(report.overflowed.values())
     if lost:

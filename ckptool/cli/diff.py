@@ -10,8 +10,9 @@ import typer
 import ckptool
 from ckptool import keys
 from ckptool.cli import render
+from ckptool.cli.progress import bar
 from ckptool.errors import UsageError
-from ckptool.ops.diff import KINDS, DiffReport
+from ckptool.ops.diff import KINDS, DiffReport, volume
 
 
 def command(
@@ -44,10 +45,13 @@ def command(
         raise UsageError("--rtol and --atol take numbers")
     first = ckptool.open(a, root=root_a or root)
     second = ckptool.open(b, root=root_b or root)
-    report = ckptool.diff(
-        first, second, ignore=ignore or (), strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b,
-        devices=devices, values=values, rtol=rtol, atol=atol,
-    )  # fmt: skip
+    chosen: dict[str, Any] = {
+        "ignore": ignore or (), "strip_prefix_a": strip_prefix_a, "strip_prefix_b": strip_prefix_b
+    }  # fmt: skip
+    with bar(lambda: volume(first, second, **chosen)) as progress:
+        report = ckptool.diff(
+            first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol, progress=progress
+        )
     if as_json:
         render.print_json(render.document("diff", report, report.notes))
     else:

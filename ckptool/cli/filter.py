@@ -11,9 +11,7 @@ import typer
 
 import ckptool
 from ckptool import keys, saving
-from ckptool.checkpoint import Checkpoint
 from ckptool.cli import options, render
-from ckptool.cli.progress import bar
 from ckptool.errors import UsageError
 from ckptool.ops.filter import LOADED, FilterReport, Row
 
@@ -69,14 +67,13 @@ def command(
         add_prefix=add_prefix, only_matched=only_matched, cast=cast,
     )  # fmt: skip
     failed = _gates(report, least, require or [], strict)
-    if not failed and output is not None and not dry_run:
-        with bar(lambda: _bytes(checkpoint) * (3 if verify else 1)) as progress:
-            saved = saving.save(
-                checkpoint, output, force=force, in_place=in_place, map_location=tags, verify=verify, fsync=fsync,
-                progress=progress,
-            )  # fmt: skip
-        notes = [*report.notes, *([f"left out: {', '.join(saved.left_out)}"] if saved.left_out else [])]
-        report = replace(report, output=output, notes=notes)
+    if not failed and output is not None:
+        written = options.written(
+            checkpoint, output, dry_run=dry_run, force=force, in_place=in_place, map_location=tags, verify=verify,
+            fsync=fsync,
+        )  # fmt: skip
+        notes = [*report.notes, *([f"left out: {', '.join(written.left_out)}"] if written.left_out else [])]
+        report = replace(report, output=None if dry_run else output, notes=notes)
     document = render.document("filter", report, [*report.notes, *failed])
     if report_file is not None:
         saving.write_text(report_file, render.json_text(document), force=force)
@@ -85,10 +82,6 @@ def command(
     else:
         render.show(_lines(report, output, dry_run, failed, all_rows))
     return int(bool(failed))
-
-
-def _bytes(checkpoint: Checkpoint) -> int:
-    return sum(tensor.nbytes for _, tensor in checkpoint.tensors())
 
 
 def _fraction(text: str | None) -> float | None:

@@ -9,6 +9,7 @@ import typer
 
 from ckptool import saving
 from ckptool.checkpoint import Checkpoint
+from ckptool.cli.progress import bar
 from ckptool.errors import UsageError
 
 Root = Annotated[str | None, typer.Option("--root", metavar="PATH", help="Where the weights are, steps joined with /.")]
@@ -23,6 +24,36 @@ InPlace = Annotated[bool, typer.Option("--in-place", help="Allow the output to b
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Report only, write nothing.")]
 Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report too.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+
+
+def written(
+    checkpoint: Checkpoint,
+    output: str,
+    *,
+    to: str | None = None,
+    dry_run: bool,
+    force: bool,
+    in_place: bool,
+    map_location: saving.MapLocation,
+    verify: bool,
+    fsync: bool,
+) -> saving.Saved:
+    """Returns what became of a checkpoint that was written, with a bar where it took long; of a dry run what would."""
+    if dry_run:
+        left_out, nbytes = saving.check(
+            checkpoint, output, to=to, force=force, in_place=in_place, map_location=map_location
+        )
+        return saving.Saved(output, nbytes, left_out)
+
+    def total() -> int:
+        nbytes = saving.check(checkpoint, output, to=to, force=True, in_place=True)[1]
+        return saving.work(nbytes, verify=verify)
+
+    with bar(total) as progress:
+        return saving.save(
+            checkpoint, output, to=to, force=force, in_place=in_place, map_location=map_location, verify=verify,
+            fsync=fsync, progress=progress,
+        )  # fmt: skip
 
 
 def tags(text: str | None) -> str | dict[str, str] | None:

@@ -23,21 +23,25 @@ def bar(total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
         return
     shown: list[Any] = []
     begun = time.monotonic()
-    done = 0
+    done = due = step = 0
 
     def advance(nbytes: int) -> None:
-        nonlocal done
+        nonlocal done, due, step
         done += nbytes
         if not shown and time.monotonic() - begun > PATIENCE:
-            shown.extend(_started(total(), done))
-        elif shown:
-            progress, task = shown
-            progress.update(task, completed=done)
+            expected = total()
+            shown.extend(_started(expected, done))
+            step = expected // 1000
+            due = done + step
+        elif shown and done >= due:  # rich takes longer over an update than we over a small tensor
+            shown[0].update(shown[1], completed=done)
+            due = done + step
 
     try:
         yield advance
     finally:
         if shown:
+            shown[0].update(shown[1], completed=done)
             shown[0].stop()
 
 

@@ -16,7 +16,6 @@ import ckptool
 from ckptool import keys, saving
 from ckptool.checkpoint import Checkpoint
 from ckptool.cli import options, render
-from ckptool.cli.progress import bar
 from ckptool.errors import FormatError, UnreadableError, UsageError, explain
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.rules import PRESETS, Rules, parse_option
@@ -79,14 +78,13 @@ def command(
         checkpoint, report = ckptool.invert(opened, read_data(invert))
     else:
         checkpoint, report = ckptool.remap(opened, chosen, allow_unused=allow_unused)
-    if output is not None and not dry_run:
-        with bar(lambda: _bytes(checkpoint) * (3 if verify else 1)) as progress:
-            saved = saving.save(
-                checkpoint, output, to=_own_format(opened, output), force=force, in_place=in_place, map_location=tags,
-                verify=verify, fsync=fsync, progress=progress,
-            )  # fmt: skip
-        left = [f"left out: {', '.join(saved.left_out)}"] if saved.left_out else []
-        report = replace(report, output=saved.path, notes=[*report.notes, *left])
+    if output is not None:
+        written = options.written(
+            checkpoint, output, to=_own_format(opened, output), dry_run=dry_run, force=force, in_place=in_place,
+            map_location=tags, verify=verify, fsync=fsync,
+        )  # fmt: skip
+        left = [f"left out: {', '.join(written.left_out)}"] if written.left_out else []
+        report = replace(report, output=None if dry_run else written.path, notes=[*report.notes, *left])
     if save_map is not None and not dry_run:
         saving.write_text(save_map, render.json_text(report.saved), force=force)
     if report_file is not None and not dry_run:
@@ -145,10 +143,6 @@ def read_data(path: str) -> Any:
         raise FormatError(f"neither JSON nor TOML: {error}", path) from error
 
 
-def _bytes(checkpoint: Checkpoint) -> int:
-    return sum(tensor.nbytes for _, tensor in checkpoint.tensors())
-
-
 def _lines(report: RemapReport, output: str | None, dry_run: bool) -> list[str]:
     renamed = sum(row.op == "rename" and row.old != [row.new] for row in report.map)
     made = sum(row.op != "rename" for row in report.map)
@@ -168,7 +162,7 @@ def _lines(report: RemapReport, output: str | None, dry_run: bool) -> list[str]:
 
 def _renamed(report: RemapReport) -> list[list[str]]:
     """Returns a line for each change of name, without the segments that stay: ``module.layer1 -> stages.1``."""
-    counts: dict[tuple[str, str], list[str]] = {}
+    counts: dict[tuple[str, str], int] = {}
     for row in report.map:
         if row.op != "rename" or row.old == [row.new]:
             continue
@@ -179,8 +173,9 @@ def _renamed(report: RemapReport) -> list[list[str]]:
         if old[-1] == new[-1]:  # all of the shorter one is the end of the longer: a prefix came or went
             old.pop()
             new.pop()
-        counts.setdefault((".".join(old), ".".join(new)), []).append(row.new)
+        apart = ".".join(old), ".".join(new)
+        counts[apart] = counts.get(apart, 0) + 1
     return [
-        [old or "(nothing)", "->", new or "(nothing)", render.plural(len(made), "key")]
-        for (old, new), made in counts.items()
+        [old or "(nothing)", "->", new or "(nothing)", render.plural(count, "key")]
+        for (old, new), count in counts.items()
     ]

@@ -1,8 +1,9 @@
 """What we read and write: one file per format, and here the list of them.
 
 A format file has ``NAME``, ``matches(file)`` (by content, never by name) and ``read(file)``; one that can be
-written also has ``SUFFIXES`` and ``write(checkpoint, output, files, map_location)``; ``npz`` has only those. A
-directory of shards is read through `read`, and written by `sharded.write_directory`.
+written also has ``SUFFIXES``, ``write(checkpoint, output, files, map_location)`` and ``check(checkpoint,
+map_location)``, which raises what `write` would and writes nothing; ``npz`` has only those. A directory of shards is
+read through `read`, and written by `sharded.write_directory`.
 """
 
 from __future__ import annotations

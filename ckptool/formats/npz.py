@@ -47,10 +47,8 @@ def write(
 
     Raises: LossError naming every tensor numpy has no dtype for, and every name an archive cannot have.
     """
-    tensors = checkpoint.state_dict()
-    _refuse(tensors)
-    heads = {name: _npy_header(tensor) for name, tensor in tensors.items()}
-    output.reserve(sum(len(heads[name]) + tensor.nbytes + 3 * len(name) + 256 for name, tensor in tensors.items()))
+    tensors, heads = _headed(checkpoint)
+    output.reserve(_nbytes(tensors, heads))
     with zipfile.ZipFile(_Sink(output), "w", zipfile.ZIP_STORED) as archive:
         for name, tensor in tensors.items():
             member = zipfile.ZipInfo(f"{name}.npy", EPOCH)
@@ -61,6 +59,27 @@ def write(
                 record.write(heads[name])
                 for block in tensor_blocks(tensor, files):
                     record.write(block)
+    return _left_out(checkpoint, tensors)
+
+
+def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
+    """Returns what `write` would leave out, and about how many bytes it would write. Raises: as `write`."""
+    tensors, heads = _headed(checkpoint)
+    return _left_out(checkpoint, tensors), _nbytes(tensors, heads)
+
+
+def _headed(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, bytes]]:
+    """Returns the tensors, and what stands in front of each one's elements. Raises: LossError."""
+    tensors = checkpoint.state_dict()
+    _refuse(tensors)
+    return tensors, {name: _npy_header(tensor) for name, tensor in tensors.items()}
+
+
+def _nbytes(tensors: Mapping[str, TensorInfo], heads: Mapping[str, bytes]) -> int:
+    return sum(len(heads[name]) + tensor.nbytes + 3 * len(name) + 256 for name, tensor in tensors.items())
+
+
+def _left_out(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     untied = (f"untied: {alias} = {kept}" for alias, kept in aliases.ties(tensors).items())
     return (*flat.left_out(checkpoint), *untied)
 

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from math import prod
 from typing import Any
 
 from ckptool import aliases, flat, safetensors_file
-from ckptool.checkpoint import Checkpoint, Storage, TensorInfo, contiguous_stride, is_countable
+from ckptool.checkpoint import MAX_DIMS, MAX_NUMEL, Checkpoint, Storage, TensorInfo, contiguous_stride
 from ckptool.dtypes import BY_SAFETENSORS
 from ckptool.errors import FormatError, LimitError, UnsupportedError, listed
 from ckptool.files import File, Files, Output
@@ -62,7 +61,8 @@ def read(file: File) -> Checkpoint:
         tree[name] = tensor
         ranges.append((begin, end, name))
     _check_ranges(ranges, file.size - start)
-    return Checkpoint(aliases.restored(tree, metadata), format=NAME, url=file.path, nbytes=file.size, metadata=metadata)
+    said = aliases.plain(metadata, tree)
+    return Checkpoint(aliases.restored(tree, metadata), format=NAME, url=file.path, nbytes=file.size, metadata=said)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -95,23 +95,36 @@ def _tensor(name: str, entry: Any, file: File, start: int) -> tuple[TensorInfo, 
     row = BY_SAFETENSORS.get(kind) if isinstance(kind, str) else None
     if row is None:
         raise FormatError(f"{name!r} has dtype {kind!r}, unknown to safetensors")
-    numbers = [begin, end, *(shape if isinstance(shape, list) else [None])]
-    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
-        raise FormatError(
-            f"{name!r} has shape {brief(shape)} and data_offsets {brief([begin, end])}: not all whole numbers"
-        )
-    dims = tuple(shape)
-    if not is_countable(dims):
-        raise FormatError(f"{name!r} has shape {brief(shape)}: more elements or dimensions than can be counted")
-    bits = (4 if kind == "F4" else row.bits) * prod(dims)
+    if type(begin) is not int or type(end) is not int or type(shape) is not list:
+        raise _no_numbers(name, shape, begin, end)
+    if not (0 <= begin < 1 << 63 and 0 <= end < 1 << 63):
+        raise _no_numbers(name, shape, begin, end)
+    count, numel, stride = 1, 1, []
+    for size in reversed(shape):  # once, for what contiguous_stride and is_countable each look at
+        if type(size) is not int or not 0 <= size < 1 << 63:
+            raise _no_numbers(name, shape, begin, end)
+        stride.append(count)
+        count *= size or 1
+        numel *= size
+        if count > MAX_NUMEL or len(stride) > MAX_DIMS:
+            raise FormatError(f"{name!r} has shape {brief(shape)}: more elements or dimensions than can be counted")
+    bits = (4 if kind == "F4" else row.bits) * numel
     if bits % 8 or end - begin != bits // 8:
         raise FormatError(f"{name!r}, {kind} of shape {brief(shape)}, takes {bits / 8:g} bytes; it has {end - begin}")
+    dims, strides = tuple(shape), tuple(reversed(stride))
     if kind == "F4":
         if not dims or dims[-1] % 2:
             raise UnsupportedError(f"{name!r} is F4 with an odd last dimension, which torch cannot hold")
         dims = (*dims[:-1], dims[-1] // 2)
+        strides = contiguous_stride(dims)
     storage = Storage(file.span(start + begin, end - begin), row.name if row.storage else None)
-    return TensorInfo(row.name, dims, contiguous_stride(dims), 0, storage), begin, end
+    return TensorInfo(row.name, dims, strides, 0, storage), begin, end
+
+
+def _no_numbers(name: str, shape: Any, begin: Any, end: Any) -> FormatError:
+    return FormatError(
+        f"{name!r} has shape {brief(shape)} and data_offsets {brief([begin, end])}: not all whole numbers"
+    )
 
 
 def _check_ranges(ranges: list[tuple[int, int, str]], size: int) -> None:
@@ -134,10 +147,21 @@ def write(
 
     Raises: LossError naming every tensor the format cannot hold.
     """
+    safetensors_file.write(*_stored(checkpoint), output, files)
+    return flat.left_out(checkpoint)
+
+
+def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
+    """Returns what `write` would leave out, and how many bytes it would write. Raises: as `write`."""
+    header, nbytes = safetensors_file.begin(*_stored(checkpoint))
+    return flat.left_out(checkpoint), len(header) + nbytes
+
+
+def _stored(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Returns the tensors that are stored, and the metadata, which record those tied to them. Raises: LossError."""
     tensors = checkpoint.state_dict()
     safetensors_file.refuse(tensors)
     dropped = aliases.record(tensors)
+    safetensors_file.refuse_clashes(checkpoint.metadata, dropped)
     stored = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-    metadata = {**aliases.without(checkpoint.metadata, tensors), **aliases.described(tensors, dropped)}
-    safetensors_file.write(stored, metadata, output, files)
-    return flat.left_out(checkpoint)
+    return stored, {**aliases.carried(checkpoint.metadata, stored), **aliases.described(tensors, dropped)}

@@ -19,7 +19,7 @@ from typing import Any
 from ckptool import aliases, flat, safetensors_file
 from ckptool.checkpoint import Checkpoint, TensorInfo
 from ckptool.errors import FormatError, LimitError, OutputError, UnsupportedError, UsageError, explain, listed
-from ckptool.files import File, Files, Output
+from ckptool.files import EXISTS, File, Files, Output
 from ckptool.layout import MapLocation
 
 NAME = "hf-sharded"
@@ -111,7 +111,8 @@ def read(file: File, open_: Open) -> Checkpoint:
     tree: dict[str, TensorInfo] = {}
     where: dict[str, str] = {}
     names: dict[tuple[str, str], None] = {}
-    metadata = {str(key): str(value) for key, value in (index.get("metadata") or {}).items()}
+    said = {str(key): str(value) for key, value in (index.get("metadata") or {}).items()}
+    metadata: dict[str, str] = {}
     missing, twice = [], []
     nbytes = file.size
     for shard in sorted(set(weight_map.values()), key=_natural):
@@ -130,7 +131,8 @@ def read(file: File, open_: Open) -> Checkpoint:
                 tree[key], where[key] = tensor, shard
     absent = [key for key, shard in weight_map.items() if key not in tree and shard not in missing]
     lost = [key for key, shard in weight_map.items() if shard in missing]
-    extra = [key for key in tree if key not in weight_map and key not in metadata]
+    told = {tree[key].view for key in weight_map if key in tree}
+    extra = [key for key, tensor in tree.items() if key not in weight_map and tensor.view not in told]
     moved = [key for key, shard in where.items() if key in weight_map and weight_map[key] != shard]
     if missing:
         problems.append(f"missing shards: {listed(missing)}, and in them {listed(lost)}")
@@ -144,11 +146,11 @@ def read(file: File, open_: Open) -> Checkpoint:
         problems.append(f"in another shard than the index says: {listed(moved)}")
     problems += _wrong_size(index, tree)
     return Checkpoint(
-        aliases.restored(tree, metadata),
+        aliases.restored(tree, said),
         format=NAME,
         url=file.path,
         nbytes=nbytes,
-        metadata=metadata,
+        metadata={**metadata, **aliases.plain(said, tree)},
         names=tuple(names),
         problems=tuple(problems),
         broken=bool(missing or absent or twice),
@@ -243,33 +245,69 @@ def write_directory(
     Raises: LossError naming every tensor safetensors cannot hold; OutputError if a file exists (without
     ``force``), or one that loaders would prefer to the index.
     """
-    tensors = checkpoint.state_dict()
-    safetensors_file.refuse(tensors)
-    dropped = aliases.record(tensors)
-    shards = plan(tensors, max_shard_size)
-    carried = aliases.without(checkpoint.metadata, tensors)
-    said: dict[str, Any] = dict(aliases.described(tensors, dropped))
+    shards, said = _contents(checkpoint, max_shard_size)
+    _refuse_places(directory, shards, force)
     with _made(directory), ExitStack() as stack:
-        if WHOLE not in shards and os.path.lexists(os.path.join(directory, WHOLE)):
-            raise OutputError(f"it holds {WHOLE}, which loaders prefer to an index: remove it first", directory)
 
         def opened(name: str) -> Output:
             output = stack.enter_context(Output(os.path.join(directory, name), force=force, fsync=fsync))
             output.progress = progress
+            outputs.append(output)
             return output
 
-        outputs = {name: opened(name) for name in shards}  # all of them now: what exists is known before hours of work
-        index = opened(WRITTEN_INDEX) if WHOLE not in shards else None
-        for name, shard in shards.items():
-            safetensors_file.write(shard, carried if index else {**carried, **said}, outputs[name], files)
-        if index is not None:
-            said["total_size"] = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
-            weight_map = {key: name for name, shard in shards.items() for key in shard}
-            index.write(_index_text({"metadata": said, "weight_map": weight_map}))
+        outputs: list[Output] = []
+        for name, (shard, metadata) in shards.items():
+            output = opened(name)
+            safetensors_file.write(shard, metadata, output, files)
+            output.close()  # a process may have no more than a thousand files open
+        written = [output.finished() for output in outputs]
+        if WHOLE not in shards:
+            weight_map = {key: name for name, (shard, _) in shards.items() for key in shard}
+            opened(WRITTEN_INDEX).write(_index_text({"metadata": said, "weight_map": weight_map}))
         if check is not None:
-            check([output.finished() for output in outputs.values()])
-        _commit([*outputs.values(), *([index] if index else [])])
+            check(written)
+        _commit(outputs)
     return flat.left_out(checkpoint)
+
+
+def check(
+    checkpoint: Checkpoint, directory: str, *, max_shard_size: int, force: bool = False
+) -> tuple[tuple[str, ...], int]:
+    """Returns what `write_directory` would leave out, and how many bytes of shards it would write. Raises: as it."""
+    shards, _ = _contents(checkpoint, max_shard_size)
+    _refuse_places(directory, shards, force)
+    sizes = [safetensors_file.begin(shard, metadata) for shard, metadata in shards.values()]
+    return flat.left_out(checkpoint), sum(len(header) + nbytes for header, nbytes in sizes)
+
+
+Shard = tuple[dict[str, TensorInfo], dict[str, str]]
+"""What one file gets: tensors and metadata."""
+
+
+def _contents(checkpoint: Checkpoint, max_shard_size: int) -> tuple[dict[str, Shard], dict[str, Any]]:
+    """Returns {file name: what it gets} and the metadata of the index. Raises: LossError, UsageError."""
+    tensors = checkpoint.state_dict()
+    safetensors_file.refuse(tensors)
+    dropped = aliases.record(tensors)
+    planned = plan(tensors, max_shard_size)
+    said: dict[str, Any] = dict(aliases.described(tensors, dropped))
+    shards = {name: (shard, aliases.carried(checkpoint.metadata, shard)) for name, shard in planned.items()}
+    if WHOLE in shards:
+        safetensors_file.refuse_clashes(checkpoint.metadata, dropped)
+        shards[WHOLE][1].update(said)
+    else:
+        said["total_size"] = sum(tensor.nbytes for shard in planned.values() for tensor in shard.values())
+    return shards, said
+
+
+def _refuse_places(directory: str, shards: Mapping[str, Shard], force: bool) -> None:
+    """Raises OutputError with every file that is in the way: what exists is known before hours of work."""
+    if WHOLE not in shards and os.path.lexists(os.path.join(directory, WHOLE)):
+        raise OutputError(f"it holds {WHOLE}, which loaders prefer to an index: remove it first", directory)
+    names = [*shards, *([] if WHOLE in shards else [WRITTEN_INDEX])]
+    there = [name for name in names if os.path.lexists(os.path.join(directory, name))]
+    if there and not force:
+        raise OutputError(f"{listed(there)}: {EXISTS}", directory)
 
 
 def _index_text(index: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from ckptool import pickles, rebuild
+from ckptool import picklewriter, rebuild
 from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo
 from ckptool.errors import FormatError, LossError, listed
 from ckptool.files import File, Files, Output
@@ -102,6 +102,21 @@ def _view(storage: Storage, view: Any) -> rebuild.StorageView:
     return rebuild.StorageView(storage, view[1])
 
 
+def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
+    """Returns what `write` would leave out: nothing, and about how many bytes it would write. Raises: as `write`."""
+    return (), _nbytes(*_pickled(checkpoint, Layout(checkpoint.tree, map_location)))
+
+
+def _pickled(checkpoint: Checkpoint, layout: Layout) -> tuple[bytes, list[Storage]]:
+    """Returns the tree's pickle, and the storages in the order of first use. Raises: LossError, see `_refuse`."""
+    _refuse(checkpoint, layout)
+    return layout.pickled(_key, (None,))  # None: no view of a storage
+
+
+def _nbytes(pickled: bytes, used: list[Storage]) -> int:
+    return len(pickled) + sum(storage.nbytes + 32 for storage in used) + 4096
+
+
 def write(
     checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
 ) -> tuple[str, ...]:
@@ -111,18 +126,15 @@ def write(
     those too, and then cannot load the file: see `_refuse`.
     """
     layout = Layout(checkpoint.tree, map_location)
-    _refuse(checkpoint, layout)
-    pickled, used = layout.pickled(
-        lambda storage, number: (*rebuild.persistent_id(storage, _key(number)), None)  # None: no view of a storage
-    )
+    pickled, used = _pickled(checkpoint, layout)
     system = {
         "protocol_version": VERSION,
         "little_endian": True,
         "type_sizes": {"short": 2, "int": 4, "long": 4},
     }
-    output.reserve(len(pickled) + sum(storage.nbytes + 32 for storage in used) + 4096)
-    output.write(MAGIC + pickles.dump(VERSION) + pickles.dump(system) + pickled)
-    output.write(pickles.dump([_key(number) for number in range(len(used))]))
+    output.reserve(_nbytes(pickled, used))
+    output.write(MAGIC + picklewriter.dump(VERSION) + picklewriter.dump(system) + pickled)
+    output.write(picklewriter.dump([_key(number) for number in range(len(used))]))
     for storage in used:
         output.write(struct.pack("<q", rebuild.persistent_id(storage, "")[-1]))
         for block in layout.blocks(storage, files):

@@ -70,7 +70,7 @@ def read(file: File) -> Checkpoint:
         shape, stride = stream.numbers(f"<{ndim}q"), stream.numbers(f"<{ndim}q")
         (offset,) = stream.numbers("<q")
         storage = storages.get(_key(item[1]))
-        tensors[_key(item[0])] = rebuild.strided(storage, None, offset, shape, stride)
+        tensors[_key(item[0])] = rebuild.strided(storage, offset, shape, stride)
     names.update(stream.names)
 
     def persistent_load(pid: Any) -> Any:

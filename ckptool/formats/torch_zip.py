@@ -12,16 +12,18 @@ Source: ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc`` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from ckptool import pickles, rebuild
 from ckptool.checkpoint import Checkpoint, Storage
-from ckptool.errors import FormatError, UnsupportedError
+from ckptool.dtypes import DTYPES
+from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.files import File, Files, Output
-from ckptool.layout import Layout, MapLocation
+from ckptool.layout import Content, Layout, MapLocation
 from ckptool.tree import brief
 from ckptool.zips import is_zip, read_directory, read_small
-from ckptool.zipwriter import ZipWriter
+from ckptool.zipwriter import Record, ZipWriter
 
 NAME = "torch-zip"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar")
@@ -47,23 +49,32 @@ def read(file: File) -> Checkpoint:
     byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
     storages: dict[str, Storage] = {}
 
+    kinds: dict[tuple[Any, Any], tuple[str | None, str]] = {}
+    sizes: dict[tuple[str | None, int], int] = {}
+
     def persistent_load(pid: Any) -> Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise FormatError(f"it refers to something that is no storage: {brief(pid)}")
         _, storage_type, key, location, numel = pid[:5]
         if not isinstance(key, str):
             raise FormatError(f"a storage's key is {brief(key)}")
-        dtype = rebuild.dtype_of_storage(storage_type)
+        if not isinstance(location, str) or (storage_type, location) not in kinds:
+            dtype, tag = rebuild.dtype_of_storage(storage_type), rebuild.location(location)
+            kinds[storage_type, tag] = dtype, tag
+        dtype, tag = kinds[storage_type, location]
         storage = storages.get(key)
         if storage is None:
             member = members.get(f"{prefix}{key}")
             if member is None:
                 raise FormatError(f"the storage {key!r} is named in data.pkl and absent from the archive")
-            expected = rebuild.storage_nbytes(dtype, numel)
-            if member.span.nbytes != expected:
-                raise FormatError(f"the storage {key!r} has {member.span.nbytes} bytes; data.pkl says {expected}")
-            storage = Storage(member.span, dtype, rebuild.location(location), byteorder, member.crc32 or None)
-            storages[key] = storage
+            span, crc32 = member
+            expected = sizes.get((dtype, numel)) if type(numel) is int else None
+            if expected is None:
+                expected = sizes[dtype, numel] = rebuild.storage_nbytes(dtype, numel)
+            if span.nbytes != expected:
+                raise FormatError(f"the storage {key!r} has {span.nbytes} bytes; data.pkl says {expected}")
+            known = crc32 if crc32 or not expected else None  # 0: torch was told to compute none
+            storage = storages[key] = Storage(span, dtype, tag, byteorder, known, key)
         elif storage.dtype != dtype:
             raise UnsupportedError(f"the storage {key!r} is used under two types: {storage.dtype} and {dtype}")
         return storage
@@ -76,6 +87,8 @@ def read(file: File) -> Checkpoint:
 
 def _refuse_neighbours(file: File, root: str, names: set[str]) -> None:
     """Says by name which other kind of zip archive this is."""
+    data = f"{root}/data/"
+    names = {name for name in names if not (name.startswith(data) and name[len(data) :].isdecimal())}
     inner = {name.split("/", 1)[1] for name in names if name.startswith(f"{root}/")}
     kind = None
     if "constants.pkl" in inner or "model.json" in inner:
@@ -94,6 +107,27 @@ def _refuse_neighbours(file: File, root: str, names: set[str]) -> None:
         raise FormatError(f"its members are not all below {root}/: torch.load refuses it too", file.path)
 
 
+def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
+    """Returns what `write` would leave out: nothing, and about how many bytes it would write. Raises: as `write`."""
+    return (), _nbytes(*_pickled(checkpoint, Layout(checkpoint.tree, map_location)))
+
+
+def _pickled(checkpoint: Checkpoint, layout: Layout) -> tuple[bytes, list[Storage]]:
+    """Returns data.pkl, and the storages in the order of first use. Raises: LossError naming all that has no dtype."""
+    try:
+        return layout.pickled(str)
+    except UnsupportedError as error:  # it names the first; looking for all of them costs a walk over the tree
+        foreign = [(path, tensor.dtype) for path, tensor in checkpoint.tensors() if not DTYPES[tensor.dtype].in_torch]
+        if not foreign:
+            raise
+        named = [f"{'/'.join(map(str, path))} ({dtype})" for path, dtype in foreign]
+        raise LossError(f"torch cannot hold {listed(named, 20)}") from error
+
+
+def _nbytes(pickled: bytes, used: list[Storage]) -> int:
+    return len(pickled) + sum(storage.nbytes + 256 for storage in used) + 4096
+
+
 def write(
     checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
 ) -> tuple[str, ...]:
@@ -103,16 +137,38 @@ def write(
     and what no tensor uses of a storage is not written.
     """
     layout = Layout(checkpoint.tree, map_location)
-    pickled, used = layout.pickled(lambda storage, number: rebuild.persistent_id(storage, str(number)))
-    output.reserve(len(pickled) + sum(storage.nbytes + 256 for storage in used) + 4096)
-    archive = ZipWriter(output, "archive")
+    pickled, used = _pickled(checkpoint, layout)
+    output.reserve(_nbytes(pickled, used))
+    archive = ZipWriter(output, _root(used, files))
     archive.add("data.pkl", pickled)
     archive.add(".format_version", b"1")
     archive.add(".storage_alignment", b"64")
     archive.add("byteorder", b"little")
-    for number, storage in enumerate(used):
-        crc32 = layout.content(storage).crc32
-        archive.add_blocks(f"data/{number}", storage.nbytes, layout.blocks(storage, files), crc32)
+    contents = [layout.content(storage) for storage in used]
+    copied = archive.copy("data/", _whole_records(contents), files)
+    for number in range(copied, len(used)):
+        blocks = layout.blocks(used[number], files)
+        archive.add_blocks(f"data/{number}", used[number].nbytes, blocks, contents[number].crc32)
     archive.add("version", b"3\n")
     archive.close()
     return ()
+
+
+def _whole_records(contents: Sequence[Content]) -> list[Record]:
+    """Returns the first of the contents, as far as they are whole records of a zip archive under the same names."""
+    found = []
+    for number, content in enumerate(contents):
+        old = content.source
+        if not isinstance(old, Storage) or content.crc32 is None or old.key != str(number):
+            break
+        found.append(Record(old.key, old.span, content.crc32))
+    return found
+
+
+def _root(used: Sequence[Storage], files: Files) -> str:
+    """Returns the name above the records: that of the file the first comes from, so that many can be copied at once."""
+    if used and used[0].key == "0" and used[0].span.member == "stored":
+        root, below, _ = files.member_name(used[0].span).partition("/data/0")
+        if below and root and "/" not in root:
+            return root
+    return "archive"

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptool import keys as names
 from ckptool import modules
+from ckptool.aliases import RESERVED
 from ckptool.checkpoint import Checkpoint, Derived, Opaque, TensorInfo, contiguous_stride, detached
 from ckptool.dtypes import DTYPES
 from ckptool.errors import NoTensorsError, UsageError
@@ -18,7 +19,7 @@ from ckptool.tree import as_mapping, ordered_dict
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What one conversion did. ``nbytes`` of the output; ``left_out`` what it does not hold.
+    """What one conversion did. ``nbytes`` of the output (of a dry run: about); ``left_out`` what it does not hold.
 
     ``cast`` are the keys whose dtype changed, ``overflowed`` counts per key the values that became infinite.
     """
@@ -130,6 +131,9 @@ def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tup
 
 def _scalars(checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:
     """Returns {name: text} of scalars at the top of the tree, or along the way down to the weights."""
+    reserved = [name for name in wanted if name in RESERVED]
+    if reserved:
+        raise UsageError(f"{', '.join(reserved)}: safetensors has another meaning for this name", checkpoint.url)
     found: dict[str, str] = {}
     places = [as_mapping(checkpoint.at(checkpoint.root[:depth])) or {} for depth in range(len(checkpoint.root) + 1)]
     wrong = []
