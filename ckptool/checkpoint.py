@@ -54,6 +54,7 @@ class Span(NamedTuple):
     stored, and ``offset`` is that of its local header: the payload begins behind a name and padding whose
     lengths only that header knows, and reading 100,000 of them to list keys would cost more than the listing.
     ``version`` tells the file that was opened from another that has taken its name since (see `files.File`).
+    ``memory`` gives the bytes of what is in no file at all: a live model's.
     """
 
     url: str
@@ -62,6 +63,7 @@ class Span(NamedTuple):
     member: Literal["stored", "deflated"] | None = None
     packed: int = 0
     version: tuple[int, ...] | None = None
+    memory: Callable[[], memoryview] | None = None
 
 
 @_frozen
@@ -89,17 +91,22 @@ class Derived:
     """Values computed while writing, which lie in C order in memory of their own.
 
     ``cast``: the input's, converted to the tensor's dtype. ``copy``: the input's as they are (the shape may
-    differ). ``cat``: the inputs', put together along the dimension ``dim``.
+    differ). ``cat``: the inputs', put together along the dimension ``dim``. ``draw``: no inputs; ``args`` is the
+    `ops.init.Draw` that says which numbers, ``shape`` theirs. Any other is an adapter's (``take``, ``mean``,
+    ``mix``, ``resample``): values of ``shape`` computed from whole inputs, see `ckptool.adapted`.
     """
 
-    op: Literal["cast", "copy", "cat"]
+    op: Literal["cast", "copy", "cat", "draw", "take", "mean", "mix", "resample"]
     inputs: tuple[TensorInfo, ...]
     dim: int = 0
+    shape: tuple[int, ...] | None = None
+    args: Any = None
+    location: str | None = None
 
     @property
     def numel(self) -> int:
         """Returns how many elements there are."""
-        return sum(tensor.numel for tensor in self.inputs)
+        return sum(tensor.numel for tensor in self.inputs) if self.shape is None else prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,6 +182,8 @@ class TensorInfo(Leaf):
     def location(self) -> str:
         """Returns the device tag of its storage."""
         if isinstance(self.source, Storage):
+            return self.source.location
+        if isinstance(self.source, Derived) and self.source.location is not None:
             return self.source.location
         inputs = self.source.inputs if isinstance(self.source, Derived) else self.source.parts
         return inputs[0].location if inputs else "meta" if self.kind == "meta" else "cpu"

@@ -61,8 +61,8 @@ def blocks_of_all(tensors: Iterable[TensorInfo], files: Files) -> Iterator[Bytes
     for tensor in tensors:
         source = tensor.source
         span = None
-        if isinstance(source, Storage) and source.span.member is None and source.byteorder == "little":
-            span = source.span if tensor.extras is None and tensor.is_whole else None
+        if isinstance(source, Storage) and source.byteorder == "little" and tensor.extras is None and tensor.is_whole:
+            span = source.span if source.span.member is None and source.span.memory is None else None
         if run is not None:
             if span is not None and span.url == run.url and span.offset == run.offset + nbytes:
                 nbytes += span.nbytes
@@ -86,7 +86,7 @@ def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap:
         if isinstance(source, Derived):
             nbytes = source.numel * itemsize
             fd, offset = _spooled(_derived(source, tensor.dtype, files), unpacked), 0
-        elif source.span.member == "deflated":
+        elif source.span.member == "deflated" or source.span.memory is not None:
             nbytes = source.nbytes
             fd, offset = _spooled(files.blocks(source.span), unpacked), 0
         else:
@@ -158,8 +158,16 @@ def _derived(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
         yield from _cast(source, dtype, files)
     elif source.op == "copy":
         yield from tensor_blocks(source.inputs[0], files)
-    else:
+    elif source.op == "cat":
         yield from _put_together(source, dtype, files)
+    elif source.op == "draw":
+        from ckptool import drawn
+
+        yield from drawn.blocks(source.args, dtype)
+    else:
+        from ckptool import adapted
+
+        yield from adapted.blocks(source, dtype, lambda tensor: tensor_blocks(tensor, files))
 
 
 def _cast(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:

@@ -161,8 +161,12 @@ class Files:
         nbytes = span.nbytes - offset if nbytes is None else nbytes
         if not nbytes:
             return
-        if span.member == "stored" and nbytes == span.nbytes < WRITE:
-            blocks: Iterator[memoryview | bytes] = iter((self._small_member(span),))
+        blocks: Iterator[memoryview | bytes]
+        if span.memory is not None:
+            held = span.memory()[offset : offset + nbytes]
+            blocks = (held[start : start + BLOCK] for start in range(0, nbytes, BLOCK))
+        elif span.member == "stored" and nbytes == span.nbytes < WRITE:
+            blocks = iter((self._small_member(span),))
         else:
             blocks = self._blocks(span, offset, nbytes)
         for block in blocks:

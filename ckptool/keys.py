@@ -104,14 +104,19 @@ def matches(pattern: str, key: str) -> bool:
     return bool(compiled.search(key) if pattern.startswith("re:") else compiled.match(key))
 
 
+def fits(pattern: str, key: str) -> bool:
+    """Returns whether a pattern fits a key, or the key without its wrappers: as keys are compared."""
+    return matches(pattern, key) or matches(pattern, unwrapped(key))
+
+
 def chooser(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
-    """Returns the test for keys that fit an ``include`` pattern (all, if there is none) and no ``exclude`` pattern."""
+    """Returns the test for keys that an ``include`` pattern `fits` (all, if there is none), and no ``exclude`` one."""
     for pattern in (*include, *exclude):
         _compiled(pattern)
 
     def chosen(key: str) -> bool:
-        wanted = not include or any(matches(pattern, key) for pattern in include)
-        return wanted and not any(matches(pattern, key) for pattern in exclude)
+        wanted = not include or any(fits(pattern, key) for pattern in include)
+        return wanted and not any(fits(pattern, key) for pattern in exclude)
 
     return chosen
 
@@ -119,7 +124,7 @@ def chooser(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], b
 def unused_patterns(patterns: Iterable[str], keys: Iterable[str]) -> list[str]:
     """Returns the patterns that fit no key: each is worth a word, being most likely a slip."""
     listed = list(keys)
-    return [pattern for pattern in patterns if not any(matches(pattern, key) for key in listed)]
+    return [pattern for pattern in patterns if not any(fits(pattern, key) for key in listed)]
 
 
 def replace_prefix(key: str, strip: str | None, add: str | None) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ckptool.checkpoint import Derived, Opaque, Storage, TensorInfo
-from ckptool.data import import_torch, read_bytes, storage_blocks
+from ckptool.data import import_torch, storage_blocks, tensor_blocks
 from ckptool.dtypes import DTYPES
 from ckptool.errors import UnsupportedError
 from ckptool.files import Files
@@ -94,7 +95,6 @@ class _Builder:
 
     def storage(self, storage: Storage, views: list[TensorInfo]) -> Any:
         if id(storage) not in self.storages:
-            torch = self.torch
             raw = bytearray(storage.nbytes)
             unit = 1
             if storage.byteorder == "big":
@@ -104,10 +104,28 @@ class _Builder:
             for block in storage_blocks(storage, self.files, 0, storage.nbytes, unit):
                 raw[position : position + len(block)] = block
                 position += len(block)
-            untyped = torch.frombuffer(raw, dtype=torch.uint8).untyped_storage() if raw else torch.UntypedStorage(0)
-            self.storages[id(storage)] = self.restored(untyped, storage.location)
+            self.storages[id(storage)] = self.restored(self.untyped(raw), storage.location)
             self.kept.append(storage)
         return self.storages[id(storage)]
+
+    def computed(self, info: TensorInfo) -> Any:
+        """Returns the memory of computed values, of which a tensor is a view."""
+        source = info.source
+        if id(source) not in self.storages:
+            count = source.numel if isinstance(source, Derived) else 0
+            whole = replace(info, shape=(count,), stride=(1,), storage_offset=0, extras=None)
+            raw = bytearray(whole.nbytes)
+            position = 0
+            for block in tensor_blocks(whole, self.files):
+                raw[position : position + len(block)] = block
+                position += len(block)
+            self.storages[id(source)] = self.restored(self.untyped(raw), info.location)
+            self.kept.append(source)
+        return self.storages[id(source)]
+
+    def untyped(self, raw: bytearray) -> Any:
+        torch = self.torch
+        return torch.frombuffer(raw, dtype=torch.uint8).untyped_storage() if raw else torch.UntypedStorage(0)
 
     def restored(self, untyped: Any, location: str) -> Any:
         """Returns the storage where ``map_location`` wants it, by the rules of torch.load."""
@@ -127,14 +145,9 @@ class _Builder:
         if not hasattr(torch, info.dtype):
             raise UnsupportedError(f"torch has no dtype {info.dtype}")
         dtype = getattr(torch, info.dtype)
-        if isinstance(info.source, Derived):
-            raw = bytearray(read_bytes(info, self.files))
-            made = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-            made = made.reshape(info.shape)
-        else:
-            storage = self.storage(info.source, [info])
-            made = torch.empty(0, dtype=dtype, device=storage.device)
-            made.set_(storage, info.storage_offset, info.shape, info.stride)
+        storage = self.computed(info) if isinstance(info.source, Derived) else self.storage(info.source, [info])
+        made = torch.empty(0, dtype=dtype, device=storage.device)
+        made.set_(storage, info.storage_offset, info.shape, info.stride)
         if info.extras is not None:
             made = made.conj() if info.extras.conj else made
             made = torch._neg_view(made) if info.extras.neg else made

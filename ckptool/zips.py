@@ -85,7 +85,7 @@ def read_directory(file: File) -> dict[str, Member]:
             raise FormatError(f"the zip member {name!r} reaches beyond the archive's data", path)
         if name in members:
             raise FormatError(f"two zip members are named {name!r}", path)
-        span = make(Span, (path, offset, usize, "deflated" if method else "stored", packed, version))
+        span = make(Span, (path, offset, usize, "deflated" if method else "stored", packed, version, None))
         members[name] = make(Member, (span, crc))
         in_order = in_order and offset >= last
         last = end

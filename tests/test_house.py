@@ -22,11 +22,12 @@ FLOORS = {
     "tree": 1, "checkpoint": 1, "modules": 1, "roots": 1, "keys": 1, "optimizers": 1, "aliases": 1,
     "pickles": 2, "picklewriter": 2, "rebuild": 2, "files": 2, "zips": 2, "zipwriter": 2, "layout": 2,
     "streams": 2, "data": 2, "values": 2, "real": 2, "flat": 2, "nesting": 2, "safetensors_file": 2,
+    "adapted": 2, "drawn": 2, "quantiles": 2, "live": 2,
     "ops": 2, "formats": 3, "saving": 4, "api": 4, "__init__": 4, "cli": 5, "__main__": 5,
 }  # fmt: skip
 
 HEAVY = {"numpy", "torch", "safetensors"}
-MAY_COMPUTE = {"data", "values", "real", "saving"}
+MAY_COMPUTE = {"data", "values", "real", "saving", "adapted", "drawn", "quantiles"}
 
 
 def floor_of(module: str) -> int | None:
@@ -137,7 +138,8 @@ def test_nothing_is_evaluated_or_imported_by_a_name_from_a_file(path: Path) -> N
     tree = ast.parse((PACKAGE / path).read_text())
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not called & {"eval", "exec", "compile", "__import__", "pickle.loads", "pickle.load"}
-    if path != Path("formats/__init__.py"):
+    # the registry's own files; and what the user names with --model, never a file
+    if path not in (Path("formats/__init__.py"), Path("cli/load_partial.py")):
         assert "importlib.import_module" not in called
 
 
