@@ -43,7 +43,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Rewrites the transcripts of README.md and tests/golden; review the difference before committing it.
+# Rewrites the outputs in README.md, docs and tests/golden; review the difference before committing it.
 golden: $(VENV)/.dev
 	$(BIN)/python -m tests.transcripts --write
 

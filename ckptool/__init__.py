@@ -5,7 +5,19 @@
 (6, 16)
 """
 
-from ckptool.api import Rules, convert, diff, filter, inspect, invert, open, remap, save
+from ckptool.api import (
+    Rules,
+    convert,
+    diff,
+    filter,
+    inspect,
+    invert,
+    load_partial,
+    open,
+    plan_partial,
+    remap,
+    save,
+)
 from ckptool.checkpoint import Checkpoint, TensorInfo
 from ckptool.errors import CkptoolError
 
@@ -22,7 +34,9 @@ __all__ = [
     "filter",
     "inspect",
     "invert",
+    "load_partial",
     "open",
+    "plan_partial",
     "remap",
     "save",
 ]

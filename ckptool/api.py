@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,20 +12,22 @@ from typing import Any
 from ckptool import formats, modules, roots, saving
 from ckptool.checkpoint import Checkpoint, TensorInfo, detached
 from ckptool.dtypes import lookup
-from ckptool.errors import CkptoolError, UsageError, needs_torch
+from ckptool.errors import CkptoolError, StrictError, UsageError, needs_torch
 from ckptool.files import Files
+from ckptool.keys import chooser
 from ckptool.ops.convert import ConvertReport
 from ckptool.ops.convert import convert as op_convert
 from ckptool.ops.diff import DiffReport
 from ckptool.ops.filter import FilterReport
 from ckptool.ops.inspect import InspectReport
 from ckptool.ops.inspect import inspect as op_inspect
+from ckptool.ops.load_partial import LoadPartialReport
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.remap import invert as op_invert
 from ckptool.ops.remap import remap as op_remap
 from ckptool.ops.rules import Rules
 from ckptool.saving import MapLocation
-from ckptool.tree import Path, children, ordered_dict
+from ckptool.tree import Path, children, ordered_dict, replaced
 
 
 def open(path: str | os.PathLike[str], root: str | Path | None = None) -> Checkpoint:
@@ -271,6 +273,128 @@ def filter(
         )  # fmt: skip
 
 
+Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
+
+
+def plan_partial(
+    source: Source | None,
+    target: Any,
+    *,
+    rules: Any = None,
+    allow_unused: bool = False,
+    adapt: Pairs = (),
+    init: Pairs = (),
+    init_preset: str | Sequence[str] = (),
+    seed: int = 0,
+    freeze: str | Sequence[str] = (),
+    new_lr_mult: float = 10.0,
+    weight_decay: float = 0.0,
+    optimizer: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    strip_prefix: str | None = None,
+    add_prefix: str | None = None,
+    root: str | Path | None = None,
+) -> tuple[Checkpoint, LoadPartialReport]:
+    """Returns (checkpoint, report): the target with what fits of the source loaded, and the rest made as asked.
+
+    ``target`` is a checkpoint, or a live torch.nn.Module, whose state_dict the checkpoint then is. Keys are matched
+    as `filter` does, after ``rules`` (see `remap`); values are cast to the target's dtypes. ``adapt`` {key pattern:
+    adapter} for shapes that differ (``"rows"``, ``"pos-embed"``, see README), ``init`` {key pattern: rule} for what
+    is not loaded (``"kaiming_normal(mode=fan_out)"``, the methods of torch.nn.init); of patterns that fit a key the
+    last counts. ``init_preset`` names recipes for whole models. The same ``seed`` gives the same values on every
+    machine. ``freeze``: ``loaded``, ``first:N``, key patterns. ``optimizer``: ``drop``, or ``remap`` to carry the
+    source's optimizer state. ``source`` None initialises only.
+
+    Nothing is written: hand the checkpoint to `save`. Reads headers only, except where tied names are compared.
+    Raises: what `open` raises, UsageError with all that forbids the plan, NoTensorsError, CollisionError.
+    """
+    from ckptool.adapted import read_object
+    from ckptool.data import same_bytes
+    from ckptool.ops import adapters
+    from ckptool.ops import load_partial as op
+
+    if optimizer not in (None, "drop", "remap"):
+        raise UsageError(f"optimizer is drop or remap, not {optimizer!r}")
+    opened = None if source is None else source if isinstance(source, Checkpoint) else open(source, root=root)
+    origins: dict[str, str] = {}
+    if rules is not None and opened is not None:
+        opened, renamed = remap(opened, rules, allow_unused=allow_unused)
+        origins = {row.new: " + ".join(row.old) for row in renamed.map}
+    classes: dict[str, str] | None = None
+    if isinstance(target, (Checkpoint, str, os.PathLike)):
+        into = _opened(target)
+    else:
+        from ckptool import live
+
+        given = {} if opened is None else live.offered(opened, strip_prefix, add_prefix)
+        into, classes = live.checkpoint_of(target, given), live.classes_of(target)
+    for checkpoint in (opened, into):
+        if checkpoint is not None:
+            saving.refuse_broken(checkpoint)
+    wishes = op.Wishes(
+        [(pattern, adapters.parse(text)) for pattern, text in _pairs(adapt)], _pairs(init), _texts(init_preset), seed,
+        _texts(freeze), new_lr_mult, weight_decay, optimizer, include, exclude, strip_prefix, add_prefix,
+    )  # fmt: skip
+    with Files() as files:
+        planned, report = op.load_partial(
+            opened, into, wishes, same=partial(same_bytes, files=files), read=read_object, classes=classes,
+            origins=origins,
+        )  # fmt: skip
+    if classes is not None:
+        planned = planned.with_state_dict(detached(planned.state_dict()))
+        if opened is not None:
+            states = live.extra_states(into, opened, chooser(include, exclude), strip_prefix, add_prefix)
+            tree = planned.tree
+            for key, (_, value) in states.items():
+                tree = replaced(tree, (*planned.root, key), value)
+            planned = replace(planned, tree=tree)
+            report = report.with_states({key: origins.get(name, name) for key, (name, _) in states.items()})
+    return planned, report
+
+
+def load_partial(
+    model: Any,
+    source: Source | None,
+    *,
+    map_location: Any = None,
+    assign: bool = False,
+    strict: bool = False,
+    root: str | Path | None = None,
+    **wishes: Any,
+) -> LoadPartialReport:
+    """Loads what fits of a checkpoint into a live torch.nn.Module, in place, and returns the report.
+
+    All is planned, checked and read before the first parameter is touched, so a refusal leaves the model as it
+    was, and the loaded tensors are held once beside it. Other arguments are `plan_partial`'s. Values take the
+    model's dtypes and devices; with ``assign`` tensors become the model's own, which a model on ``meta`` needs, and
+    ``map_location`` says where they go. ``strict``: any missing, unexpected or mismatched key is a refusal.
+
+    Raises: what `plan_partial` raises, StrictError, DependencyError without torch.
+    """
+    from ckptool import live
+
+    live.refuse_no_module(model)
+    opened = None if source is None else source if isinstance(source, Checkpoint) else open(source, root=root)
+    if wishes.get("optimizer") == "remap":
+        raise UsageError(
+            "an optimizer's state goes into a file, not into a model: plan_partial and save, or the command"
+        )
+    planned, report = plan_partial(opened, model, **wishes)
+    failed = report.not_strict() if strict else []
+    if failed:
+        raise StrictError(f"{', '.join(failed)}: {report.summary()}", type(model).__name__)
+    return report.with_overflow(live.copy_into(model, planned, report.written, map_location, assign))
+
+
+def _pairs(given: Pairs) -> list[tuple[str, str]]:
+    return list(given.items()) if isinstance(given, Mapping) else [(pattern, text) for pattern, text in given]
+
+
+def _texts(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
 def _to_torch(self: Checkpoint, map_location: Any = None, *, only_root: bool = False) -> Any:
     """Returns the tree with real tensors, as torch.load would; with ``only_root``, {key: tensor} of the weights.
 
@@ -297,4 +421,7 @@ def _module_state_dict(node: Any) -> Any:
 
 Checkpoint.to_torch = _to_torch
 
-__all__ = ["Checkpoint", "Rules", "convert", "diff", "filter", "inspect", "invert", "open", "remap", "save"]
+__all__ = [
+    "Checkpoint", "Rules", "convert", "diff", "filter", "inspect", "invert", "load_partial", "open", "plan_partial",
+    "remap", "save",
+]  # fmt: skip

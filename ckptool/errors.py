@@ -12,6 +12,7 @@
       CollisionError             2  collision          two things claim one name
       LossError                  2  loss               the target format cannot hold it
       DependencyError            2  dependency         an optional library is absent
+      StrictError                2  strict             what `strict` demands of a plan does not hold (library only)
 
 An exit code of 1 is no error: it is an answer ("they differ", "the gate does not hold").
 """
@@ -100,6 +101,12 @@ class DependencyError(CkptoolError):
     """An optional library is needed and absent."""
 
     slug = "dependency"
+
+
+class StrictError(CkptoolError):
+    """A plan was made and is not good enough: keys are missing, unexpected or mismatched under ``strict``."""
+
+    slug = "strict"
 
 
 def listed(items: Iterable[object], limit: int = 8) -> str:

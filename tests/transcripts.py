@@ -1,13 +1,23 @@
-"""Console transcripts in Markdown, run and compared: README.md, and tests/golden/*.md.
+"""Markdown that is run and compared: README.md, the cookbook in docs/, and tests/golden.
 
-In a ```console block every line that begins with "$ " is a command, run in a fresh directory beside a copy of
-fixtures/; what follows is what it printed, stdout and stderr together, then "exit N" if N is not 0. Blocks of one
-file share the directory. ``python -m tests.transcripts --write`` rewrites the outputs: read the difference.
+Blocks of one file run in their order, in a fresh directory beside a copy of fixtures/ (and, for the cookbook, of the
+Python files in docs/):
+
+    ```console             every line that begins with "$ " is a command; what follows is what it printed, stdout and
+                           stderr together, then "exit N" if N is not 0
+    ```python              executed; blocks of one file share their names. A comment behind an expression that stands
+                           alone is its value
+    ```text                directly after a python block: what that block printed
+    ```python nets.py      a file of that name (of any language)
+
+``python -m tests.transcripts --write`` rewrites outputs and values: read the difference.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -16,11 +26,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-FILES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "tests" / "golden").glob("*.md"))]
-BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCS = REPOSITORY / "docs"
+FILES = [
+    REPOSITORY / "README.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted((REPOSITORY / "tests" / "golden").glob("*.md")),
+]
+BLOCK = re.compile(r"^```(\w+)(?: +([\w.]+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def ckptool(args: list[str]) -> str:
@@ -43,31 +61,109 @@ def run(command: str) -> str:
     return done.stdout + done.stderr + (f"exit {done.returncode}\n" if done.returncode else "")
 
 
-def rerun(text: str) -> str:
-    """Returns a Markdown text with the output of every command as it is now."""
+def commands(text: str) -> str:
+    """Returns a console block with the output of every command as it is now."""
+    made = ""
+    for line in text.splitlines(keepends=True):
+        if line.startswith("$ "):
+            made += line + run(line[2:].strip())
+    return made
+
+
+def python(text: str, scope: dict[str, Any]) -> tuple[str, str]:
+    """Returns (a python block with the values as they are now, what it printed)."""
+    lines = text.splitlines(keepends=True)
+    remarks = {
+        token.start: token.string
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    }
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for statement in ast.parse(text).body:
+            end = statement.end_lineno or 0
+            behind = {at: remark for at, remark in remarks.items() if at[0] == end}
+            if not (isinstance(statement, ast.Expr) and behind):
+                exec(compile(ast.Module([statement], []), f"line {statement.lineno}", "exec"), scope)
+                continue
+            value = eval(compile(ast.Expression(statement.value), f"line {statement.lineno}", "eval"), scope)
+            [((_, column), remark)] = behind.items()
+            if not _says(remark.removeprefix("#").strip(), value, scope):
+                lines[end - 1] = f"{lines[end - 1][:column]}# {_shown(value)}\n"
+    return "".join(lines), printed.getvalue()
+
+
+def _says(remark: str, value: object, scope: dict[str, Any]) -> bool:
+    try:
+        return bool(eval(remark, dict(scope)) == value)
+    except (SyntaxError, NameError):
+        return False
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if '"' in text else text.replace("'", '"')
+
+
+def rerun(text: str, beside: Path | None = None) -> str:
+    """Returns a Markdown text with every output and value as it is now; files of ``beside`` may be imported."""
+    scope: dict[str, Any] = {"__name__": "page"}
+    waiting: list[str] = []  # what python printed, until a text block shows it
 
     def block(match: re.Match[str]) -> str:
-        made = ""
-        for line in match[1].splitlines(keepends=True):
-            if line.startswith("$ "):
-                made += line + run(line[2:].strip())
-        return f"```console\n{made}```"
+        language, name, content = match.groups()
+        if language != "text" and waiting:
+            raise AssertionError(f"no ```text block shows what was printed:\n{waiting[0]}")
+        if name:
+            Path(name).write_text(content)
+        elif language == "console":
+            content = commands(content)
+        elif language == "python":
+            content, printed = python(content, scope)
+            waiting.extend([printed] if printed else [])
+        elif language == "text" and waiting:
+            content = waiting.pop()
+        return f"```{language}{f' {name}' if name else ''}\n{content}```"
 
+    with place(beside):
+        made = BLOCK.sub(block, text)
+    if waiting:
+        raise AssertionError(f"no ```text block shows what was printed:\n{waiting[0]}")
+    return made
+
+
+@contextlib.contextmanager
+def place(beside: Path | None) -> Iterator[None]:
+    """Makes a fresh directory with the fixtures the current one, and forgets what was imported from there."""
     with tempfile.TemporaryDirectory() as directory:
-        shutil.copytree(REPOSITORY / "fixtures", Path(directory, "fixtures"))
-        before = Path.cwd()
-        os.chdir(directory)
+        here = Path(directory).resolve()
+        shutil.copytree(REPOSITORY / "fixtures", here / "fixtures")
+        for file in sorted(beside.glob("*.py")) if beside else ():
+            shutil.copy(file, here)
+        before, path = Path.cwd(), list(sys.path)
+        os.chdir(here)
+        sys.path.insert(0, str(here))
+        importlib.invalidate_caches()
         try:
-            return BLOCK.sub(block, text)
+            yield
         finally:
             os.chdir(before)
+            sys.path[:] = path
+            for name, module in list(sys.modules.items()):
+                if str(getattr(module, "__file__", None) or "").startswith(f"{here}{os.sep}"):
+                    del sys.modules[name]
+
+
+def rerun_file(path: Path) -> str:
+    """Returns a file's text with every output and value as it is now."""
+    return rerun(path.read_text(), DOCS if path.parent == DOCS else None)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
     for path in FILES:
         old = path.read_text()
-        new = rerun(old)
+        new = rerun_file(path)
         if new != old and "--write" in sys.argv:
             path.write_text(new)
         print(f"{path.relative_to(REPOSITORY)}: {'changed' if new != old else 'as it was'}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import click
 import typer
 
-from ckptool.cli import convert, diff, filter, inspect, remap, render
+from ckptool.cli import convert, diff, filter, inspect, load_partial, remap, render
 from ckptool.errors import CkptoolError, UsageError
 
 INTERRUPTED = 130
@@ -28,6 +28,7 @@ app.command("diff")(diff.command)
 app.command("filter")(filter.command)
 app.command("remap", cls=remap.Ordered)(remap.command)
 app.command("convert")(convert.command)
+app.command("load-partial")(load_partial.command)
 
 
 @app.callback()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -11,9 +10,10 @@ import typer
 
 import ckptool
 from ckptool import keys, saving
-from ckptool.cli import options, render
+from ckptool.cli import gates, options, render
 from ckptool.errors import UsageError
-from ckptool.ops.filter import LOADED, FilterReport, Row
+from ckptool.ops.filter import FilterReport, Row
+from ckptool.ops.load_partial import LoadPartialReport
 
 
 def command(
@@ -54,7 +54,7 @@ def command(
         raise UsageError("name the output with -o, or ask for a --dry-run")
     if match is None and (min_loaded or require or strict):
         raise UsageError("--min-loaded, --require and --strict need --match")
-    least = _fraction(min_loaded)
+    least = gates.fraction(min_loaded)
     tags = options.tags(map_location)
     opened = [ckptool.open(source, root=root) for source in sources]
     target = ckptool.open(match, root=match_root) if match is not None else None
@@ -66,7 +66,7 @@ def command(
         *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix,
         add_prefix=add_prefix, only_matched=only_matched, cast=cast,
     )  # fmt: skip
-    failed = _gates(report, least, require or [], strict)
+    failed = gates.failed(report, least, require or [], strict)
     if not failed and output is not None:
         written = options.written(
             checkpoint, output, dry_run=dry_run, force=force, in_place=in_place, map_location=tags, verify=verify,
@@ -82,49 +82,6 @@ def command(
     else:
         render.show(_lines(report, output, dry_run, failed, all_rows))
     return int(bool(failed))
-
-
-def _fraction(text: str | None) -> float | None:
-    """Returns the share that ``90%`` or ``0.9`` means. Raises: UsageError."""
-    if text is None:
-        return None
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise UsageError(f"--min-loaded takes a share such as 90% or 0.9, not {text!r}")
-    return value
-
-
-def _gates(report: FilterReport, least: float | None, require: Sequence[str], strict: bool) -> list[str]:
-    """Returns why the result is not good enough, a line each; empty if it is."""
-    failed = []
-    if report.target and not report.loaded:
-        failed.append("no key of the source fits")
-    if least is not None and report.loaded_fraction < least:
-        share, wanted = render.percent(report.loaded_fraction), render.percent(least)
-        failed.append(f"{share} of the parameters loaded, --min-loaded wants {wanted}")
-    rows: dict[str, Row] = {}
-    for row in report.rows:  # the target's come first, and count
-        if row.reason != "unexpected":
-            rows.setdefault(row.key, row)
-    for pattern in require:
-        fitting = [key for key in rows if keys.matches(pattern, key)]
-        lacking = [key for key in fitting if rows[key].reason not in LOADED]
-        if not fitting:
-            failed.append(f"--require {pattern} fits no key of the target")
-        elif lacking:
-            failed.append(f"--require {pattern}: not loaded: {', '.join(lacking[:8])}" + (" ..." * (len(lacking) > 8)))
-    if strict:
-        bad = [f"{report.counts[reason]} {reason}" for reason in ("missing", "unexpected", "mismatched")
-               if report.counts.get(reason)]  # fmt: skip
-        packed = sum(row.reason == "ignored" and bool(row.tensors) for row in report.rows)
-        if packed:
-            bad.append(f"{packed} objects that hold tensors")
-        if bad:
-            failed.append(f"--strict: {', '.join(bad)}")
-    return failed
 
 
 def _lines(report: FilterReport, output: str | None, dry_run: bool, failed: list[str], all_rows: bool) -> list[str]:
@@ -146,7 +103,7 @@ def _lines(report: FilterReport, output: str | None, dry_run: bool, failed: list
     name = output or "(dry run)"
     state = " (dry run)" if dry_run and output else " (not written)" if failed else ""
     lines = [render.safe(f"{name}{state}: {', '.join(parts)}")]
-    lines += render.aligned(_rows(report, all_rows))
+    lines += render.aligned(rows_of(report, all_rows))
     if report.hint:
         lines += render.aligned([["hint", report.hint]])
     lines += render.aligned([["note", text] for text in report.notes])
@@ -154,12 +111,13 @@ def _lines(report: FilterReport, output: str | None, dry_run: bool, failed: list
     return lines
 
 
-def _rows(report: FilterReport, all_rows: bool) -> list[list[str]]:
+def rows_of(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[list[str]]:
+    """Returns a line for each row that is worth one: repeated blocks folded, counters in one."""
     shown = []
     for row in report.rows:
         if row.reason in ("loaded", "ignored") and not all_rows and not row.tensors:
             continue
-        shown.append((row.reason, row.key, _text(report, row)))
+        shown.append((row.reason, row.key, _text(row)))
     lines = []
     plain = [row for row in shown if all_rows or row[0] != "bookkeeping"]
     for name, members in keys.fold([(key, (reason, text)) for reason, key, text in plain]):
@@ -169,12 +127,12 @@ def _rows(report: FilterReport, all_rows: bool) -> list[list[str]]:
         sides = Counter(row.detail for row in report.rows if row.reason == "bookkeeping")
         stay = f": the values of {report.target} stay"
         for side, number in sides.items():
-            text = f"{side}{stay if side == 'absent in the source' else ''}"
+            text = f"{side}{stay if side == 'absent in the source' else ''}" if side else f"kept from {report.target}"
             lines.append(["bookkeeping", f"{number} x num_batches_tracked", text])
     return lines
 
 
-def _text(report: FilterReport, row: Row) -> str:
+def _text(row: Row) -> str:
     if row.shape is None and row.dtype is None:
         theirs = f"source {render.dims(row.source_shape)}  " if row.source_shape is not None else ""
         return theirs + (row.detail or "")
@@ -183,10 +141,15 @@ def _text(report: FilterReport, row: Row) -> str:
     detail = f"  {row.detail}" if row.detail else ""
     if row.reason == "mismatched":
         return f"target {shape}, source {render.dims(row.source_shape)}{detail}{where}"
+    if row.reason == "adapted":
+        before = f"{row.source_dtype} -> {row.dtype}  " if row.source_dtype else ""
+        return f"{render.dims(row.source_shape)} -> {shape}  {before}{row.detail}{where}"
     if row.reason == "cast":
         before = f"{row.source_dtype} -> " if row.source_dtype else ""
         return f"{shape}  {before}{row.dtype}{detail}{where}"
     if row.reason in ("missing", "unexpected", "bookkeeping"):
         return f"{shape}  {row.dtype}{where}"
+    if row.reason == "initialised":
+        return f"{shape}  {row.dtype}  {row.detail}"
     renamed = f"  from {row.source}" if row.source and row.source != row.key else ""
     return f"{shape}{renamed}{detail}{where}"

@@ -67,10 +67,15 @@ def tags(text: str | None) -> str | dict[str, str] | None:
 
 
 def check_places(
-    output: str | None, *beside: str | None, force: bool, in_place: bool, inputs: Sequence[Checkpoint]
+    output: str | None,
+    *beside: str | None,
+    to: str | None = None,
+    force: bool,
+    in_place: bool,
+    inputs: Sequence[Checkpoint],
 ) -> None:
     """Checks the names of all that will be written before anything is: none exists, is an input, or is another's."""
-    if output is not None:
+    if output is not None and not saving.is_sharded(to):
         saving.check_place(output, force=force, in_place=in_place, inputs=inputs)
     written = [path for path in (output, *beside) if path is not None]
     for number, path in enumerate(written):

@@ -17,7 +17,8 @@ from typing import Any
 Line = Sequence[str]
 
 COLOURS = {
-    "loaded": "green", "cast": "green", "tied": "green", "equal": "green", "same": "bold green",
+    "loaded": "green", "cast": "green", "tied": "green", "adapted": "green",
+    "initialised": "cyan", "equal": "green", "same": "bold green",
     "mismatched": "red", "shape": "red", "values": "red", "differ": "bold red", "differs": "red",
     "missing": "yellow", "unexpected": "yellow", "only in A": "yellow", "only in B": "yellow", "dtype": "yellow",
     "device": "yellow", "close": "yellow", "bookkeeping": "dim", "ignored": "dim", "hint": "bold", "notes": "cyan",

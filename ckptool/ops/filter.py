@@ -15,9 +15,12 @@ from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError
 from ckptool.ops.diff import no_tensors
 from ckptool.tree import as_mapping, ordered_dict, walk
 
-Reason = Literal["loaded", "cast", "tied", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"]
+Reason = Literal[
+    "loaded", "cast", "tied", "adapted", "initialised", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"
+]
+"""`filter` itself adapts and initialises nothing: those are `ops.load_partial`'s."""
 
-LOADED: tuple[Reason, ...] = ("loaded", "cast", "tied")
+LOADED: tuple[Reason, ...] = ("loaded", "cast", "tied", "adapted")
 """The reasons under which a key of the target has the source's values."""
 
 Same = Callable[[TensorInfo, TensorInfo], bool]
@@ -92,7 +95,7 @@ def filter(
         if strip_prefix or add_prefix or only_matched or cast:
             raise UsageError("--strip-prefix, --add-prefix, --only-matched and --cast need --match")
         return _select(sources, names.chooser(include, exclude), [*include, *exclude])
-    merge = _Merge(sources, target, strip_prefix, add_prefix, names.chooser(include, exclude), cast)
+    merge = Merge(sources, target, strip_prefix, add_prefix, names.chooser(include, exclude), cast)
     merge.match()
     merge.tie(same)
     return merge.result(only_matched, [*include, *exclude])
@@ -119,7 +122,7 @@ def _select(
                 rows.append(Row(key, "ignored", None, file=file, detail=detail, tensors=count))
                 continue
             everything.append(key)
-            shape = _dims(value)
+            shape = dims(value)
             if not chosen(key):
                 rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file))
             elif key in kept:
@@ -142,7 +145,7 @@ def _select(
 # --- merging into a target ---------------------------------------------------------------------------------------
 
 
-class _Merge:
+class Merge:
     """The matching of sources with a target, key by key; then ties; then the merged checkpoint."""
 
     def __init__(
@@ -160,6 +163,8 @@ class _Merge:
         self.offers = [_offer(source, strip_prefix, add_prefix) for source in sources]
         self.rows: dict[str, Row] = {}
         self.taken: dict[str, TensorInfo] = {}
+        self.made: dict[str, TensorInfo] = {}
+        """Values that come from no source, for keys that took none."""
         self.used: set[tuple[int, str]] = set()
         self.uncastable: list[str] = []
         self.refused: list[Row] = []
@@ -172,7 +177,7 @@ class _Merge:
         for key, tensor in self.tensors.items():
             if not self.chosen(key):
                 self.rows[key] = Row(
-                    key, "ignored", _dims(tensor), self._mark_used(key), dtype=tensor.dtype, detail="not chosen"
+                    key, "ignored", dims(tensor), self._mark_used(key), dtype=tensor.dtype, detail="not chosen"
                 )
                 continue
             self.rows[key] = self._match_one(key, tensor)
@@ -190,7 +195,7 @@ class _Merge:
         return found[0][1] if found else None
 
     def _match_one(self, key: str, tensor: TensorInfo) -> Row:
-        shape = _dims(tensor)
+        shape = dims(tensor)
         refused: list[Row] = []
         row: Row | None = None
         for number, (plain, tensors) in enumerate(self.offers):
@@ -200,8 +205,8 @@ class _Merge:
             offered = tensors[found]
             file = self.sources[number].url if len(self.sources) > 1 else None
             self.used.add((number, found))
-            theirs = _dims(offered)
-            if not _fits(key, offered, tensor):
+            theirs = dims(offered)
+            if not self.fits(key, offered, tensor):
                 why = _why(offered, tensor)
                 refused.append(Row(key, "mismatched", shape, found, theirs, tensor.dtype, file=file, detail=why))
                 continue
@@ -244,7 +249,7 @@ class _Merge:
     def tie(self, same: Same) -> None:
         """Lets tied keys of the target share what any of them took; refuses two different values for one tensor."""
         conflicts: list[str] = []
-        for group in self.target.shared():
+        for group in self.tied():
             loaded = [key for key in group if key in self.taken]
             if not loaded:
                 continue
@@ -267,9 +272,17 @@ class _Merge:
                 f"tied in {self.target.url}, and different in the source: {listed(conflicts)}", self.sources[0].url
             )
 
+    def fits(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
+        """Returns whether a source's tensor can take the place of the target's at ``key``."""
+        return _fits(key, offered, tensor)
+
+    def tied(self) -> list[list[str]]:
+        """Returns the groups of the target's keys that are one tensor."""
+        return self.target.shared()
+
     def result(self, only_matched: bool, patterns: Sequence[str]) -> tuple[Checkpoint, FilterReport]:
         """Returns the merged checkpoint and the report."""
-        merged = {key: self.taken.get(key, tensor) for key, tensor in self.tensors.items()}
+        merged = {key: self.taken.get(key) or self.made.get(key, tensor) for key, tensor in self.tensors.items()}
         checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
         rows = [*self.rows.values(), *self._others(), *self.refused, *self._unplaced()]
         known = [*self.tensors, *(key for plain, _ in self.offers for key in plain)]
@@ -309,7 +322,7 @@ class _Merge:
                 if found is not None:
                     self.used.add((number, found))
                     self.objects.add(names.unwrapped(key))
-                    theirs = _dims(tensors[found])
+                    theirs = dims(tensors[found])
                     detail = "no tensor in the target (uninitialised, or an object)"
                     row = replace(row, reason="mismatched", source=found, source_shape=theirs, detail=detail)
             rows.append(row)
@@ -323,7 +336,7 @@ class _Merge:
             file = source.url if len(self.sources) > 1 else None
             for name, key in plain.items():
                 tensor = tensors[key]
-                row = Row(key, "unexpected", _dims(tensor), dtype=tensor.dtype, file=file)
+                row = Row(key, "unexpected", dims(tensor), dtype=tensor.dtype, file=file)
                 if name in known:
                     if (number, key) not in self.used:
                         rows.append(replace(row, reason="ignored", detail="an earlier source has it"))
@@ -348,13 +361,13 @@ class _Merge:
         return loaded / total if (total := sum(counted.values()) + packed) else float(bool(self.taken))
 
     def _hint(self) -> str | None:
-        if len(self.taken) == len(self.tensors):
+        if not self.offers or len(self.taken) == len(self.tensors):
             return None
         plain, tensors = self.offers[0]
         key_of = {name: key for key, name in self.plain.items()}
 
         def agree(source: str, target: str) -> bool:
-            return _fits(key_of[target], tensors[plain[source]], self.tensors[key_of[target]])
+            return self.fits(key_of[target], tensors[plain[source]], self.tensors[key_of[target]])
 
         best = names.best_prefix(plain, key_of, agree)
         direct = sum(agree(name, name) for name in plain if name in key_of)
@@ -440,7 +453,8 @@ def _held(inner: Mapping[str, TensorInfo]) -> str:
     return f"an object with {len(inner)} tensor{'s' * (len(inner) > 1)}"
 
 
-def _dims(tensor: TensorInfo) -> list[int] | None:
+def dims(tensor: TensorInfo) -> list[int] | None:
+    """Returns a tensor's shape for a report."""
     return None if tensor.shape is None else list(tensor.shape)
 
 
