@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 from typing import IO, Any
 
+from ckptool.casts import Cast, caster
 from ckptool.checkpoint import Derived, Opaque, Span, Storage, TensorInfo
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, UnsupportedError, needs_torch
@@ -54,8 +55,11 @@ def tensor_blocks(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
         yield from _gathered(tensor, source, files, swap)
 
 
-def blocks_of_all(tensors: Iterable[TensorInfo], files: Files) -> Iterator[Bytes]:
-    """Yields the elements of one tensor after another; those that lie behind each other in a file are read as one."""
+def runs(tensors: Iterable[TensorInfo]) -> Iterator[Span | TensorInfo]:
+    """Yields what the elements of one tensor after another are: spans of files, or tensors that must be worked on.
+
+    Tensors that lie behind each other in a file come as one span.
+    """
     run: Span | None = None
     nbytes = 0
     for tensor in tensors:
@@ -67,14 +71,14 @@ def blocks_of_all(tensors: Iterable[TensorInfo], files: Files) -> Iterator[Bytes
             if span is not None and span.url == run.url and span.offset == run.offset + nbytes:
                 nbytes += span.nbytes
                 continue
-            yield from files.blocks(run._replace(nbytes=nbytes))
+            yield run._replace(nbytes=nbytes)
         run = span
         if span is None:
-            yield from tensor_blocks(tensor, files)
+            yield tensor
         else:
             nbytes = span.nbytes
     if run is not None:
-        yield from files.blocks(run._replace(nbytes=nbytes))
+        yield run._replace(nbytes=nbytes)
 
 
 def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap: int) -> Iterator[Bytes]:
@@ -172,17 +176,26 @@ def _derived(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
 
 def _cast(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
     """Yields values converted as `torch.Tensor.to` converts them; counts what becomes infinite or NaN on the way."""
-    torch = import_torch(f"casting to {dtype}")
     tensor = source.inputs[0]
-    floats = DTYPES[dtype].kind == DTYPES[tensor.dtype].kind == "float"
+    cast = caster(tensor.dtype, dtype) or _cast_by_torch(tensor.dtype, dtype)
     for block in tensor_blocks(tensor, files):
-        values = torch.frombuffer(bytearray(block), dtype=getattr(torch, tensor.dtype))
-        made = values.to(getattr(torch, dtype))
-        if floats:
-            lost = int(torch.isfinite(values.float()).sum() - torch.isfinite(made.float()).sum())
-            if lost:
-                files.overflowed[id(source)] = files.overflowed.get(id(source), 0) + lost
-        yield made.view(torch.uint8).numpy().tobytes()
+        made, lost = cast(block)
+        if lost:
+            files.overflowed[id(source)] = files.overflowed.get(id(source), 0) + lost
+        yield made
+
+
+def _cast_by_torch(old: str, new: str) -> Cast:
+    torch = import_torch(f"casting to {new}")
+    floats = DTYPES[new].kind == DTYPES[old].kind == "float"
+
+    def cast(block: Bytes) -> tuple[memoryview, int]:
+        values = torch.frombuffer(bytearray(block), dtype=getattr(torch, old))
+        made = values.to(getattr(torch, new))
+        lost = int(torch.isfinite(values.float()).sum() - torch.isfinite(made.float()).sum()) if floats else 0
+        return memoryview(made.view(torch.uint8).numpy()), lost
+
+    return cast
 
 
 def _put_together(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
@@ -248,7 +261,18 @@ def same_bytes(first: TensorInfo, second: TensorInfo, files: Files) -> bool:
 
 
 def _equal(one: Bytes, other: Bytes) -> bool:
-    """Returns whether two pieces of equal length are the same; eight bytes at a time, views compare by element."""
+    """Returns whether two pieces of equal length are the same.
+
+    Whole buffers compare as memory (10 GB/s); memoryviews by element, eight bytes of each at a time (6 GB/s).
+    """
+    first = one.obj if isinstance(one, memoryview) else one
+    second = other.obj if isinstance(other, memoryview) else other
+    if (
+        isinstance(first, (bytes, bytearray))
+        and isinstance(second, (bytes, bytearray))
+        and len(first) == len(second) == len(one)
+    ):
+        return first == second
     if len(one) % 8:
         return bytes(one) == bytes(other)
     return memoryview(one).cast("B").cast("Q") == memoryview(other).cast("B").cast("Q")

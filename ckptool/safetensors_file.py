@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptool import aliases, flat
-from ckptool.checkpoint import TensorInfo
-from ckptool.data import blocks_of_all
+from ckptool.checkpoint import Span, TensorInfo
+from ckptool.data import runs, tensor_blocks
 from ckptool.dtypes import DTYPES
 from ckptool.errors import LimitError, LossError, listed
-from ckptool.files import Files, Output
+from ckptool.files import CLONED, Files, Output
 
 MAX_HEADER = 100_000_000
 """Bytes of JSON: the reference library's own limit."""
@@ -42,8 +42,11 @@ def refuse_clashes(metadata: Mapping[str, str], ties: Mapping[str, str]) -> None
         )
 
 
-def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """Returns the length and header that a file begins with, and the bytes of data behind it. Raises: LimitError."""
+def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], like: int | None = None) -> tuple[bytes, int]:
+    """Returns the length and header that a file begins with, and the bytes of data behind it. Raises: LimitError.
+
+    The header ends in spaces up to a multiple of 8, or, with ``like``, to where `CLONED` divides the distance to it.
+    """
     ranges: dict[str, list[int]] = {}
     position = 0
     for name in _by_size(tensors):
@@ -57,7 +60,7 @@ def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tup
             shape = (*shape[:-1], 2 * shape[-1])
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": ranges[name]}
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-len(encoded) % 8 if like is None else (like - 8 - len(encoded)) % CLONED)
     if len(encoded) > MAX_HEADER:
         raise LimitError(f"the header would have {len(encoded):,} bytes, over safetensors' limit of {MAX_HEADER:,}")
     return len(encoded).to_bytes(8, "little") + encoded, position
@@ -74,8 +77,15 @@ def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output
     aligned, as the library does. ``format`` is ``pt`` unless the metadata say otherwise: accelerate wants it.
     Raises: LimitError if the header would pass `MAX_HEADER`.
     """
-    header, nbytes = begin(tensors, metadata)
+    pieces = list(runs(tensors[name] for name in _by_size(tensors)))
+    first = next((piece for piece in pieces if isinstance(piece, Span)), None)
+    shared = first is not None and first is pieces[0] and first.offset % 8 == 0 and output.clones(files.get(first))
+    header, nbytes = begin(tensors, metadata, first.offset if first is not None and shared else None)
     output.reserve(len(header) + nbytes)
     output.write(header)
-    for block in blocks_of_all((tensors[name] for name in _by_size(tensors)), files):
-        output.write(block)
+    for piece in pieces:
+        if isinstance(piece, Span):
+            output.copy(files, piece)
+        else:
+            for block in tensor_blocks(piece, files):
+                output.write(block)

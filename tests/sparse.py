@@ -29,6 +29,13 @@ class SparseOutput:
         else:
             self.file.write(data)
 
+    def clones(self, file: object) -> bool:
+        return False
+
+    def copy(self, files: ZeroFiles, span: Span) -> None:
+        for block in files.blocks(span):
+            self.write(block)
+
     def close(self) -> None:
         self.file.truncate(self.position)
         self.file.close()
@@ -36,6 +43,9 @@ class SparseOutput:
 
 class ZeroFiles:
     """Stands in for `files.Files`: every span reads as zeros."""
+
+    def get(self, span: Span) -> None:
+        return None
 
     def blocks(self, span: Span, offset: int = 0, nbytes: int | None = None) -> Iterator[bytes]:
         left = span.nbytes - offset if nbytes is None else nbytes

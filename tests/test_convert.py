@@ -32,8 +32,6 @@ State = dict[str, torch.Tensor]
 
 NESTED = FIXTURES / "resnet_nested.pth"
 
-pytestmark = pytest.mark.usefixtures("built_once")
-
 
 @pytest.fixture
 def convert(run: Run) -> Callable[..., Any]:
@@ -765,7 +763,12 @@ def test_a_cast_is_torchs_own_for_floats_and_for_nothing_else(
     assert set(found) == set(state)
     for key, tensor in state.items():
         expected = tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
-        assert (found[key].dtype, bits(found[key])) == (expected.dtype, bits(expected)), key
+        got = found[key]
+        if tensor.is_floating_point():  # which NaN it is depends on torch's own way: by element, or by vector
+            assert torch.equal(got.isnan(), expected.isnan()), key
+            assert got.dtype == expected.dtype, key
+            got, expected = got.double().nan_to_num(7.0), expected.double().nan_to_num(7.0)
+        assert (got.dtype, bits(got)) == (expected.dtype, bits(expected)), key
     assert set(result["cast"]) == {
         key for key, tensor in state.items() if tensor.dtype.is_floating_point and tensor.dtype != dtype
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import random
 import stat
@@ -321,3 +322,33 @@ def test_two_names_of_one_file_are_one_file(tmp_path: Path) -> None:
     assert same_file(str(tmp_path / "a"), os.path.join(str(tmp_path), ".", "a"))
     assert not same_file(str(tmp_path / "a"), str(tmp_path / "c"))
     assert not same_file(str(tmp_path / "a"), str(tmp_path / "absent"))
+
+
+def test_what_is_written_is_sent_to_the_disk_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr("ckptool.files.AHEAD", 1 << 16)
+    monkeypatch.setattr(os, "fdatasync", sent.append)
+    with Output(str(tmp_path / "a")) as output:
+        for _ in range(20):
+            output.write(b"x" * (1 << 16))
+        output.commit()
+    assert sent
+    assert (tmp_path / "a").read_bytes() == b"x" * (20 << 16)
+    sent.clear()
+    with Output(str(tmp_path / "b"), fsync=False) as output:
+        output.write(b"x" * (1 << 20))
+        output.commit()
+    assert sent == []
+
+
+def test_a_disk_that_fails_while_more_is_written_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("ckptool.files.AHEAD", 1 << 16)
+    monkeypatch.setattr(os, "fdatasync", fails)  # the kernel says so once; fsync afterwards says nothing
+    with pytest.raises(OutputError, match="input/output error"):
+        put(tmp_path / "a", b"x" * (1 << 20))
+    assert os.listdir(tmp_path) == []

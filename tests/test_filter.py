@@ -609,7 +609,11 @@ def test_cast_converts_exactly_as_torch_does(theirs: str, ours: str, saved: Save
     ckptool.save(merged, "out.pth")
     assert report.counts == {"cast": 4}
     assert all((row.source_dtype, row.dtype) == (theirs, ours) for row in report.rows)
-    assert_equal_values(load("out.pth"), {name: tensor.to(wanted) for name, tensor in source.items()})
+    found, expected = load("out.pth"), {name: tensor.to(wanted) for name, tensor in source.items()}
+    if given.is_floating_point and wanted == torch.bfloat16:  # which NaN it is, torch leaves to the size of a vector
+        assert all(torch.equal(found[name].isnan(), expected[name].isnan()) for name in expected)
+        found, expected = ({name: t.nan_to_num(7.0) for name, t in state.items()} for state in (found, expected))
+    assert_equal_values(found, expected)
 
 
 def test_cast_of_a_tie_stays_a_tie(saved: Saved) -> None:

@@ -138,17 +138,21 @@ def write(
     """
     layout = Layout(checkpoint.tree, map_location)
     pickled, used = _pickled(checkpoint, layout)
+    shared = bool(used) and used[0].span.member == "stored" and output.clones(files.get(used[0].span))
     output.reserve(_nbytes(pickled, used))
     archive = ZipWriter(output, _root(used, files))
     archive.add("data.pkl", pickled)
     archive.add(".format_version", b"1")
     archive.add(".storage_alignment", b"64")
-    archive.add("byteorder", b"little")
+    archive.add("byteorder", b"little", used[0].span.offset if shared else None)
     contents = [layout.content(storage) for storage in used]
     copied = archive.copy("data/", _whole_records(contents), files)
     for number in range(copied, len(used)):
-        blocks = layout.blocks(used[number], files)
-        archive.add_blocks(f"data/{number}", used[number].nbytes, blocks, contents[number].crc32)
+        name, old, crc32 = f"data/{number}", contents[number].source, contents[number].crc32
+        if isinstance(old, Storage) and crc32 is not None and old.span.member == "stored":
+            archive.add_span(name, files.locate(old.span)._replace(member=None), crc32, files)
+        else:
+            archive.add_blocks(name, used[number].nbytes, layout.blocks(used[number], files), crc32)
     archive.add("version", b"3\n")
     archive.close()
     return ()

@@ -1,0 +1,89 @@
+"""Ranges shared with their source where the file system can. Here it is played: the real thing needs XFS or btrfs."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckptool import files
+from ckptool.api import open as open_checkpoint
+from ckptool.api import remap, save
+from ckptool.files import CLONED, File, Output
+
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def cloned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes were shared, a number for each time."""
+    shared: list[int] = []
+
+    def clone(self: Output, file: File, offset: int, nbytes: int, to: int) -> bool:
+        assert offset % CLONED == nbytes % CLONED == to % CLONED == 0, "no file system takes these"
+        os.pwrite(self._fd, os.pread(file.fd, nbytes, offset), to)
+        shared.append(nbytes)
+        return True
+
+    monkeypatch.setattr(Output, "_clone", clone)
+    monkeypatch.setattr(files, "WORTH_CLONING", CLONED)
+    return shared
+
+
+def states() -> dict[str, State]:
+    torch.manual_seed(1)
+    return {
+        "one large": {"w": torch.randn(300_000)},
+        "many small": {f"layers.{i}.w": torch.randn(i % 50) for i in range(3000)},
+        "large and small": {f"t{i}": torch.randn(7 + 50_000 * (i % 3 == 0)) for i in range(20)},
+        "of two sizes": {"a": torch.randn(70_000).half(), "b": torch.randn(70_001), "c": torch.arange(9)},
+        "tiny": {"w": torch.ones(3)},
+    }
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", states())
+@pytest.mark.parametrize("prefix", ["x.", "a.much.longer.prefix." * 9])
+def test_a_rename_shares_its_data_and_is_what_it_would_be(
+    prefix: str, name: str, suffix: str, cloned: list[int], tmp_path: Path
+) -> None:
+    state = states()[name]
+    source, out = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    torch.save(state, source) if suffix == ".pth" else save_file(state, source)
+    renamed, _ = remap(open_checkpoint(source), [{"add_prefix": prefix}])
+    save(renamed, out)
+    found = torch.load(out) if suffix == ".pth" else load_file(out)
+    assert list(found) == [f"{prefix}{key}" for key in state] or suffix == ".safetensors"
+    assert all(torch.equal(found[f"{prefix}{key}"], tensor) for key, tensor in state.items())
+    if suffix == ".pth":
+        with zipfile.ZipFile(out) as archive:
+            assert archive.testzip() is None
+        assert torch.load(out, mmap=True).keys() == found.keys()
+    nbytes = sum(tensor.nbytes for tensor in state.values())
+    if nbytes > 20 * CLONED:
+        assert sum(cloned) > nbytes - 4 * CLONED
+
+
+def test_what_was_made_by_cloning_can_be_cloned_again(cloned: list[int], tmp_path: Path) -> None:
+    state = states()["large and small"]
+    torch.save(state, tmp_path / "0.pth")
+    for number in range(3):
+        renamed, _ = remap(open_checkpoint(tmp_path / f"{number}.pth"), [{"add_prefix": "x."}])
+        save(renamed, tmp_path / f"{number + 1}.pth")
+    found = torch.load(tmp_path / "3.pth")
+    assert all(torch.equal(found[f"x.x.x.{key}"], tensor) for key, tensor in state.items())
+
+
+def test_where_it_cannot_be_done_the_bytes_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr(files, "WORTH_CLONING", CLONED)
+    monkeypatch.setattr(files, "_FICLONERANGE", 0)  # no file system knows this request
+    state = states()["one large"]
+    save(open_checkpoint(saved(state)), tmp_path / "out.pth")
+    assert torch.equal(torch.load(tmp_path / "out.pth")["w"], state["w"])
