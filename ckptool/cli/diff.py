@@ -19,6 +19,9 @@ def command(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another, in any format.")],
     values: Annotated[bool, typer.Option("--values", help="Compare the data too, not only keys and shapes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Same bytes or not: by recorded checksums where there are any.")
+    ] = False,
     rtol: Annotated[float, typer.Option(min=0, help="With --values: relative tolerance for floats.")] = 1e-5,
     atol: Annotated[float, typer.Option(min=0, help="With --values: absolute tolerance for floats.")] = 1e-8,
     ignore: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave keys out (re:REGEX too).")] = None,
@@ -37,8 +40,10 @@ def command(
 ) -> int:
     """Show how two checkpoints differ: exit 0 if they are the same, 1 if they differ."""
     wanted = _kinds(fail_on)
-    if "values" in wanted and fail_on and not values:
-        raise UsageError("--fail-on values needs --values")
+    if "values" in wanted and fail_on and not (values or quick):
+        raise UsageError("--fail-on values needs --values or --quick")
+    if values and quick:
+        raise UsageError("--values says how far they are apart, --quick only whether: choose one")
     if "devices" in wanted and fail_on:
         devices = True
     if math.isnan(rtol) or math.isnan(atol):
@@ -50,12 +55,20 @@ def command(
     }  # fmt: skip
     with bar(lambda: volume(first, second, **chosen)) as progress:
         report = ckptool.diff(
-            first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol, progress=progress
+            first,
+            second,
+            **chosen,
+            devices=devices,
+            values=values,
+            rtol=rtol,
+            atol=atol,
+            quick=quick,
+            progress=progress,
         )
     if as_json:
         render.print_json(render.document("diff", report, report.notes))
     else:
-        render.show(_lines(report, b, values))
+        render.show(_lines(report, b, values or quick, quick))
     found = report.found()
     return int(any(found[kind] for kind in wanted) and not exit_zero)
 
@@ -70,7 +83,7 @@ def _kinds(fail_on: list[str] | None) -> set[str]:
     return kinds
 
 
-def _lines(report: DiffReport, b: str, compared: bool) -> list[str]:
+def _lines(report: DiffReport, b: str, compared: bool, quick: bool) -> list[str]:
     rows: list[tuple[str, str, str]] = []
     rows += [("shape", row.key, f"{_text(row.a)} -> {_text(row.b)}") for row in report.shape]
     rows += [("dtype", row.key, f"{row.a} -> {row.b}") for row in report.dtype]
@@ -79,7 +92,9 @@ def _lines(report: DiffReport, b: str, compared: bool) -> list[str]:
     rows += [("only in B", key, _tensor(report, key)) for key in report.only_in_b]
     lines = [[kind, name, text] for kind, name, text in _folded(rows)]
     for row in report.values:
-        lines.append(["differs" if row.status == "differ" else row.status, row.key, _distance(row)])
+        lines.append(
+            ["differs" if row.status == "differ" else row.status, row.key, "other bytes" if quick else _distance(row)]
+        )
     return [_headline(report, b, compared), *render.aligned(lines), *_notes(report)]
 
 
