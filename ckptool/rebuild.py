@@ -368,6 +368,8 @@ def is_needed_for_tensors(module: str, qualname: str) -> bool:
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     if module == "torch" and (qualname in DTYPES or qualname in BY_STORAGE):
         return True
+    if module == "torch" and qualname.endswith("Tensor") and f"{qualname[:-6]}Storage" in BY_STORAGE:
+        return True  # torch.FloatTensor and kin: what torch.save of 2016 named
     if module == "torch._utils" and qualname.startswith("_rebuild_"):
         return True
     return qualname in _SAFE.get(module, ())

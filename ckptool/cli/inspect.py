@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import ckptool
 from ckptool import keys
 from ckptool.cli import render
+from ckptool.cli.progress import bar
 from ckptool.errors import CkptoolError, UsageError
-from ckptool.ops.inspect import Beside, InspectReport, TensorRow
+from ckptool.ops.inspect import Beside, InspectReport, TensorRow, volume
+
+if TYPE_CHECKING:
+    from ckptool.moments import PrefixStats, Stats
+    from ckptool.ops.check import Check
 
 
 class Order(StrEnum):
@@ -37,18 +43,30 @@ def command(
         list[str] | None, typer.Option(metavar="GLOB", help="Only keys that fit (re:REGEX too).")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="No keys that fit.")] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Read the data: mean, std, extremes, zeros, NaN, inf of every tensor.")
+    ] = False,
+    hashes: Annotated[
+        bool, typer.Option("--hash", help="Read the data: a hash of each tensor, and one of all.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read all: exit 1 on damage, NaN, inf, or names beyond tensors.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> int:
-    """Show what a checkpoint holds: reads headers only, runs nothing that is in it."""
-    if keys_only and (depth or as_json):
-        raise UsageError("--keys goes with neither --depth nor --json")
+    """Show what a checkpoint holds; runs nothing that is in it."""
+    if keys_only and (depth or as_json or stats or hashes or check):
+        raise UsageError("--keys goes with none of --depth, --json, --stats, --hash and --check")
+    if depth and hashes:
+        raise UsageError("--hash has nothing to say of several tensors: it does not go with --depth")
     if flat and depth:
         raise UsageError("--flat and --depth contradict each other")
     reports = []
     failed: CkptoolError | None = None
     for path in files:
         try:
-            reports.append(replace(ckptool.inspect(path, root=root), path=path))
+            found = _inspected(path, root, include or [], exclude or [], stats, hashes, check)
+            reports.append(replace(found, path=path))
         except CkptoolError as error:
             if len(files) == 1 or as_json:
                 raise
@@ -61,21 +79,39 @@ def command(
     if as_json:
         documents = [{**render.to_json(report), "tensors": render.to_json(rows)} for report, rows in chosen]
         render.print_json(render.document("inspect", documents, notes))
-        return 0
+        return int(any(report.check and report.check.findings for report in reports))
     for number, (report, rows) in enumerate(chosen):
         if keys_only:
             render.show(render.safe(row.key) for row in rows)
             continue
         lines = [*([""] if number else []), *_summary(report), ""]
         prefix = keys.common_prefix([row.key for row in rows])
+        if report.check:
+            lines += _checked(report.check)
         if depth:
-            lines += ([render.safe(prefix)] if prefix else []) + _summed(rows, depth, prefix)
+            lines += ([render.safe(prefix)] if prefix else []) + _summed(rows, depth, prefix, report.prefixes)
+        elif stats or hashes:
+            lines += _valued(rows, stats)
         elif flat or sort:
             lines += _flat(rows)
-        else:
+        elif not check:
             lines += ([f"{render.safe(prefix)}"] if prefix else []) + _folded(rows, prefix)
         render.show(lines)
-    return failed.exit_code if failed else 0
+    return failed.exit_code if failed else int(any(report.check and report.check.findings for report in reports))
+
+
+def _inspected(
+    path: str, root: str | None, include: list[str], exclude: list[str], stats: bool, hashes: bool, check: bool
+) -> InspectReport:
+    if not (stats or hashes or check):
+        return ckptool.inspect(path, root=root)
+    # numpy's library of linear algebra starts as many threads as there are cores, for products we do not make.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    opened = ckptool.open(path, root=root)
+    with bar(lambda: volume(opened, keys.chooser(include, exclude), check=check)) as progress:
+        return ckptool.inspect(
+            opened, stats=stats, hashes=hashes, check=check, include=include, exclude=exclude, progress=progress
+        )
 
 
 def _chosen(report: InspectReport, include: list[str], exclude: list[str], sort: Order | None) -> list[TensorRow]:
@@ -106,7 +142,7 @@ def _summary(report: InspectReport) -> list[str]:
     foreign = [tag for tag in report.devices if tag not in ("cpu", "meta")]
     origin = f", written from {', '.join(foreign)}" if foreign else ""
     head = f"{render.safe(report.path)}   {report.format}, {render.size(report.nbytes)}{origin}"
-    lines = [["weights", _weights(report)]]
+    lines = [["weights", _weights(report)], *([["hash", report.hash]] if report.hash else [])]
     for label, texts in (
         ("beside them", [_beside(item) for item in report.beside]),
         ("metadata", [f"{name}: {value}" for name, value in report.metadata.items()]),
@@ -197,16 +233,63 @@ def _flat(rows: list[TensorRow]) -> list[str]:
     )  # fmt: skip
 
 
-def _summed(rows: list[TensorRow], depth: int, prefix: str) -> list[str]:
+def _valued(rows: list[TensorRow], stats: bool) -> list[str]:
+    """Returns one line per tensor with what its bytes say."""
+    lines = [[row.key, render.dims(row.shape), _dtype(row)] for row in rows]
+    if stats:
+        head = ["", "", "", *_HEADS]
+        lines = [head, *([*line, *_figures(row.stats)] for line, row in zip(lines, rows, strict=True))]
+    if any(row.hash for row in rows):
+        hashes = [*(["sha256"] if stats else []), *(row.hash or "" for row in rows)]
+        lines = [[*line, digest] for line, digest in zip(lines, hashes, strict=True)]
+    return render.aligned(lines)
+
+
+_HEADS = ["mean", "std", "min", "max", "abs max", "zeros", "NaN", "inf"]
+
+
+def _figures(stats: Stats | None) -> list[str]:
+    """Returns the columns of one tensor's statistics."""
+    if stats is None:
+        return [""] * len(_HEADS)
+    numbers = [stats.mean, stats.std, stats.min, stats.max, stats.abs_max]
+    counts = [stats.zeros, stats.nan, stats.inf]
+    return [*("-" if number is None else f"{number:.5g}" for number in numbers), *(f"{count:,}" for count in counts)]
+
+
+def _checked(check: Check) -> list[str]:
+    """Returns the lines about damage: the findings, many of a kind only counted, and what could not be looked at."""
+    from ckptool.ops.check import KINDS
+
+    lines = []
+    for kind in KINDS:
+        found = [finding for finding in check.findings if finding.kind == kind]
+        lines += [[kind, finding.key or "", finding.text] for finding in found[:20]]
+        if len(found) > 20:
+            lines.append([kind, "", f"{len(found) - 20:,} more (--json has all)"])
+    lines += [["unchecked", "", text] for text in check.unchecked]
+    if not any(line[1] for line in lines):
+        lines = [[line[0], line[2]] for line in lines]
+    head = f"check: {render.plural(len(check.findings), 'finding')}" if check.findings else "check: nothing found"
+    return [head, *render.aligned(lines)]
+
+
+def _summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixStats] | None) -> list[str]:
     groups: dict[str, list[TensorRow]] = {}
     for row in rows:
         parts = row.key[len(prefix) :].split(".")
         name = ".".join(parts) if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
         groups.setdefault(name, []).append(row)
-    return render.aligned(
-        [
-            [name, render.plural(len(members), "tensor"), f"{render.count(sum(map(_numel, members)))} elements",
-             render.size(sum(row.nbytes for row in members))]
+    lines = [
+        [name, render.plural(len(members), "tensor"), f"{render.count(sum(map(_numel, members)))} elements",
+         render.size(sum(row.nbytes for row in members))]
+        for name, members in groups.items()
+    ]  # fmt: skip
+    if below is not None:
+        told = {one.prefix: one.stats for one in below}
+        stats = [
+            members[0].stats if len(members) == 1 else told.get(prefix + name.removesuffix(".*"))
             for name, members in groups.items()
         ]
-    )  # fmt: skip
+        lines = [["", "", "", "", *_HEADS], *([*line, *_figures(one)] for line, one in zip(lines, stats, strict=True))]
+    return render.aligned(lines)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptool import keys as names
 from ckptool import modules, optimizers, rebuild, roots
@@ -14,13 +14,20 @@ from ckptool.errors import NoTensorsError
 from ckptool.ops.diff import no_tensors
 from ckptool.tree import Global, Path, PyObject, as_mapping, attributes, walk
 
+if TYPE_CHECKING:  # only a job that reads values needs them
+    from ckptool.moments import PrefixStats, Stats
+    from ckptool.ops.check import Check
+
 SHOWN = 120
 """Characters of a value beside the weights that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """One tensor at root. ``tied_to`` is the first key of its tie group; ``kind`` is None for a dense tensor."""
+    """One tensor at root. ``tied_to`` is the first key of its tie group; ``kind`` is None for a dense tensor.
+
+    ``stats`` and ``hash`` are None where they were not asked for, or cannot be told.
+    """
 
     key: str
     shape: list[int] | None
@@ -29,6 +36,8 @@ class TensorRow:
     tied_to: str | None = None
     device: str | None = None
     kind: str | None = None
+    stats: Stats | None = None
+    hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class InspectReport:
     ``stored_nbytes`` is what the storages of all tensors in the file take, ``used_nbytes`` what tensors use
     of it. ``unsafe`` are names the pickle would have called beyond what tensors need; none was run.
     ``counters``: num_batches_tracked present, and BatchNorm layers that lack it.
+    ``prefixes``, ``hash`` (of all tensors that were chosen) and ``check`` are None where they were not asked for.
     """
 
     path: str
@@ -73,6 +83,9 @@ class InspectReport:
     metadata: Mapping[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    prefixes: list[PrefixStats] | None = None
+    hash: str | None = None
+    check: Check | None = None
 
 
 def inspect(checkpoint: Checkpoint) -> InspectReport:
@@ -126,6 +139,13 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
         list(checkpoint.problems),
         _notes(node),
     )
+
+
+def volume(checkpoint: Checkpoint, choose: Callable[[str], bool], *, check: bool) -> int:
+    """Returns about how many bytes are read for statistics and hashes of the chosen keys, or to ``check`` all."""
+    if check:
+        return max(_stored_and_used(checkpoint)[0], checkpoint.nbytes)
+    return sum({one.view: one.nbytes for key, one in checkpoint.state_dict().items() if choose(key)}.values())
 
 
 def shown(path: Path) -> str:

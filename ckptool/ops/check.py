@@ -1,0 +1,51 @@
+"""What is wrong with a checkpoint, said of what was found in its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["index", "offsets", "crc", "data", "nan", "inf", "unsafe"]
+
+KINDS: tuple[Kind, ...] = ("index", "offsets", "crc", "data", "nan", "inf", "unsafe")
+"""What may be found, in the order in which it is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to know before a file is used.
+
+    ``index``: shards and their index contradict each other. ``offsets``: a record is not where the directory says.
+    ``crc``: bytes have changed since they were written. ``data``: they cannot be read. ``nan``, ``inf``: ``count``
+    elements are. ``unsafe``: the pickle names what tensors do not need. ``key`` is below root, or a whole path.
+    """
+
+    kind: Kind
+    text: str
+    key: str | None = None
+    count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was found, nothing if all is well; and what could not be looked at."""
+
+    findings: list[Finding] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def check(problems: Sequence[str], unsafe: Sequence[str], found: Iterable[Finding], unchecked: Sequence[str]) -> Check:
+    """Returns all findings, by kind: those of the headers, and those ``found`` in the bytes."""
+    findings = [
+        *(Finding("index", text) for text in problems),
+        *found,
+        *(Finding("unsafe", f"{name}: named by the pickle, not needed by tensors, not run") for name in unsafe),
+    ]
+    return Check(sorted(findings, key=lambda finding: KINDS.index(finding.kind)), list(unchecked))
+
+
+def not_finite(key: str, nan: int, inf: int, numel: int) -> list[Finding]:
+    """Returns the findings on a tensor of ``numel`` numbers, some of which are NaN or infinite."""
+    counts: tuple[tuple[Kind, str, int], ...] = (("nan", "NaN", nan), ("inf", "infinite", inf))
+    return [Finding(kind, f"{count:,} of {numel:,} are {word}", key, count) for kind, word, count in counts if count]
