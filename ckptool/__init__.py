@@ -5,21 +5,24 @@
 (6, 16)
 """
 
-from ckptool.api import (
-    Rules,
-    convert,
-    diff,
-    filter,
-    inspect,
-    invert,
-    load_partial,
-    open,
-    plan_partial,
-    remap,
-    save,
-)
-from ckptool.checkpoint import Checkpoint, TensorInfo
-from ckptool.errors import CkptoolError
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptool.api import (
+        convert,
+        diff,
+        filter,
+        inspect,
+        invert,
+        load_partial,
+        open,
+        plan_partial,
+        remap,
+        save,
+    )
+    from ckptool.checkpoint import Checkpoint, TensorInfo
+    from ckptool.errors import CkptoolError
+    from ckptool.ops.rules import Rules
 
 __version__ = "0.1.0"
 
@@ -40,3 +43,19 @@ __all__ = [
     "remap",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns what the library offers when it is first asked for: `ckptool --version` needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ckptool import api, checkpoint, errors
+
+    places = (api, checkpoint, errors)  # api first: it gives Checkpoint its to_torch
+    found = next(getattr(place, name) for place in places if hasattr(place, name))
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptool import formats, modules, roots, saving
+from ckptool import formats, modules, roots
 from ckptool.checkpoint import Checkpoint, TensorInfo, detached
-from ckptool.dtypes import lookup
-from ckptool.errors import CkptoolError, StrictError, UsageError, needs_torch
-from ckptool.files import Files
-from ckptool.keys import chooser
-from ckptool.ops.convert import ConvertReport
-from ckptool.ops.convert import convert as op_convert
-from ckptool.ops.diff import DiffReport
-from ckptool.ops.filter import FilterReport
-from ckptool.ops.inspect import InspectReport
-from ckptool.ops.inspect import inspect as op_inspect
-from ckptool.ops.load_partial import LoadPartialReport
-from ckptool.ops.remap import RemapReport
-from ckptool.ops.remap import invert as op_invert
-from ckptool.ops.remap import remap as op_remap
-from ckptool.ops.rules import Rules
-from ckptool.saving import MapLocation
+from ckptool.errors import CkptoolError, StrictError, UsageError
 from ckptool.tree import Path, children, ordered_dict, replaced
+
+# Operations and what they need are imported by the functions that use them: a command needs one or two of them.
+if TYPE_CHECKING:
+    from ckptool.ops.convert import ConvertReport
+    from ckptool.ops.diff import DiffReport
+    from ckptool.ops.filter import FilterReport
+    from ckptool.ops.inspect import InspectReport
+    from ckptool.ops.load_partial import LoadPartialReport
+    from ckptool.ops.remap import RemapReport
+    from ckptool.saving import MapLocation, Progress
 
 
 def open(path: str | os.PathLike[str], root: str | Path | None = None) -> Checkpoint:
@@ -85,12 +78,48 @@ def _opened(source: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
 Source = Checkpoint | str | os.PathLike[str]
 
 
-def inspect(source: Source, *, root: str | Path | None = None) -> InspectReport:
+def inspect(
+    source: Source,
+    *,
+    root: str | Path | None = None,
+    stats: bool = False,
+    hashes: bool = False,
+    check: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> InspectReport:
     """Returns what a checkpoint holds: its weights, what stands beside them, what is worth a word.
 
-    Reads headers only. Raises: what `open` raises, NoTensorsError.
+    Reads headers only, unless one of these is asked for, which reads every tensor once, in constant memory, on up to
+    four threads: ``stats`` (mean, standard deviation, extremes, zeros, NaN and infinities, of every tensor and below
+    every prefix; see `Stats`), ``hashes`` (sha256 of each tensor and of all; see `ckptool.contents` for what exactly is
+    hashed), ``check`` (damage; see `Finding`). ``include`` and ``exclude`` say of which keys; the report lists all.
+    ``progress`` is told the bytes as they are read.
+
+    Raises: what `open` raises, NoTensorsError; FormatError for unreadable data, which ``check`` reports instead.
     """
-    return op_inspect(source if isinstance(source, Checkpoint) else open(source, root=root))
+    from ckptool.ops.inspect import inspect as op
+
+    opened = source if isinstance(source, Checkpoint) else open(source, root=root)
+    report = op(opened)
+    if not (stats or hashes or check):
+        return report
+    from ckptool import keys
+    from ckptool.contents import look_into
+    from ckptool.ops.check import check as judge
+
+    choose = keys.chooser(include, exclude) if include or exclude else None
+    found = look_into(opened, choose, stats=stats, hashes=hashes, check=check, progress=progress)
+    rows = [
+        replace(row, stats=found.stats.get(row.key), hash=found.hashes.get(row.key)) if stats or hashes else row
+        for row in report.tensors
+    ]
+    return replace(
+        report, tensors=rows, notes=[*report.notes, *found.missed], hash=found.whole,
+        prefixes=found.prefixes if stats else None,
+        check=judge(report.problems, report.unsafe, found.findings, found.unchecked) if check else None,
+    )  # fmt: skip
 
 
 def save(
@@ -101,7 +130,7 @@ def save(
     force: bool = False,
     in_place: bool = False,
     map_location: MapLocation = None,
-    max_shard_size: int = saving.SHARD_SIZE,
+    max_shard_size: int = formats.SHARD_SIZE,
     verify: bool = False,
     fsync: bool = True,
 ) -> tuple[str, ...]:
@@ -109,6 +138,8 @@ def save(
 
     See `ckptool.saving.save`, which takes the same and tells more.
     """
+    from ckptool import saving
+
     return saving.save(
         checkpoint, path, to=to, force=force, in_place=in_place, map_location=map_location,
         max_shard_size=max_shard_size, verify=verify, fsync=fsync,
@@ -121,9 +152,12 @@ def remap(source: Source, rules: Any, *, allow_unused: bool = False) -> tuple[Ch
     ``rules`` is what `Rules.parse` takes: a list of rules, of [regex, replacement] pairs, or a table of names.
     Raises: what `open` raises, CollisionError, UsageError for a rule that fits no key (unless ``allow_unused``).
     """
+    from ckptool.ops.remap import remap as op
+    from ckptool.ops.rules import Rules
+
     opened = _opened(source)
-    saving.refuse_broken(opened)
-    return op_remap(opened, Rules.parse(rules), allow_unused=allow_unused)
+    opened.require_whole()
+    return op(opened, Rules.parse(rules), allow_unused=allow_unused)
 
 
 def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
@@ -131,12 +165,16 @@ def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
 
     Weights that the map untied become one tensor again where they still hold the same bytes, which is read.
     """
+    from functools import partial
+
     from ckptool.data import same_bytes
+    from ckptool.files import Files
+    from ckptool.ops.remap import invert as op
 
     opened = _opened(source)
-    saving.refuse_broken(opened)
+    opened.require_whole()
     with Files() as files:
-        return op_invert(opened, saved, same=partial(same_bytes, files=files))
+        return op(opened, saved, same=partial(same_bytes, files=files))
 
 
 def convert(
@@ -150,13 +188,13 @@ def convert(
     untie: bool = False,
     publish: bool = False,
     metadata: Sequence[str] = (),
-    max_shard_size: int = saving.SHARD_SIZE,
+    max_shard_size: int = formats.SHARD_SIZE,
     map_location: MapLocation = None,
     force: bool = False,
     in_place: bool = False,
     verify: bool = True,
     fsync: bool = True,
-    progress: saving.Progress | None = None,
+    progress: Progress | None = None,
     dry_run: bool = False,
 ) -> ConvertReport:
     """Writes a checkpoint in another format, and returns what became of it.
@@ -169,15 +207,26 @@ def convert(
 
     Raises: what `open` and `save` raise.
     """
+    import importlib.util
+
+    from ckptool import saving
+    from ckptool.casts import FLOATS
+    from ckptool.dtypes import lookup
+    from ckptool.errors import needs_torch
+    from ckptool.ops.convert import convert as op
+
     opened = source if isinstance(source, Checkpoint) else open(source, root=root)
-    prepared, report = op_convert(
+    prepared, report = op(
         opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, untie=untie, publish=publish,
         metadata=metadata,
     )  # fmt: skip
     if metadata and not saving.holds_metadata(os.fspath(path), to):
         raise UsageError("--metadata goes into safetensors and shards only")
-    if report.cast and importlib.util.find_spec("torch") is None:
-        raise needs_torch(f"casting to {dtype}")
+    if report.cast:
+        cast, tensors = set(report.cast), opened.state_dict()
+        dtypes = {lookup(str(dtype)).name, *(tensors[key].dtype for key in cast)}
+        if not dtypes <= FLOATS.keys() and importlib.util.find_spec("torch") is None:
+            raise needs_torch(f"casting to {dtype}")
     if publish and saving.is_sharded(to):
         report.notes.append("a directory of shards has no digest in its name")
     elif publish and dry_run:
@@ -215,29 +264,38 @@ def diff(
     values: bool = False,
     rtol: float = 1e-5,
     atol: float = 1e-8,
-    progress: saving.Progress | None = None,
+    quick: bool = False,
+    progress: Progress | None = None,
 ) -> DiffReport:
     """Returns how two checkpoints' weights differ: keys, shapes and dtypes, from headers alone.
 
     ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
-    integers are exact. ``progress`` is told, of pairs that were compared, the bytes of both sides.
-    Raises: what `open` raises, NoTensorsError.
+    integers are exact. ``quick`` asks only whether the bytes are the same, and takes the CRC-32 that torch's archives
+    record for an answer where both sides have one. ``progress`` is told, of pairs that were compared, the bytes of
+    both sides. Raises: what `open` raises, NoTensorsError.
     """
+    from ckptool.files import Files
     from ckptool.ops import diff as op
-    from ckptool.values import Distance, compare
 
     first, second = _opened(a), _opened(b)
-    saving.refuse_broken(first)
-    saving.refuse_broken(second)
+    first.require_whole()
+    second.require_whole()
+    if not (values or quick):
+        return op.diff(
+            first, second, ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b, devices=devices
+        )
+    from ckptool import saving
+    from ckptool.values import Distance, compare, compare_bytes
+
     with Files(progress) as files:
 
         def compared(one: TensorInfo, other: TensorInfo) -> Distance:
             with saving.share(files, one.nbytes + other.nbytes):
-                return compare(one, other, files, rtol, atol)
+                return compare_bytes(one, other, files) if quick else compare(one, other, files, rtol, atol)
 
         return op.diff(
             first, second, ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b,
-            devices=devices, compare=compared if values else None,
+            devices=devices, compare=compared,
         )  # fmt: skip
 
 
@@ -259,13 +317,16 @@ def filter(
 
     Raises: what `open` raises, NoTensorsError, CollisionError for tied names with different values.
     """
+    from functools import partial
+
     from ckptool.data import same_bytes
+    from ckptool.files import Files
     from ckptool.ops import filter as op
 
     opened = [_opened(source) for source in sources]
     target = None if match is None else _opened(match)
     for checkpoint in [*opened, *([target] if target else [])]:
-        saving.refuse_broken(checkpoint)
+        checkpoint.require_whole()
     with Files() as files:
         return op.filter(
             opened, target, include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix,
@@ -309,8 +370,12 @@ def plan_partial(
     Nothing is written: hand the checkpoint to `save`. Reads headers only, except where tied names are compared.
     Raises: what `open` raises, UsageError with all that forbids the plan, NoTensorsError, CollisionError.
     """
+    from functools import partial
+
     from ckptool.adapted import read_object
     from ckptool.data import same_bytes
+    from ckptool.files import Files
+    from ckptool.keys import chooser
     from ckptool.ops import adapters
     from ckptool.ops import load_partial as op
 
@@ -331,7 +396,7 @@ def plan_partial(
         into, classes = live.checkpoint_of(target, given), live.classes_of(target)
     for checkpoint in (opened, into):
         if checkpoint is not None:
-            saving.refuse_broken(checkpoint)
+            checkpoint.require_whole()
     wishes = op.Wishes(
         [(pattern, adapters.parse(text)) for pattern, text in _pairs(adapt)], _pairs(init), _texts(init_preset), seed,
         _texts(freeze), new_lr_mult, weight_decay, optimizer, include, exclude, strip_prefix, add_prefix,
@@ -403,8 +468,9 @@ def _to_torch(self: Checkpoint, map_location: Any = None, *, only_root: bool = F
     Raises: DependencyError without torch; UnsupportedError for a tensor only its own class can rebuild.
     """
     from ckptool import real
+    from ckptool.files import Files
 
-    saving.refuse_broken(self)
+    self.require_whole()
     tree = self.tree
     if only_root:
         entries = {key: value for key, (_, value) in self.entries().items()}
@@ -421,7 +487,17 @@ def _module_state_dict(node: Any) -> Any:
 
 Checkpoint.to_torch = _to_torch
 
+
+def __getattr__(name: str) -> Any:
+    """Returns `Rules`, which few need."""
+    if name != "Rules":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ckptool.ops.rules import Rules
+
+    return Rules
+
+
 __all__ = [
-    "Checkpoint", "Rules", "convert", "diff", "filter", "inspect", "invert", "load_partial", "open", "plan_partial",
-    "remap", "save",
+    "Checkpoint", "convert", "diff", "filter", "inspect", "invert", "load_partial", "open", "plan_partial", "remap",
+    "save",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
 
 from ckptool import dtypes, modules
-from ckptool.errors import CollisionError, FormatError, LimitError, UnsupportedError
+from ckptool.errors import CollisionError, FormatError, IncompleteError, LimitError, UnsupportedError
 from ckptool.keys import EMA, is_counter
 from ckptool.optimizers import is_optimizer
 from ckptool.tree import (
@@ -304,6 +304,11 @@ class Checkpoint:
 
     to_torch: ClassVar[Callable[..., Any]]
     """Returns the tree with real tensors (see `ckptool.data.to_torch`, which the package binds here)."""
+
+    def require_whole(self) -> None:
+        """Raises IncompleteError if tensors are missing from a sharded checkpoint: nothing may be built on it."""
+        if self.broken:
+            raise IncompleteError("; ".join(self.problems), self.url)
 
     def at(self, path: Path) -> Any:
         """Returns the node at ``path``. Raises: FormatError if the tree has no such place."""

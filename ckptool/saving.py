@@ -15,7 +15,7 @@ from typing import Any
 from ckptool import aliases, formats
 from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, is_flat
 from ckptool.data import read_bytes, same_bytes
-from ckptool.errors import CkptoolError, FormatError, IncompleteError, LossError, OutputError, UsageError, listed
+from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
 from ckptool.files import EXISTS, File, Files, Output, same_file
 from ckptool.tree import nodes
 
@@ -30,8 +30,7 @@ FORMATS = (*formats.WRITERS, formats.SHARDED)
 SUFFIXES = formats.SUFFIXES
 """The suffixes that stand for one of them."""
 
-SHARD_SIZE = 5_000_000_000
-"""Bytes of tensors in one shard unless another limit is given: huggingface_hub's default."""
+SHARD_SIZE = formats.SHARD_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ def _refuse(
     hash_in_name: bool,
 ) -> Callable[[str], str] | None:
     """Refuses what can be refused whatever the format's own rules; returns the mapping of device tags."""
-    refuse_broken(checkpoint)
+    checkpoint.require_whole()
     tags = _tag_map(map_location)
     check_output(url, to=to, force=force, in_place=in_place, inputs=[checkpoint], hash_in_name=hash_in_name)
     if formats.is_sharded(to):
@@ -440,9 +439,3 @@ def _tag_map(map_location: MapLocation) -> Callable[[str], str] | None:
     if isinstance(map_location, str):
         return lambda tag: map_location if tag != "meta" else tag
     return lambda tag: tags.get(tag, tag)
-
-
-def refuse_broken(checkpoint: Checkpoint) -> None:
-    """Raises IncompleteError if tensors are missing from a sharded checkpoint: nothing may be built on it."""
-    if checkpoint.broken:
-        raise IncompleteError("; ".join(checkpoint.problems), checkpoint.url)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer.main
 from oracles import CANARY, FIXTURES, Run, content
 
 from ckptool.cli import main
@@ -72,15 +71,3 @@ def refused(run: Run) -> Callable[..., str]:
         return err
 
     return call
-
-
-@pytest.fixture(scope="module")
-def built_once() -> Iterator[None]:
-    """typer takes 45 ms to put the commands together, every time; a command on a small file takes 10."""
-    from ckptool.cli import app
-
-    built: Any = typer.main.get_command(app.app)
-    built.registered_commands = app.app.registered_commands
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "app", built)
-        yield

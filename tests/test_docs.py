@@ -7,10 +7,9 @@ import sys
 
 import click
 import pytest
-import typer
 
 from ckptool import errors, formats
-from ckptool.cli.app import app
+from ckptool.cli.app import COMMANDS, app
 from ckptool.ops import adapters, init, presets
 from ckptool.ops.filter import Reason
 from tests.transcripts import DOCS, FILES, REPOSITORY, rerun, rerun_file
@@ -68,7 +67,13 @@ def anchors(text: str) -> set[str]:
 
 
 def commands() -> dict[str, click.Command]:
-    return typer.main.get_command(app).commands
+    context = click.Context(app)
+    return {name: app.get_command(context, name) for name in app.list_commands(context)}
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself():
+    for name, command in commands().items():
+        assert command.help.split("\n\n")[0].replace("\n", " ") == COMMANDS[name]
 
 
 def test_every_command_and_option_is_in_the_readme():

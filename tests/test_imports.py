@@ -130,12 +130,19 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_a_cast_says_in_one_line_that_torch_is_absent_and_writes_nothing() -> None:
     torch.save({"w": torch.ones(2)}, "source.pth")
-    torch.save({"w": torch.ones(2).half()}, "target.pth")
+    torch.save({"w": torch.ones(2).to(torch.float8_e4m3fn)}, "target.pth")
     done = python(BLOCKED % ["torch"], "filter", "--match", "target.pth", "source.pth", "-o", "out.pth", "--cast")
     assert "needs torch, which is not installed: pip install 'ckptool[torch]'" in one_line(done)
     assert sorted(path.name for path in Path().iterdir()) == ["source.pth", "target.pth"]
     again = python(BLOCKED % ["torch"], "filter", "--match", "target.pth", "source.pth", "-o", "out.pth")
     assert again.returncode == 0  # without --cast it is bytes
+
+
+def test_casts_between_common_floats_need_no_torch() -> None:
+    torch.save({"w": torch.tensor([1.0, 2.5, 3.0e38])}, "source.pth")
+    done = python(BLOCKED % ["torch"], "convert", "source.pth", "-o", "out.pth", "--dtype", "bf16")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert torch.equal(torch.load("out.pth")["w"], torch.load("source.pth")["w"].bfloat16())
 
 
 def test_making_real_tensors_says_in_one_line_that_torch_is_absent() -> None:

@@ -19,7 +19,6 @@ import ckptool
 Saved = Callable[..., Path]
 Refused = Callable[..., str]
 
-pytestmark = pytest.mark.usefixtures("built_once")
 
 CODE = """
 print("a word from the user's code")

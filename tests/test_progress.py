@@ -17,8 +17,6 @@ from oracles import FIXTURES, Run, Saved
 from ckptool.cli import progress
 from ckptool.files import Output
 
-pytestmark = pytest.mark.usefixtures("built_once")
-
 SHOW = "\x1b[?25h"
 """What gives a terminal its cursor back."""
 

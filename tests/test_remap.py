@@ -10,13 +10,12 @@ import random
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer.main
 from oracles import FIXTURES, assert_identical, bits, torch_load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,6 @@ from torch import nn
 
 import ckptool
 from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo, contiguous_stride
-from ckptool.cli import main
 from ckptool.errors import CkptoolError, UnsupportedError
 from ckptool.ops.remap import invert as op_invert
 
@@ -33,28 +31,6 @@ Run = Callable[..., tuple[int, str, str]]
 State = dict[str, torch.Tensor]
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "remap" / "pairs"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def built_once() -> Iterator[None]:
-    """typer takes 45 ms to put the commands together, every time; a command on a small file takes 10."""
-    from ckptool.cli import app
-
-    built: Any = typer.main.get_command(app.app)
-    built.registered_commands = app.app.registered_commands
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "app", built)
-        yield
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object) -> tuple[int, str, str]:
-        code = main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -5,44 +5,20 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer.main
 from oracles import FIXTURES, bits
 
 import ckptool
-from ckptool.cli import main
 from ckptool.errors import CkptoolError, CollisionError, UsageError
 
 Saved = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 Renamed = Callable[..., list[str]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def built_once() -> Iterator[None]:
-    """typer takes 45 ms to put the commands together, every time; a command on a small file takes 10."""
-    from ckptool.cli import app
-
-    built: Any = typer.main.get_command(app.app)
-    built.registered_commands = app.app.registered_commands
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "app", built)
-        yield
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object) -> tuple[int, str, str]:
-        code = main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def numbered(keys: list[str]) -> dict[str, torch.Tensor]:

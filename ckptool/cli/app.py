@@ -2,66 +2,92 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from typing import Annotated
 
 import click
-import typer
 
-from ckptool.cli import convert, diff, filter, inspect, load_partial, remap, render
+from ckptool.cli import render
 from ckptool.errors import CkptoolError, UsageError
 
 INTERRUPTED = 130
 """The exit code of Ctrl-C: no command returns it."""
 
-app = typer.Typer(
+COMMANDS = {
+    "inspect": "Show what a checkpoint holds; runs nothing that is in it.",
+    "diff": "Show how two checkpoints differ: exit 0 if they are the same, 1 if they differ.",
+    "filter": "Keep what fits: TARGET with every tensor that agrees in name and shape taken from SOURCE.",
+    "remap": "Rename keys and reshape tensors by rules, in the order given.",
+    "convert": "Write checkpoints in another format, every tensor proven.",
+    "load-partial": "Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest, hand over.",
+}
+"""Names of the commands, and the first lines of their help: a list of them must not cost importing all of them."""
+
+
+class Commands(click.Group):
+    """The commands, each imported when it is asked for: typer takes 10 ms to make one of a function."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS or cmd_name in self.commands:
+            return self.commands.get(cmd_name)
+        import typer
+
+        module = importlib.import_module(f"ckptool.cli.{cmd_name.replace('-', '_')}")
+        made = typer.Typer(
+            add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+            context_settings={"help_option_names": ["-h", "--help"]},
+        )  # fmt: skip
+        made.command(cmd_name, cls=getattr(module, "COMMAND", None))(module.command)
+        self.add_command(typer.main.get_command(made), cmd_name)
+        return self.commands[cmd_name]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
     name="ckptool",
+    cls=Commands,
     help="Look into, compare, filter and rewrite checkpoints without loading them.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("inspect")(inspect.command)
-app.command("diff")(diff.command)
-app.command("filter")(filter.command)
-app.command("remap", cls=remap.Ordered)(remap.command)
-app.command("convert")(convert.command)
-app.command("load-partial")(load_partial.command)
-
-
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
+@click.option("--version", is_flag=True, help="Print the version and exit.")
+def app(version: bool) -> None:
+    """Prints the version if that was asked for."""
     if version:
         import ckptool
 
         print(f"ckptool {ckptool.__version__}")
-        raise typer.Exit
+        raise click.exceptions.Exit
 
 
 def run(args: list[str]) -> int:
     """Runs one command line. Any exception but ours and the parser's is a bug and keeps its traceback."""
-    known = {command.name for command in app.registered_commands}
-    command = next((arg for arg in args if arg in known), "")
+    command = next((arg for arg in args if arg in COMMANDS), "")
     as_json = "--json" in args
     try:
-        code = app(args, standalone_mode=False, prog_name="ckptool")
+        with app.make_context("ckptool", list(args)) as context:  # `main` would say a line of its own on Ctrl-C
+            code = app.invoke(context)
+    except click.exceptions.Exit as end:
+        code = end.exit_code
     except CkptoolError as error:
         return _fail(error, command, as_json)
     except click.exceptions.NoArgsIsHelpError as error:
         render.write(f"{error.format_message()}\n")
         return 2
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        hint = f" (see {context.command_path} --help)" if context else ""
+        where = getattr(error, "ctx", None)
+        hint = f" (see {where.command_path} --help)" if where else ""
         return _fail(UsageError(f"{error.format_message()}{hint}"), command, as_json)
     except (KeyboardInterrupt, click.Abort):
-        code = INTERRUPTED
-    if code == INTERRUPTED:  # typer makes an exit code of a KeyboardInterrupt, and says nothing
         print("ckptool: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return code if isinstance(code, int) else 0
 
 

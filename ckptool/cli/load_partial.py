@@ -82,7 +82,7 @@ def command(
     all_rows: Annotated[bool, typer.Option("--all", help="Show loaded keys too.")] = False,
     as_json: options.Json = False,
 ) -> int:
-    """Load what fits of SOURCE into a changed model; adapt shapes, initialise the rest, hand over to training."""
+    """Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest, hand over."""
     if init_preset and "list" in init_preset:
         if as_json:
             render.print_json(render.document("load-partial", {"presets": presets.PRESETS}))

@@ -34,6 +34,8 @@ class Ordered(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+COMMAND = Ordered
+
 Texts = list[str] | None
 
 

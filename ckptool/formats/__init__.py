@@ -30,6 +30,9 @@ WRITERS = {
 SHARDED = "sharded"
 """What a user calls the directory that `sharded.write_directory` writes."""
 
+SHARD_SIZE = 5_000_000_000
+"""Bytes of tensors in one shard unless another limit is given: huggingface_hub's default."""
+
 SUFFIXES = tuple(suffix for _, suffixes in WRITERS.values() for suffix in suffixes)
 """All suffixes that stand for a format when writing."""
 
