@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +45,14 @@ class Other(NamedTuple):
     command: list[str]
 
 
-def python(name: str, code: str, *arguments: Path, needs: Sequence[str] = ("torch",)) -> Other:
+def python(name: str, code: str, *arguments: Path | str, needs: Sequence[str] = ("torch",)) -> Other:
     """A script as a process of its own; the arguments are the sources and then the output."""
     return Other(name, tuple(needs), [sys.executable, "-c", code, *map(str, arguments)])
+
+
+def system(name: str, *command: object) -> Other:
+    """A program that every system has."""
+    return Other(name, (), [str(part) for part in command])
 
 
 def copy(source: Path, output: Path) -> Other:
@@ -69,6 +74,40 @@ with safe_open(sys.argv[1], "numpy") as file:
     for key in file.keys():
         view = file.get_slice(key)
         print(key, view.get_dtype(), view.get_shape())
+"""
+DIFF_TORCH = """
+import sys, torch
+a, b = (torch.load(name, mmap=True, weights_only=True) for name in sys.argv[1:3])
+print(a.keys() == b.keys(), [key for key in a if a[key].shape != b[key].shape or a[key].dtype != b[key].dtype])
+"""
+EQUAL_TORCH = """
+import sys, torch
+a, b = (torch.load(name, mmap=True, weights_only=True) for name in sys.argv[1:3])
+print(all(torch.equal(a[key], b[key]) for key in a))
+"""
+APART_TORCH = """
+import sys, torch
+a, b = (torch.load(name, mmap=True, weights_only=True) for name in sys.argv[1:3])
+for key in a:
+    one, gap = a[key].float(), a[key].float() - b[key].float()
+    print(key, gap.abs().max().item(), (gap.norm() / one.norm()).item())
+"""
+STATS_TORCH = """
+import sys, torch
+for key, tensor in torch.load(sys.argv[1], mmap=True, weights_only=True).items():
+    x = tensor.float()
+    print(key, x.mean(), x.std(), x.min(), x.max(), (x == 0).sum(), x.isnan().sum(), x.isinf().sum())
+"""
+CAST_TORCH = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+dtype = getattr(torch, sys.argv[3])
+save_file({key: tensor.to(dtype) for key, tensor in load_file(sys.argv[1]).items()}, sys.argv[2])
+"""
+SAVE_TORCH = """
+import sys, torch
+from safetensors.torch import load_file
+torch.save(load_file(sys.argv[1]), sys.argv[2])
 """
 RENAME_TORCH = """
 import sys, torch
@@ -115,31 +154,30 @@ def small(keys: int) -> dict[str, tuple[int, ...]]:
     return {f"blocks.{number // 8}.experts.{number % 8}.weight": (4, 4) for number in range(keys)}
 
 
-def write(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Writes tensors of random bytes, in the format of the suffix; the bytes are on disk when it returns."""
+def write(path: Path, shapes: Mapping[str, tuple[int, ...]], legacy: bool = False, seed: int = 0) -> None:
+    """Writes tensors of random numbers in [0.5, 2), of either sign; the bytes are on disk when it returns.
+
+    ``seed`` 1 gives other numbers than 0 in every second tensor.
+    """
+    import numpy as np
+
+    from ckptool import saving
     from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo
-    from ckptool.files import Output
-    from ckptool.formats import safetensors, torch_zip
 
-    class RandomFiles:
-        """Stands in for `files.Files`: every span reads as random bytes, so nothing is sparse and nothing packs."""
+    def numbers(seed: int, nbytes: int) -> Callable[[], memoryview]:
+        def made() -> memoryview:
+            words = np.random.Generator(np.random.Philox(seed)).integers(0, 1 << 16, nbytes // 2, np.uint16)
+            return memoryview(((words & 0x80FF) | 0x3F00).view(np.uint8))
 
-        def blocks(self, span: Span, offset: int = 0, nbytes: int | None = None) -> Any:
-            left = span.nbytes - offset if nbytes is None else nbytes
-            while left:
-                block = os.urandom(min(left, 1 << 20))
-                left -= len(block)
-                yield block
+        return made
 
     tree: dict[str, TensorInfo] = {}
-    for key, shape in shapes.items():
+    for number, (key, shape) in enumerate(shapes.items()):
         stride = (*shape[1:], 1)
-        numel = shape[0] * stride[0]
-        tree[key] = TensorInfo("bfloat16", shape, stride, 0, Storage(Span("", 0, 2 * numel), "bfloat16"))
-    writer: Any = safetensors if path.suffix == ".safetensors" else torch_zip
-    with Output(str(path)) as output:
-        writer.write(Checkpoint(tree), output, RandomFiles())
-        output.commit()
+        nbytes = 2 * shape[0] * stride[0]
+        span = Span("", 0, nbytes, memory=numbers(2 * number + seed * (number % 2), nbytes))
+        tree[key] = TensorInfo("bfloat16", shape, stride, 0, Storage(span, "bfloat16"))
+    saving.save(Checkpoint(tree), path, to="torch-legacy" if legacy else None)
 
 
 # Measuring.
@@ -233,14 +271,25 @@ class Bench:
             return [sys.executable, "-m", "ckptool", *map(str, arguments)]
 
         large = f"{nbytes / 1e6:,.0f} MB"
-        for size, kind, number, flags in ((large, "llm", nbytes, []), (f"{keys:,} keys", "small", keys, ["--json"])):
+        self.group("", {"--version": tool("--version")}, PASS, PASS)
+        self.group("", {"--help": tool("--help")}, PASS, PASS)
+        for size, kind, number in ((large, "llm", nbytes), (f"{keys:,} keys", "small", keys)):
+            flags = ["--json"] if kind == "small" else []
             source = self.make("source.pth", kind, number)
+            again = self.make("again.pth", kind, number)
             peer = python("torch.load(mmap)", LIST_TORCH, source)
-            self.group(size, {"inspect .pth": tool("inspect", source, *flags)}, peer, PASS)
+            ours = {"inspect .pth": tool("inspect", source, *flags)}
+            if kind == "small":
+                ours["  the same, --flat"] = tool("inspect", source, "--flat")
+            self.group(size, ours, peer, PASS)
+            peer = python("torch.load(mmap)", DIFF_TORCH, source, again)
+            self.group(size, {"diff .pth": tool("diff", source, again)}, peer, PASS)
             ours = {"remap .pth": tool("remap", source, "--add-prefix", "model.", "-o", pth)}
             peer = python("torch.load(mmap), save", RENAME_TORCH, source, pth)
             self.group(size, ours, peer, copy(source, pth))
             if kind == "llm":
+                self.of_values(size, source, again, number, tool)
+                again.unlink()
                 convert = tool("convert", source, "-o", safe)
                 ours = {"convert .pth -> .safetensors": convert, "  the same, --no-verify": [*convert, "--no-verify"]}
                 peer = python("torch.load, save_file", CONVERT_TORCH, source, safe)
@@ -251,6 +300,7 @@ class Bench:
                 peer = python("torch.load(mmap), save", FILTER_TORCH, source, target, pth)
                 self.group(size, ours, peer, copy(target, pth))
                 target.unlink()
+            again.unlink(missing_ok=True)
             source.unlink()
             source = self.make("source.safetensors", kind, number)
             peer = python("safe_open", LIST_SAFETENSORS, source, needs=("safetensors", "numpy"))
@@ -258,7 +308,45 @@ class Bench:
             ours = {"remap .safetensors": tool("remap", source, "--add-prefix", "model.", "-o", safe)}
             peer = python("load_file, save_file", RENAME_SAFETENSORS, source, safe)
             self.group(size, ours, peer, copy(source, safe))
+            if kind == "llm":
+                ours = {"convert .safetensors -> .pth, --no-verify": tool("convert", source, "-o", pth, "--no-verify")}
+                self.group(size, ours, python("load_file, save", SAVE_TORCH, source, pth), copy(source, pth))
+                self.casts(source, number, tool)
             source.unlink()
+            if kind == "llm":
+                source = self.make("legacy.pth", "llm-legacy", number)
+                ours = {"inspect legacy .pth": tool("inspect", source)}
+                self.group(size, ours, python("torch.load", LIST_TORCH.replace("mmap=True, ", ""), source), PASS)
+                source.unlink()
+
+    def of_values(self, size: str, source: Path, same: Path, number: int, tool: Callable[..., list[str]]) -> None:
+        """What has to read the data: equal files, files of which half the tensors differ, statistics, hashes."""
+        cmp = system("cmp", "cmp", source, same)
+        ours = {"diff --values, equal": tool("diff", source, same, "--values")}
+        self.group(size, ours, python("torch.equal", EQUAL_TORCH, source, same), cmp)
+        ours = {"  the same, --quick": tool("diff", source, same, "--quick")}
+        self.group(size, ours, python("torch.equal", EQUAL_TORCH, source, same), PASS)
+        same.unlink()
+        other = self.make("again.pth", "llm-other", number)
+        ours = {"diff --values, half differ": tool("diff", source, other, "--values", "--exit-zero")}
+        self.group(size, ours, python("torch, a loop", APART_TORCH, source, other), system("cat", "cat", source, other))
+        ours = {"inspect --stats": tool("inspect", source, "--stats")}
+        self.group(size, ours, python("torch, a loop", STATS_TORCH, source), system("cat", "cat", source))
+        ours = {"inspect --hash": tool("inspect", source, "--hash")}
+        self.group(size, ours, system("sha256sum", "sha256sum", source), system("cat", "cat", source))
+
+    def casts(self, source: Path, number: int, tool: Callable[..., list[str]]) -> None:
+        """bfloat16 to float32 and back, of a quarter of the size, so that the larger side is half of it."""
+        quarter = self.make("quarter.safetensors", "llm", number // 4)
+        safe, wide = self.outputs / "out.safetensors", self.folder / "wide.safetensors"
+        subprocess.run(tool("convert", quarter, "-o", wide, "--dtype", "float32"), env=ENVIRONMENT, check=True,
+                       stdout=subprocess.DEVNULL)  # fmt: skip
+        for name, one, dtype in (("bf16 -> fp32", quarter, "float32"), ("fp32 -> bf16", wide, "bfloat16")):
+            ours = {f"convert {name}, --no-verify": tool("convert", one, "-o", safe, "--dtype", dtype, "--no-verify")}
+            peer = python("load_file, to, save_file", CAST_TORCH, one, safe, dtype)
+            self.group(f"{number / 2e6:,.0f} MB", ours, peer, copy(wide, safe))
+        quarter.unlink()
+        wide.unlink()
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
@@ -328,7 +416,7 @@ def main() -> None:
     if arguments.make:
         path, kind, number = arguments.make
         shapes = small(int(number)) if kind == "small" else llm(int(number), 17 if kind == "llm-head" else 16)
-        write(Path(path), shapes)
+        write(Path(path), shapes, kind == "llm-legacy", int(kind == "llm-other"))
         return
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

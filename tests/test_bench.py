@@ -27,15 +27,20 @@ def test_the_benchmark_runs_every_job_and_leaves_only_its_json(tmp_path: Path) -
     rows = report["rows"]
     both = {f"{job} {suffix}" for job in ("inspect", "remap") for suffix in (".pth", ".safetensors")}
     large = {row["job"].strip() for row in rows if row["size"] == "1 MB"}
-    assert large == both | {"filter .pth", "convert .pth -> .safetensors", "the same, --no-verify"}
-    assert {row["job"] for row in rows if row["size"] == "20 keys"} == both
+    assert large == both | {
+        "diff .pth", "filter .pth", "convert .pth -> .safetensors", "the same, --no-verify",
+        "convert .safetensors -> .pth, --no-verify", "inspect legacy .pth", "diff --values, equal", "the same, --quick",
+        "diff --values, half differ", "inspect --stats", "inspect --hash",
+    }  # fmt: skip
+    assert {row["job"].strip() for row in rows if row["size"] == "20 keys"} == both | {"diff .pth", "the same, --flat"}
+    assert {row["job"] for row in rows if not row["size"]} == {"--version", "--help"}
     for row in rows:
         ours, limit = row["ckptool"], row["limit"]
         assert len(ours["wall"]) == len(ours["cpu"]) == len(limit["ratios"]) == 1
         assert 0 < ours["min"] <= ours["median"] <= ours["max"]
         assert ours["peak"] > 4e6
         assert row["job"] in run.stdout
-        if row["job"] == "inspect .safetensors":
+        if row["peer"]["name"] in ("safe_open", "sha256sum", "python -c pass"):
             assert row["peer"]["ratio"] > 0
         else:
             assert row["peer"]["skipped"] == "torch is not there"
