@@ -176,7 +176,7 @@ class TensorInfo(Leaf):
         """Returns the bytes of its own elements (not of its storage); of an `Opaque` tensor those of its parts."""
         if isinstance(self.source, Opaque):
             return sum(part.nbytes for part in self.parts)
-        return dtypes.nbytes_of(self.dtype, self.numel)
+        return _nbytes(self.dtype, self.shape or ())
 
     @property
     def location(self) -> str:
@@ -263,6 +263,12 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
         stride.append(step)
         step *= max(size, 1)
     return tuple(reversed(stride))
+
+
+@lru_cache(maxsize=4096)
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of so many elements. Few shapes are met often."""
+    return dtypes.nbytes_of(dtype, prod(shape))
 
 
 @lru_cache(maxsize=4096)

@@ -77,7 +77,7 @@ def command(
     for text in () if as_json else notes:
         render.note(text)
     if as_json:
-        documents = [{**render.to_json(report), "tensors": render.to_json(rows)} for report, rows in chosen]
+        documents = [replace(report, tensors=rows) for report, rows in chosen]
         render.print_json(render.document("inspect", documents, notes))
         return int(any(report.check and report.check.findings for report in reports))
     for number, (report, rows) in enumerate(chosen):

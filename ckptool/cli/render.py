@@ -139,11 +139,17 @@ def to_json(value: Any) -> Any:
         return [to_json(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            name: to_json(content)
+            name: content if type(content) in _PLAIN else to_json(content)
             for name, optional in _fields(type(value))
             if not ((content := getattr(value, name)) is None and optional)
         }
     return {str(key): to_json(content) for key, content in value.items()}
+
+
+_PLAIN = {str, int, float, bool}
+
+MANY_ROWS = 5_000
+"""Rows from which a document is printed without indentation: that is ten times as fast, and nobody reads it."""
 
 
 @functools.cache
@@ -153,8 +159,15 @@ def _fields(kind: type) -> list[tuple[str, bool]]:
 
 
 def json_text(document: Any) -> str:
-    """Returns a JSON document as text, with its final newline."""
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+    """Returns a JSON document as text, with its final newline; indented, unless it has very many rows."""
+    return json.dumps(document, indent=None if _has_many(document) else 1, allow_nan=False) + "\n"
+
+
+def _has_many(value: Any) -> bool:
+    """Returns whether there is a list of `MANY_ROWS` near the top of a document."""
+    if isinstance(value, list):
+        return len(value) > MANY_ROWS or (len(value) < 100 and any(map(_has_many, value)))
+    return isinstance(value, dict) and len(value) < 100 and any(map(_has_many, value.values()))
 
 
 def print_json(document: Any) -> None:

@@ -12,7 +12,7 @@ from ckptool import modules, optimizers, rebuild, roots
 from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
 from ckptool.errors import NoTensorsError
 from ckptool.ops.diff import no_tensors
-from ckptool.tree import Global, Path, PyObject, as_mapping, attributes, walk
+from ckptool.tree import Global, Path, PyObject, as_mapping, attributes, nodes, walk
 
 if TYPE_CHECKING:  # only a job that reads values needs them
     from ckptool.moments import PrefixStats, Stats
@@ -165,14 +165,23 @@ def _stored_and_used(checkpoint: Checkpoint) -> tuple[int, int]:
     """Returns the bytes of all storages in the tree, and how many of them some tensor uses (at most)."""
     storages: dict[int, Storage] = {}
     views: dict[int, dict[object, int]] = {}
-    for _, node in walk(checkpoint.tree, inside=True):
+    full: set[int] = set()
+    whole = 0
+    for node in nodes(checkpoint.tree):
         if isinstance(node, TensorInfo) and isinstance(node.source, Storage):
-            storages[id(node.source)] = node.source
-            views.setdefault(id(node.source), {})[node.view] = node.nbytes
+            identity = id(node.source)
+            if identity not in storages and node.is_whole:  # nearly every one
+                storages[identity] = node.source
+                whole += node.source.nbytes
+                full.add(identity)
+            elif identity not in full:
+                storages[identity] = node.source
+                views.setdefault(identity, {})[node.view] = node.nbytes
         elif isinstance(node, Storage):
             storages[id(node)] = node
-            views.setdefault(id(node), {})[None] = node.nbytes
-    used = sum(min(storages[key].nbytes, sum(sizes.values())) for key, sizes in views.items())
+            if id(node) not in full:
+                views.setdefault(id(node), {})[None] = node.nbytes
+    used = whole + sum(min(storages[key].nbytes, sum(sizes.values())) for key, sizes in views.items())
     return sum(storage.nbytes for storage in storages.values()), used
 
 
