@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ckptool import picklewriter, rebuild
 from ckptool.checkpoint import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride
-from ckptool.data import Bytes, storage_blocks, tensor_blocks
+from ckptool.data import Bytes, blocks_ahead, storage_blocks
 from ckptool.dtypes import DTYPES
 from ckptool.errors import UnsupportedError
 from ckptool.files import Files
@@ -138,7 +138,7 @@ class Layout:
         """Yields the bytes of a written storage, little-endian."""
         piece = self.content(storage)
         if isinstance(piece.source, TensorInfo):
-            return tensor_blocks(piece.source, files)
+            return blocks_ahead(piece.source, files)
         return storage_blocks(piece.source, files, piece.start, storage.nbytes, piece.swap_unit)
 
     def pickled(self, key: Callable[[int], str], tail: tuple[Any, ...] = ()) -> tuple[bytes, list[Storage]]:

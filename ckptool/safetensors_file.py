@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptool import aliases, flat
 from ckptool.checkpoint import Span, TensorInfo
-from ckptool.data import runs, tensor_blocks
+from ckptool.data import blocks_ahead, runs
 from ckptool.dtypes import DTYPES
 from ckptool.errors import LimitError, LossError, listed
 from ckptool.files import CLONED, Files, Output
@@ -87,5 +87,5 @@ def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output
         if isinstance(piece, Span):
             output.copy(files, piece)
         else:
-            for block in tensor_blocks(piece, files):
+            for block in blocks_ahead(piece, files):
                 output.write(block)

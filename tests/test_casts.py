@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import ckptool
+from ckptool import data
 from ckptool.casts import FLOATS, caster
+from ckptool.errors import FormatError
 
 PAIRS = [(old, new) for old in FLOATS for new in FLOATS if old != new]
 EDGES = [
@@ -41,3 +48,30 @@ def test_other_dtypes_are_torchs_to_cast() -> None:
     assert caster("float8_e4m3fn", "float32") is None
     assert caster("int64", "float32") is None
     assert caster("float32", "float32") is None
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_large_cast_is_made_ahead_of_its_writing_and_is_the_same(
+    dtype: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "COMPUTED_AHEAD", 1 << 16)
+    torch.manual_seed(0)
+    state = {"a": torch.randn(1_300_001), "b": torch.randn(3), "c": torch.randn(600_000)}
+    torch.save(state, tmp_path / "in.pth")
+    out = tmp_path / f"out{suffix}"
+    ckptool.convert(tmp_path / "in.pth", out, dtype=dtype)
+    found = torch.load(out) if suffix == ".pth" else load_file(out)
+    for key, tensor in state.items():
+        expected = tensor.to(getattr(torch, dtype))
+        assert torch.equal(found[key].view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_what_fails_while_it_is_made_ahead_fails_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "COMPUTED_AHEAD", 1 << 16)
+    torch.save({"a": torch.randn(1_300_001)}, tmp_path / "in.pth")
+    opened = ckptool.open(tmp_path / "in.pth")
+    os.truncate(tmp_path / "in.pth", 2_000_000)
+    with pytest.raises(FormatError):
+        ckptool.convert(opened, tmp_path / "out.pth", dtype="bfloat16")
+    assert os.listdir(tmp_path) == ["in.pth"]
