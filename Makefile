@@ -1,6 +1,9 @@
 # make            lint, types and tests
 # make demo       the main job on the fixtures, from nothing
 # make test       the tests
+# make soak       runs that are killed at every moment, and at once, for two minutes (SOAK=3600: for an hour)
+# make load       what is too large for the suite: a million keys, 10,000 shards (LOAD='keys shards' chooses)
+# make fuzz       bytes at random against every command, for a minute (FUZZ='--seconds 600': for ten)
 # make bench      speed and memory beside other tools (bench/README.md)
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 FIXTURES := fixtures
 
-.PHONY: all demo test lint types smoke golden fixtures bench bench-full clean
+.PHONY: all demo test lint types smoke golden fixtures fuzz soak load bench bench-full clean
 all: lint types test
 
 # The tool alone: no torch, seconds to install.
@@ -49,6 +52,18 @@ golden: $(VENV)/.dev
 
 fixtures: $(VENV)/.dev
 	$(BIN)/python fixtures/make.py
+
+# atheris is large and has no wheel for every Python: only this needs it.
+fuzz: $(VENV)/.dev
+	$(PIP) install -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+SOAK ?= 120
+soak: $(VENV)/.dev
+	$(BIN)/python tests/soak.py all $(SOAK)
+
+load: $(VENV)/.dev
+	$(BIN)/python tests/load.py $(LOAD)
 
 # What they say is in bench/README.md; the full one is for release notes. BENCH='--dir /on/a/disk --json figures.json'
 bench: $(VENV)/.dev

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptool import formats, modules, roots
 from ckptool.checkpoint import Checkpoint, TensorInfo, detached
 from ckptool.errors import CkptoolError, StrictError, UsageError
-from ckptool.tree import Path, children, ordered_dict, replaced
+from ckptool.tree import Path, children, key_text, ordered_dict, path_text, replaced
 
 # Operations and what they need are imported by the functions that use them: a command needs one or two of them.
 if TYPE_CHECKING:
@@ -60,15 +60,13 @@ def _path(tree: Any, root: str | Path) -> Path:
                 break
         else:
             near = ", ".join(list(known)[:20])
-            raise UsageError(
-                f"no {left[0]!r} at {'/'.join(map(str, path)) or 'the top'}; there is: {near or 'nothing'}"
-            )
+            raise UsageError(f"no {left[0]!r} at {path_text(path) or 'the top'}; there is: {near or 'nothing'}")
     return path
 
 
 def _named_children(node: Any) -> dict[str, tuple[Any, Any]]:
 
-    return {str(step): (step, child) for step, child in children(node)}
+    return {key_text(step): (step, child) for step, child in children(node)}
 
 
 def _opened(source: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
@@ -244,7 +242,7 @@ def convert(
     )  # fmt: skip
     return replace(
         report, output=saved.path, nbytes=saved.nbytes, verified=saved.verified, overflowed=dict(saved.overflowed),
-        left_out=_not_carried([*report.left_out, *saved.left_out], metadata),
+        left_out=_not_carried([*report.left_out, *saved.left_out], metadata), notes=[*report.notes, *saved.notes],
     )  # fmt: skip
 
 

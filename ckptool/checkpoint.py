@@ -26,6 +26,8 @@ from ckptool.keys import EMA, is_counter
 from ckptool.optimizers import is_optimizer
 from ckptool.tree import (
     MAX_KEY,
+    MAX_KEYS,
+    MAX_LEVELS,
     Leaf,
     Path,
     PyObject,
@@ -34,6 +36,8 @@ from ckptool.tree import (
     key_text,
     ordered_dict,
     parts,
+    path_text,
+    refuse_key,
     replaced,
     walk,
 )
@@ -322,7 +326,7 @@ class Checkpoint:
         for step in path:
             found = [child for name, child in children(node) if name == step and type(name) is type(step)]
             if not found:
-                raise FormatError(f"no {'/'.join(map(str, path))!r} in the checkpoint's tree", self.url)
+                raise FormatError(f"no {path_text(path)!r} in the checkpoint's tree", self.url)
             node = found[0]
         return node
 
@@ -350,7 +354,7 @@ class Checkpoint:
         for key, (_, value) in self.entries().items():
             if not isinstance(value, TensorInfo):
                 inner = {
-                    "/".join(map(str, path)): node
+                    path_text(path): node
                     for path, node in walk(value, closed=is_optimizer)
                     if isinstance(node, TensorInfo)
                 }
@@ -446,6 +450,7 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
     if modules.is_module(node):
         return {key: ((key,), value) for key, value in modules.state_dict(node).items()}
     found: dict[str, tuple[Path, Any]] = {}
+    total = 0
     if is_flat(node):
         pairs: Iterator[tuple[Path, Any]] = (((name,), value) for name, value in (as_mapping(node) or {}).items())
     else:
@@ -458,6 +463,12 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
                 f"a key put together from the names above it has over {MAX_KEY:,} characters (MAX_KEY)", url
             )
         key = "/".join(steps)
+        if len(key) > MAX_LEVELS:
+            refuse_key(key, url)
+        if len(steps) > 1:
+            total += len(key)
+            if total > MAX_KEYS:
+                raise LimitError(f"its keys have over {MAX_KEYS:,} characters, put together (MAX_KEYS)", url)
         if key in found and all(isinstance(step, (str, int, float, NoneType)) for step in path):
             raise CollisionError(f"two keys read {key!r} (one of them is no string)", url)
         while key in found:  # objects that are shown alike

@@ -23,7 +23,7 @@ from ckptool.files import File, Files
 from ckptool.moments import Moments, PrefixStats, Stats
 from ckptool.ops.check import Finding, not_finite
 from ckptool.readthrough import Job, read
-from ckptool.tree import Global, walk
+from ckptool.tree import Global, path_text, walk
 
 Choose = Callable[[str], bool]
 
@@ -203,10 +203,10 @@ def _named(
         put(tensor, key)
     if whole:
         for path, tensor in checkpoint.tensors():
-            put(tensor, "/".join(map(str, path)))
+            put(tensor, path_text(path))
         for path, node in walk(checkpoint.tree, inside=True):  # plain attributes of modules, of tensors, of objects
             if isinstance(node, TensorInfo):
-                put(node, "/".join(map(str, path)))
+                put(node, path_text(path))
     return found
 
 

@@ -11,10 +11,24 @@ from typing import IO, Any
 from ckptool.casts import Cast, caster
 from ckptool.checkpoint import Derived, Opaque, Span, Storage, TensorInfo
 from ckptool.dtypes import DTYPES
-from ckptool.errors import FormatError, UnsupportedError, needs_torch
+from ckptool.errors import FormatError, LimitError, OutputError, UnsupportedError, explain, needs_torch
 from ckptool.files import BLOCK, Files
+from ckptool.tree import brief
 
 Bytes = bytes | memoryview
+
+MAX_EXPANDED = 1 << 30
+"""Bytes of a view over `MAX_EXPANSION` times its storage: a second's work. Real ones are masks of some megabytes."""
+
+MAX_EXPANSION = 64
+"""How much larger than its storage a view may be, whatever its size."""
+
+HELD = 1 << 26
+"""Bytes up to which what a view looks into is read before it is gathered: a file that shrinks is then noticed, while
+touching a memory map behind the end of its file ends the process (SIGBUS)."""
+
+DENSE = 64
+"""How many times a view's own bytes may be read for it: a file may have a million views that each reach far."""
 
 
 def storage_blocks(storage: Storage, files: Files, start: int, nbytes: int, swap_unit: int = 1) -> Iterator[Bytes]:
@@ -108,11 +122,18 @@ def runs(tensors: Iterable[TensorInfo]) -> Iterator[Span | TensorInfo]:
 
 
 def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap: int) -> Iterator[Bytes]:
-    """Yields the elements of a view that is not contiguous, by way of a memory map of what it looks into."""
+    """Yields the elements of a view that is not contiguous out of what it looks into: read, or mapped if it is large.
+
+    Before every block from a map the file is looked at again, which leaves microseconds for a file to shrink in.
+    """
     import numpy as np
 
+    _refuse_blow_up(tensor, source)
     itemsize = DTYPES[tensor.dtype].bits // 8
-    with tempfile.TemporaryFile() as unpacked:
+    # Dimensions of 1 move nothing: without them no stride leaves the storage, and there are fewer than numpy's 64.
+    steps = [pair for pair in zip(tensor.shape or (), tensor.stride, strict=True) if pair[0] != 1]
+    file = None
+    with _temporary() as unpacked:
         if isinstance(source, Derived):
             nbytes = source.numel * itemsize
             fd, offset = _spooled(_derived(source, tensor.dtype, files), unpacked), 0
@@ -126,24 +147,57 @@ def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap:
             fd, offset = file.fd, span.offset
             if offset + nbytes > file.size:
                 raise FormatError(f"a storage ends at byte {offset + nbytes}, behind the end of the file", span.url)
-        base = offset - offset % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(fd, offset - base + nbytes, access=mmap.ACCESS_READ, offset=base)
+        first = tensor.storage_offset * itemsize
+        reach = sum((count - 1) * step for count, step in steps)
+        held = (reach + 1) * itemsize
+        mapped: mmap.mmap | bytes
+        if file is not None and held <= min(HELD, DENSE * tensor.nbytes):
+            mapped, start, file = file.read(offset + first, held), 0, None
+        else:
+            if file is not None:
+                file.check()
+            base = offset - offset % mmap.ALLOCATIONGRANULARITY
+            mapped = mmap.mmap(fd, offset - base + nbytes, access=mmap.ACCESS_READ, offset=base)
+            start = offset - base + first
         array: Any = np.ndarray(
-            tensor.shape or (),
+            [count for count, _ in steps],
             np.dtype(f"V{itemsize}"),
             mapped,
-            offset - base + tensor.storage_offset * itemsize,
-            [step * itemsize for step in tensor.stride],
+            start,
+            [step * itemsize for _, step in steps],
         )
         for slab in _slabs(array):
+            if file is not None:
+                file.check()
             yield _resolved(np.ascontiguousarray(slab).reshape(-1).view("u1"), tensor, swap)
+
+
+def _refuse_blow_up(tensor: TensorInfo, source: Storage | Derived) -> None:
+    """Raises LimitError for a view of so many elements that reading it would never end: a stride of 0 is enough."""
+    if isinstance(source, Storage) and tensor.nbytes > max(MAX_EXPANDED, MAX_EXPANSION * source.nbytes):
+        raise LimitError(
+            f"a {tensor.dtype} tensor of shape {brief(tensor.shape)} has {tensor.nbytes:,} bytes, seen in a storage of "
+            f"{source.nbytes:,} (MAX_EXPANDED)",
+            source.span.url,
+        )
+
+
+def _temporary() -> IO[bytes]:
+    """Returns a new temporary file. Raises: OutputError, as `_spooled` does, where there is no room."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        raise OutputError(f"a temporary file: {explain(error)}; TMPDIR says where they go") from error
 
 
 def _spooled(blocks: Iterator[Bytes], file: IO[bytes]) -> int:
     """Writes blocks to a temporary file; returns its descriptor."""
-    for block in blocks:
-        file.write(block)
-    file.flush()
+    try:
+        for block in blocks:
+            file.write(block)
+        file.flush()
+    except OSError as error:
+        raise OutputError(f"a temporary file: {explain(error)}; TMPDIR says where they go") from error
     return file.fileno()
 
 

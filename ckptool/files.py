@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import stat
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -41,6 +43,9 @@ _FICLONERANGE = 0x4020940D
 
 EXISTS = "exists already; --force overwrites it"
 
+PARTIAL = re.compile(r"\.(.+)\.([0-9a-f]{8})\.ckptool-(partial|old)", re.DOTALL)
+"""Names of what a killed run leaves: of which file, of which run, and whether it is unfinished or was set aside."""
+
 MAX_OPEN = 32
 """Files kept open for reading at once (a checkpoint may have hundreds of shards)."""
 
@@ -62,16 +67,27 @@ class File:
             os.close(self.fd)
             raise UnreadableError("is not a regular file", path)
         self.size = status.st_size
+        self.mode = stat.S_IMODE(status.st_mode)
         self.version = (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def close(self) -> None:
         os.close(self.fd)
 
+    def check(self) -> None:
+        """Raises FormatError if the file has another size or time than at opening: what was read may be of both."""
+        status = os.fstat(self.fd)
+        if (status.st_ino, status.st_size, status.st_mtime_ns) != self.version:
+            raise FormatError("it was changed while it was read", self.path)
+
     def __enter__(self) -> File:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self.close()
 
     def span(
         self, offset: int, nbytes: int, member: Literal["stored", "deflated"] | None = None, packed: int = 0
@@ -118,8 +134,9 @@ class File:
 class Files:
     """The files that spans point into, opened when first needed, at most `MAX_OPEN` at once.
 
-    Raises FormatError when a file is no longer the one that the span was made from. ``progress`` is told the
-    bytes as they are read; ``overflowed`` counts, by the id of what was computed, values that a cast made infinite.
+    Raises FormatError when a file is no longer the one that the span was made from, or when it is closed if it was
+    changed while it was read. ``progress`` is told the bytes as they are read; ``overflowed`` counts, by the id of
+    what was computed, values that a cast made infinite. ``mode`` holds the permissions that all of the files have.
     Plain bytes are read ``block`` at a time.
     """
 
@@ -127,15 +144,25 @@ class Files:
         self.progress = progress
         self.block = block
         self.overflowed: dict[int, int] = {}
+        self.mode = 0o777
         self._open: OrderedDict[str, File] = OrderedDict()
 
     def __enter__(self) -> Files:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(check=kind is None)
+
+    def close(self, *, check: bool = True) -> None:
+        """Closes all files. Raises: FormatError if one was changed since it was opened."""
+        try:
+            for file in self._open.values():
+                if check:
+                    file.check()
+        finally:
+            for file in self._open.values():
+                file.close()
+            self._open.clear()
 
     def get(self, span: Span) -> File:
         """Returns the open file of a span. Raises: UnreadableError, FormatError."""
@@ -145,12 +172,14 @@ class Files:
             self._open.move_to_end(url)
         else:
             file = self._open[url] = File(url)
+            self.mode &= file.mode
             if hasattr(os, "posix_fadvise"):  # doubles the speed of a cold read
                 os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         if span.version is not None and span.version != file.version:
             raise FormatError("it was changed since it was opened", url)
         if len(self._open) > MAX_OPEN:
-            self._open.popitem(last=False)[1].close()
+            with self._open.popitem(last=False)[1]:  # leaving it checks it
+                pass
         return file
 
     def locate(self, span: Span) -> Span:
@@ -256,13 +285,25 @@ class Output:
     """A file that comes to be under its name only when `commit` is called: temporary file, fsync, rename.
 
     As a context manager it removes the temporary file unless committed. A symlink is followed, so the link
-    stays; the file gets the permissions a new file gets from the umask, or those of the file it replaces.
+    stays. The file gets the permissions that a new file gets from the umask and ``readers`` allows (who may not
+    read the sources may not read it either), or owner and permissions of the file it replaces; until it is finished
+    it is the owner's alone. ACLs and extended attributes are not carried over.
+
+    A run holds a lock on its temporary file. One that nobody holds was left by a run that was killed: the next output
+    of the same name removes it (`sweep`). Outputs of one set have one ``run``, and the first holds the lock for all.
     """
 
-    def __init__(self, path: str, *, force: bool = False, fsync: bool = True) -> None:
+    def __init__(self, path: str, *, force: bool = False, fsync: bool = True, run: str | None = None) -> None:
         self.path = path
         self.fsync = fsync
         self.position = 0
+        self.readers = 0o777
+        self._identity: tuple[int, int] | None = None
+        self._pending_name = True
+        self._fd = -1
+        self._temporary = ""
+        self._finished = False
+        self._old = ""
         self._pending = bytearray()
         self._sent = 0
         self._sending: Future[None] | None = None
@@ -272,8 +313,7 @@ class Output:
         self._target = target
         directory, name = os.path.split(target)
         self._force = force
-        self._pending_name = True
-        mode = None
+        replaced = None
         if os.path.isdir(target):
             raise OutputError("is a directory; name a file", path)
         if os.path.lexists(target):
@@ -281,17 +321,70 @@ class Output:
                 raise OutputError("exists and is not a regular file", path)
             if not force:
                 raise OutputError(EXISTS, path)
-            mode = os.stat(target).st_mode & 0o777
-        short = os.fsdecode(os.fsencode(name)[:200])
-        self._temporary = os.path.join(directory, f".{short}.{os.urandom(4).hex()}.ckptool-partial")
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            replaced = os.stat(target)
+        if run is None:
+            sweep([directory], lambda place: place == os.path.join(directory, _short(name)))
         try:
-            self._fd = os.open(self._temporary, flags, 0o666)
-            if mode is not None:
-                os.fchmod(self._fd, mode)
-        except OSError as error:
+            self._create(directory, _short(name), run)
+            self._mode = self._own(replaced)
+        except BaseException as error:
+            self._discard()
+            if not isinstance(error, OSError):
+                raise
             reason = "no such directory" if error.errno == errno.ENOENT else explain(error)
             raise OutputError(f"cannot be written: {reason}", path) from error
+
+    def _create(self, directory: str, name: str, run: str | None) -> None:
+        """Makes the temporary file and locks it. Raises: OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        while True:
+            self.run = run or os.urandom(4).hex()
+            self._temporary = os.path.join(directory, f".{name}.{self.run}.ckptool-partial")
+            try:
+                self._fd = os.open(self._temporary, flags, 0o666)
+            except OSError:
+                self._temporary = ""  # whatever has that name is not ours to remove
+                raise
+            # Another run may have met it before it was locked, and have taken it for what a killed one left.
+            if run is not None or (_lock(self._fd) is not False and os.path.lexists(self._temporary)):
+                return
+            self._discard()
+
+    def _own(self, replaced: os.stat_result | None) -> int:
+        """Gives the file to its owner alone; returns the permissions it is to have. Raises: OSError."""
+        status = os.fstat(self._fd)
+        self._new = replaced is None
+        if not hasattr(os, "fchmod"):
+            return stat.S_IMODE(status.st_mode)
+        if replaced is not None and hasattr(os, "fchown"):
+            for owner in ((replaced.st_uid, replaced.st_gid), (-1, replaced.st_gid)):
+                if owner[1] == status.st_gid and owner[0] in (-1, status.st_uid):
+                    break
+                with contextlib.suppress(OSError):  # only root may give a file away
+                    os.fchown(self._fd, *owner)
+                    break
+        with contextlib.suppress(PermissionError):  # a file system without permissions
+            os.fchmod(self._fd, 0o600)
+        return stat.S_IMODE(status.st_mode if replaced is None else replaced.st_mode) & 0o777
+
+    def _permit(self) -> None:
+        """Gives the finished file its permissions; its owner can always read it."""
+        mode = self._mode & (self.readers | 0o400) if self._new else self._mode
+        if hasattr(os, "fchmod"):
+            with contextlib.suppress(PermissionError):
+                os.fchmod(self._fd, mode)
+
+    def __del__(self) -> None:
+        if self._pending_name:  # a signal came before `with` had it
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+        if self._temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
 
     def __enter__(self) -> Output:
         return self
@@ -299,12 +392,12 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
         if self._sender is not None:
             self._sender.shutdown()  # whatever it met: the file goes
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
         if self._pending_name:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+            self._discard()
+            self._pending_name = False
+        elif self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     def _failed(self, error: OSError) -> OutputError:
         return OutputError(f"writing at byte {self.position}: {explain(error)}", self.path)
@@ -414,28 +507,26 @@ class Output:
             sending.result()
 
     def finished(self) -> str:
-        """Cuts off what was reserved too much; returns the temporary file's path, to read it back before `commit`."""
-        if self._fd >= 0:
+        """Returns the temporary file's path, to read it back before `commit`: all its bytes on disk, and no more."""
+        if self._fd >= 0 and not self._finished:
             self._flush()
             try:
                 self._sent_all()
                 os.ftruncate(self._fd, self.position)
+                self._permit()
+                if self.fsync:
+                    os.fsync(self._fd)
             except OSError as error:
                 raise self._failed(error) from error
+            self._finished = True
         return self._temporary
 
     def close(self) -> None:
-        """Ends the writing, with all bytes on disk; `commit` may come later. A thousand outputs may wait like this."""
+        """Ends the writing, and lets go of the lock; `commit` may come later. A thousand outputs may wait like this."""
         self.finished()
-        if self._fd < 0:
-            return
-        try:
-            if self.fsync:
-                os.fsync(self._fd)
-        except OSError as error:
-            raise self._failed(error) from error
-        fd, self._fd = self._fd, -1
-        os.close(fd)
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     def rename(self, path: str) -> None:
         """Changes the name that `commit` will give, within the directory. Raises: OutputError if it is taken."""
@@ -446,14 +537,44 @@ class Output:
 
     def commit(self) -> None:
         """Makes the file appear under its name, with all its bytes on disk."""
-        self.close()
+        self.finished()
         try:
+            self._identity = identity(self._temporary)
             self._publish()
             self._pending_name = False
+            self.close()  # not before it has its name: who finds it unlocked removes it
             if self.fsync:
                 _sync_directory(os.path.dirname(self._target))
         except OSError as error:
             raise self._failed(error) from error
+
+    def keep(self, kept: bool) -> None:
+        """Sets whether the temporary file stays whatever happens: the next run then takes back what was half done."""
+        self._pending_name = not kept
+
+    def set_aside(self) -> None:
+        """Gives the file that is to be replaced, if there is one, another name: `undo` gives it the old one again."""
+        if not os.path.lexists(self._target):
+            return
+        directory, name = os.path.split(self._target)
+        self._old = os.path.join(directory, f".{name}.{self.run}.ckptool-old")
+        try:
+            os.rename(self._target, self._old)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def undo(self) -> None:
+        """Takes a `commit` back: the file that was set aside has its name again, or there is none. Raises: OSError."""
+        if self._old and os.path.lexists(self._old):
+            os.replace(self._old, self._target)
+        elif self._identity is not None and identity(self._target) == self._identity:
+            os.unlink(self._target)
+
+    def forget(self) -> None:
+        """Removes the file that was set aside."""
+        if self._old:
+            with contextlib.suppress(OSError):
+                os.unlink(self._old)
 
     def _publish(self) -> None:
         """Gives the temporary file its name; without ``force`` not even over a file that has appeared meanwhile."""
@@ -470,6 +591,108 @@ class Output:
             os.replace(self._temporary, self._target)
             return
         os.unlink(self._temporary)
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """Returns what two names of one file have in common; None if there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _short(name: str) -> str:
+    """Returns as much of a name as leaves room for what is put around it."""
+    return os.fsdecode(os.fsencode(name)[:200])
+
+
+def _lock(fd: int) -> bool | None:
+    """Locks an open file for as long as it is open; returns False if another has it, None where there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+@contextlib.contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """Lets one at a time give names in a directory, waiting for others; where there are no locks, all do."""
+    fd = -1
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fd = os.open(directory, os.O_RDONLY)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def sweep(directories: Iterable[str], meant: Callable[[str], bool], last: str | None = None) -> None:
+    """Removes what killed runs left of the files whose (shortened) paths are ``meant``, and nothing a live run holds.
+
+    ``last`` is the path of a set's last file. While its unfinished one is there, what its run had set aside gets its
+    name again; without it the set was complete, and what was set aside goes.
+    """
+    runs: dict[str, list[tuple[str, str, str]]] = {}
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(directory):
+                if entry.startswith(".") and (match := PARTIAL.fullmatch(entry)):
+                    name, run, kind = match.groups()
+                    found = (os.path.join(directory, entry), os.path.join(directory, name), kind)
+                    runs.setdefault(run, []).append(found)
+    for found_of_run in runs.values():
+        _sweep(found_of_run, meant, last)
+
+
+def _sweep(found: list[tuple[str, str, str]], meant: Callable[[str], bool], last: str | None) -> None:
+    partial = [(entry, place) for entry, place, kind in found if kind == "partial"]
+    old = [(entry, place) for entry, place, kind in found if kind == "old"]
+    if (old and last is None) or not any(meant(place) for _, place in partial + old):
+        return
+    if not all(_unheld(entry) for entry, _ in partial):
+        return
+    with contextlib.suppress(OSError):
+        undone = any(place == last for _, place in partial)
+        for entry, place in sorted(old, key=lambda pair: pair[1] == last):  # the index last, as ever
+            if undone:
+                os.replace(entry, place)
+            else:
+                os.unlink(entry)
+        for entry, place in sorted(partial, key=lambda pair: pair[1] == last):
+            if meant(place):
+                _unheld(entry, os.unlink)
+
+
+def _unheld(path: str, then: Callable[[str], None] | None = None) -> bool:
+    """Returns whether a regular file is there that no one has locked; does something to it while it is ours."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        try:
+            fd = os.open(path, os.O_RDWR | flags)  # NFS locks what is open for writing
+        except PermissionError:
+            fd = os.open(path, os.O_RDONLY | flags)
+    except OSError:
+        return False
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or not _lock(fd):
+            return False
+        if then is not None:
+            then(path)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _sync_directory(directory: str) -> None:

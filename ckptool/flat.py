@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from ckptool.checkpoint import Checkpoint, Opaque, TensorInfo
 from ckptool.errors import LossError, listed
-from ckptool.tree import as_mapping
+from ckptool.tree import as_mapping, path_text
 
 
 def refuse(
@@ -28,13 +28,19 @@ def has_surrogate(name: str) -> bool:
 
 
 def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Returns the names of what stands beside the weights: every entry next to the way down to root."""
-    left = [key for key, (_, value) in checkpoint.entries().items() if not isinstance(value, TensorInfo)]
+    """Returns the names of what is no weight: every entry next to the way down to root, and what hangs on a tensor."""
+    left = []
+    for key, (_, value) in checkpoint.entries().items():
+        if not isinstance(value, TensorInfo):
+            left.append(key)
+        elif (extras := value.extras) is not None:
+            left += [f"the class of {key} ({extras.subclass!r})"] if extras.subclass is not None else []
+            left += [f"the attributes of {key}"] if extras.state is not None else []
     node = checkpoint.tree
     for depth, step in enumerate(checkpoint.root):
         mapping = as_mapping(node)
         if mapping is None:
             break
-        left += ["/".join(map(str, (*checkpoint.root[:depth], name))) for name in mapping if name != step]
+        left += [path_text((*checkpoint.root[:depth], name)) for name in mapping if name != step]
         node = mapping[step]
     return tuple(left)

@@ -105,7 +105,9 @@ class Workspace:
 
         if len(block) % 4:
             found = self._halves(dtype, block[:-2]) if len(block) > 2 else Moments()
-            found.add(self._of_floats(decode(dtype, block[-2:]).astype("f4")))
+            with np.errstate(invalid="ignore"):  # signalling NaNs
+                last = decode(dtype, block[-2:]).astype("f4")
+            found.add(self._of_floats(last))
             return found
         codes, words = np.frombuffer(block, "<u2"), np.frombuffer(block, "<u4")
         half = len(words)

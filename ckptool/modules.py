@@ -13,7 +13,17 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from ckptool.errors import LimitError
-from ckptool.tree import MAX_KEY, PyObject, as_mapping, attributes, key_text, ordered_dict
+from ckptool.tree import (
+    MAX_KEY,
+    MAX_KEYS,
+    MAX_LEVELS,
+    PyObject,
+    as_mapping,
+    attributes,
+    key_text,
+    ordered_dict,
+    refuse_key,
+)
 
 MAX_MODULES = 1_000_000
 """Modules one model may have, counting shared ones at each place."""
@@ -54,10 +64,13 @@ def walk_modules(top: PyObject) -> Iterator[tuple[str, PyObject]]:
         met.add(id(module))
         if count > MAX_MODULES or prefix.count(".") > MAX_DEPTH or len(prefix) > MAX_KEY:
             raise LimitError(
-                f"the model has over {MAX_MODULES:,} modules or {MAX_DEPTH} levels (MAX_MODULES, MAX_DEPTH)"
+                f"the model has over {MAX_MODULES:,} modules, {MAX_DEPTH} levels or {MAX_KEY:,} characters in a name "
+                "(MAX_MODULES, MAX_DEPTH, MAX_KEY)"
             )
         if again > MAX_SHARED:
-            raise LimitError(f"the model has {again:,} parts at several places, counted at each (MAX_SHARED)")
+            raise LimitError(
+                f"the model has over {MAX_SHARED:,} parts that were met before, counted at each place (MAX_SHARED)"
+            )
         yield prefix, module
         if not attributes(module) and module.args and is_module(module.args[0]):
             below = {"_orig_mod": module.args[0]}
@@ -71,6 +84,7 @@ def walk_modules(top: PyObject) -> Iterator[tuple[str, PyObject]]:
 def state_dict(top: PyObject) -> dict[str, Any]:
     """Returns {key: value} with the keys and order of ``model.state_dict()``; non-persistent buffers left out."""
     found: dict[str, Any] = {}
+    total = 0
     for prefix, module in walk_modules(top):
         named = attributes(module)
         transient = named.get("_non_persistent_buffers_set")
@@ -81,7 +95,13 @@ def state_dict(top: PyObject) -> dict[str, Any]:
         for slot, left_out in (("_parameters", set()), ("_buffers", skipped)):
             for name, value in (as_mapping(named.get(slot)) or {}).items():
                 if value is not None and name not in left_out:
-                    found[f"{prefix}{key_text(name)}"] = value
+                    key = f"{prefix}{key_text(name)}"
+                    total += len(prefix)
+                    if len(key) > MAX_LEVELS:
+                        refuse_key(key)
+                    if total > MAX_KEYS:
+                        raise LimitError(f"its keys have over {MAX_KEYS:,} characters, put together (MAX_KEYS)")
+                    found[key] = value
     return found
 
 

@@ -2,7 +2,7 @@
 
 A tuple that is a key is hashed, in C: recursively, without a limit and without a memory of what it hashed. So
 200,000 tuples in one another overflow the C stack, and 64 that each hold the one before twice take years.
-torch.load dies of both.
+torch.load dies of both. Frozensets are counted as tuples are: comparing two walks through what both hold.
 
 The tuples of an honest pickle are nearly all of a kind that cannot nest (`ckptool.pickles` reads those at the
 speed of a regular expression), so what is left is counted: few loose ones cannot nest deep, and without a GET
@@ -72,7 +72,7 @@ def check(opcodes: Iterable[tuple[int, int]]) -> None:
             elif opcode in b"tlod1eu\x90\x91":
                 items, stack = stack, marked.pop()
                 if opcode in b"tlod\x91":
-                    stack.append(_tuple_of(items) if opcode == ord("t") else _ATOM)
+                    stack.append(_tuple_of(items) if opcode in b"t\x91" else _ATOM)
                 keys = items[::2] if opcode in b"du" else items if opcode in b"\x90\x91" else []
             elif opcode == ord("i"):
                 stack = [*marked.pop(), _ATOM]

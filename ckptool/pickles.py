@@ -30,6 +30,9 @@ MAX_PICKLE = 1 << 30
 MAX_GLOBALS = 100_000
 """Distinct classes and functions one pickle may name. A whole-model pickle names some hundred."""
 
+MAX_MEMO = 1 << 16
+"""By how much a memo index may pass the pickle's length: a PUT takes bytes, and the machine has room for all below."""
+
 MAX_DIGITS = 4300
 """Digits of an integer: Python itself will not print longer ones."""
 
@@ -103,7 +106,7 @@ def _run(put: bytes, gets: Iterable[bytes] = ()) -> re.Pattern[bytes]:
     return re.compile(
         put + rb"?+(?:"
         + _NUMBER + rb"(?:(?:\x85|" + _NUMBER + rb"(?:\x86|" + _NUMBER + rb"\x87))" + put + rb"?+)?"
-        rb"|[}\]lRdo\x81\x8f\x91-\x93]" + put + rb"?+"
+        rb"|[}\]lRdo\x81\x8f\x92\x93]" + put + rb"?+"
         rb"|\((?:" + _NUMBER + rb"{1,8}t" + put + rb"?+)?"
         rb"|" + _TUPLE + put + rb"?+(?:[R\x81]" + put + rb"?+|[Qabs])"
         rb"|[1Qabe)su0\x90]|\x80.|\x95.{8}" + (rb"|" + some if some else b"") + rb")*+", re.DOTALL,
@@ -117,7 +120,7 @@ def scan(buffer: bytes, start: int = 0) -> int:
     outside the stream, LimitError if a memo index is beyond what its length can need, or tuples nest too deep.
     """
     size = len(buffer)
-    bound = size - start + (1 << 16)
+    bound = size - start + MAX_MEMO
     put = _put(bound)
     match = _run(put).match
     runs = array("Q")
@@ -164,13 +167,15 @@ def scan(buffer: bytes, start: int = 0) -> int:
             and position + 5 <= size
             and int.from_bytes(buffer[position + 1 : position + 5], "little") > bound
         ):
-            raise LimitError(f"the pickle memoises at an index beyond its own length (byte {position})")
+            raise LimitError(
+                f"the pickle memoises at an index over its length + {MAX_MEMO:,} (byte {position}, MAX_MEMO)"
+            )
         elif opcode in _FIXED:
             odd = True
             position += 1 + _FIXED[opcode]
             if position > size:
                 raise CutOffError(f"the pickle at byte {start} is cut off inside an opcode")
-        elif opcode in b"2\x94":
+        elif opcode in b"2\x91\x94":
             odd = True
             position += 1
         else:
@@ -232,7 +237,7 @@ def _after_lines(buffer: bytes, position: int, bound: int) -> int:
             raise CutOffError(f"the pickle is cut off in the line at byte {end}")
         text, end = buffer[end:newline], newline + 1
     if opcode == ord("p") and not (text.isdigit() and len(text) < 12 and int(text) <= bound):
-        raise LimitError(f"the pickle memoises at an index beyond its own length (byte {position})")
+        raise LimitError(f"the pickle memoises at an index over its length + {MAX_MEMO:,} (byte {position}, MAX_MEMO)")
     if opcode in b"IL" and len(text) > MAX_DIGITS:
         raise LimitError(f"the pickle has an integer of over {MAX_DIGITS} digits (byte {position}, MAX_DIGITS)")
     return end

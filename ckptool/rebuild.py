@@ -370,6 +370,6 @@ def is_needed_for_tensors(module: str, qualname: str) -> bool:
         return True
     if module == "torch" and qualname.endswith("Tensor") and f"{qualname[:-6]}Storage" in BY_STORAGE:
         return True  # torch.FloatTensor and kin: what torch.save of 2016 named
-    if module == "torch._utils" and qualname.startswith("_rebuild_"):
+    if module == "torch._utils" and qualname.startswith("_rebuild_") and "." not in qualname:  # no x.__globals__.get
         return True
     return qualname in _SAFE.get(module, ())

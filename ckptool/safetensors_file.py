@@ -62,7 +62,9 @@ def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], like: 
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8 if like is None else (like - 8 - len(encoded)) % CLONED)
     if len(encoded) > MAX_HEADER:
-        raise LimitError(f"the header would have {len(encoded):,} bytes, over safetensors' limit of {MAX_HEADER:,}")
+        raise LimitError(
+            f"the header would have {len(encoded):,} bytes, over safetensors' limit of {MAX_HEADER:,} (MAX_HEADER)"
+        )
     return len(encoded).to_bytes(8, "little") + encoded, position
 
 

@@ -16,8 +16,8 @@ from ckptool import aliases, formats
 from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, is_flat
 from ckptool.data import read_bytes, same_bytes
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
-from ckptool.files import EXISTS, File, Files, Output, same_file
-from ckptool.tree import nodes
+from ckptool.files import EXISTS, File, Files, Output, identity, same_file
+from ckptool.tree import nodes, path_text
 
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
 
@@ -37,7 +37,7 @@ SHARD_SIZE = formats.SHARD_SIZE
 class Saved:
     """What became of a save: the path, its bytes, what was left out, whether it was read back and compared.
 
-    ``overflowed`` counts, per key, the finite values that a cast made infinite.
+    ``overflowed`` counts, per key, the finite values that a cast made infinite. ``notes`` say what else to know.
     """
 
     path: str
@@ -45,6 +45,7 @@ class Saved:
     left_out: tuple[str, ...] = ()
     verified: bool = False
     overflowed: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def save(
@@ -79,9 +80,11 @@ def save(
             return _save_sharded(checkpoint, url, force or in_place, tags, max_shard_size, verify, fsync, progress)
         writer = formats.writer(url, to)
         name = _with_digest(url, PENDING) if hash_in_name else url
-        with Files() as files, Output(name, force=force or in_place, fsync=fsync) as output:
+        with Output(name, force=force or in_place, fsync=fsync) as output:
             output.path, output.progress = url, progress
-            left_out: tuple[str, ...] = writer.write(checkpoint, output, files, tags)
+            with Files() as files:
+                left_out: tuple[str, ...] = writer.write(checkpoint, output, files, tags)
+            output.readers = files.mode
             if verify:
                 with Files(progress) as again:
                     _verify(checkpoint, writer.NAME, output.finished(), again)
@@ -160,25 +163,27 @@ def _save_sharded(
 ) -> Saved:
     from ckptool.formats import sharded
 
-    with Files() as files, Files(progress) as again:
-
-        def prove(paths: Sequence[str]) -> None:
-            written: dict[str, TensorInfo] = {}
-            for shard in paths:
-                written |= formats.read(shard).state_dict()
-                _open_with_reference(shard)
-            meant = checkpoint.state_dict()
-            tied = aliases.record(meant).keys() - written.keys()  # the index has them
+    def prove(paths: Sequence[str]) -> None:
+        written: dict[str, TensorInfo] = {}
+        for shard in paths:
+            written |= formats.read(shard).state_dict()
+            _open_with_reference(shard)
+        meant = checkpoint.state_dict()
+        tied = aliases.record(meant).keys() - written.keys()  # the index has them
+        with Files(progress) as again:
             _compare({key: tensor for key, tensor in meant.items() if key not in tied}, written, again)
 
+    before = sharded.stale(directory)
+    with Files() as files:
         left_out = sharded.write_directory(
             checkpoint, directory, files, max_shard_size=max_shard_size, force=force, fsync=fsync,
             map_location=tags, check=prove if verify else None, progress=progress,
         )  # fmt: skip
-        names = [*sharded.plan(checkpoint.state_dict(), max_shard_size), sharded.WRITTEN_INDEX]
-        places = [os.path.join(directory, name) for name in names]
-        nbytes = sum(os.path.getsize(place) for place in places if os.path.exists(place))
-        return Saved(directory, nbytes, left_out, verify, _overflowed(checkpoint, files))
+        planned = sharded.plan(checkpoint.state_dict(), max_shard_size)
+        names = [*planned, *([] if sharded.WHOLE in planned else [sharded.WRITTEN_INDEX])]
+        nbytes = sum(os.path.getsize(os.path.join(directory, name)) for name in names)
+        notes = sharded.left_beside(directory, before, names)
+        return Saved(directory, nbytes, left_out, verify, _overflowed(checkpoint, files), notes)
 
 
 def is_sharded(to: str | None) -> bool:
@@ -239,7 +244,7 @@ def _compare(meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo],
                 continue
         proven.add(pair)
     if lost or wrong:
-        names = ["/".join(map(str, key)) if isinstance(key, tuple) else key for key in [*lost, *wrong]]
+        names = [path_text(key) if isinstance(key, tuple) else key for key in [*lost, *wrong]]
         raise FormatError(f"what was written is not what was meant, and was thrown away: {listed(names)}")
 
 
@@ -382,6 +387,8 @@ def check_output(
         )
         if inside and force and not in_place:
             raise OutputError("holds an input; --in-place replaces it", url)
+        if force and not in_place:
+            _refuse_linked(url, inputs)
         if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
             raise OutputError("cannot be made: no such directory", url)
         return
@@ -389,6 +396,20 @@ def check_output(
     if hash_in_name:
         url = _with_digest(url, PENDING)
     _check_place(url, force or in_place, () if in_place else inputs, "is one of the inputs; --in-place replaces it")
+
+
+def _refuse_linked(directory: str, inputs: Sequence[Checkpoint]) -> None:
+    """Raises OutputError if a name that shards get is another name of an input: through a link it would be replaced."""
+    from ckptool.formats import sharded
+
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    places = [os.path.join(directory, name) for name in names if sharded.WRITTEN.fullmatch(name)]
+    if not places:
+        return
+    given = {found for checkpoint in inputs for source in sources(checkpoint) if (found := identity(source))}
+    for place in places:
+        if identity(place) in given:
+            raise OutputError("is one of the inputs; --in-place replaces it", place)
 
 
 def check_place(path: str, *, force: bool = False, in_place: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
@@ -404,8 +425,9 @@ def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: S
 def _check_place(url: str, force: bool, inputs: Sequence[Checkpoint], refusal: str) -> None:
     if os.path.isdir(url):
         raise OutputError("is a directory; name a file", url)
-    for checkpoint in inputs:
-        if any(same_file(source, url) for source in sources(checkpoint)):
+    place = identity(url)
+    for checkpoint in inputs if place else ():  # of thousands of inputs none is a file that is not there
+        if any(identity(source) == place for source in sources(checkpoint)):
             raise OutputError(refusal, url)
     if os.path.lexists(url) and not force:
         raise OutputError(EXISTS, url)

@@ -25,7 +25,16 @@ MAX_STEPS = 50_000_000
 """Steps in all paths of one walk: its memory, if they are kept. A million keys with Adam have 32 million."""
 
 MAX_KEY = 1 << 16
-"""Characters of a key put together from the steps of a path: one memoised name can be every one of 2,000 steps."""
+"""Characters of a key: one memoised name can be every one of 2,000 steps that a key is put together from."""
+
+MAX_KEYS = 1 << 28
+"""Characters of all keys that are put together from names above them: a million keys have 100 million."""
+
+MAX_LEVELS = 200
+"""Levels (dots) of a key. What is summed up below every prefix costs their square; real keys have under 20."""
+
+LONG = 4096
+"""Characters of a path that are shown."""
 
 
 class Global(type):
@@ -173,11 +182,12 @@ def as_mapping(node: object) -> dict[Any, Any] | None:
     if isinstance(content, dict):
         return content
     if isinstance(content, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in content):
-        return dict(content) if not any(isinstance(name, _UNHASHABLE) for name, _ in content) else {}
+        return dict(content) if not any(isinstance(name, _NO_KEYS) for name, _ in content) else {}
     return {}
 
 
-_UNHASHABLE = (dict, list, set, bytearray)
+_NO_KEYS = (dict, list, set, bytearray, tuple)
+"""What such pairs do not begin with: not hashable, or tuples, which the machine has not hashed and counted before."""
 
 
 def layers(node: object) -> tuple[Any, ...]:
@@ -281,7 +291,7 @@ def walk(
             again += known
             steps += depth
             if again > MAX_SHARED + 4 * (seen - again):
-                raise LimitError(f"{again:,} nodes of the tree are shared ones, counted at each place (MAX_SHARED)")
+                raise LimitError(f"the tree meets shared nodes again over {MAX_SHARED:,} times (MAX_SHARED)")
             if steps > MAX_STEPS:
                 raise LimitError(f"the paths in the tree have over {MAX_STEPS:,} steps (MAX_STEPS)")
             here = (*path, step)
@@ -426,6 +436,26 @@ def key_text(step: object) -> str:
         if not step.called and len(step.args) == 1 and isinstance(step.args[0], str):
             return step.args[0]
     return brief(step)
+
+
+def path_text(path: Path) -> str:
+    """Returns a path as it is shown: its steps joined with "/", each in few words where it is no text.
+
+    Of a path beyond `LONG` characters it is the begin and the end.
+    """
+    steps = [key_text(step) for step in path]
+    if sum(map(len, steps)) + len(steps) <= LONG:
+        return "/".join(steps)
+    text = "/".join([*(step[:LONG] for step in steps[:20]), *(step[-LONG:] for step in steps[20:][-20:])])
+    return f"{text[: LONG // 2]}...{text[-LONG // 2 :]}"
+
+
+def refuse_key(key: str, url: str | None = None) -> None:
+    """Raises LimitError for a key that is longer, or has more levels, than any work with all of its prefixes bears."""
+    if len(key) > MAX_KEY:
+        raise LimitError(f"a key has over {MAX_KEY:,} characters (MAX_KEY)", url)
+    if key.count(".") > MAX_LEVELS:
+        raise LimitError(f"a key has over {MAX_LEVELS:,} levels (MAX_LEVELS)", url)
 
 
 def _as_bytes(node: object) -> bytes | None:

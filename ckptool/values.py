@@ -232,12 +232,14 @@ def decode(dtype: str, data: Bytes) -> np.ndarray[Any, Any]:
     row = DTYPES[dtype]
     if dtype in plain:
         values = np.frombuffer(data, plain[dtype])
-        return values.astype("c16" if row.kind == "complex" else "f8")
-    if dtype == "bfloat16":
         with np.errstate(invalid="ignore"):  # signalling NaNs
+            return values.astype("c16" if row.kind == "complex" else "f8")
+    if dtype == "bfloat16":
+        with np.errstate(invalid="ignore"):
             return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("f8")
     if dtype == "complex32":
-        return np.frombuffer(data, "<f2").astype("<f4").view("<c8").astype("c16")
+        with np.errstate(invalid="ignore"):
+            return np.frombuffer(data, "<f2").astype("<f4").view("<c8").astype("c16")
     if dtype in _MINIFLOATS:
         return np.take(_table(dtype), np.frombuffer(data, "u1"))
     if dtype == "float4_e2m1fn_x2":

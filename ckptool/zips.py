@@ -27,6 +27,8 @@ TAIL = 1 << 16
 MAX_DIRECTORY = 1 << 30
 """Bytes of one central directory. A million tensors take 70 MB."""
 
+MAX_RECORDS = 10_000_000
+"""Members of one archive, each some 500 bytes of memory. A million tensors with Adam have 4 million."""
 
 MAX_RATIO = 32
 """How much smaller than itself a member read into memory may be stored. Pickles of torch deflate 4 to 10 fold."""
@@ -55,7 +57,9 @@ def read_directory(file: File) -> dict[str, Member]:
     """
     start, size, count = _find_directory(file)
     if size > MAX_DIRECTORY:
-        raise LimitError(f"its zip directory claims {size:,} bytes (MAX_DIRECTORY)", file.path)
+        raise LimitError(f"its zip directory claims {size:,} bytes, over {MAX_DIRECTORY:,} (MAX_DIRECTORY)", file.path)
+    if count > MAX_RECORDS:
+        raise LimitError(f"its zip directory claims {count:,} members, over {MAX_RECORDS:,} (MAX_RECORDS)", file.path)
     data = file.read(start, size)
     members: dict[str, Member] = {}
     position = last = 0
@@ -155,15 +159,15 @@ def _zip64(extra: bytes, usize: int, packed: int, offset: int, path: str) -> tup
     raise FormatError("a zip directory entry lacks its zip64 sizes", path)
 
 
-def read_small(file: File, members: Mapping[str, Member], name: str, limit: int) -> bytes | None:
-    """Returns the content of a small member, None if absent. Raises: LimitError above ``limit`` bytes."""
+def read_small(file: File, members: Mapping[str, Member], name: str, limit: int, called: str) -> bytes | None:
+    """Returns the content of a small member, None if absent. Raises: LimitError past the ``limit`` so ``called``."""
     from ckptool.files import Files
 
     member = members.get(name)
     if member is None:
         return None
     if member.span.nbytes > limit:
-        raise LimitError(f"{name} has {member.span.nbytes:,} bytes, over the limit of {limit:,}", file.path)
+        raise LimitError(f"{name} has {member.span.nbytes:,} bytes, over {limit:,} ({called})", file.path)
     if member.span.member == "deflated" and member.span.nbytes > SMALL + MAX_RATIO * member.span.packed:
         raise LimitError(f"{name} inflates to over {MAX_RATIO} times its size in the file (MAX_RATIO)", file.path)
     with Files() as files:

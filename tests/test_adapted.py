@@ -105,7 +105,8 @@ def test_any_order_of_rows_of_a_large_table_is_taken_with_little_memory(kind: st
                 assert bytes(block) == bits(wanted.view(-1)[place : place + count])
                 place += count
         assert place == wanted.numel()
-        assert tracemalloc.get_traced_memory()[1] < 12 * BLOCK
+        # a view that turns is read whole, up to 64 MiB of it
+        assert tracemalloc.get_traced_memory()[1] < 70 * BLOCK
     finally:
         tracemalloc.stop()
 

@@ -85,14 +85,17 @@ def test_a_forbidden_file_says_so(tmp_path: Path) -> None:
 
 def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(2 * BLOCK))
-    with File(str(tmp_path / "f")) as file:
-        blocks = file.blocks(0, 2 * BLOCK)
-        next(blocks)
-        os.truncate(tmp_path / "f", BLOCK + 5)
-        with pytest.raises(FormatError, match="shorter"):
-            list(blocks)
-        with pytest.raises(FormatError, match="shorter"):
-            file.read(BLOCK, 10)
+    file = File(str(tmp_path / "f"))
+    blocks = file.blocks(0, 2 * BLOCK)
+    next(blocks)
+    os.truncate(tmp_path / "f", BLOCK + 5)
+    with pytest.raises(FormatError, match="shorter"):
+        list(blocks)
+    with pytest.raises(FormatError, match="shorter"):
+        file.read(BLOCK, 10)
+    with pytest.raises(FormatError, match="changed while it was read"):
+        file.check()
+    file.close()
 
 
 @pytest.mark.parametrize("change", ["longer", "rewritten", "replaced"])

@@ -187,7 +187,7 @@ def test_small_records_are_read_whole_and_large_ones_refused(tmp_path: Path) -> 
     (tmp_path / "a.zip").write_bytes(archive(CONTENT, zipfile.ZIP_DEFLATED))
     with File(str(tmp_path / "a.zip")) as file:
         members = zips.read_directory(file)
-        assert zips.read_small(file, members, "r/data.pkl", 10) == b"pickle"
-        assert zips.read_small(file, members, "r/none", 10) is None
-        with pytest.raises(LimitError):
-            zips.read_small(file, members, "r/data/0", 100)
+        assert zips.read_small(file, members, "r/data.pkl", 10, "MAX") == b"pickle"
+        assert zips.read_small(file, members, "r/none", 10, "MAX") is None
+        with pytest.raises(LimitError, match=r"over 100 .MAX"):
+            zips.read_small(file, members, "r/data/0", 100, "MAX")

@@ -117,7 +117,8 @@ def command(
             checkpoint, output, to=to, dry_run=dry_run, force=force, in_place=in_place, map_location=tags,
             verify=verify, fsync=fsync,
         )  # fmt: skip
-        notes = [*report.notes, *([f"left out: {', '.join(written.left_out)}"] if written.left_out else [])]
+        left = [f"left out: {', '.join(written.left_out)}"] if written.left_out else []
+        notes = [*report.notes, *left, *written.notes]
         report = replace(report, output=None if dry_run else output, notes=notes).with_overflow(written.overflowed)
         if groups_out is not None and not dry_run:
             saving.write_text(groups_out, render.json_text(groups_document(report)), force=force)

@@ -78,6 +78,24 @@ def percent(fraction: float) -> str:
     return f"{text.removesuffix('.0') if fraction in (0, 1) else text} %"
 
 
+WIDEST = 400
+"""Places a cell may take of its column: a longer one sticks out, or one key of a megabyte would pad all other lines."""
+
+
+def width(text: str) -> int:
+    """Returns how many places a terminal takes for printable text: two for most East Asian characters.
+
+    >>> width("abc"), width("重み"), width("e\u0301")
+    (3, 4, 1)
+    """
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me") for char in text)
+
+
 def aligned(lines: Iterable[Line], indent: int = 2) -> list[str]:
     """Returns lines of text with their columns aligned; the last column is not padded."""
     rows = [[safe(cell) for cell in line] for line in lines]
@@ -86,11 +104,16 @@ def aligned(lines: Iterable[Line], indent: int = 2) -> list[str]:
         for column, cell in enumerate(row[:-1]):
             if column == len(widths):
                 widths.append(0)
-            widths[column] = max(widths[column], len(cell))
+            if len(cell) <= WIDEST and widths[column] < (places := width(cell)):
+                widths[column] = places
     return [
-        (" " * indent + "  ".join([*(cell.ljust(widths[i]) for i, cell in enumerate(row[:-1])), row[-1]])).rstrip()
+        (" " * indent + "  ".join([*(_padded(cell, widths[i]) for i, cell in enumerate(row[:-1])), row[-1]])).rstrip()
         for row in rows
     ]
+
+
+def _padded(cell: str, places: int) -> str:
+    return cell + " " * (places - width(cell)) if len(cell) <= places else cell
 
 
 class ClosedPipe(Exception):

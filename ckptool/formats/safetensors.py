@@ -13,7 +13,9 @@ Two names cannot share bytes, so tied tensors are stored once; the dropped names
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from math import isinf
 from typing import Any
 
 from ckptool import aliases, flat, safetensors_file
@@ -28,20 +30,30 @@ from ckptool.tree import brief
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)
 
+MAX_NESTING = 127
+"""Objects and arrays inside one another in a header, the outermost counted: the limit of the library's parser."""
+
+_SPACE = b" \t\r\n"
+
 
 def matches(file: File) -> bool:
     """Returns whether it begins with a length and a JSON object."""
     if file.size < 10:
         return False
     head = file.read(0, min(file.size, 64))
-    return head[8:].lstrip(b" \t\r\n")[:1] == b"{"
+    text = head[8:].lstrip(_SPACE)
+    if not text and (nbytes := min(int.from_bytes(head[:8], "little"), file.size - 8)) <= MAX_HEADER:
+        text = file.read(8, nbytes).lstrip(_SPACE)
+    return text[:1] == b"{"
 
 
 def read(file: File) -> Checkpoint:
     """Returns the checkpoint; reads the header only. Raises: FormatError, LimitError, UnsupportedError."""
     header_size = int.from_bytes(file.read(0, 8), "little")
     if header_size > MAX_HEADER:
-        raise LimitError(f"its header claims {header_size:,} bytes, over safetensors' limit of {MAX_HEADER:,}")
+        raise LimitError(
+            f"its header claims {header_size:,} bytes, over safetensors' limit of {MAX_HEADER:,} (MAX_HEADER)"
+        )
     start = 8 + header_size
     if start > file.size:
         raise FormatError(f"its header claims {header_size} bytes of a file of {file.size}: a truncated download?")
@@ -65,9 +77,20 @@ def read(file: File) -> Checkpoint:
     return Checkpoint(aliases.restored(tree, metadata), format=NAME, url=file.path, nbytes=file.size, metadata=said)
 
 
+_ODD_NUMBER = re.compile(rb"-0\s*[,\]}]|\d{309}")
+"""Where a number may stand that Python takes for an int, and the library does not."""
+
+
 def _parse(raw: bytes) -> dict[str, Any]:
+    parse_int = _int if _ODD_NUMBER.search(raw) else None
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=parse_int,
+            parse_float=_float,
+            parse_constant=_constant,
+        )
         if b"\\ud" in raw.lower():  # an escaped surrogate: a pair is a character, a lone one is no text
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
@@ -77,6 +100,22 @@ def _parse(raw: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise FormatError("its header is no JSON object")
     return header
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if isinf(value):
+        raise ValueError("a number out of range")
+    return value
+
+
+def _int(text: str) -> int | float:
+    """Returns an integer as the library has it: -0 is a float, and so is what 64 bits cannot hold."""
+    return int(text) if text != "-0" and len(text) < 309 else _float(text)
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"{text} is no number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,6 +131,8 @@ def _tensor(name: str, entry: Any, file: File, start: int) -> tuple[TensorInfo, 
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise FormatError(f"the header's entry {name!r} lacks dtype, shape or data_offsets") from error
+    if len(entry) > 3 and _is_deep(entry):
+        raise FormatError(f"the header's entry {name!r} is nested over {MAX_NESTING} deep (MAX_NESTING)")
     row = BY_SAFETENSORS.get(kind) if isinstance(kind, str) else None
     if row is None:
         raise FormatError(f"{name!r} has dtype {kind!r}, unknown to safetensors")
@@ -119,6 +160,15 @@ def _tensor(name: str, entry: Any, file: File, start: int) -> tuple[TensorInfo, 
         strides = contiguous_stride(dims)
     storage = Storage(file.span(start + begin, end - begin), row.name if row.storage else None)
     return TensorInfo(row.name, dims, strides, 0, storage), begin, end
+
+
+def _is_deep(entry: dict[str, Any]) -> bool:
+    """Returns whether an entry, with the fields that nobody reads, is nested deeper than the library goes."""
+    level: list[Any] = [entry]
+    for _ in range(MAX_NESTING - 1):
+        inside = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
+        level = [child for child in inside if isinstance(child, (dict, list))]
+    return bool(level)
 
 
 def _no_numbers(name: str, shape: Any, begin: Any, end: Any) -> FormatError:

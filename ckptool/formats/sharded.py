@@ -12,14 +12,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from ckptool import aliases, flat, safetensors_file
 from ckptool.checkpoint import Checkpoint, TensorInfo
-from ckptool.errors import FormatError, LimitError, OutputError, UnsupportedError, UsageError, explain, listed
-from ckptool.files import EXISTS, File, Files, Output
+from ckptool.errors import (
+    CkptoolError,
+    FormatError,
+    LimitError,
+    OutputError,
+    UnsupportedError,
+    UsageError,
+    explain,
+    listed,
+)
+from ckptool.files import EXISTS, PARTIAL, File, Files, Output, locked, sweep
 from ckptool.layout import MapLocation
 
 NAME = "hf-sharded"
@@ -36,13 +45,15 @@ SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.saf
 WHOLE = "model.safetensors"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 WRITTEN_INDEX = "model.safetensors.index.json"
+WRITTEN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
+"""All names that `write_directory` gives."""
 
 Open = Callable[[str], Checkpoint]
 
 
 def matches(file: File) -> bool:
     """Returns whether it is an index: JSON with a weight_map."""
-    if file.size > MAX_INDEX or not INDEX.match(os.path.basename(file.path)):
+    if not INDEX.match(os.path.basename(file.path)):
         return False
     return file.read(0, min(file.size, 256)).lstrip()[:1] == b"{"
 
@@ -54,6 +65,13 @@ def find(directory: str) -> str:
     """
     names = sorted(os.listdir(directory))
     _refuse_neighbours(directory, names)
+    aside = [name for name in names if (match := PARTIAL.fullmatch(name)) and match[3] == "old"]
+    if aside and WRITTEN_INDEX not in names:
+        raise FormatError(
+            f"a run that was replacing its files was killed; rename what was there back to its names "
+            f"({listed(aside, 3)}), or write there again with --force",
+            directory,
+        )
     indexes = [name for name in names if INDEX.match(name) and name != "model_index.json"]
     singles = [name for name in SINGLE if name in names]
     found = singles[:1] or [name for name in indexes if "safetensors" in name][:1] or indexes[:1]
@@ -159,7 +177,7 @@ def read(file: File, open_: Open) -> Checkpoint:
 
 def _index(file: File) -> dict[str, Any]:
     if file.size > MAX_INDEX:
-        raise LimitError(f"an index of {file.size:,} bytes (MAX_INDEX)", file.path)
+        raise LimitError(f"an index of {file.size:,} bytes, over {MAX_INDEX:,} (MAX_INDEX)", file.path)
     try:
         index = json.loads(file.read(0, file.size))
     except RecursionError as error:
@@ -238,35 +256,47 @@ def write_directory(
 
     ``max_shard_size`` counts bytes of tensors. The directory is made if absent (its parent is not). The files
     get their names when all are written, the index last; if anything fails none of them is left, nor a
-    directory made for them, but what ``force`` had replaced by then is lost. Other files are not touched.
+    directory made for them, and what ``force`` had replaced by then is there again. Other files are not touched.
     ``check`` is handed the paths of the finished shards before they get their names, and may raise; ``progress``
     is told the bytes as they are written.
+
+    Killed while names are given, there is no index, and what was replaced lies beside as
+    ``.NAME.xxxxxxxx.ckptool-old``: the next call for this directory gives it its names again before it begins.
 
     Raises: LossError naming every tensor safetensors cannot hold; OutputError if a file exists (without
     ``force``), or one that loaders would prefer to the index.
     """
     shards, said = _contents(checkpoint, max_shard_size)
+    _recover(directory)
     _refuse_places(directory, shards, force)
     with _made(directory), ExitStack() as stack:
 
-        def opened(name: str) -> Output:
-            output = stack.enter_context(Output(os.path.join(directory, name), force=force, fsync=fsync))
-            output.progress = progress
-            outputs.append(output)
-            return output
+        def opened(name: str, run: str | None) -> Output:
+            path = os.path.join(directory, name)
+            return stack.enter_context(Output(path, force=force, fsync=fsync, run=run))
 
+        index = opened(WRITTEN_INDEX, None) if WHOLE not in shards else None  # its lock is that of all shards
         outputs: list[Output] = []
         for name, (shard, metadata) in shards.items():
-            output = opened(name)
+            output = opened(name, None if index is None else index.run)
+            output.progress = progress
+            outputs.append(output)
             safetensors_file.write(shard, metadata, output, files)
-            output.close()  # a process may have no more than a thousand files open
+            output.readers = files.mode
+            if index is not None:
+                output.close()  # a process may have no more than a thousand files open
+        files.close()
         written = [output.finished() for output in outputs]
-        if WHOLE not in shards:
+        if index is not None:
             weight_map = {key: name for name, (shard, _) in shards.items() for key in shard}
-            opened(WRITTEN_INDEX).write(_index_text({"metadata": said, "weight_map": weight_map}))
+            index.write(_index_text({"metadata": said, "weight_map": weight_map}))
+            index.readers = files.mode
+            index.finished()
         if check is not None:
             check(written)
-        _commit(outputs)
+        with locked(directory):  # another run's set comes before or after ours, never in between
+            _refuse_places(directory, shards, force)
+            _commit(outputs, index, force)
     return flat.left_out(checkpoint)
 
 
@@ -335,17 +365,80 @@ def _made(directory: str) -> Iterator[None]:
         raise
 
 
-def _commit(outputs: list[Output]) -> None:
-    """Gives all outputs their names; if one cannot have its own, takes away those that had none before."""
-    new: list[str] = []
+def _commit(outputs: list[Output], index: Output | None, force: bool) -> None:
+    """Gives all outputs their names, the index last; if one cannot have its own, all is as it was before.
+
+    From when the first old file is set aside until the new index has its name there is none: no reader meets old
+    and new shards as one checkpoint.
+    """
+    if index is None:
+        outputs[0].commit()
+        return
+    done = False
+    try:
+        if force:
+            index.keep(True)  # while it lies there, the next run knows that this one was not done
+            index.set_aside()
+        for output in outputs:
+            if force:
+                output.set_aside()
+            output.commit()
+        index.commit()
+        done = True
+        for output in (*outputs, index):
+            output.forget()
+    except BaseException as error:
+        if done:
+            for output in (*outputs, index):
+                output.forget()
+            raise
+        _undo([*outputs, index], error)
+        index.keep(False)
+        raise
+
+
+def _undo(outputs: list[Output], error: BaseException) -> None:
+    """Gives what was set aside its names again, and takes away what had none before. Raises: OutputError."""
     try:
         for output in outputs:
-            existed = os.path.lexists(output.path)
-            output.commit()
-            if not existed:
-                new.append(output.path)
-    except BaseException:
-        for path in new:
-            with suppress(OSError):
-                os.unlink(path)
-        raise
+            output.undo()
+    except OSError as second:
+        raise OutputError(
+            f"{error}; and what was there cannot have its names again ({explain(second)}): "
+            "it is kept beside them as .NAME.xxxxxxxx.ckptool-old"
+        ) from error
+
+
+def _recover(directory: str) -> None:
+    """Ends what runs that were killed had begun in a directory: takes it back, and removes what they left."""
+    if not os.path.isdir(directory):
+        return
+    links = [name for name in os.listdir(directory) if WRITTEN.fullmatch(name)]
+    targets = {os.path.realpath(os.path.join(directory, name)) for name in links}
+    real = os.path.realpath(directory)
+
+    def meant(place: str) -> bool:
+        parent, name = os.path.split(place)
+        return place in targets or (parent == real and WRITTEN.fullmatch(name) is not None)
+
+    last = os.path.realpath(os.path.join(directory, WRITTEN_INDEX))
+    sweep({real, *map(os.path.dirname, targets)}, meant, last)
+
+
+def stale(directory: str) -> set[str]:
+    """Returns the shards that the index of a directory names, and the index; nothing where there is none."""
+    place = os.path.join(directory, WRITTEN_INDEX)
+    if not os.path.isfile(place):
+        return set()
+    try:
+        with File(place) as file:
+            index = _index(file)
+    except CkptoolError:
+        return {WRITTEN_INDEX}
+    return {WRITTEN_INDEX, *index.get("weight_map", index).values()}
+
+
+def left_beside(directory: str, before: set[str], written: Collection[str]) -> tuple[str, ...]:
+    """Returns a note on the files of an older index that still lie in a directory where another set was written."""
+    left = [name for name in before if name not in written and os.path.lexists(os.path.join(directory, name))]
+    return (f"of the checkpoint that was there, not replaced: {listed(sorted(left))}",) if left else ()

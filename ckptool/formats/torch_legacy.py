@@ -15,11 +15,11 @@ from typing import Any
 
 from ckptool import picklewriter, rebuild
 from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo
-from ckptool.errors import FormatError, LossError, listed
+from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.files import File, Files, Output
 from ckptool.layout import Layout, MapLocation
 from ckptool.streams import PickleStream
-from ckptool.tree import Global, brief, walk
+from ckptool.tree import Global, brief, path_text, walk
 
 NAME = "torch-legacy"
 SUFFIXES: tuple[str, ...] = ()
@@ -49,7 +49,9 @@ def read(file: File) -> Checkpoint:
         if _is_module(pid):
             return pid[1]
         storage_type, key = _storage_pid(pid)[1:3]
-        types[key] = rebuild.dtype_of_storage(storage_type)
+        dtype = rebuild.dtype_of_storage(storage_type)
+        if types.setdefault(key, dtype) != dtype:
+            raise UnsupportedError(f"the storage {key!r} is used under two types: {types[key]} and {dtype}")
         return None
 
     stream.pickle(persistent_load=note)
@@ -57,6 +59,7 @@ def read(file: File) -> Checkpoint:
     keys = stream.pickle()
     storages: dict[str, Storage] = {}
     sizes: dict[str, int] = {}
+    placed: set[str] = set()
     for key in keys if isinstance(keys, list) else ():
         if not isinstance(key, str) or key not in types or key in storages:
             raise FormatError(f"the storage {brief(key)} is listed, and named in no tensor or twice", file.path)
@@ -73,15 +76,16 @@ def read(file: File) -> Checkpoint:
             raise FormatError(f"the storage {key!r} is named by a tensor and absent from the file")
         if sizes[key] != numel:
             raise FormatError(f"the storage {key!r} has {sizes[key]} elements; the tree says {brief(numel)}")
-        if storage.location != rebuild.location(location):
-            storage = storages[key] = Storage(storage.span, storage.dtype, location)
+        if key not in placed:  # torch looks at the first place that names it, too
+            placed.add(key)
+            storage = storages[key] = Storage(storage.span, storage.dtype, rebuild.location(location))
         if view and view[0] is not None:
             return _view(storage, view[0])
         return storage
 
     again = PickleStream(file, start, behind)
     tree = again.pickle(rebuild.builders, persistent_load)
-    return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=tuple(again.names))
+    return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=tuple(stream.names))
 
 
 def _is_module(pid: object) -> bool:
@@ -164,6 +168,6 @@ def _refuse(checkpoint: Checkpoint, layout: Layout) -> None:
         else:
             continue  # the parts of an opaque tensor come by themselves
         below = path[len(root) :] if path[: len(root)] == root else path
-        refused[f"{'/'.join(map(str, below))} ({kind})"] = None
+        refused[f"{path_text(below)} ({kind})"] = None
     if refused:
         raise LossError(f"torch's legacy format cannot hold {listed(refused, 20)}: no torch could load it again")

@@ -24,8 +24,10 @@ from ckptool.tree import Global, brief
 
 NAME = "torch-tar"
 
+MEMBERS = ("storages", "tensors", "pickle")
+
 MAX_ITEMS = 10_000_000
-"""Storages or tensors one archive may count."""
+"""Storages or tensors one archive may count: as many as a zip may have records."""
 
 
 def matches(file: File) -> bool:
@@ -90,10 +92,15 @@ def _places(file: File) -> dict[str, tuple[int, int]]:
     """Returns {member: (begin, end)} in bytes of the file."""
     try:
         with tarfile.open(file.path, "r:") as archive:
-            found = {item.name: (item.offset_data, item.offset_data + item.size) for item in archive if item.isreg()}
+            members = [item for item in archive if item.name in MEMBERS]
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise FormatError(f"a tar archive that cannot be read: {error}", file.path) from error
-    for name in ("storages", "tensors", "pickle"):
+    found = {item.name: (item.offset_data, item.offset_data + item.size) for item in members}
+    if len(found) < len(members) or not all(item.isreg() and not item.issparse() for item in members):
+        raise FormatError(
+            "a tar archive that readers can take in two ways: a member twice, a link, or sparse", file.path
+        )
+    for name in MEMBERS:
         if name not in found:
             raise FormatError(f"a tar archive without the member {name!r}: not made by torch", file.path)
         if found[name][1] > file.size:
@@ -106,7 +113,7 @@ def _count(stream: PickleStream) -> int:
     if type(count) is not int or count < 0:
         raise FormatError(f"a count reads {brief(count)}")
     if count > MAX_ITEMS:
-        raise LimitError(f"it counts {count:,} items (MAX_ITEMS)")
+        raise LimitError(f"it counts {count:,} items, over {MAX_ITEMS:,} (MAX_ITEMS)")
     return count
 
 

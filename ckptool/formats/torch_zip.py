@@ -12,7 +12,8 @@ Source: ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc`` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ckptool import pickles, rebuild
@@ -21,12 +22,15 @@ from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.files import File, Files, Output
 from ckptool.layout import Content, Layout, MapLocation
-from ckptool.tree import brief
-from ckptool.zips import is_zip, read_directory, read_small
+from ckptool.tree import brief, path_text
+from ckptool.zips import Member, is_zip, read_directory, read_small
 from ckptool.zipwriter import Record, ZipWriter
 
 NAME = "torch-zip"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar")
+
+MAX_BYTEORDER = 16
+"""Bytes of the record that says "little" or "big"."""
 
 
 def matches(file: File) -> bool:
@@ -41,9 +45,9 @@ def read(file: File) -> Checkpoint:
     """
     members = read_directory(file)
     root = next(iter(members), "").split("/", 1)[0]
-    _refuse_neighbours(file, root, set(members))
+    _refuse_neighbours(file, root, members)
     prefix = f"{root}/data/"
-    order = read_small(file, members, f"{root}/byteorder", 16)
+    order = read_small(file, members, f"{root}/byteorder", MAX_BYTEORDER, "MAX_BYTEORDER")
     if order not in (None, b"little", b"big"):
         raise FormatError(f"its byteorder record reads {order!r}", file.path)
     byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
@@ -79,16 +83,16 @@ def read(file: File) -> Checkpoint:
             raise UnsupportedError(f"the storage {key!r} is used under two types: {storage.dtype} and {dtype}")
         return storage
 
-    pickled = read_small(file, members, f"{root}/data.pkl", pickles.MAX_PICKLE) or b""
+    pickled = read_small(file, members, f"{root}/data.pkl", pickles.MAX_PICKLE, "MAX_PICKLE") or b""
     pickles.scan(pickled)
     tree, names = pickles.load(pickled, builders=rebuild.builders, persistent_load=persistent_load)
     return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=names)
 
 
-def _refuse_neighbours(file: File, root: str, names: set[str]) -> None:
-    """Says by name which other kind of zip archive this is."""
+def _refuse_neighbours(file: File, root: str, members: Mapping[str, Member]) -> None:
+    """Says by name which other kind of zip archive this is; refuses names that torch may take for another."""
     data = f"{root}/data/"
-    names = {name for name in names if not (name.startswith(data) and name[len(data) :].isdecimal())}
+    names = {name for name in members if not (name.startswith(data) and name[len(data) :].isdecimal())}
     inner = {name.split("/", 1)[1] for name in names if name.startswith(f"{root}/")}
     kind = None
     if "constants.pkl" in inner or "model.json" in inner:
@@ -105,6 +109,11 @@ def _refuse_neighbours(file: File, root: str, names: set[str]) -> None:
         raise FormatError("a zip archive without data.pkl: not made by torch.save", file.path)
     if any(not name.startswith(f"{root}/") for name in names):
         raise FormatError(f"its members are not all below {root}/: torch.load refuses it too", file.path)
+    alike = Counter(name.lower() for name in inner) + Counter(
+        name.lower() for name in inner if name != name.lower() and f"{root}/{name.lower()}" in members
+    )
+    if twice := [name for name, count in alike.items() if count > 1]:  # torch finds names in any case
+        raise FormatError(f"two zip members differ in case only: {listed(twice)}", file.path)
 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
@@ -120,7 +129,7 @@ def _pickled(checkpoint: Checkpoint, layout: Layout) -> tuple[bytes, list[Storag
         foreign = [(path, tensor.dtype) for path, tensor in checkpoint.tensors() if not DTYPES[tensor.dtype].in_torch]
         if not foreign:
             raise
-        named = [f"{'/'.join(map(str, path))} ({dtype})" for path, dtype in foreign]
+        named = [f"{path_text(path)} ({dtype})" for path, dtype in foreign]
         raise LossError(f"torch cannot hold {listed(named, 20)}") from error
 
 

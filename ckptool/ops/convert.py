@@ -14,7 +14,7 @@ from ckptool.dtypes import DTYPES
 from ckptool.errors import NoTensorsError, UsageError
 from ckptool.ops.diff import no_tensors
 from ckptool.ops.filter import root_notes
-from ckptool.tree import as_mapping, ordered_dict
+from ckptool.tree import as_mapping, ordered_dict, path_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tup
     node: Any = checkpoint.tree
     for depth, step in enumerate(checkpoint.root):
         mapping = as_mapping(node) or {}
-        left += ["/".join(map(str, (*checkpoint.root[:depth], name))) for name in mapping if name != step]
+        left += [path_text((*checkpoint.root[:depth], name)) for name in mapping if name != step]
         node = checkpoint.at(checkpoint.root[: depth + 1])
     if modules.is_module(node):
         versions: Any = modules.metadata(node)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ckptool import keys as names
 from ckptool.checkpoint import Checkpoint, TensorInfo, is_flat
 from ckptool.errors import NoTensorsError, listed
+from ckptool.tree import path_text
 
 KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
 """What a difference can be; all but bookkeeping make two checkpoints differ by default."""
@@ -96,7 +97,7 @@ def diff(
     Raises: NoTensorsError if a side has none, CollisionError if stripping makes two keys one.
     """
     first, second = _tensors(a), _tensors(b)
-    found = {side.url: "/".join(map(str, side.root)) for side in (a, b)}
+    found = {side.url: path_text(side.root) for side in (a, b)}
     notes = [f"the weights of {url} are at {root}" for url, root in found.items() if root]
     plain_a, plain_b = (
         names.plain_keys(first, strip_prefix_a, None, a.url),
@@ -166,8 +167,8 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 def no_tensors(checkpoint: Checkpoint) -> str:
     """Returns the line that says there is nothing to work on, and where there might be."""
-    where = "/".join(map(str, checkpoint.root))
-    places = {"/".join(map(str, path[:-1])) or "the top" for path, _ in checkpoint.tensors()}
+    where = path_text(checkpoint.root)
+    places = {path_text(path[:-1]) or "the top" for path, _ in checkpoint.tensors()}
     return f"no tensors at {where or 'the top'}" + (f"; there are some at {listed(sorted(places))}" if places else "")
 
 

@@ -13,7 +13,7 @@ from ckptool.checkpoint import Checkpoint, Derived, Extras, Opaque, Storage, Ten
 from ckptool.dtypes import DTYPES
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
 from ckptool.ops.diff import no_tensors
-from ckptool.tree import as_mapping, ordered_dict, walk
+from ckptool.tree import as_mapping, ordered_dict, path_text, walk
 
 Reason = Literal[
     "loaded", "cast", "tied", "adapted", "initialised", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"
@@ -404,7 +404,7 @@ class Merge:
         replaced = {id(self.tensors[key].source) for key in self.taken}
         root = self.target.root
         elsewhere = [
-            "/".join(map(str, path))
+            path_text(path)
             for path, tensor in self.target.tensors()
             if id(tensor.source) in replaced and path[: len(root)] != root
         ]
@@ -460,7 +460,7 @@ def dims(tensor: TensorInfo) -> list[int] | None:
 
 def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Returns where the weights were found, for each checkpoint in which that is not the top."""
-    found = [(checkpoint.url, "/".join(map(str, checkpoint.root))) for checkpoint in checkpoints]
+    found = [(checkpoint.url, path_text(checkpoint.root)) for checkpoint in checkpoints]
     return list(dict.fromkeys(f"the weights of {url} are at {root}" for url, root in found if root))
 
 
@@ -475,7 +475,7 @@ def optimizer_notes(checkpoint: Checkpoint) -> list[str]:
     for path, node in walk(checkpoint.tree, closed=optimizers.is_optimizer):
         state = as_mapping((as_mapping(node) or {}).get("state")) if optimizers.is_optimizer(node) else None
         if state and any(isinstance(key, int) for key in state):
-            where = "/".join(map(str, path))
+            where = path_text(path)
             return [f"{where} goes by position: with keys dropped it no longer lines up with the weights"]
     return []
 

@@ -12,7 +12,7 @@ from ckptool import modules, optimizers, rebuild, roots
 from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
 from ckptool.errors import NoTensorsError
 from ckptool.ops.diff import no_tensors
-from ckptool.tree import Global, Path, PyObject, as_mapping, attributes, nodes, walk
+from ckptool.tree import Global, PyObject, as_mapping, attributes, nodes, path_text, walk
 
 if TYPE_CHECKING:  # only a job that reads values needs them
     from ckptool.moments import PrefixStats, Stats
@@ -116,7 +116,7 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
     return InspectReport(
         checkpoint.url,
         checkpoint.format,
-        shown(checkpoint.root),
+        path_text(checkpoint.root),
         checkpoint.nbytes,
         rows,
         sorted({f"{_module(module)}.{name}" for module, name in checkpoint.names if not _needed(module, name)}),
@@ -127,8 +127,8 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
         _beside(checkpoint),
         names.wrapper_of(keys),
         names.common_prefix(keys),
-        [shown(path) for path in found.ema if path != checkpoint.root],
-        [shown(path) for path in (*found.others, found.path) if path != checkpoint.root] if found.others else [],
+        [path_text(path) for path in found.ema if path != checkpoint.root],
+        [path_text(path) for path in (*found.others, found.path) if path != checkpoint.root] if found.others else [],
         tied,
         stored,
         used,
@@ -146,11 +146,6 @@ def volume(checkpoint: Checkpoint, choose: Callable[[str], bool], *, check: bool
     if check:
         return max(_stored_and_used(checkpoint)[0], checkpoint.nbytes)
     return sum({one.view: one.nbytes for key, one in checkpoint.state_dict().items() if choose(key)}.values())
-
-
-def shown(path: Path) -> str:
-    """Returns a path as it is printed: steps joined with "/"."""
-    return "/".join(str(step) for step in path)
 
 
 def _needed(module: str, name: str) -> bool:
@@ -222,11 +217,11 @@ def _beside(checkpoint: Checkpoint) -> list[Beside]:
             break
         for name, value in mapping.items():
             if name != step:
-                found.append(describe(shown((*checkpoint.root[:depth], name)), value))
+                found.append(describe(path_text((*checkpoint.root[:depth], name)), value))
         node = mapping[step]
     for key, (_, value) in checkpoint.entries().items():
         if not isinstance(value, TensorInfo):
-            found.append(describe(shown((*checkpoint.root, key)), value))
+            found.append(describe(path_text((*checkpoint.root, key)), value))
     return found
 
 

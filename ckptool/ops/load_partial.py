@@ -22,7 +22,7 @@ from ckptool.ops.adapters import Adapter
 from ckptool.ops.diff import no_tensors
 from ckptool.ops.filter import LOADED, FilterReport, Merge, Row, Same, dims
 from ckptool.ops.handover import Group
-from ckptool.tree import PyObject, nodes
+from ckptool.tree import PyObject, nodes, path_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +368,7 @@ class _Plan(Merge):
         wish = self.wishes.optimizer
         if wish == "drop":
             merged, paths = resume.without_optimizers(merged)
-            return merged, [f"dropped: {'/'.join(map(str, path))}" for path in paths]
+            return merged, [f"dropped: {path_text(path)}" for path in paths]
         if wish == "remap":
             if self.source is None:
                 raise UsageError("--optimizer remap needs a SOURCE that has one")

@@ -17,7 +17,7 @@ from ckptool.errors import UnsupportedError, UsageError, listed
 from ckptool.keys import unwrap_all
 from ckptool.ops import handover
 from ckptool.ops.lineup import interleaved, state_shape
-from ckptool.tree import Path, PyObject, as_mapping, children, key_text, replaced, walk
+from ckptool.tree import Path, PyObject, as_mapping, children, key_text, path_text, replaced, walk
 
 INSTEAD = "--optimizer drop leaves it out"
 """What can be done in every case."""
@@ -102,7 +102,7 @@ def placed(merged: Checkpoint, entries: Mapping[Path, Any]) -> Checkpoint:
     holder = merged.at(above)
     mapping = as_mapping(holder)
     if mapping is None or merged.root[-1] in beside:
-        where = "/".join(map(str, merged.root))
+        where = path_text(merged.root)
         raise UnsupportedError(
             f"no place for {listed(map(key_text, beside))} beside the weights at {where}", merged.url
         )
@@ -136,7 +136,7 @@ def carried(
     made = placed(merged, entries)
     level = made.root[:-1]
     new = [(*level, *path) for path in entries]
-    stay = ["/".join(map(str, path)) for path in find(made) if path not in new]
+    stay = [path_text(path) for path in find(made) if path not in new]
     return made, notes + ([f"stays as it was in {target.url}: {listed(stay)}"] if stay else [])
 
 
@@ -157,7 +157,7 @@ def carry(
     entries: dict[Path, Any] = {}
     notes: list[str] = []
     for path in paths:
-        where = "/".join(map(str, path))
+        where = path_text(path)
         one = _Carrying(source, target, matches, renewed or {}, where, len(paths))
         inner = path[level:] if path[:level] == source.root[:level] else path
         entries[inner] = one.carry(source.at(path))

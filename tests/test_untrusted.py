@@ -1,0 +1,662 @@
+"""Files of strangers: whatever they name, wherever it stands, whatever is asked, nothing of it is imported or called.
+
+Each file here would make a directory if a part of it ran. What is not about running: the limits, and paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import importlib
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import CANARY, Run, content
+from test_hostile import mapping, number, pid, tensor, text
+
+from ckptool import checkpoint, modules, nesting, pickles, tree, zips
+from ckptool.formats import safetensors, sharded, torch_legacy, torch_tar, torch_zip
+
+REPOSITORY = Path(__file__).parents[1]
+
+SONGBIRD = f"""
+import os
+def call(*args, **keywords):
+    if not os.path.exists({CANARY!r}):
+        os.mkdir({CANARY!r})
+    return Thing
+class Thing:
+    def __new__(cls, *args, **keywords):
+        call()
+        return object.__new__(cls)
+    def method(self, *args):
+        call()
+    __init__ = __call__ = __setstate__ = __setattr__ = __setitem__ = append = extend = add = method
+    def __hash__(self):
+        call()
+        return 1
+call()
+"""
+
+
+@pytest.fixture(autouse=True)
+def songbird(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module that can be imported, and makes the canary's directory when it is, or when anything in it is called."""
+    folder = tmp_path / "importable"
+    folder.mkdir()
+    (folder / "songbird.py").write_text(SONGBIRD)
+    monkeypatch.syspath_prepend(folder)
+    for code in (1, 0x101, 0x10001):
+        monkeypatch.setitem(copyreg._inverted_registry, code, ("songbird", "call"))  # type: ignore[attr-defined]
+    yield
+    sys.modules.pop("songbird", None)
+
+
+# --- every opcode that can name or call ------------------------------------------------------------------------------
+
+CALL, THING, ARGUMENT = b"csongbird\ncall\n", b"csongbird\nThing\n", text("x")
+MADE = THING + b")\x81"
+REBUILT = b"ctorch._tensor\n_rebuild_from_type_v2\n("
+
+PAYLOADS = {
+    "GLOBAL": THING,
+    "REDUCE": CALL + ARGUMENT + b"\x85R",
+    "STACK_GLOBAL": text("songbird") + text("call") + b"\x93" + ARGUMENT + b"\x85R",
+    "a dotted name": text("songbird") + text("Thing.method") + b"\x93" + ARGUMENT + b"\x85R",
+    "INST": b"(" + ARGUMENT + b"isongbird\ncall\n",
+    "OBJ": b"(" + THING + ARGUMENT + b"o",
+    "NEWOBJ": THING + ARGUMENT + b"\x85\x81",
+    "NEWOBJ_EX": THING + ARGUMENT + b"\x85}\x92",
+    "NEWOBJ_EX with keywords": THING + b")}" + ARGUMENT + b"Ns\x92",
+    "BUILD": MADE + b"}" + ARGUMENT + b"Nsb",
+    "BUILD with slots": MADE + b"N}" + ARGUMENT + b"Ns\x86b",
+    "BUILD of a dict": b"ccollections\nOrderedDict\n)R}" + text("hook") + MADE + b"sb",
+    "APPEND": MADE + ARGUMENT + b"a",
+    "APPENDS": MADE + b"(" + ARGUMENT + b"e",
+    "SETITEM": MADE + ARGUMENT + b"Ns",
+    "SETITEMS": MADE + b"(" + ARGUMENT + b"Nu",
+    "ADDITEMS": MADE + b"(" + ARGUMENT + b"\x90",
+    "a call of a call": CALL + b")R" + ARGUMENT + b"\x85R",
+    "a key": b"}" + MADE + b"Ns",
+    "an item of a frozenset": b"(" + MADE + b"\x91",
+    "getattr": b"cbuiltins\ngetattr\n" + THING + text("method") + b"\x86RN\x85R",
+    "map": b"cbuiltins\nlist\ncbuiltins\nmap\n" + CALL + b"]" + ARGUMENT + b"a\x86R\x85R",
+    "a function that rebuilds": REBUILT + CALL + THING + ARGUMENT + b"\x85NtR",
+    "the class of a tensor": REBUILT + b"ctorch._utils\n_rebuild_tensor_v2\n" + THING
+    + b"(" + pid() + b"K\x00K\x01\x85K\x01\x85\x89ccollections\nOrderedDict\n)Rt" + MADE + b"tR",
+    "the state of a parameter": b"ctorch._utils\n_rebuild_parameter_with_state\n("
+    + tensor() + b"\x88ccollections\nOrderedDict\n)R}" + text("a") + MADE + b"stR",
+    "called and thrown away": CALL + ARGUMENT + b"\x85R0N",
+}  # fmt: skip
+"""Opcodes that leave one object; all is read, and named."""
+
+REFUSED = {
+    "EXT1": b"\x82\x01" + ARGUMENT + b"\x85R",
+    "EXT2": b"\x83\x01\x01" + ARGUMENT + b"\x85R",
+    "EXT4": b"\x84\x01\x00\x01\x00" + ARGUMENT + b"\x85R",
+    "PERSID": b"Psongbird.call\n",
+    "BINPERSID": MADE + b"Q",
+    "a storage's class": b"(" + text("storage") + THING + text("0") + text("cpu") + b"K\x01tQ",
+    "a storage's device": pid(location=MADE),
+    "a storage's key": pid(key=MADE),
+    "a tensor's shape": tensor(shape=MADE),
+    "a tensor's storage": tensor(storage=MADE),
+}
+"""Opcodes that no tensor file has in such a place: an error that says so."""
+
+ALONE = ("the class of a tensor", "the state of a parameter", "BUILD of a dict", "a key", "an item of a frozenset")
+"""Payloads that Python's machine alone cannot load, or that run without anything being called."""
+
+
+@pytest.mark.parametrize("name", [name for name in {**PAYLOADS, **REFUSED} if "storage" not in name])
+def test_the_songbird_sings_when_a_payload_is_really_loaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Otherwise all the tests below could not fail.
+    if name in ("PERSID", "BINPERSID", "a tensor's shape", "GLOBAL", *ALONE[:2]):
+        pytest.skip("needs torch's own machine")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    importlib.import_module("songbird")
+    os.rmdir(CANARY)
+    with contextlib.suppress(TypeError, AttributeError):
+        pickle.loads(b"\x80\x04" + {**PAYLOADS, **REFUSED}[name] + b".")
+    assert Path(CANARY).exists()
+
+
+# --- every place that a pickle has -----------------------------------------------------------------------------------
+
+Place = Callable[[bytes], str]
+
+
+def beside(payload: bytes) -> bytes:
+    return b"\x80\x02" + mapping(text("w"), tensor(), text("hook"), payload) + b"."
+
+
+def zipped(pickled: bytes, path: str = "given.pth") -> str:
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("archive/data.pkl", pickled)
+        made.writestr("archive/version", "3\n")
+        made.writestr("archive/data/0", struct.pack("<f", 1))
+    return path
+
+
+def legacy(payload: bytes, place: str, path: str = "given.pth") -> str:
+    """torch's stream of five pickles, with a payload in one of them."""
+    thrown = payload + b"0" if payload else b""
+    parts = {
+        "magic": torch_legacy.MAGIC,
+        "version": b"\x80\x02M\xe9\x03.",
+        "system": b"\x80\x02}.",
+        "tree": b"\x80\x02" + mapping(text("w"), tensor()) + b".",
+        "keys": b"\x80\x02]" + text("0") + b"a.",
+    }
+    if place == "tree":
+        parts[place] = beside(payload)
+    elif place == "in the system's dict":
+        parts["system"] = b"\x80\x02}" + text("type_sizes") + payload + b"s."
+    else:
+        parts[place] = parts[place][:2] + thrown + parts[place][2:]
+    Path(path).write_bytes(b"".join(parts.values()) + struct.pack("<qf", 1, 1))
+    return path
+
+
+def tarred(payload: bytes, place: str, path: str = "given.pth") -> str:
+    """torch's archive of 2016, with a payload in one of its members."""
+    storage = b"\x80\x02K\x00" + text("cpu") + b"ctorch\nFloatStorage\n\x87."
+    described = b"\x80\x02K\x01K\x00ctorch\nFloatTensor\n\x87."
+    one, none = b"\x80\x02K\x01.", b"\x80\x02]."
+    thrown = b"\x80\x02" + payload + b"0"
+    members = {
+        "sys_info": b"\x80\x02}.",
+        "storages": one + storage + struct.pack("<qf", 1, 1) + none,
+        "tensors": one + described + struct.pack("<i4xqqq", 1, 1, 1, 0),
+        "pickle": b"\x80\x02" + mapping(text("w"), b"K\x01Q") + b".",
+    }
+    if place == "pickle":
+        members[place] = b"\x80\x02" + mapping(text("w"), b"K\x01Q", text("hook"), payload) + b"."
+    elif place == "views":
+        members["storages"] = members["storages"][: -len(none)] + thrown + none[2:]
+    elif place == "a storage":
+        members["storages"] = members["storages"].replace(storage, thrown + storage[2:])
+    elif place == "a tensor":
+        members["tensors"] = members["tensors"].replace(described, thrown + described[2:])
+    else:
+        members[place] = thrown + members[place][2:]
+    with tarfile.open(path, "w") as made:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            made.addfile(info, io.BytesIO(data))
+    return path
+
+
+def shard(write: Callable[[str], str]) -> str:
+    os.makedirs("given", exist_ok=True)
+    write("given/pytorch_model-00002-of-00002.bin")
+    torch.save({"v": torch.ones(1)}, "given/pytorch_model-00001-of-00002.bin")
+    names = {key: f"pytorch_model-0000{number}-of-00002.bin" for number, key in ((1, "v"), (2, "w"))}
+    Path("given/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    return "given"
+
+
+PLACES: dict[str, Place] = {
+    "a zip's data.pkl": lambda payload: zipped(beside(payload)),
+    "thrown away before a zip's tree": lambda payload: zipped(
+        b"\x80\x02" + payload + b"0" + mapping(text("w"), tensor()) + b"."
+    ),
+    "legacy version": lambda payload: legacy(payload, "version"),
+    "legacy system": lambda payload: legacy(payload, "system"),
+    "legacy system, in its dict": lambda payload: legacy(payload, "in the system's dict"),
+    "legacy tree": lambda payload: legacy(payload, "tree"),
+    "legacy keys": lambda payload: legacy(payload, "keys"),
+    "tar storages": lambda payload: tarred(payload, "storages"),
+    "tar, a storage": lambda payload: tarred(payload, "a storage"),
+    "tar, its views": lambda payload: tarred(payload, "views"),
+    "tar tensors": lambda payload: tarred(payload, "tensors"),
+    "tar, a tensor": lambda payload: tarred(payload, "a tensor"),
+    "tar pickle": lambda payload: tarred(payload, "pickle"),
+    "a shard": lambda payload: shard(lambda path: zipped(beside(payload), path)),
+    "a legacy shard": lambda payload: shard(lambda path: legacy(payload, "keys", path)),
+}
+
+
+def plain(payload: bytes, path: str) -> str:
+    Path(path).write_bytes(payload)
+    return path
+
+
+NO_PLACES: dict[str, Place] = {
+    "a plain pickle": lambda payload: plain(beside(payload), "given.pkl"),
+    "a plain pickle of protocol 0": lambda payload: plain(beside(payload)[2:], "given.pkl"),
+    "a plain pickle of protocol 4": lambda payload: plain(b"\x80\x04" + payload + b".", "given.pth"),
+    "legacy magic": lambda payload: legacy(payload, "magic"),
+    "a TorchScript archive": lambda payload: scripted(payload),
+    "a zip's second pickle": lambda payload: scripted(payload, "archive/other.pkl", "outside/constants.pkl"),
+}
+"""Files that are refused for what they are."""
+
+
+def scripted(payload: bytes, *names: str) -> str:
+    zipped(beside(b"N"))
+    with zipfile.ZipFile("given.pth", "a") as made:
+        for name in names or ("archive/constants.pkl",):
+            made.writestr(name, beside(payload))
+    return "given.pth"
+
+
+def ways(path: str) -> Iterator[list[str]]:
+    """Every command, in every way in which it reads a file."""
+    out = ["--force", "--no-fsync"]
+    yield ["inspect", path]
+    yield ["inspect", path, "--check", "--stats", "--hash", "--json"]
+    yield ["inspect", path, "--flat", "--sort", "numel"]
+    yield ["diff", path, "good.pth", "--values", "--devices"]
+    yield ["diff", "good.pth", path, "--quick", "--json"]
+    yield ["filter", path, "-o", "out.pth", "--verify", *out]
+    yield ["filter", "--match", path, "good.pth", "-o", "out.safetensors", *out]
+    yield ["filter", "--match", "good.pth", path, "-o", "out.pth", "--report", "report.json", *out]
+    yield ["remap", path, "--rename", "w=u", "-o", "out.pth", "--save-map", "map.json", *out]
+    yield ["remap", path, "--drop", "nothing", "--allow-unused", "--dry-run", "--json"]
+    yield ["convert", path, "--to", "safetensors", "-o", "out.safetensors", *out]
+    yield ["convert", path, "--to", "torch", "-o", "out.pth", *out]
+    yield ["convert", path, "--to", "torch-legacy", "-o", "out.pth", *out]
+    yield ["convert", path, "--to", "sharded", "-o", "out", *out]
+    yield ["convert", path, "--to", "npz", "-o", "out.npz", "--dtype", "float16", *out]
+    yield ["convert", path, "--to", "torch", "-o", "published.pth", "--publish", *out]
+    yield ["load-partial", path, "--into", "good.pth", "-o", "out.pth", "--optimizer", "remap", *out]
+    yield [
+        "load-partial",
+        "good.pth",
+        "--into",
+        path,
+        "-o",
+        "out.pth",
+        "--init",
+        "*=default",
+        "--freeze",
+        "loaded",
+        *out,
+    ]
+
+
+@pytest.fixture
+def every(run: Run) -> Callable[[str], list[tuple[int, str, str]]]:
+    """Runs every command over a file, in all `ways`: none may run or import anything, or end without a word."""
+
+    def call(path: str) -> list[tuple[int, str, str]]:
+        torch.save({"w": torch.ones(1)}, "good.pth")
+        results = []
+        for args in ways(path):
+            code, out, err = run(*args)
+            assert not Path(CANARY).exists(), args
+            assert "songbird" not in sys.modules, args
+            assert code in (0, 1, 2), args
+            assert code != 2 or (err.count("\n"), err[:16]) == (1, "ckptool: error: "), (args, err)
+            results.append((code, out, err))
+        return results
+
+    return call
+
+
+Every = Callable[[str], list[tuple[int, str, str]]]
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_no_opcode_makes_any_command_run_anything(name: str, every: Every) -> None:
+    results = every(PLACES["a zip's data.pkl"](PAYLOADS[name]))
+    assert results[0][0] == 0
+    assert {code for code, _, _ in results} == {0, 1, 2} or 2 not in {code for code, _, _ in results[:6]}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_file_of_tensors_has_is_refused_by_every_command(name: str, every: Every) -> None:
+    assert {code for code, _, _ in every(PLACES["a zip's data.pkl"](REFUSED[name]))} == {2}
+    if name != "a storage's device":  # of torch's old streams only the first place that names a storage counts
+        assert {code for code, _, _ in every(PLACES["legacy tree"](REFUSED[name]))} == {2}
+
+
+@pytest.mark.parametrize("name", ["REDUCE", "STACK_GLOBAL", "INST", "called and thrown away"])
+@pytest.mark.parametrize("place", PLACES)
+def test_no_place_makes_any_command_run_anything(place: str, name: str, every: Every) -> None:
+    assert every(PLACES[place](PAYLOADS[name]))[0][0] == 0
+
+
+@pytest.mark.parametrize("name", ["EXT1", "PERSID", "BINPERSID"])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_reaches_outside_is_refused_in_every_place(place: str, name: str, run: Run) -> None:
+    if name == "BINPERSID" and place == "tar pickle":
+        pytest.skip("there it is a module that is named with its source")
+    code, out, err = run("inspect", PLACES[place](REFUSED[name]))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("place", NO_PLACES)
+def test_pickles_that_are_no_checkpoints_are_refused_and_not_run(place: str, every: Every) -> None:
+    assert {code for code, _, _ in every(NO_PLACES[place](PAYLOADS["REDUCE"]))} == {2}
+
+
+AUDITED = """
+import sys
+met = []
+def hook(event, args):
+    if event != "object.__getattr__" and ("songbird" in repr(args) or event in ("os.system", "subprocess.Popen",
+            "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class")):
+        met.append((event, repr(args)[:200]))
+sys.addaudithook(hook)
+import json
+from ckptool.cli import main
+codes = [main(args) for args in json.load(open("ways.json"))]
+print(codes, met, "songbird" in sys.modules, file=sys.stderr)
+"""
+
+
+def test_the_interpreter_is_never_asked_for_what_a_file_names() -> None:
+    """Python itself tells of every import, open, exec and system call of a process that runs every command."""
+    torch.save({"w": torch.ones(1)}, "good.pth")
+    shell = b"cposix\nsystem\n" + text("echo songbird") + b"\x85R"
+    plain = [value for name, value in PAYLOADS.items() if name not in ALONE[:2] and "keywords" not in name]
+    paths = [
+        zipped(beside(b"(" + b"".join(values) + shell + b"l"), f"{number}.pth")
+        for number, values in enumerate([plain, PAYLOADS.values(), *([value] for value in REFUSED.values())])
+    ]
+    Path("ways.json").write_text(json.dumps([args for path in paths for args in ways(path)]))
+    done = subprocess.run(
+        [sys.executable, "-c", AUDITED], capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), "importable"])},
+    )  # fmt: skip
+    codes, met = done.stderr.splitlines()[-1].split("] [", 1) if "] [" in done.stderr else (done.stderr, "")
+    assert met.startswith("] False") or met == "] False", done.stderr
+    assert codes.count("0") > 10, done.stderr
+    assert not Path(CANARY).exists()
+
+
+# --- what is said of it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_inspect_names_what_a_file_would_have_called_and_is_a_gate(name: str, run: Run) -> None:
+    is_named_so(PLACES["a zip's data.pkl"](PAYLOADS[name]), run)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_inspect_names_it_wherever_it_stands(place: str, run: Run) -> None:
+    is_named_so(PLACES[place](PAYLOADS["REDUCE"]), run)
+
+
+def is_named_so(path: str, run: Run) -> None:
+    code, out, _ = run("inspect", path)
+    assert code == 0
+    assert re.search(r"names beyond tensors, none imported or run: .*songbird\.", out)
+    code, out, _ = run("inspect", path, "--check")
+    assert code == 1
+    assert re.search(r"unsafe +songbird\.[\w.]+: named by the pickle, not needed by tensors, not run", out)
+    code, out, _ = run("inspect", path, "--check", "--json")
+    (report,) = json.loads(out)["result"]
+    assert code == 1
+    assert any(one.startswith("songbird.") for one in report["unsafe"])
+    assert {one["kind"] for one in report["check"]["findings"]} == {"unsafe"}
+
+
+def test_a_name_behind_a_name_that_tensors_need_is_not_needed_by_tensors(run: Run) -> None:
+    behind = (
+        text("torch._utils") + text("_rebuild_tensor_v2.__globals__.__getitem__") + b"\x93" + text("sys") + b"\x85R"
+    )
+    code, out, _ = run("inspect", zipped(beside(behind)), "--check")
+    assert code == 1
+    assert "unsafe  torch._utils._rebuild_tensor_v2.__globals__.__getitem__" in out
+
+
+def test_files_of_tensors_alone_pass_the_gate(run: Run) -> None:
+    torch.save({"w": torch.nn.Parameter(torch.ones(2)), "epoch": 3, "size": torch.Size([2])}, "fine.pth")
+    assert run("inspect", "fine.pth", "--check")[0] == 0
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_what_becomes_safetensors_is_tensors_only_and_what_was_left_is_said(name: str, run: Run) -> None:
+    path = zipped(beside(PAYLOADS[name]))
+    code, out, _ = run("convert", path, "--to", "safetensors", "-o", "safe.safetensors")
+    assert code == 0, out
+    data = Path("safe.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert set(header) - {"__metadata__", "hook"} == {"w"}
+    assert "hook" not in header or name in ALONE[:2]
+    assert b"songbird" not in data
+    assert re.search(r"left out +.*hook", out), out
+    assert run("inspect", "safe.safetensors", "--check")[0] == 0
+
+
+# --- zips and paths --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["archive/DATA.PKL", "archive/Data/0", "archive/data/A"])
+def test_two_members_that_torch_may_take_for_each_other_are_refused(other: str, run: Run) -> None:
+    zipped(beside(b"N"))
+    with zipfile.ZipFile("given.pth", "a") as made:
+        made.writestr("archive/data/a", b"")
+        made.writestr(other, beside(PAYLOADS["REDUCE"]))
+    code, _, err = run("inspect", "given.pth")
+    assert (code, err) == (2, f"ckptool: error: given.pth: two zip members differ in case only: {other[8:].lower()}\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../given.pth", "../../etc/passwd", "/etc/passwd", "..", ".", "", "a/b.bin", "a\\b.bin", "x\0y", "./given.pth"],
+)
+def test_an_index_never_leads_out_of_its_directory(name: str, every: Every) -> None:
+    zipped(beside(b"N"))
+    Path("inside").mkdir()
+    Path("inside/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    for path in ("inside", "inside/model.safetensors.index.json"):
+        for code, out, err in every(path):
+            assert (code, "names a file outside its directory" in err or "names a file outside" in out) == (2, True)
+
+
+def test_shards_lie_beside_the_index_as_it_was_named_link_or_not(run: Run) -> None:
+    """As in the cache of Hugging Face, whose files are links made by the user's own tools."""
+    os.makedirs("blobs")
+    os.makedirs("snapshot")
+    zipped(beside(b"N"), "blobs/1234")
+    Path("blobs/5678").write_text(json.dumps({"weight_map": {"w": "model-1.bin"}}))
+    os.symlink("../blobs/5678", "snapshot/model.bin.index.json")
+    assert run("inspect", "snapshot")[0] == 2
+    os.symlink("../blobs/1234", "snapshot/model-1.bin")
+    assert run("inspect", "snapshot", "--check")[0] == 0
+    os.remove("snapshot/model-1.bin")
+    os.symlink("model-1.bin", "snapshot/model-1.bin")
+    assert run("inspect", "snapshot")[0] == 2
+
+
+def tar_with(*odd: tuple[str, bytes, str]) -> str:
+    tarred(b"N", "sys_info")
+    with tarfile.open("given.pth", "a") as made:
+        for name, kind, target in odd:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            made.addfile(info)
+    return "given.pth"
+
+
+def test_a_tar_is_never_unpacked(every: Every, tmp_path: Path) -> None:
+    path = tar_with(
+        ("../escaped", tarfile.REGTYPE, ""), (str(tmp_path / "absolute"), tarfile.REGTYPE, ""),
+        ("link", tarfile.SYMTYPE, "/etc/passwd"), ("hard", tarfile.LNKTYPE, "/etc/passwd"),
+        ("pipe", tarfile.FIFOTYPE, ""), ("device", tarfile.CHRTYPE, ""),
+    )  # fmt: skip
+    above = set(os.listdir(".."))
+    assert every(path)[0][0] == 0
+    assert set(os.listdir("..")) == above
+    assert not {"absolute", "link", "hard", "pipe", "device"} & set(content())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [("pickle", tarfile.SYMTYPE, "/etc/passwd"), ("pickle", tarfile.LNKTYPE, "sys_info"),
+     ("tensors", tarfile.REGTYPE, "")],
+)  # fmt: skip
+def test_a_tar_that_two_readers_would_read_in_two_ways_is_refused(odd: tuple[str, bytes, str], every: Every) -> None:
+    assert {code for code, _, _ in every(tar_with(odd))} == {2}
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+NESTED = b"]" * 50 + b"a" * 49
+SHARED = b"]q\x01(" + b"N" * 30 + b"e0(" + b"h\x01" * 30 + b"l"
+
+
+def module(*below: bytes) -> bytes:
+    slots = text("_parameters") + mapping(text("w"), tensor()) + text("_buffers") + b"}"
+    return b"cm\nM\n)\x81}(" + slots + text("_modules") + mapping(*below) + b"ub"
+
+
+def model(pickled: bytes) -> str:
+    return zipped(b"\x80\x02" + pickled + b".")
+
+
+def indexed() -> str:
+    Path("x.index.json").write_text(json.dumps({"weight_map": {"a" * 60: "x.bin"}}))
+    return "x.index.json"
+
+
+def header(entry: object = None) -> str:
+    made = json.dumps({"w": entry or {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    Path("given.safetensors").write_bytes(struct.pack("<Q", len(made)) + made + bytes(4))
+    return "given.safetensors"
+
+
+def big_endian(order: str) -> str:
+    zipped(beside(b"N"))
+    with zipfile.ZipFile("given.pth", "a") as made:
+        made.writestr("archive/byteorder", order)
+    return "given.pth"
+
+
+def deflated() -> str:
+    with zipfile.ZipFile("given.pth", "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 4_000_000 + b"}.")
+    return "given.pth"
+
+
+def nested_keys() -> str:
+    return model(b"](" + b"}" + text("abc") + b"](" + tensor() + b"ese")
+
+
+LIMITS: dict[str, tuple[object, int | None, Callable[[], str]]] = {
+    "MAX_PICKLE": (pickles, 50, lambda: zipped(beside(b"N"))),
+    "MAX_PICKLE of a stream": (pickles, 50, lambda: legacy(b"X\x00\x00\x02\x00" + b"x" * (1 << 17), "tree")),
+    "MAX_GLOBALS": (pickles, 2, lambda: zipped(beside(THING))),
+    "MAX_MEMO": (pickles, None, lambda: zipped(beside(b"Nr\xff\xff\xff\x0f"))),
+    "MAX_DIGITS": (pickles, None, lambda: zipped(beside(number(1 << 20_000)))),
+    "MAX_DIGITS in letters": (pickles, None, lambda: zipped(beside(b"I" + b"9" * 5000 + b"\n"))),
+    "MAX_TUPLES": (nesting, None, lambda: zipped(beside(b")" + b"\x85" * 1000))),
+    "MAX_ITEMS of a tuple": (nesting, None, lambda: zipped(beside(b")" + b"2\x86" * 64))),
+    "MAX_ITEMS of keys": (nesting, 100, lambda: zipped(beside(b"}(" + b"K\x01\x85N" * 101 + b"u2"))),
+    "MAX_ITEMS of a frozenset": (nesting, None, lambda: zipped(
+        beside(b"(\x91q\x010" + b"(h\x01h\x01\x86\x91q\x010" * 40 + b"h\x01"))),
+    "MAX_DEPTH": (tree, 30, lambda: zipped(beside(NESTED))),
+    "MAX_SHARED": (tree, 20, lambda: zipped(beside(SHARED))),
+    "MAX_STEPS": (tree, 10, lambda: zipped(beside(NESTED))),
+    "MAX_KEY": (tree, None, lambda: model(mapping(text("a" * 70_000), tensor()))),
+    "MAX_KEY of names": (checkpoint, 3, nested_keys),
+    "MAX_KEYS": (checkpoint, 5, nested_keys),
+    "MAX_KEYS of modules": (modules, 1, lambda: model(module(text("abc"), module()))),
+    "MAX_LEVELS": (tree, None, lambda: model(mapping(text("a." * 250), tensor()))),
+    "MAX_LEVELS of modules": (tree, None, lambda: model(module(text("a." * 250), module()))),
+    "MAX_MODULES": (modules, 1, lambda: model(module(text("a"), module()))),
+    "MAX_DEPTH of modules": (modules, 1, lambda: model(
+        module(text("a"), module(text("b"), module(text("c"), module()))))),
+    "MAX_SHARED of modules": (modules, 1, lambda: model(module(text("a"), module() + b"q\x09", text("b"), b"h\x09"))),
+    "MAX_DIRECTORY": (zips, 100, lambda: zipped(beside(b"N"))),
+    "MAX_RECORDS": (zips, 2, lambda: zipped(beside(b"N"))),
+    "MAX_RATIO": (zips, None, deflated),
+    "MAX_BYTEORDER": (torch_zip, None, lambda: big_endian("little" * 20)),
+    "MAX_ITEMS of a tar": (torch_tar, 0, lambda: tarred(b"N", "sys_info")),
+    "MAX_HEADER": (safetensors, 10, header),
+    "MAX_INDEX": (sharded, 10, indexed),
+}  # fmt: skip
+"""Each limit -> where it stands, the value that makes the test quick, and a file beyond it."""
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_each_limit_is_an_error_that_says_its_name_and_its_figure(
+    name: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, value, make = LIMITS[name]
+    limit = name.split()[0]
+    if value is not None:
+        monkeypatch.setattr(where, limit, value)
+    code, out, err = run("inspect", make(), "--json")
+    error = json.loads(out)["error"]
+    assert (code, error["kind"], err.count("\n")) == (2, "limit", 1), error
+    figure = getattr(where, limit)
+    assert limit in error["message"]
+    assert re.search(rf"\b({figure}|{figure:,})\b", error["message"]), error["message"]
+
+
+NO_LIMITS = {"MAX_OPEN", "MAX_WAYS", "MAX_NAME"}
+"""Constants that bound what we do, not what a file may be."""
+
+OTHERS = {"MAX_DIMS", "MAX_NUMEL", "MAX_LIST", "MAX_NESTING", "MAX_EXPANDED", "MAX_EXPANSION"}
+"""Limits with tests elsewhere: of what no tensor can be, of the user's own lists, and see test_broken."""
+
+
+def test_every_limit_is_in_security_md_with_its_figure() -> None:
+    said = (REPOSITORY / "SECURITY.md").read_text()
+    found: dict[str, list[int]] = {}
+    for path in sorted((REPOSITORY / "ckptool").rglob("*.py")):
+        if path.name == "npz.py":
+            continue  # only written
+        for limit in re.findall(r"^(MAX_\w+) = ", path.read_text(), re.MULTILINE):
+            name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+            found.setdefault(limit, []).append(getattr(importlib.import_module(name), limit))
+    for limit in found.keys() - NO_LIMITS:
+        rows = [line for line in said.splitlines() if line.startswith(f"| `{limit}` ")]
+        assert len(rows) == len(found[limit]), limit
+        for value in found[limit]:
+            assert any(f"| {value:,} |" in row for row in rows), f"{limit} {value:,}"
+    assert {name.split()[0] for name in LIMITS} | OTHERS == found.keys() - NO_LIMITS
+
+
+# --- bombs that had not been met before ------------------------------------------------------------------------------
+
+
+def test_frozensets_that_take_years_to_compare_never_reach_the_machine(run: Run) -> None:
+    def doubled(at: int) -> bytes:
+        one = b"q%c" % at
+        get = b"h%c" % at
+        return b"(\x91" + one + b"0" + (b"(" + get + get + b"\x86\x91" + one + b"0") * 64
+
+    pickled = doubled(1) + doubled(2) + mapping(text("w"), tensor(), b"h\x01", b"N", b"h\x02", b"N")
+    code, _, err = run("inspect", model(pickled))
+    assert (code, "MAX_ITEMS" in err) == (2, True)
+
+
+def test_a_tuple_of_a_million_items_is_no_key_of_an_old_dict(run: Run) -> None:
+    """Python 2 pickled an OrderedDict as pairs: the machine has not hashed their keys, so they were never counted."""
+    large = b"(" + b"N" * 1000 + b"tq\x01(" + b"h\x01" * 1000 + b"tq\x02"
+    value = large + b"00ccollections\nOrderedDict\n](" + b"](h\x02Ne" * 3000 + b"e\x85R"
+    before = b"\x80\x02" + mapping(text("w"), tensor()) + b"(" + text("x")
+    code, _, err = run("inspect", zipped(before + value + b"u."))
+    assert (code, err) == (0, "")
+
+
+def test_a_large_key_above_many_tensors_is_said_in_few_words(run: Run) -> None:
+    key = b"(" + b"N" * 200_000 + b"t"
+    below = mapping(*(text(f"{i}") + tensor() for i in range(500)))
+    path = model(mapping(text("w"), tensor(), text("other"), mapping(key, below)))
+    for args in (["inspect", path, "--check"], ["diff", path, path], ["convert", path, "-o", "out.safetensors"]):
+        code, out, err = run(*args)
+        assert len(out) + len(err) < 100_000, args
+        assert code in (0, 2)
