@@ -316,12 +316,16 @@ class Output:
         replaced = None
         if os.path.isdir(target):
             raise OutputError("is a directory; name a file", path)
-        if os.path.lexists(target):
-            if not os.path.isfile(target):
+        try:  # one question: between two, another run may set the file aside
+            replaced = os.stat(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise OutputError("exists and is not a regular file", path) from error
+        if replaced is not None:
+            if not stat.S_ISREG(replaced.st_mode):
                 raise OutputError("exists and is not a regular file", path)
             if not force:
                 raise OutputError(EXISTS, path)
-            replaced = os.stat(target)
         if run is None:
             sweep([directory], lambda place: place == os.path.join(directory, _short(name)))
         try:
