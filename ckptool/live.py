@@ -276,7 +276,7 @@ def _set_states(model: Any, own: Mapping[str, Any], states: dict[str, Any]) -> N
         done.append((module, own[key]))
         try:
             module.set_extra_state(value)
-        except Exception as error:
+        except Exception as error:  # the module's own code: whatever it raises, the others get back what they had
             for other, old in reversed(done):
                 with suppress(Exception):
                     other.set_extra_state(old)

@@ -48,22 +48,6 @@ def remap(run: Run) -> Callable[..., Any]:
     return call
 
 
-@pytest.fixture
-def refused(run: Run) -> Callable[..., str]:
-    """Runs a command that must fail with one line and leave the directory as it is; returns the line."""
-
-    def call(*args: object) -> str:
-        before = content()
-        code, out, err = run(*args)
-        assert (code, out) == (2, ""), out
-        assert err.startswith("ckptool: error: ")
-        assert err.count("\n") == 1
-        assert content() == before
-        return err
-
-    return call
-
-
 def content() -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
