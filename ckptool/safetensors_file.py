@@ -11,7 +11,8 @@ from ckptool.checkpoint import Span, TensorInfo
 from ckptool.data import blocks_ahead, runs
 from ckptool.dtypes import DTYPES
 from ckptool.errors import LimitError, LossError, listed
-from ckptool.files import CLONED, Files, Output
+from ckptool.files import Files
+from ckptool.outputs import CLONED, Output
 
 MAX_HEADER = 100_000_000
 """Bytes of JSON: the reference library's own limit."""

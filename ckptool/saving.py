@@ -16,7 +16,8 @@ from ckptool import aliases, formats
 from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, is_flat
 from ckptool.data import read_bytes, same_bytes
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
-from ckptool.files import EXISTS, File, Files, Output, identity, same_file
+from ckptool.files import File, Files, identity, same_file
+from ckptool.outputs import EXISTS, Output
 from ckptool.tree import nodes, path_text
 
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ckptool.checkpoint import Span
-from ckptool.files import CLONED, Files, Output
+from ckptool.files import Files
+from ckptool.outputs import CLONED, Output
 
 ALIGNMENT = 64
 _FAR = 0xFFFFFFFF

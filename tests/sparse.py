@@ -13,7 +13,7 @@ ZEROS = bytes(1 << 24)
 
 
 class SparseOutput:
-    """Takes what `files.Output` takes, and seeks where it is handed `ZEROS`."""
+    """Takes what `outputs.Output` takes, and seeks where it is handed `ZEROS`."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptool import files
+from ckptool import outputs
 from ckptool.api import open as open_checkpoint
 from ckptool.api import remap, save
-from ckptool.files import CLONED, File, Output
+from ckptool.files import File
+from ckptool.outputs import CLONED, Output
 
 State = dict[str, torch.Tensor]
 
@@ -31,7 +32,7 @@ def cloned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return True
 
     monkeypatch.setattr(Output, "_clone", clone)
-    monkeypatch.setattr(files, "WORTH_CLONING", CLONED)
+    monkeypatch.setattr(outputs, "WORTH_CLONING", CLONED)
     return shared
 
 
@@ -82,8 +83,8 @@ def test_what_was_made_by_cloning_can_be_cloned_again(cloned: list[int], tmp_pat
 def test_where_it_cannot_be_done_the_bytes_are_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(files, "WORTH_CLONING", CLONED)
-    monkeypatch.setattr(files, "_FICLONERANGE", 0)  # no file system knows this request
+    monkeypatch.setattr(outputs, "WORTH_CLONING", CLONED)
+    monkeypatch.setattr(outputs, "_FICLONERANGE", 0)  # no file system knows this request
     state = states()["one large"]
     save(open_checkpoint(saved(state)), tmp_path / "out.pth")
     assert torch.equal(torch.load(tmp_path / "out.pth")["w"], state["w"])

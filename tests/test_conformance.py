@@ -36,8 +36,9 @@ from ckptool.api import save
 from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo
 from ckptool.data import read_bytes
 from ckptool.errors import FormatError, LossError
-from ckptool.files import Files, Output
+from ckptool.files import Files
 from ckptool.formats import sharded
+from ckptool.outputs import Output
 
 TORCH = sorted(
     path.name for path in FIXTURES.iterdir() if path.suffix in (".pth", ".pt", ".ckpt") and path.name != "malicious.pt"

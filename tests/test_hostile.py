@@ -25,7 +25,7 @@ from oracles import FIXTURES, assert_identical, torch_load
 import ckptool
 from ckptool import checkpoint, modules, nesting, pickles
 from ckptool.errors import CkptoolError, CollisionError, FormatError, LimitError, OutputError, UnsupportedError
-from ckptool.files import Output
+from ckptool.outputs import Output
 
 Saved = Callable[..., Path]
 
@@ -549,13 +549,13 @@ def test_whole_models_in_a_list_pass_through_unchanged(saved: Saved) -> None:
 def test_a_write_that_is_terminated_leaves_nothing_behind() -> None:
     script = """
 import os, signal, sys
-from ckptool import files
+from ckptool import outputs
 from ckptool.cli import main
-write = files.Output.write
+write = outputs.Output.write
 def killed(self, data):
     write(self, data)
     os.kill(os.getpid(), signal.SIGTERM)
-files.Output.write = killed
+outputs.Output.write = killed
 sys.exit(main(["filter", sys.argv[1], "-o", "out.pth"]))
 """
     run = subprocess.run(

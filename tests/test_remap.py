@@ -1466,7 +1466,7 @@ def test_in_place_replaces_the_file_whole(run: Run, saved: Saved) -> None:
 
 
 def test_in_place_that_fails_leaves_the_file_as_it_was(run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptool.files import Output
+    from ckptool.outputs import Output
 
     path = saved({"a": torch.ones(1000)})
     before = path.read_bytes()
@@ -1556,7 +1556,7 @@ def test_left_out_is_said_where_the_format_holds_weights_only(run: Run) -> None:
 def test_a_written_file_is_compared_with_what_was_meant(
     rules: Any, run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptool.files import Output
+    from ckptool.outputs import Output
 
     path = saved({"w": torch.arange(1000.0).view(10, 100)})
     Path("rules.json").write_text(json.dumps(rules))
@@ -1573,7 +1573,7 @@ def test_a_written_file_is_compared_with_what_was_meant(
 
 
 def test_an_interrupt_leaves_nothing(run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptool.files import Output
+    from ckptool.outputs import Output
 
     path = saved({"w": torch.arange(1000.0)})
     write = Output.write

@@ -31,8 +31,9 @@ from ckptool.errors import (
     UnsupportedError,
     UsageError,
 )
-from ckptool.files import Files, Output
+from ckptool.files import Files
 from ckptool.formats import read, sharded
+from ckptool.outputs import Output
 
 INDEX = "model.safetensors.index.json"
 

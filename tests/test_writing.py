@@ -25,8 +25,10 @@ import ckptool
 from ckptool import data
 from ckptool.cli import main
 from ckptool.errors import FormatError, OutputError
-from ckptool.files import PARTIAL, Files, Output
+from ckptool.files import Files
 from ckptool.formats import sharded
+from ckptool.leftovers import PARTIAL
+from ckptool.outputs import Output
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions, links and signals of POSIX")
 

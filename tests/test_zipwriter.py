@@ -18,7 +18,8 @@ from ckptool import zipwriter
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
 from ckptool.checkpoint import Checkpoint, Span
-from ckptool.files import Files, Output
+from ckptool.files import Files
+from ckptool.outputs import Output
 from ckptool.zipwriter import ZipWriter
 
 Saved = Callable[..., Path]

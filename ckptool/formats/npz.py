@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from ckptool import aliases, flat
 from ckptool.checkpoint import Checkpoint, TensorInfo
 from ckptool.data import tensor_blocks
-from ckptool.files import Files, Output
+from ckptool.files import Files
 from ckptool.layout import MapLocation
+from ckptool.outputs import Output
 
 NAME = "npz"
 SUFFIXES = (".npz",)

@@ -22,8 +22,9 @@ from ckptool import aliases, flat, safetensors_file
 from ckptool.checkpoint import MAX_DIMS, MAX_NUMEL, Checkpoint, Storage, TensorInfo, contiguous_stride
 from ckptool.dtypes import BY_SAFETENSORS
 from ckptool.errors import FormatError, LimitError, UnsupportedError, listed
-from ckptool.files import File, Files, Output
+from ckptool.files import File, Files
 from ckptool.layout import MapLocation
+from ckptool.outputs import Output
 from ckptool.safetensors_file import MAX_HEADER
 from ckptool.tree import brief
 

@@ -28,8 +28,10 @@ from ckptool.errors import (
     explain,
     listed,
 )
-from ckptool.files import EXISTS, PARTIAL, File, Files, Output, locked, sweep
+from ckptool.files import File, Files
 from ckptool.layout import MapLocation
+from ckptool.leftovers import PARTIAL, locked, sweep
+from ckptool.outputs import EXISTS, Output
 
 NAME = "hf-sharded"
 

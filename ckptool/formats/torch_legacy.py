@@ -16,8 +16,9 @@ from typing import Any
 from ckptool import picklewriter, rebuild
 from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
-from ckptool.files import File, Files, Output
+from ckptool.files import File, Files
 from ckptool.layout import Layout, MapLocation
+from ckptool.outputs import Output
 from ckptool.streams import PickleStream
 from ckptool.tree import Global, brief, path_text, walk
 

@@ -20,8 +20,9 @@ from ckptool import pickles, rebuild
 from ckptool.checkpoint import Checkpoint, Storage
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
-from ckptool.files import File, Files, Output
+from ckptool.files import File, Files
 from ckptool.layout import Content, Layout, MapLocation
+from ckptool.outputs import Output
 from ckptool.tree import brief, path_text
 from ckptool.zips import Member, is_zip, read_directory, read_small
 from ckptool.zipwriter import Record, ZipWriter
