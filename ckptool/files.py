@@ -83,9 +83,10 @@ class File:
             raise UnreadableError(f"reading at byte {offset}: {explain(error)}", self.path) from error
         return data
 
-    def blocks(self, offset: int, nbytes: int, size: int = BLOCK) -> Iterator[memoryview]:
-        """Yields the range in pieces of at most ``size`` bytes, each valid until the next is asked for."""
-        buffer = memoryview(bytearray(min(size, nbytes)))
+    def blocks(self, offset: int, nbytes: int, room: bytearray | None = None) -> Iterator[memoryview]:
+        """Yields the range in pieces as large as ``room`` (else `BLOCK`), each valid until the next is asked for."""
+        buffer = memoryview(room if room is not None else bytearray(min(BLOCK, nbytes)))
+        size = len(buffer)
         end = offset + nbytes
         if end > self.size:
             raise FormatError(f"bytes {offset}-{end} are wanted of a file of {self.size}", self.path)
@@ -119,6 +120,7 @@ class Files:
         self.overflowed: dict[int, int] = {}
         self.mode = 0o777
         self._open: OrderedDict[str, File] = OrderedDict()
+        self._rooms: list[bytearray] = []
 
     def __enter__(self) -> Files:
         return self
@@ -211,8 +213,14 @@ class Files:
         file = self.get(span)
         if found.member == "deflated":
             yield from _window(_inflated(file, found), offset, nbytes)
-        else:
-            yield from file.blocks(found.offset + offset, nbytes, self.block)
+        elif nbytes < self.block:
+            yield from file.blocks(found.offset + offset, nbytes, bytearray(nbytes))
+        else:  # the room is used again: touching new memory takes longer than reading into it
+            room = self._rooms.pop() if self._rooms else bytearray(self.block)
+            try:
+                yield from file.blocks(found.offset + offset, nbytes, room)
+            finally:
+                self._rooms.append(room)
 
     def read(self, span: Span) -> bytes:
         """Returns the whole span; for small ones."""

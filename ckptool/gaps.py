@@ -1,4 +1,4 @@
-"""How far two large tensors of one common dtype are apart, fast: in float32, in the cache, on two threads.
+"""How far two large tensors of one common dtype are apart, fast: in float32 and in the cache.
 
 A difference of two 16-bit floats, or of two float32, has a relative error of 2**-24 in float32, so sums of squares
 (in runs, put together in float64) and most decisions need no more. What does need more is computed again in float64:
@@ -8,7 +8,7 @@ the largest difference, a tolerance that is nearly met, and pieces with NaN, inf
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ckptool.checkpoint import Storage, TensorInfo
@@ -25,14 +25,11 @@ if TYPE_CHECKING:
 FAST = ("bfloat16", "float16", "float32")
 """dtypes that are exact in float32."""
 
-PIECE = 1 << 16
-"""Elements looked at together: four arrays of them as float32 fill a second-level cache."""
+PIECE = 1 << 17
+"""Elements looked at together. A second thread gains little: after each of these calls it waits for Python's lock."""
 
 RUN = 256
 """Elements whose sum of squares is one float32."""
-
-SEGMENT = 1 << 25
-"""Bytes of each side from which another thread takes a part."""
 
 LARGE, TINY = 1e15, 1e-12
 """Magnitudes between which squares neither overflow nor vanish in float32."""
@@ -53,38 +50,19 @@ def _is_range(tensor: TensorInfo) -> bool:
 
 
 def measure(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Sums:
-    """Returns the totals of two tensors that `is_fast` let pass; reads both once, in parts on up to two threads."""
-    parts = [(start, min(SEGMENT, a.nbytes - start)) for start in range(0, a.nbytes, SEGMENT)]
-    if len(parts) == 1 or (os.cpu_count() or 1) < 2:
-        return _part(a, b, files, parts, rtol, atol)
-    from concurrent.futures import ThreadPoolExecutor
-
-    def other(half: list[tuple[int, int]]) -> Sums:
-        with Files(files.progress) as own:  # a file knows how to read for one at a time
-            return _part(a, b, own, half, rtol, atol)
-
-    with ThreadPoolExecutor(1) as thread:
-        second = thread.submit(other, parts[1::2])
-        first = _part(a, b, files, parts[::2], rtol, atol)
-        first.merge(second.result())
-    return first
-
-
-def _part(a: TensorInfo, b: TensorInfo, files: Files, parts: list[tuple[int, int]], rtol: float, atol: float) -> Sums:
+    """Returns the totals of two tensors that `is_fast` let pass; reads both once."""
     sums = Sums(rtol, atol)
-    kernel = _Kernel(sums, a.dtype)
-    for start, nbytes in parts:
-        kernel.add(_range(a, files, start, nbytes), _range(b, files, start, nbytes))
+    _Kernel(sums, a.dtype).add(_range(a, files), _range(b, files))
     return sums
 
 
-def _range(tensor: TensorInfo, files: Files, start: int, nbytes: int) -> Any:
+def _range(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
     storage: Any = tensor.source
-    return storage_blocks(storage, files, tensor.storage_offset * DTYPES[tensor.dtype].bits // 8 + start, nbytes)
+    return storage_blocks(storage, files, tensor.storage_offset * DTYPES[tensor.dtype].bits // 8, tensor.nbytes)
 
 
 class _Kernel:
-    """One thread's memory, used again for every piece, and the totals it adds to."""
+    """Memory that is used again for every piece, and the totals it adds to."""
 
     def __init__(self, sums: Sums, dtype: str) -> None:
         import numpy as np
@@ -93,7 +71,7 @@ class _Kernel:
         self.width = DTYPES[dtype].bits // 8
         self.a, self.b, self.gap, self.room = (np.empty(PIECE, "f4") for _ in range(4))
 
-    def add(self, first: Any, second: Any) -> None:
+    def add(self, first: Iterator[Bytes], second: Iterator[Bytes]) -> None:
         """Adds two streams of blocks of equal sizes: both tensors are read from ranges of the same length."""
         step = PIECE * self.width
         for one, other in zip(first, second, strict=True):

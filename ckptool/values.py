@@ -174,15 +174,6 @@ class Sums:
         size = np.abs(a if a.dtype.kind == "c" else a.astype("f8"))
         self.norm.add(size[np.isfinite(size)])
 
-    def merge(self, other: Sums) -> None:
-        """Makes these the totals of both."""
-        self.equal &= other.equal
-        self.close &= other.close
-        self.bounded &= other.bounded
-        self.largest = max(self.largest, other.largest)
-        self.difference.add_squares(other.difference.total, other.difference.scale)
-        self.norm.add_squares(other.norm.total, other.norm.scale)
-
     def distance(self) -> Distance:
         status: Literal["equal", "close", "differ"] = "equal" if self.equal else "close" if self.close else "differ"
         if not self.bounded:

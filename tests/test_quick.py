@@ -85,7 +85,7 @@ def test_a_forged_checksum_deceives_quick_and_not_values(saved: Saved) -> None:
 def test_large_tensors_are_as_far_apart_as_float64_says(
     dtype: torch.dtype, scale: float, apart: float, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gaps, "SEGMENT", 1 << 17)  # several parts, so both threads
+    monkeypatch.setattr(gaps, "PIECE", 1 << 15)  # several pieces
     torch.manual_seed(0)
     a = (torch.randn(150_001) * scale).to(dtype)
     b = (a.double() * (1 + apart * torch.randn(150_001))).to(dtype)
