@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ckptool import pickles, rebuild
-from ckptool.checkpoint import Checkpoint, Storage
+from ckptool.checkpoint import Checkpoint, Span, Storage
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.files import File, Files
@@ -25,7 +25,7 @@ from ckptool.layout import Content, Layout, MapLocation
 from ckptool.outputs import Output
 from ckptool.tree import brief, path_text
 from ckptool.zips import Member, is_zip, read_directory, read_small
-from ckptool.zipwriter import Record, ZipWriter
+from ckptool.zipwriter import THREADED, Record, ZipWriter
 
 NAME = "torch-zip"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar")
@@ -158,14 +158,25 @@ def write(
     contents = [layout.content(storage) for storage in used]
     copied = archive.copy("data/", _whole_records(contents), files)
     for number in range(copied, len(used)):
-        name, old, crc32 = f"data/{number}", contents[number].source, contents[number].crc32
-        if isinstance(old, Storage) and crc32 is not None and old.span.member == "stored":
-            archive.add_span(name, files.locate(old.span)._replace(member=None), crc32, files)
+        name, crc32 = f"data/{number}", contents[number].crc32
+        if (span := _as_it_lies(contents[number], used[number].nbytes, files)) is not None:
+            archive.add_span(name, span, crc32, files)
         else:
             archive.add_blocks(name, used[number].nbytes, layout.blocks(used[number], files), crc32)
     archive.add("version", b"3\n")
     archive.close()
     return ()
+
+
+def _as_it_lies(content: Content, nbytes: int, files: Files) -> Span | None:
+    """Returns the range of a file that is a record's content and is best copied as it is: None for a small one."""
+    source = content.source
+    if not isinstance(source, Storage) or content.swap_unit > 1 or source.span.memory is not None:
+        return None
+    if source.span.member == "deflated" or (content.crc32 is None and nbytes < THREADED):
+        return None
+    found = files.locate(source.span)
+    return found._replace(member=None, offset=found.offset + content.start, nbytes=nbytes)
 
 
 def _whole_records(contents: Sequence[Content]) -> list[Record]:
