@@ -36,7 +36,7 @@ class File:
             reason = explain(error) if isinstance(error, OSError) else str(error)
             raise UnreadableError(f"cannot be opened: {reason}", path) from error
         status = os.fstat(self.fd)
-        if not os.path.isfile(path):
+        if not stat.S_ISREG(status.st_mode):
             os.close(self.fd)
             raise UnreadableError("is not a regular file", path)
         self.size = status.st_size
@@ -269,6 +269,14 @@ def identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def names_in(directory: str) -> list[str]:
+    """Returns the names in a directory; nothing where there is none (asked once: another run may take it away)."""
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def same_file(first: str, second: str) -> bool:

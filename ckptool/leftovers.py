@@ -8,8 +8,16 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
+from ckptool.files import identity
+
 PARTIAL = re.compile(r"\.(.+)\.([0-9a-f]{8})\.ckptool-(partial|old)", re.DOTALL)
 """Names of what a killed run leaves: of which file, of which run, and whether it is unfinished or was set aside."""
+
+
+def leftovers(names: Iterable[str], kind: str, of: str = "") -> list[str]:
+    """Returns those of a directory's names that are "partial" or "old" files of killed or living runs."""
+    found = ((name, PARTIAL.fullmatch(name)) for name in names)
+    return [name for name, match in found if match and match[3] == kind and of in ("", match[1])]
 
 
 def short(name: str) -> str:
@@ -49,8 +57,9 @@ def locked(directory: str) -> Iterator[None]:
 def sweep(directories: Iterable[str], meant: Callable[[str], bool], last: str | None = None) -> None:
     """Removes what killed runs left of the files whose (shortened) paths are ``meant``, and nothing a live run holds.
 
-    ``last`` is the path of a set's last file. While its unfinished one is there, what its run had set aside gets its
-    name again; without it the set was complete, and what was set aside goes.
+    ``last`` is the path of a set's last file. While its unfinished one is there and has no other name, what its run
+    had set aside gets its name again, and what it had given names to goes; otherwise the set was complete, and what was
+    set aside goes. Without ``last``, runs that left more than one file are left alone: they wrote a set.
     """
     runs: dict[str, list[tuple[str, str, str]]] = {}
     for directory in directories:
@@ -67,20 +76,46 @@ def sweep(directories: Iterable[str], meant: Callable[[str], bool], last: str | 
 def _sweep(found: list[tuple[str, str, str]], meant: Callable[[str], bool], last: str | None) -> None:
     partial = [(entry, place) for entry, place, kind in found if kind == "partial"]
     old = [(entry, place) for entry, place, kind in found if kind == "old"]
-    if (old and last is None) or not any(meant(place) for _, place in partial + old):
+    if (last is None and (old or len(partial) > 1)) or not any(meant(place) for _, place in partial + old):
         return
     if not all(_unheld(entry) for entry, _ in partial):
         return
     with contextlib.suppress(OSError):
-        undone = any(place == last for _, place in partial)
-        for entry, place in sorted(old, key=lambda pair: pair[1] == last):  # the index last, as ever
-            if undone:
-                os.replace(entry, place)
-            else:
+        if any(place == last and not _linked(entry, place) for entry, place in partial):
+            _take_back(partial, old, last)
+        else:
+            for entry, _ in old:
                 os.unlink(entry)
         for entry, place in sorted(partial, key=lambda pair: pair[1] == last):
             if meant(place):
                 _unheld(entry, os.unlink)
+
+
+def _take_back(partial: list[tuple[str, str]], old: list[tuple[str, str]], last: str | None) -> None:
+    """Gives names back to what was set aside, the last file's last, and takes them from what a run has linked there.
+
+    Killed in between, it can be done again. Raises: OSError.
+    """
+    for entry, place in old:
+        if place != last:
+            os.replace(entry, place)
+    for entry, place in partial:
+        if place != last and _linked(entry, place):
+            os.unlink(place)
+    for entry, place in old:
+        if place == last:
+            os.replace(entry, place)
+
+
+def _linked(entry: str, place: str) -> bool:
+    """Returns whether two names are of one file: a run was killed before it took the temporary one away."""
+    found = identity(entry)
+    return found is not None and found == identity(place)
+
+
+def held(path: str) -> bool:
+    """Returns whether a living run has a file locked."""
+    return os.path.isfile(path) and not _unheld(path)
 
 
 def _unheld(path: str, then: Callable[[str], None] | None = None) -> bool:

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,7 @@ class Output:
         self._temporary = ""
         self._finished = False
         self._old = ""
+        self._linked = False
         self._pending = bytearray()
         self._sent = 0
         self._sending: Future[None] | None = None
@@ -315,6 +316,13 @@ class Output:
         """Sets whether the temporary file stays whatever happens: the next run then takes back what was half done."""
         self._pending_name = not kept
 
+    def link(self) -> None:
+        """Has `commit` leave the temporary name beside the new one, where there are hard links, until `forget`.
+
+        If this run is killed between, the next one knows by it that the file is of an unfinished set.
+        """
+        self._linked = True
+
     def set_aside(self) -> None:
         """Gives the file that is to be replaced, if there is one, another name: `undo` gives it the old one again."""
         if not os.path.lexists(self._target):
@@ -332,28 +340,78 @@ class Output:
             os.replace(self._old, self._target)
         elif self._identity is not None and identity(self._target) == self._identity:
             os.unlink(self._target)
+        self._pending_name = True  # the temporary name goes too, if it was left
 
     def forget(self) -> None:
-        """Removes the file that was set aside."""
-        if self._old:
-            with contextlib.suppress(OSError):
-                os.unlink(self._old)
+        """Removes the file that was set aside, and the second name of the new one."""
+        for path in (self._old, self._temporary if self._linked else ""):
+            if path:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def _publish(self) -> None:
         """Gives the temporary file its name; without ``force`` not even over a file that has appeared meanwhile."""
-        if self._force:
+        if self._force and not self._linked:
             os.replace(self._temporary, self._target)
             return
         try:
             os.link(self._temporary, self._target)
-        except FileExistsError:
-            raise OutputError(EXISTS, self.path) from None
-        except OSError:  # a file system without hard links
-            if os.path.lexists(self._target):
+        except OSError as error:  # one has appeared, or a file system without hard links
+            if not self._force and (isinstance(error, FileExistsError) or os.path.lexists(self._target)):
                 raise OutputError(EXISTS, self.path) from None
             os.replace(self._temporary, self._target)
             return
-        os.unlink(self._temporary)
+        if not self._linked:
+            os.unlink(self._temporary)
+
+
+def commit_set(outputs: Sequence[Output], force: bool) -> None:
+    """Gives outputs their names, the last one's (an index) last; if one cannot have its own, all is as it was before.
+
+    From when the first old file is set aside until the last output has its name there is none of that name: no reader
+    meets old and new files as one set. To be called by one run at a time (`locked`).
+    """
+    if len(outputs) == 1:
+        outputs[0].commit()
+        return
+    last = outputs[-1]
+    done = False
+    try:
+        last.keep(True)  # while it lies there, the next run knows that this one was not done
+        if force:
+            last.set_aside()
+        for output in outputs[:-1]:
+            if force:
+                output.set_aside()
+            output.link()
+            output.commit()
+        last.commit()
+        done = True
+        _forget(outputs)
+    except BaseException as error:
+        if done:
+            _forget(outputs)
+        else:
+            _undo(outputs, error)
+            last.keep(False)
+        raise
+
+
+def _forget(outputs: Iterable[Output]) -> None:
+    for output in outputs:
+        output.forget()
+
+
+def _undo(outputs: Iterable[Output], error: BaseException) -> None:
+    """Gives what was set aside its names again, and takes away what had none before. Raises: OutputError."""
+    try:
+        for output in outputs:
+            output.undo()
+    except OSError as second:
+        raise OutputError(
+            f"{error}; and what was there cannot have its names again ({explain(second)}): "
+            "it is kept beside them as .NAME.xxxxxxxx.ckptool-old"
+        ) from error
 
 
 def _sync_directory(directory: str) -> None:

@@ -16,7 +16,7 @@ from ckptool import aliases, formats
 from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, is_flat
 from ckptool.data import read_bytes, same_bytes
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
-from ckptool.files import File, Files, identity, same_file
+from ckptool.files import File, Files, identity, names_in, same_file
 from ckptool.outputs import EXISTS, Output
 from ckptool.tree import nodes, path_text
 
@@ -174,17 +174,13 @@ def _save_sharded(
         with Files(progress) as again:
             _compare({key: tensor for key, tensor in meant.items() if key not in tied}, written, again)
 
-    before = sharded.stale(directory)
     with Files() as files:
-        left_out = sharded.write_directory(
+        written = sharded.write_directory(
             checkpoint, directory, files, max_shard_size=max_shard_size, force=force, fsync=fsync,
             map_location=tags, check=prove if verify else None, progress=progress,
         )  # fmt: skip
-        planned = sharded.plan(checkpoint.state_dict(), max_shard_size)
-        names = [*planned, *([] if sharded.WHOLE in planned else [sharded.WRITTEN_INDEX])]
-        nbytes = sum(os.path.getsize(os.path.join(directory, name)) for name in names)
-        notes = sharded.left_beside(directory, before, names)
-        return Saved(directory, nbytes, left_out, verify, _overflowed(checkpoint, files), notes)
+        overflowed = _overflowed(checkpoint, files)
+        return Saved(directory, written.nbytes, written.left_out, verify, overflowed, written.notes)
 
 
 def is_sharded(to: str | None) -> bool:
@@ -403,8 +399,7 @@ def _refuse_linked(directory: str, inputs: Sequence[Checkpoint]) -> None:
     """Raises OutputError if a name that shards get is another name of an input: through a link it would be replaced."""
     from ckptool.formats import sharded
 
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    places = [os.path.join(directory, name) for name in names if sharded.WRITTEN.fullmatch(name)]
+    places = [os.path.join(directory, name) for name in names_in(directory) if sharded.WRITTEN.fullmatch(name)]
     if not places:
         return
     given = {found for checkpoint in inputs for source in sources(checkpoint) if (found := identity(source))}

@@ -2,6 +2,7 @@
 
     python tests/soak.py points CASE SIGNAL STEP    one case, ended before each of its calls in turn, or some of them
     python tests/soak.py times CASE SECONDS         one case, killed after times drawn at random
+    python tests/soak.py meets CASE STEP            one case, in which another run goes to its end before each call
     python tests/soak.py together CASE ROUNDS       one case, by several processes at once
     python tests/soak.py all SECONDS                everything, in about so many seconds (at least a minute)
 
@@ -19,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +33,9 @@ from ckptool.leftovers import PARTIAL
 CALLS = ("open", "close", "pwrite", "ftruncate", "posix_fallocate", "fchmod", "fsync", "fdatasync", "link", "rename",
          "replace", "unlink", "mkdir", "rmdir")  # fmt: skip
 """What can change the disk, or what is known of it, as far as ckptool does it."""
+
+LOOKS = ("stat", "lstat", "readlink", "listdir", "scandir")
+"""What tells of the disk: between two of them, another run may do all that it does."""
 
 Content = dict[str, bytes]
 
@@ -66,14 +71,14 @@ def content(path: str) -> Content:
     return {os.path.basename(path): Path(path).read_bytes()} if os.path.exists(path) else {}
 
 
-def child(args: tuple[str, ...], prepare: Callable[[], None] | None = None) -> int:
-    """Runs a command line in a fork; returns the fork's process id. What it says is in `said`."""
+def child(args: tuple[str, ...], prepare: Callable[[], None] | None = None, said: str = "said") -> int:
+    """Runs a command line in a fork; returns the fork's process id. What it says is in a file."""
     process = os.fork()
     if process:
         return process
     code = 99
     try:
-        log = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))  # pytest has its own
@@ -82,6 +87,8 @@ def child(args: tuple[str, ...], prepare: Callable[[], None] | None = None) -> i
         code = main(args)
     except SystemExit as end:
         code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -99,6 +106,11 @@ def run(*args: str) -> None:
 
 def ends_at(point: int, number: int) -> Callable[[], None]:
     """Returns what has a process send itself a signal before its so-manieth call to the system."""
+    return before(point, CALLS, lambda: os.kill(os.getpid(), number))
+
+
+def before(point: int, calls: tuple[str, ...], then: Callable[[], None]) -> Callable[[], None]:
+    """Returns what has a process do something before its so-manieth of some calls to the system."""
 
     def prepare() -> None:
         count = 0
@@ -108,12 +120,12 @@ def ends_at(point: int, number: int) -> Callable[[], None]:
                 nonlocal count
                 count += 1
                 if count == point:
-                    os.kill(os.getpid(), number)
+                    then()
                 return call(*args, **options)
 
             return called
 
-        for name in CALLS:
+        for name in calls:
             setattr(os, name, counting(getattr(os, name)))
 
     return prepare
@@ -163,7 +175,7 @@ class Bench:
     def check(self, *, clean: bool) -> str:
         """Checks all there is; returns "old", "new", or "between" for shards that nobody reads before the next run."""
         assert content("1.safetensors") | content("2.safetensors") == self.inputs
-        known = {"1.safetensors", "2.safetensors", "said", self.case.output}
+        known = {"1.safetensors", "2.safetensors", "said", "said too", self.case.output}
         assert {name for name in os.listdir(".") if not PARTIAL.fullmatch(name)} <= known
         assert not (clean and self.leftovers()), self.leftovers()
         there = {name: data for name, data in content(self.case.output).items() if not PARTIAL.fullmatch(name)}
@@ -181,10 +193,11 @@ class Bench:
 
     def recover(self) -> None:
         """Checks that the next run makes it whole: first what it does before it begins, then all of it."""
-        if self.case.output == "d" and self.old:
+        if self.case.output == "d":
             sharded._recover("d")
             assert self.check(clean=True) in ("old", "new")
-        run("2.safetensors", *self.case.args, *([] if "--force" in self.case.args else ["--force"]))
+        over = ["--force"] if content(self.case.output) and "--force" not in self.case.args else []
+        run("2.safetensors", *self.case.args, *over)
         assert self.check(clean=True) == "new"
 
 
@@ -289,11 +302,90 @@ def together(name: str, rounds: int, writers: int = 4) -> dict[str, int]:
     return seen
 
 
+class Meeting:
+    """Two runs: the second begins when the first says so, which then waits until that ends or waits for a lock."""
+
+    NEVER = 77
+    """The exit code of a second run that was not told to begin."""
+
+    def __init__(self) -> None:
+        self.begin, self.go = os.pipe()
+        self.done, self.back = os.pipe()
+
+    def first(self) -> None:
+        os.close(self.begin)
+        os.close(self.back)
+
+    def pause(self) -> None:
+        os.write(self.go, b"x")
+        os.read(self.done, 1)
+
+    def second(self) -> None:
+        import fcntl
+
+        flock = fcntl.flock
+
+        def telling(fd: int, operation: int) -> None:
+            try:
+                flock(fd, operation | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if operation & fcntl.LOCK_NB:
+                    raise
+                os.write(self.back, b"x")
+                flock(fd, operation)
+
+        fcntl.flock = telling
+        os.close(self.go)
+        os.close(self.done)
+        if not os.read(self.begin, 1):
+            sys.exit(self.NEVER)
+
+    def close(self) -> None:
+        for fd in (self.begin, self.go, self.done, self.back):
+            os.close(fd)
+
+
+def meets(name: str, step: int = 1) -> dict[str, int]:
+    """Has another run go to its end (or to where it waits) before each call of a first, sometimes after a killed one.
+
+    Returns how often which of them won.
+    """
+    seen = {"first": 0, "second": 0}
+    bench = Bench(CASES[name], 10_000)
+    bench.other = bench.made("1.safetensors", bench.case.args)
+    draw = random.Random()
+    for point in range(draw.randint(1, step), 5000, step):
+        bench.begin()
+        if draw.random() < 0.3:
+            wait(bench.start(ends_at(draw.randint(1, 150), signal.SIGKILL)))
+            if bench.new.items() <= content(bench.case.output).items():
+                bench.begin()
+        meeting = Meeting()
+        pausing = before(point, CALLS + LOOKS, meeting.pause)
+        first = bench.start(lambda: (meeting.first(), pausing()))  # noqa: B023
+        second = child(("convert", "1.safetensors", *bench.case.args), meeting.second, "said too")
+        meeting.close()
+        codes = [wait(first), wait(second)]
+        said = (point, codes, Path("said").read_text(), Path("said too").read_text())
+        if codes[1] == Meeting.NEVER:
+            assert point > 20
+            return seen
+        assert all(code in ((0,) if "--force" in bench.case.args else (0, 2)) for code in codes), said
+        assert 0 in codes, said
+        assert not bench.leftovers(), said
+        there = content(bench.case.output)
+        wholes = [whole for whole in (bench.new, bench.other) if whole.items() <= there.items()]
+        assert len(wholes) == 1, said
+        seen["first" if wholes[0] is bench.new else "second"] += 1
+    raise AssertionError("no end")
+
+
 def everything(seconds: float) -> None:
     jobs: list[tuple[str, Callable[[], dict[str, int]]]] = []
     for name in CASES:
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
             jobs.append((f"points {name} {number.name}", lambda name=name, number=number: points(name, number)))  # type: ignore[misc]
+        jobs.append((f"meets {name}", lambda name=name: meets(name)))  # type: ignore[misc]
         jobs.append((f"together {name}", lambda name=name: together(name, 30)))  # type: ignore[misc]
     begun = time.monotonic()
     for title, job in jobs:
@@ -328,6 +420,8 @@ if __name__ == "__main__":
         print(isolated(lambda: points(sys.argv[2], signal.Signals[sys.argv[3]], int(sys.argv[4]))))
     elif what == "times":
         print(isolated(lambda: times(sys.argv[2], float(sys.argv[3]))))
+    elif what == "meets":
+        print(isolated(lambda: meets(sys.argv[2], int(sys.argv[3]))))
     elif what == "together":
         print(isolated(lambda: together(sys.argv[2], int(sys.argv[3]))))
     else:

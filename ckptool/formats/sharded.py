@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptool import aliases, flat, safetensors_file
 from ckptool.checkpoint import Checkpoint, TensorInfo
@@ -23,15 +23,16 @@ from ckptool.errors import (
     FormatError,
     LimitError,
     OutputError,
+    UnreadableError,
     UnsupportedError,
     UsageError,
     explain,
     listed,
 )
-from ckptool.files import File, Files
+from ckptool.files import File, Files, names_in
 from ckptool.layout import MapLocation
-from ckptool.leftovers import PARTIAL, locked, sweep
-from ckptool.outputs import EXISTS, Output
+from ckptool.leftovers import held, leftovers, locked, sweep
+from ckptool.outputs import EXISTS, Output, commit_set
 
 NAME = "hf-sharded"
 
@@ -65,15 +66,12 @@ def find(directory: str) -> str:
 
     Raises: FormatError if there is none, UnsupportedError if there are several, or another layout's marks.
     """
-    names = sorted(os.listdir(directory))
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {explain(error)}", directory) from error
     _refuse_neighbours(directory, names)
-    aside = [name for name in names if (match := PARTIAL.fullmatch(name)) and match[3] == "old"]
-    if aside and WRITTEN_INDEX not in names:
-        raise FormatError(
-            f"a run that was replacing its files was killed; rename what was there back to its names "
-            f"({listed(aside, 3)}), or write there again with --force",
-            directory,
-        )
+    _refuse_unfinished(directory, names)
     indexes = [name for name in names if INDEX.match(name) and name != "model_index.json"]
     singles = [name for name in SINGLE if name in names]
     found = singles[:1] or [name for name in indexes if "safetensors" in name][:1] or indexes[:1]
@@ -115,6 +113,25 @@ def _refuse_neighbours(directory: str, names: list[str]) -> None:
         kind = "one iteration of a Megatron-LM or DeepSpeed checkpoint"
     if kind:
         raise UnsupportedError(f"{kind}, which is not supported yet", directory)
+
+
+def _refuse_unfinished(directory: str, names: list[str]) -> None:
+    """Raises FormatError where shards have their names and their index has not: some may be old, and some not there."""
+    if WRITTEN_INDEX in names or WHOLE in names:
+        return
+    aside = leftovers(names, "old")
+    begun = leftovers(names, "partial", of=WRITTEN_INDEX)
+    if any(held(os.path.join(directory, name)) for name in begun):
+        if aside or any(WRITTEN.fullmatch(name) for name in names):
+            raise FormatError("another run is giving its files their names; try again", directory)
+    elif aside:
+        raise FormatError(
+            f"a run that was replacing its files was killed; rename what was there back to its names "
+            f"({listed(aside, 3)}), or write there again with --force",
+            directory,
+        )
+    elif begun and any(WRITTEN.fullmatch(name) for name in names):
+        raise FormatError("a run that was writing its files was killed; write there again", directory)
 
 
 def read(file: File, open_: Open) -> Checkpoint:
@@ -242,6 +259,14 @@ def plan(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[str, di
     return {SHARD.format(number, len(shards)): shard for number, shard in enumerate(shards, 1)}
 
 
+class Written(NamedTuple):
+    """What became of a directory: what is left out, bytes of all files, and what else to know."""
+
+    left_out: tuple[str, ...]
+    nbytes: int
+    notes: tuple[str, ...]
+
+
 def write_directory(
     checkpoint: Checkpoint,
     directory: str,
@@ -253,8 +278,8 @@ def write_directory(
     map_location: MapLocation | None = None,
     check: Callable[[list[str]], None] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> tuple[str, ...]:
-    """Writes the state_dict at root as shards and their index, streaming; returns what is left out.
+) -> Written:
+    """Writes the state_dict at root as shards and their index, streaming; returns what became of it.
 
     ``max_shard_size`` counts bytes of tensors. The directory is made if absent (its parent is not). The files
     get their names when all are written, the index last; if anything fails none of them is left, nor a
@@ -263,7 +288,8 @@ def write_directory(
     is told the bytes as they are written.
 
     Killed while names are given, there is no index, and what was replaced lies beside as
-    ``.NAME.xxxxxxxx.ckptool-old``: the next call for this directory gives it its names again before it begins.
+    ``.NAME.xxxxxxxx.ckptool-old``: the next call for this directory takes it back before it begins. Of several
+    calls at once each gives its names and takes back while the others wait, so the last one's set is whole.
 
     Raises: LossError naming every tensor safetensors cannot hold; OutputError if a file exists (without
     ``force``), or one that loaders would prefer to the index.
@@ -298,8 +324,11 @@ def write_directory(
             check(written)
         with locked(directory):  # another run's set comes before or after ours, never in between
             _refuse_places(directory, shards, force)
-            _commit(outputs, index, force)
-    return flat.left_out(checkpoint)
+            before = stale(directory)
+            commit_set(outputs if index is None else [*outputs, index], force)
+            notes = left_beside(directory, before, shards)
+    nbytes = sum(output.position for output in outputs) + (index.position if index is not None else 0)
+    return Written(flat.left_out(checkpoint), nbytes, notes)
 
 
 def check(
@@ -367,64 +396,19 @@ def _made(directory: str) -> Iterator[None]:
         raise
 
 
-def _commit(outputs: list[Output], index: Output | None, force: bool) -> None:
-    """Gives all outputs their names, the index last; if one cannot have its own, all is as it was before.
-
-    From when the first old file is set aside until the new index has its name there is none: no reader meets old
-    and new shards as one checkpoint.
-    """
-    if index is None:
-        outputs[0].commit()
-        return
-    done = False
-    try:
-        if force:
-            index.keep(True)  # while it lies there, the next run knows that this one was not done
-            index.set_aside()
-        for output in outputs:
-            if force:
-                output.set_aside()
-            output.commit()
-        index.commit()
-        done = True
-        for output in (*outputs, index):
-            output.forget()
-    except BaseException as error:
-        if done:
-            for output in (*outputs, index):
-                output.forget()
-            raise
-        _undo([*outputs, index], error)
-        index.keep(False)
-        raise
-
-
-def _undo(outputs: list[Output], error: BaseException) -> None:
-    """Gives what was set aside its names again, and takes away what had none before. Raises: OutputError."""
-    try:
-        for output in outputs:
-            output.undo()
-    except OSError as second:
-        raise OutputError(
-            f"{error}; and what was there cannot have its names again ({explain(second)}): "
-            "it is kept beside them as .NAME.xxxxxxxx.ckptool-old"
-        ) from error
-
-
 def _recover(directory: str) -> None:
     """Ends what runs that were killed had begun in a directory: takes it back, and removes what they left."""
-    if not os.path.isdir(directory):
-        return
-    links = [name for name in os.listdir(directory) if WRITTEN.fullmatch(name)]
-    targets = {os.path.realpath(os.path.join(directory, name)) for name in links}
     real = os.path.realpath(directory)
+    with locked(directory):  # two that take back at once, and a third that begins between, would mix their sets
+        links = [name for name in names_in(directory) if WRITTEN.fullmatch(name)]
+        targets = {os.path.realpath(os.path.join(directory, name)) for name in links}
 
-    def meant(place: str) -> bool:
-        parent, name = os.path.split(place)
-        return place in targets or (parent == real and WRITTEN.fullmatch(name) is not None)
+        def meant(place: str) -> bool:
+            parent, name = os.path.split(place)
+            return place in targets or (parent == real and WRITTEN.fullmatch(name) is not None)
 
-    last = os.path.realpath(os.path.join(directory, WRITTEN_INDEX))
-    sweep({real, *map(os.path.dirname, targets)}, meant, last)
+        last = os.path.realpath(os.path.join(directory, WRITTEN_INDEX))
+        sweep({real, *map(os.path.dirname, targets)}, meant, last)
 
 
 def stale(directory: str) -> set[str]:
@@ -440,7 +424,8 @@ def stale(directory: str) -> set[str]:
     return {WRITTEN_INDEX, *index.get("weight_map", index).values()}
 
 
-def left_beside(directory: str, before: set[str], written: Collection[str]) -> tuple[str, ...]:
-    """Returns a note on the files of an older index that still lie in a directory where another set was written."""
+def left_beside(directory: str, before: set[str], shards: Collection[str]) -> tuple[str, ...]:
+    """Returns a note on the files of an older index that still lie in a directory where other shards were written."""
+    written = {*shards, *([] if WHOLE in shards else [WRITTEN_INDEX])}
     left = [name for name in before if name not in written and os.path.lexists(os.path.join(directory, name))]
     return (f"of the checkpoint that was there, not replaced: {listed(sorted(left))}",) if left else ()
