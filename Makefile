@@ -1,6 +1,6 @@
 # make            lint, types and tests
 # make demo       the main job on the fixtures, from nothing
-# make test       the tests
+# make test       the tests, on all cores (at most 8)
 # make soak       runs that are killed at every moment, and at once, for two minutes (SOAK=3600: for an hour)
 # make load       what is too large for the suite: a million keys, 10,000 shards (LOAD='keys shards' chooses)
 # make fuzz       bytes at random against every command, for a minute (FUZZ='--seconds 600': for ten)
@@ -37,7 +37,7 @@ demo: $(VENV)/.tool
 	$(BIN)/ckptool diff merged.pth $(FIXTURES)/resnet_old.pth --values; test $$? -eq 1
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

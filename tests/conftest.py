@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from oracles import CANARY, FIXTURES, Run, content
 
 from ckptool.cli import main
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # every worker has a core of its own: threads would only be in each other's way
+    torch.set_num_threads(1)
 
 sys.path.insert(0, str(FIXTURES))  # make.py: its models are the live ones that pickled ones are compared with
 

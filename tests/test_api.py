@@ -139,7 +139,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch, saved: Saved) -> Path:
         lambda storage, tag: storage,
         lambda storage, tag: storage.cpu(),
     ],
-    ids=repr,
+    ids=["cpu", "meta", "device cpu", "device meta", "all on cpu", "a dict", "as it is", "storage.cpu()"],
 )
 def test_map_location_takes_what_torch_load_takes(where: Any, on_gpus: Path) -> None:
     made = ckptool.open(on_gpus).to_torch(map_location=where)

@@ -152,7 +152,7 @@ def test_there_and_back_by_way_of_torchs_legacy_format_the_whole_tree_is_the_sam
     assert_identical(expected, torch_load(Path("back.pth")))
 
 
-@pytest.mark.parametrize("name", NOT_LEGACY)
+@pytest.mark.parametrize("name", sorted(NOT_LEGACY))
 def test_what_the_legacy_format_cannot_hold_is_named(name: str, refused: Callable[..., str]) -> None:
     err = refused(FIXTURES / name, "--to", "torch-legacy", "-o", "there.pth")
     for word in ("float8_e4m3fn",) if name == "dtypes.pth" else ("nested",):
