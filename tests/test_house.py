@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,13 @@ def name_of(path: Path) -> str:
     return ".".join(["ckptool", *(parts if parts != ["__init__"] else [])]).removesuffix(".__init__")
 
 
-def imports(path: Path) -> Iterator[tuple[str, ast.stmt, bool, bool]]:
+def imports(path: Path) -> list[tuple[str, ast.stmt, bool, bool]]:
     """Every (module, statement, inside a function, only for the type checker) that a file imports."""
+    return imports_of(PACKAGE, path)
+
+
+@cache
+def imports_of(package: Path, path: Path) -> list[tuple[str, ast.stmt, bool, bool]]:
 
     def visit(node: ast.AST, inside: bool, typing: bool) -> Iterator[tuple[str, ast.stmt, bool, bool]]:
         for child in ast.iter_child_nodes(node):
@@ -58,13 +64,13 @@ def imports(path: Path) -> Iterator[tuple[str, ast.stmt, bool, bool]]:
                 assert child.level == 0, f"{path}: a relative import"
                 module = child.module or ""
                 for alias in child.names:
-                    below = PACKAGE.parent / Path(*module.split("."), alias.name)
+                    below = package.parent / Path(*module.split("."), alias.name)
                     known = below.with_suffix(".py").exists() or (below / "__init__.py").exists()
                     yield (f"{module}.{alias.name}" if known else module), child, inside, typing
             else:
                 yield from visit(child, deeper, only)
 
-    yield from visit(ast.parse((PACKAGE / path).read_text()), False, False)
+    return list(visit(ast.parse((package / path).read_text()), False, False))
 
 
 def ours(path: Path) -> list[str]:
