@@ -47,6 +47,9 @@ class ZeroFiles:
     def get(self, span: Span) -> None:
         return None
 
+    def locate(self, span: Span) -> Span:
+        return span
+
     def blocks(self, span: Span, offset: int = 0, nbytes: int | None = None) -> Iterator[bytes]:
         left = span.nbytes - offset if nbytes is None else nbytes
         while left >= len(ZEROS):
