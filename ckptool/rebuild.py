@@ -9,6 +9,7 @@ Sources: ``torch/_utils.py``, ``torch/_tensor.py``, ``torch/serialization.py`` a
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ckptool.checkpoint import MAX_DIMS, MAX_NUMEL, Extras, Opaque, Storage, TensorInfo, is_countable
@@ -63,26 +64,40 @@ def strided(
     dtype = dtype or storage.dtype or "uint8"
     if type(shape) is not tuple or type(stride) is not tuple:
         shape, stride = _ints(shape, "shape"), _ints(stride, "stride")
-    if type(offset) is not int or not 0 <= offset <= MAX_NUMEL or len(shape) != len(stride) or len(shape) > MAX_DIMS:
+    if type(offset) is not int or not _INT.issuperset(map(type, shape + stride)):
+        raise _wrong_view(shape, stride, offset)
+    shape, stride = _within(dtype, shape, stride, offset, storage.nbytes)
+    extras = None
+    if isinstance(meta, dict) and (meta.get("conj") or meta.get("neg")):
+        extras = Extras(conj=bool(meta.get("conj")), neg=bool(meta.get("neg")))
+    return TensorInfo(dtype, shape, stride, offset, storage, bool(requires_grad), False, extras)
+
+
+_INT = frozenset({int})
+
+
+@lru_cache(maxsize=4096)
+def _within(
+    dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, nbytes: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shape and the stride of a view that lies in a storage of so many bytes. Few forms are met often."""
+    if not 0 <= offset <= MAX_NUMEL or len(shape) != len(stride) or len(shape) > MAX_DIMS:
         raise _wrong_view(shape, stride, offset)
     numel, last, count = 1, offset, 1
     for size, step in zip(shape, stride, strict=True):
-        if type(size) is not int or type(step) is not int or not (0 <= size <= MAX_NUMEL and 0 <= step <= MAX_NUMEL):
+        if not (0 <= size <= MAX_NUMEL and 0 <= step <= MAX_NUMEL):
             raise _wrong_view(shape, stride, offset)
         numel *= size
         last += (size - 1) * step
         count *= size or 1
         if count > MAX_NUMEL:
             raise FormatError(f"a tensor has shape {brief(shape)}: more elements than torch can count")
-    if numel and DTYPES[dtype].bits * (last + 1) > 8 * storage.nbytes:
+    if numel and DTYPES[dtype].bits * (last + 1) > 8 * nbytes:
         raise FormatError(
             f"a {dtype} tensor of shape {brief(shape)}, stride {brief(stride)}, offset {offset} "
-            f"reaches element {last} of a storage of {storage.nbytes} bytes"
+            f"reaches element {last} of a storage of {nbytes} bytes"
         )
-    extras = None
-    if isinstance(meta, dict) and (meta.get("conj") or meta.get("neg")):
-        extras = Extras(conj=bool(meta.get("conj")), neg=bool(meta.get("neg")))
-    return TensorInfo(dtype, shape, stride, offset, storage, bool(requires_grad), False, extras)
+    return shape, stride
 
 
 def _wrong_view(shape: tuple[Any, ...], stride: tuple[Any, ...], offset: object) -> FormatError:

@@ -53,29 +53,27 @@ def read(file: File) -> Checkpoint:
         raise FormatError(f"its byteorder record reads {order!r}", file.path)
     byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
     storages: dict[str, Storage] = {}
-
-    kinds: dict[tuple[Any, Any], tuple[str | None, str]] = {}
-    sizes: dict[tuple[str | None, int], int] = {}
+    kinds: dict[tuple[Any, Any, Any], tuple[str | None, str, int]] = {}
 
     def persistent_load(pid: Any) -> Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise FormatError(f"it refers to something that is no storage: {brief(pid)}")
         _, storage_type, key, location, numel = pid[:5]
-        if not isinstance(key, str):
+        if type(key) is not str:
             raise FormatError(f"a storage's key is {brief(key)}")
-        if not isinstance(location, str) or (storage_type, location) not in kinds:
-            dtype, tag = rebuild.dtype_of_storage(storage_type), rebuild.location(location)
-            kinds[storage_type, tag] = dtype, tag
-        dtype, tag = kinds[storage_type, location]
+        exact = type(location) is str and type(numel) is int  # True == 1 == 1.0
+        kind = kinds.get((storage_type, location, numel)) if exact else None
+        if kind is None:
+            dtype = rebuild.dtype_of_storage(storage_type)
+            kind = dtype, rebuild.location(location), rebuild.storage_nbytes(dtype, numel)
+            kinds[storage_type, location, numel] = kind
+        dtype, tag, expected = kind
         storage = storages.get(key)
         if storage is None:
-            member = members.get(f"{prefix}{key}")
+            member = members.get(prefix + key)
             if member is None:
                 raise FormatError(f"the storage {key!r} is named in data.pkl and absent from the archive")
             span, crc32 = member
-            expected = sizes.get((dtype, numel)) if type(numel) is int else None
-            if expected is None:
-                expected = sizes[dtype, numel] = rebuild.storage_nbytes(dtype, numel)
             if span.nbytes != expected:
                 raise FormatError(f"the storage {key!r} has {span.nbytes} bytes; data.pkl says {expected}")
             known = crc32 if crc32 or not expected else None  # 0: torch was told to compute none
