@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from math import prod
+from operator import attrgetter
 from types import NoneType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
 
@@ -386,9 +387,13 @@ class Checkpoint:
 
         Empty tensors never count as tied. Other views of one storage are not tied: see `overlapping`.
         """
+        tensors = self.state_dict()
+        times = Counter(map(id, map(attrgetter("source"), tensors.values())))
+        if len(times) == len(tensors):  # no memory is shared at all
+            return []
         groups: dict[object, list[str]] = {}
-        for key, tensor in self.state_dict().items():
-            if tensor.numel and not isinstance(tensor.source, Opaque):
+        for key, tensor in tensors.items():
+            if times[id(tensor.source)] > 1 and tensor.numel and not isinstance(tensor.source, Opaque):
                 groups.setdefault(tensor.view, []).append(key)
         return [keys for keys in groups.values() if len(keys) > 1]
 
@@ -451,8 +456,14 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
         return {key: ((key,), value) for key, value in modules.state_dict(node).items()}
     found: dict[str, tuple[Path, Any]] = {}
     total = 0
+    mapping = as_mapping(node) or {}
+    if set(map(type, mapping)) == {str} and is_flat(node):  # nearly always
+        if max(map(len, mapping)) > MAX_LEVELS:
+            for name in mapping:
+                refuse_key(name, url)
+        return {name: ((name,), value) for name, value in mapping.items()}
     if is_flat(node):
-        pairs: Iterator[tuple[Path, Any]] = (((name,), value) for name, value in (as_mapping(node) or {}).items())
+        pairs: Iterator[tuple[Path, Any]] = (((name,), value) for name, value in mapping.items())
     else:
         pairs = _nested_entries(node)
     times: Counter[str] = Counter()

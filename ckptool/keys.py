@@ -142,6 +142,8 @@ def plain_keys(keys: Iterable[str], strip: str | None, add: str | None, where: s
     """
     listed_keys = list(keys)
     plain = unwrap_all(listed_keys)
+    if not (strip or add):
+        return plain
     if strip and not any(name.startswith(strip) for name in plain):
         if not any(key.startswith(strip) for key in listed_keys):
             raise UsageError(f"no key begins with {strip!r}", where)

@@ -116,7 +116,7 @@ def _inspected(
 
 def _chosen(report: InspectReport, include: list[str], exclude: list[str], sort: Order | None) -> list[TensorRow]:
     choose = keys.chooser(include, exclude)
-    rows = [row for row in report.tensors if choose(row.key)]
+    rows = [row for row in report.tensors if choose(row.key)] if include or exclude else report.tensors
     orders: dict[Order, Callable[[TensorRow], tuple[int, str]]] = {
         Order.key: lambda row: (0, row.key),
         Order.numel: lambda row: (-_numel(row), row.key),

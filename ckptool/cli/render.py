@@ -38,6 +38,7 @@ def safe(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+@functools.lru_cache(maxsize=4096)
 def size(nbytes: float) -> str:
     """Returns bytes in decimal units: ``512 B``, ``37.6 kB``, ``4.32 GB``."""
     return _scaled(nbytes, ("B", "kB", "MB", "GB", "TB", "PB"))
@@ -98,22 +99,21 @@ def width(text: str) -> int:
 
 def aligned(lines: Iterable[Line], indent: int = 2) -> list[str]:
     """Returns lines of text with their columns aligned; the last column is not padded."""
-    rows = [[safe(cell) for cell in line] for line in lines]
-    widths: list[int] = []
-    for row in rows:
-        for column, cell in enumerate(row[:-1]):
-            if column == len(widths):
-                widths.append(0)
-            if len(cell) <= WIDEST and widths[column] < (places := width(cell)):
-                widths[column] = places
-    return [
-        (" " * indent + "  ".join([*(_padded(cell, widths[i]) for i, cell in enumerate(row[:-1])), row[-1]])).rstrip()
-        for row in rows
-    ]
+    rows = [line if "".join(line).isprintable() else [safe(cell) for cell in line] for line in lines]
+    count = max(map(len, rows), default=1) - 1
+    widths = [_widest([row[column] for row in rows if column < len(row) - 1]) for column in range(count)]
+    margin = " " * indent
+    return [(margin + "  ".join([*map(_padded, row[:-1], widths), row[-1]])).rstrip() for row in rows]
+
+
+def _widest(cells: list[str]) -> int:
+    """Returns the places that a column takes."""
+    places = map(len if "".join(cells).isascii() else width, cells)
+    return max((wide for wide, cell in zip(places, cells, strict=True) if len(cell) <= WIDEST), default=0)
 
 
 def _padded(cell: str, places: int) -> str:
-    return cell + " " * (places - width(cell)) if len(cell) <= places else cell
+    return cell.ljust(places if cell.isascii() else places + len(cell) - width(cell)) if len(cell) <= places else cell
 
 
 class ClosedPipe(Exception):
@@ -159,7 +159,7 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
+        return value if _PLAIN.issuperset(map(type, value)) else [to_json(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             name: content if type(content) in _PLAIN else to_json(content)

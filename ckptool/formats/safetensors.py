@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from math import isinf
-from typing import Any
+from functools import partial
+from math import isinf, prod
+from typing import Any, NamedTuple
 
 from ckptool import aliases, flat, safetensors_file
-from ckptool.checkpoint import MAX_DIMS, MAX_NUMEL, Checkpoint, Storage, TensorInfo, contiguous_stride
+from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo, contiguous_stride, is_countable
 from ckptool.dtypes import BY_SAFETENSORS
 from ckptool.errors import FormatError, LimitError, UnsupportedError, listed
 from ckptool.files import File, Files
@@ -69,8 +70,9 @@ def read(file: File) -> Checkpoint:
         )
     tree: dict[str, TensorInfo] = {}
     ranges: list[tuple[int, int, str]] = []
+    forms: dict[object, _Form] = {}
     for name, entry in header.items():
-        tensor, begin, end = _tensor(name, entry, file, start)
+        tensor, begin, end = _tensor(name, entry, file, start, forms)
         tree[name] = tensor
         ranges.append((begin, end, name))
     _check_ranges(ranges, file.size - start)
@@ -78,21 +80,28 @@ def read(file: File) -> Checkpoint:
     return Checkpoint(aliases.restored(tree, metadata), format=NAME, url=file.path, nbytes=file.size, metadata=said)
 
 
-_ODD_NUMBER = re.compile(rb"-0\s*[,\]}]|\d{309}")
-"""Where a number may stand that Python takes for an int, and the library does not."""
+_DIGITS = bytes(0x30 if byte in b"0123456789" else 0 for byte in range(256))
+
+
+def _may_have_odd_numbers(raw: bytes) -> bool:
+    """Returns whether a number may stand there that Python takes for an int, and the library does not."""
+    return (b"-0" in raw and bool(re.search(rb"-0\s*[,\]}]", raw))) or b"0" * 309 in raw.translate(_DIGITS)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    parse_int = _int if _ODD_NUMBER.search(raw) else None
+    parse = partial(
+        json.loads,
+        parse_int=_int if _may_have_odd_numbers(raw) else None,
+        parse_float=_float,
+        parse_constant=_constant,
+    )
     try:
-        header = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_int=parse_int,
-            parse_float=_float,
-            parse_constant=_constant,
-        )
-        if b"\\ud" in raw.lower():  # an escaped surrogate: a pair is a character, a lone one is no text
+        text = raw.decode("utf-8")
+        header = parse(text)
+        if raw.count(b":") != _count_names(header):  # a name twice, or colons in names: which, takes twice as long
+            header = None  # its memory is wanted for the other
+            header = parse(text, object_pairs_hook=_unique)
+        if b"\\ud" in raw or b"\\uD" in raw:  # an escaped surrogate: a pair is a character, a lone one is no text
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise FormatError("its header is nested too deep") from error
@@ -101,6 +110,12 @@ def _parse(raw: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise FormatError("its header is no JSON object")
     return header
+
+
+def _count_names(header: Any) -> int:
+    """Returns the names in a header and in its entries: as many as it has colons, if none is there twice."""
+    entries = header.values() if isinstance(header, dict) else ()
+    return len(entries) + sum(len(entry) for entry in entries if isinstance(entry, dict))
 
 
 def _float(text: str) -> float:
@@ -127,40 +142,64 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _tensor(name: str, entry: Any, file: File, start: int) -> tuple[TensorInfo, int, int]:
+class _Form(NamedTuple):
+    """What tensors of one dtype and shape share. ``bits`` is their size; ``dims`` is None if torch cannot hold them."""
+
+    dtype: str
+    storage: str | None
+    bits: int
+    dims: tuple[int, ...] | None
+    stride: tuple[int, ...]
+
+
+def _tensor(name: str, entry: Any, file: File, start: int, forms: dict[object, _Form]) -> tuple[TensorInfo, int, int]:
+    """Returns a tensor and its range in the data. ``forms`` are those met before: few are met often."""
     try:
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise FormatError(f"the header's entry {name!r} lacks dtype, shape or data_offsets") from error
     if len(entry) > 3 and _is_deep(entry):
         raise FormatError(f"the header's entry {name!r} is nested over {MAX_NESTING} deep (MAX_NESTING)")
-    row = BY_SAFETENSORS.get(kind) if isinstance(kind, str) else None
-    if row is None:
+    if type(kind) is not str or kind not in BY_SAFETENSORS:
         raise FormatError(f"{name!r} has dtype {kind!r}, unknown to safetensors")
-    if type(begin) is not int or type(end) is not int or type(shape) is not list:
+    if (
+        type(begin) is not int
+        or type(end) is not int
+        or type(shape) is not list
+        or not _INT.issuperset(map(type, shape))
+    ):
         raise _no_numbers(name, shape, begin, end)
-    if not (0 <= begin < 1 << 63 and 0 <= end < 1 << 63):
+    if (
+        not (0 <= begin < 1 << 63 and 0 <= end < 1 << 63)
+        or min(shape, default=0) < 0
+        or max(shape, default=0) >= 1 << 63
+    ):
         raise _no_numbers(name, shape, begin, end)
-    count, numel, stride = 1, 1, []
-    for size in reversed(shape):  # once, for what contiguous_stride and is_countable each look at
-        if type(size) is not int or not 0 <= size < 1 << 63:
-            raise _no_numbers(name, shape, begin, end)
-        stride.append(count)
-        count *= size or 1
-        numel *= size
-        if count > MAX_NUMEL or len(stride) > MAX_DIMS:
-            raise FormatError(f"{name!r} has shape {brief(shape)}: more elements or dimensions than can be counted")
-    bits = (4 if kind == "F4" else row.bits) * numel
-    if bits % 8 or end - begin != bits // 8:
+    key = kind, *shape
+    form = forms.get(key)
+    if form is None:
+        form = forms[key] = _form(name, kind, shape)
+    dtype, storage, bits, dims, stride = form
+    if 8 * (end - begin) != bits:
         raise FormatError(f"{name!r}, {kind} of shape {brief(shape)}, takes {bits / 8:g} bytes; it has {end - begin}")
-    dims, strides = tuple(shape), tuple(reversed(stride))
+    if dims is None:
+        raise UnsupportedError(f"{name!r} is F4 with an odd last dimension, which torch cannot hold")
+    span = tuple.__new__(Span, (file.path, start + begin, end - begin, None, 0, file.version, None))  # as in `zips`
+    return TensorInfo(dtype, dims, stride, 0, Storage(span, storage)), begin, end
+
+
+_INT = frozenset({int})
+
+
+def _form(name: str, kind: str, shape: list[int]) -> _Form:
+    row = BY_SAFETENSORS[kind]
+    dims: tuple[int, ...] | None = tuple(shape)
+    if not is_countable(tuple(shape)):
+        raise FormatError(f"{name!r} has shape {brief(shape)}: more elements or dimensions than can be counted")
+    bits = (4 if kind == "F4" else row.bits) * prod(shape)
     if kind == "F4":
-        if not dims or dims[-1] % 2:
-            raise UnsupportedError(f"{name!r} is F4 with an odd last dimension, which torch cannot hold")
-        dims = (*dims[:-1], dims[-1] // 2)
-        strides = contiguous_stride(dims)
-    storage = Storage(file.span(start + begin, end - begin), row.name if row.storage else None)
-    return TensorInfo(row.name, dims, strides, 0, storage), begin, end
+        dims = (*shape[:-1], shape[-1] // 2) if shape and shape[-1] % 2 == 0 else None
+    return _Form(row.name, row.name if row.storage else None, bits, dims, contiguous_stride(dims or ()))
 
 
 def _is_deep(entry: dict[str, Any]) -> bool:
