@@ -168,6 +168,10 @@ def _renamed(report: RemapReport) -> list[list[str]]:
     for row in report.map:
         if row.op != "rename" or row.old == [row.new]:
             continue
+        if row.new.endswith(f".{row.old[0]}"):  # a prefix came: often in front of all
+            apart = "", row.new[: -len(row.old[0]) - 1]
+            counts[apart] = counts.get(apart, 0) + 1
+            continue
         old, new = row.old[0].split("."), row.new.split(".")
         while len(old) > 1 and len(new) > 1 and old[-1] == new[-1]:
             old.pop()
