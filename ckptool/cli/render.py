@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import operator
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Line = Sequence[str]
@@ -160,11 +161,13 @@ def to_json(value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return value if _PLAIN.issuperset(map(type, value)) else [to_json(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    kind: Any = type(value)
+    if (fields := _fields(kind)) is not None:
+        names, optional, contents = fields
         return {
             name: content if type(content) in _PLAIN else to_json(content)
-            for name, optional in _fields(type(value))
-            if not ((content := getattr(value, name)) is None and optional)
+            for name, content in zip(names, contents(value), strict=True)
+            if content is not None or name not in optional
         }
     return {str(key): to_json(content) for key, content in value.items()}
 
@@ -176,9 +179,15 @@ MANY_ROWS = 5_000
 
 
 @functools.cache
-def _fields(kind: type) -> list[tuple[str, bool]]:
-    """Returns (name, whether it may be left out) of a report's fields."""
-    return [(field.name, field.default is None) for field in dataclasses.fields(kind)]
+def _fields(kind: Any) -> tuple[list[str], set[str], Callable[[Any], tuple[Any, ...]]] | None:
+    """Returns the names of a report's fields, those that may be left out, and what gets all; None for no report."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    fields = dataclasses.fields(kind)
+    names = [field.name for field in fields]
+    get = operator.attrgetter(*names)
+    found = get if len(names) > 1 else lambda report: (get(report),)
+    return names, {field.name for field in fields if field.default is None}, found
 
 
 def json_text(document: Any) -> str:

@@ -111,14 +111,17 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
         )
         for key, tensor in tensors.items()
     ]  # fmt: skip
-    single = [(row, tensor) for row, tensor in zip(rows, tensors.values(), strict=True) if row.tied_to is None]
     stored, used = _stored_and_used(checkpoint)
     found = roots.find_root(checkpoint.tree)
     by_dtype: dict[str, list[int]] = {}
-    for row, _ in single:
-        entry = by_dtype.setdefault(row.dtype, [0, 0])
-        entry[0] += 1
-        entry[1] += row.nbytes
+    parameters = 0
+    for row, tensor in zip(rows, tensors.values(), strict=True):
+        if row.tied_to is None:
+            entry = by_dtype.setdefault(row.dtype, [0, 0])
+            entry[0] += 1
+            entry[1] += row.nbytes
+            if not names.is_counter(row.key):
+                parameters += tensor.numel
     keys = list(tensors)
     node = checkpoint.at(checkpoint.root)
     return InspectReport(
@@ -128,8 +131,8 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
         checkpoint.nbytes,
         rows,
         sorted({f"{_module(module)}.{name}" for module, name in checkpoint.names if not _needed(module, name)}),
-        sum(tensor.numel for row, tensor in single if not names.is_counter(row.key)),
-        sum(row.nbytes for row, _ in single),
+        parameters,
+        sum(nbytes for _, nbytes in by_dtype.values()),
         by_dtype,
         dict(Counter(row.device for row in rows if row.device is not None)),
         _beside(checkpoint),
