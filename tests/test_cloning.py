@@ -1,10 +1,12 @@
-"""Ranges shared with their source where the file system can. Here it is played: the real thing needs XFS or btrfs."""
+"""Ranges shared with their source where the file system can: played, and on XFS where one can be mounted (root)."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,42 @@ def test_where_it_cannot_be_done_the_bytes_are_copied(
     state = states()["one large"]
     save(open_checkpoint(saved(state)), tmp_path / "out.pth")
     assert torch.equal(torch.load(tmp_path / "out.pth")["w"], state["w"])
+
+
+@pytest.fixture
+def xfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system that shares extents, in a file; where the machine lets one be made and mounted."""
+    image, place = tmp_path / "image", tmp_path / "xfs"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(400 << 20)
+    try:
+        subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", image], check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop", image, place], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no XFS can be mounted here: {error}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def used(place: Path) -> int:
+    os.sync()
+    found = os.statvfs(place)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_on_xfs_a_rename_takes_no_room_for_its_data(suffix: str, xfs: Path) -> None:
+    state = {f"layers.{number}.weight": torch.randn(1 << 20) for number in range(16)}
+    source, out = xfs / f"in{suffix}", xfs / f"out{suffix}"
+    torch.save(state, source) if suffix == ".pth" else save_file(state, source)
+    before = used(xfs)
+    run = subprocess.run(
+        [sys.executable, "-m", "ckptool", "remap", source, "--add-prefix", "model.", "-o", out],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert used(xfs) - before < 4 << 20  # of 64 MiB
+    found = torch.load(out) if suffix == ".pth" else load_file(out)
+    assert found.keys() == {f"model.{key}" for key in state}
+    assert all(torch.equal(found[f"model.{key}"], tensor) for key, tensor in state.items())
