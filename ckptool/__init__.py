@@ -5,9 +5,12 @@
 (6, 16)
 """
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+TYPE_CHECKING = False  # as type checkers know it; importing typing would take longer than saying the version
 if TYPE_CHECKING:
+    from typing import Any
+
     from ckptool.api import (
         convert,
         diff,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import tempfile
 from collections.abc import Iterable, Iterator
 from math import prod
 from typing import IO, Any
@@ -184,6 +183,8 @@ def _refuse_blow_up(tensor: TensorInfo, source: Storage | Derived) -> None:
 
 def _temporary() -> IO[bytes]:
     """Returns a new temporary file. Raises: OutputError, as `_spooled` does, where there is no room."""
+    import tempfile
+
     try:
         return tempfile.TemporaryFile()
     except OSError as error:

@@ -6,16 +6,14 @@ Torch's name is the canonical one; the two 6-bit floats, which torch lacks, have
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ckptool.errors import UnsupportedError, UsageError
 
 Kind = Literal["float", "complex", "int", "bool", "quantized", "bits"]
 
 
-@dataclass(frozen=True, slots=True)
-class DType:
+class DType(NamedTuple):
     """A dtype: ``bits`` per element, and the names other systems give it (None where they lack it).
 
     ``storage`` is the typed storage class of torch's pickles; dtypes without one are pickled on an

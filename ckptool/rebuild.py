@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.checkpoint import MAX_DIMS, MAX_NUMEL, Extras, Opaque, Storage, TensorInfo, is_countable
 from ckptool.dtypes import BY_STORAGE, DTYPES, nbytes_of
 from ckptool.errors import FormatError, UnsupportedError
-from ckptool.pickles import Builders
-from ckptool.picklewriter import HOLE, Form, Persistent
 from ckptool.tree import Global, PyObject, brief, ordered_dict
+
+if TYPE_CHECKING:  # a file without a pickle is read without what reads and writes them
+    from ckptool.pickles import Builders
+    from ckptool.picklewriter import Form
 
 
 def dtype_of_storage(storage_type: object) -> str | None:
@@ -313,6 +315,8 @@ def form(dtype: str, location: str, requires_grad: bool, is_parameter: bool, tai
 
     Its holes are the storage's key and numel, then the tensor's offset, shape and stride.
     """
+    from ckptool.picklewriter import HOLE, Form, Persistent
+
     pid = Persistent(("storage", storage_class(dtype), HOLE, location, HOLE, *tail))
     args = (pid, HOLE, HOLE, HOLE, requires_grad and not is_parameter, ordered_dict({}))
     plain = _function("_rebuild_tensor_v2")

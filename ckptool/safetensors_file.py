@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptool import aliases, flat
 from ckptool.checkpoint import Span, TensorInfo
-from ckptool.data import blocks_ahead, runs
 from ckptool.dtypes import DTYPES
 from ckptool.errors import LimitError, LossError, listed
 from ckptool.files import Files
-from ckptool.outputs import CLONED, Output
+
+if TYPE_CHECKING:
+    from ckptool.outputs import Output
 
 MAX_HEADER = 100_000_000
 """Bytes of JSON: the reference library's own limit."""
@@ -48,6 +49,8 @@ def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], like: 
 
     The header ends in spaces up to a multiple of 8, or, with ``like``, to where `CLONED` divides the distance to it.
     """
+    from ckptool.outputs import CLONED
+
     ranges: dict[str, list[int]] = {}
     position = 0
     for name in _by_size(tensors):
@@ -80,6 +83,8 @@ def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output
     aligned, as the library does. ``format`` is ``pt`` unless the metadata say otherwise: accelerate wants it.
     Raises: LimitError if the header would pass `MAX_HEADER`.
     """
+    from ckptool.data import blocks_ahead, runs  # only an output needs them: looking must not wait for them
+
     pieces = list(runs(tensors[name] for name in _by_size(tensors)))
     first = next((piece for piece in pieces if isinstance(piece, Span)), None)
     shared = first is not None and first is pieces[0] and first.offset % 8 == 0 and output.clones(files.get(first))

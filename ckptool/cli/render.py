@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import operator
 import os
 import sys
@@ -192,6 +191,8 @@ def _fields(kind: Any) -> tuple[list[str], set[str], Callable[[Any], tuple[Any, 
 
 def json_text(document: Any) -> str:
     """Returns a JSON document as text, with its final newline; indented, unless it has very many rows."""
+    import json
+
     return json.dumps(document, indent=None if _has_many(document) else 1, allow_nan=False) + "\n"
 
 

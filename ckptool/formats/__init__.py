@@ -55,9 +55,10 @@ def read(path: str) -> Checkpoint:
 
 
 def _read_file(file: File) -> Checkpoint:
-    sharded = _module("sharded")
-    if sharded.matches(file):
-        return sharded.read(file, read)  # type: ignore[no-any-return]
+    if ".index" in os.path.basename(file.path):  # all that may match have it in their names: saves the import
+        sharded = _module("sharded")
+        if sharded.matches(file):
+            return sharded.read(file, read)  # type: ignore[no-any-return]
     for name in READERS:
         module = _module(name)
         if module.matches(file):

@@ -17,17 +17,19 @@ import re
 from collections import Counter
 from functools import partial
 from math import isinf, prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool import aliases, flat, safetensors_file
 from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo, contiguous_stride, is_countable
 from ckptool.dtypes import BY_SAFETENSORS
 from ckptool.errors import FormatError, LimitError, UnsupportedError, listed
 from ckptool.files import File, Files
-from ckptool.layout import MapLocation
-from ckptool.outputs import Output
 from ckptool.safetensors_file import MAX_HEADER
 from ckptool.tree import brief
+
+if TYPE_CHECKING:
+    from ckptool.layout import MapLocation
+    from ckptool.outputs import Output
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)

@@ -11,16 +11,18 @@ Data are little-endian whatever the header says. Source: ``torch/serialization.p
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptool import picklewriter, rebuild
+from ckptool import rebuild
 from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.files import File, Files
-from ckptool.layout import Layout, MapLocation
-from ckptool.outputs import Output
 from ckptool.streams import PickleStream
 from ckptool.tree import Global, brief, path_text, walk
+
+if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
+    from ckptool.layout import Layout, MapLocation
+    from ckptool.outputs import Output
 
 NAME = "torch-legacy"
 SUFFIXES: tuple[str, ...] = ()
@@ -109,6 +111,8 @@ def _view(storage: Storage, view: Any) -> rebuild.StorageView:
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
     """Returns what `write` would leave out: nothing, and about how many bytes it would write. Raises: as `write`."""
+    from ckptool.layout import Layout
+
     return (), _nbytes(*_pickled(checkpoint, Layout(checkpoint.tree, map_location)))
 
 
@@ -130,6 +134,9 @@ def write(
     Raises: LossError naming every tensor whose dtype has no storage class, and every nested one. Torch writes
     those too, and then cannot load the file: see `_refuse`.
     """
+    from ckptool import picklewriter
+    from ckptool.layout import Layout
+
     layout = Layout(checkpoint.tree, map_location)
     pickled, used = _pickled(checkpoint, layout)
     system = {

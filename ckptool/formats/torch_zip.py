@@ -14,18 +14,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptool import pickles, rebuild
 from ckptool.checkpoint import Checkpoint, Span, Storage
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.files import File, Files
-from ckptool.layout import Content, Layout, MapLocation
-from ckptool.outputs import Output
 from ckptool.tree import brief, path_text
 from ckptool.zips import Member, is_zip, read_directory, read_small
-from ckptool.zipwriter import THREADED, Record, ZipWriter
+
+# What only an output needs is imported by the functions that write one: looking must not wait for it.
+if TYPE_CHECKING:
+    from ckptool.layout import Content, Layout, MapLocation
+    from ckptool.outputs import Output
+    from ckptool.zipwriter import Record
 
 NAME = "torch-zip"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar")
@@ -117,6 +120,8 @@ def _refuse_neighbours(file: File, root: str, members: Mapping[str, Member]) -> 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
     """Returns what `write` would leave out: nothing, and about how many bytes it would write. Raises: as `write`."""
+    from ckptool.layout import Layout
+
     return (), _nbytes(*_pickled(checkpoint, Layout(checkpoint.tree, map_location)))
 
 
@@ -144,6 +149,9 @@ def write(
     Storages are numbered in the order of first use; views of one storage stay views of one storage,
     and what no tensor uses of a storage is not written.
     """
+    from ckptool.layout import Layout
+    from ckptool.zipwriter import ZipWriter
+
     layout = Layout(checkpoint.tree, map_location)
     pickled, used = _pickled(checkpoint, layout)
     shared = bool(used) and used[0].span.member == "stored" and output.clones(files.get(used[0].span))
@@ -168,6 +176,8 @@ def write(
 
 def _as_it_lies(content: Content, nbytes: int, files: Files) -> Span | None:
     """Returns the range of a file that is a record's content and is best copied as it is: None for a small one."""
+    from ckptool.zipwriter import THREADED
+
     source = content.source
     if not isinstance(source, Storage) or content.swap_unit > 1 or source.span.memory is not None:
         return None
@@ -179,6 +189,8 @@ def _as_it_lies(content: Content, nbytes: int, files: Files) -> Span | None:
 
 def _whole_records(contents: Sequence[Content]) -> list[Record]:
     """Returns the first of the contents, as far as they are whole records of a zip archive under the same names."""
+    from ckptool.zipwriter import Record
+
     found = []
     for number, content in enumerate(contents):
         old = content.source

@@ -11,7 +11,6 @@ from ckptool import keys as names
 from ckptool import modules, optimizers, rebuild, roots
 from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
 from ckptool.errors import NoTensorsError
-from ckptool.ops.diff import no_tensors
 from ckptool.tree import Global, PyObject, as_mapping, attributes, nodes, path_text, walk
 
 if TYPE_CHECKING:  # only a job that reads values needs them
@@ -100,6 +99,8 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
     """Returns what a checkpoint holds. Raises: NoTensorsError if there is no tensor at root."""
     tensors = checkpoint.state_dict()
     if not tensors:
+        from ckptool.ops.diff import no_tensors
+
         raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
     tied = checkpoint.shared()
     first_of = {key: group[0] for group in tied for key in group[1:]}
