@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -291,6 +289,8 @@ def _open_with_reference(path: str) -> None:
 
 def _verify_npz(checkpoint: Checkpoint, path: str, files: Files) -> None:
     """Compares a NumPy archive as numpy reads it; holds one array at a time."""
+    import zipfile
+
     import numpy as np
 
     wrong = []
@@ -308,6 +308,8 @@ def _verify_npz(checkpoint: Checkpoint, path: str, files: Files) -> None:
 
 def _is_in(archive: Any, key: str, tensor: TensorInfo, files: Files) -> bool:
     """Returns whether a NumPy archive holds a tensor as it was meant."""
+    import zipfile
+
     try:
         array = archive[key]
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError):  # a wrong checksum, a broken header
@@ -317,6 +319,8 @@ def _is_in(archive: Any, key: str, tensor: TensorInfo, files: Files) -> bool:
 
 def _with_hash(path: str, written: str, progress: Progress | None = None) -> str:
     """Returns the path with 8 hex digits of the written file's sha256 behind the stem, as torchvision has it."""
+    import hashlib
+
     with File(written) as file:
         digest = hashlib.sha256()
         for block in file.blocks(0, file.size):

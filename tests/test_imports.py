@@ -8,6 +8,8 @@ import pytest
 import torch
 from oracles import FIXTURES, loads_safely
 
+import ckptool
+
 OLD, FULL = FIXTURES / "resnet_old.pth", FIXTURES / "resnet_122.pth"
 SAFE = FIXTURES / "resnet_old.safetensors"
 
@@ -64,9 +66,75 @@ def test_what_moves_bytes_and_reads_headers_imports_neither_torch_nor_numpy(args
     assert not imported & {"torch", "numpy", "safetensors"}
 
 
-def test_the_version_needs_no_parser() -> None:
-    done = python(IMPORTED, "--version")
-    assert not set(done.stderr.split()) & {"typer", "click", "rich"}
+# --- what each command may import, by name ---------------------------------------------------------------------------
+
+FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
+"""The packages of others that a command line may need; of them and of Python's own modules, what `ALLOWED` imports."""
+
+BEGIN = "cli cli.app cli.render cli.signals errors click contextlib dataclasses re signal typing"
+CORE = f"{BEGIN} typer checkpoint dtypes keys modules optimizers tree cli.progress fnmatch math"
+READ = f"{CORE} api files formats roots nesting pickles rebuild zips array bisect errno struct zlib _pickle"
+WRITE = f"{READ} aliases casts cli.options data layout leftovers outputs picklewriter saving zipwriter fcntl json mmap"
+SAFETENSORS = "aliases flat formats.safetensors formats.torch_legacy formats.torch_zip safetensors_file streams json"
+TORCH = "formats.torch_zip"
+MERGE = "ops ops.diff ops.filter"
+PARTIAL = (
+    "adapted cli.rulefiles ops.adapt ops.adapters ops.grids ops.handover ops.init ops.initplan ops.layers ops.lineup "
+    "ops.load_partial ops.presets ops.resume ops.vocabulary tempfile"
+)
+RULES = "cli.rulefiles ops.maps ops.remap ops.rules ops.segments ops.steps ops.versions"
+
+ALLOWED: dict[str, tuple[list[object], str]] = {
+    "--version": (["--version"], "cli"),
+    "--help": (["--help"], f"{BEGIN} click._textwrap locale shutil"),
+    "inspect": (["inspect", FULL], f"{READ} {TORCH} cli.inspect ops ops.inspect"),
+    "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} cli.inspect ops ops.inspect json"),
+    "inspect legacy": (
+        ["inspect", FIXTURES / "resnet_legacy.pth"],
+        f"{READ} {TORCH} cli.inspect ops ops.inspect streams formats.torch_legacy",
+    ),
+    "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} cli.inspect ops ops.inspect"),
+    "diff": (["diff", OLD, FULL], f"{READ} {TORCH} cli.diff ops ops.diff"),
+    "diff safetensors": (["diff", SAFE, FULL], f"{READ} {SAFETENSORS} cli.diff ops ops.diff"),
+    "filter": (
+        ["filter", "--match", FULL, OLD, "-o", "out.pth"],
+        f"{WRITE} {TORCH} {MERGE} cli.filter cli.gates cli.rows",
+    ),
+    "convert": (
+        ["convert", SAFE, "-o", "out.pth"],
+        f"{WRITE} {TORCH} {SAFETENSORS} {MERGE} cli.convert ops.convert",
+    ),
+    "remap": (["remap", OLD, "--add-prefix", "x.", "-o", "out.pth"], f"{WRITE} {TORCH} {MERGE} {RULES} cli.remap"),
+    "load-partial": (
+        ["load-partial", OLD, "--into", FULL, "-o", "out.pth"],
+        f"{WRITE} {TORCH} {MERGE} {PARTIAL} cli.load_partial cli.gates cli.rows",
+    ),
+}
+"""Command lines, and what they may import: our modules without ``ckptool.``, and others with all that those import."""
+
+COMMAND = "from ckptool.cli import main; assert main(sys.argv[1:]) == 0"
+
+
+def imported(statements: str, *args: object) -> set[str]:
+    """The names of all modules that there are behind some statements, Python's own start included."""
+    done = python(f"import sys; {statements}; print('modules:', *sys.modules, file=sys.stderr)", *args)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.rpartition("modules:")[2].split())
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_command_imports_what_stands_here_and_nothing_else(name: str) -> None:
+    arguments, allowed = ALLOWED[name]
+    package = Path(ckptool.__file__).parent
+    places = {word: package / Path(*word.split(".")) for word in allowed.split()}
+    ours = {word for word, place in places.items() if place.with_suffix(".py").exists() or place.is_dir()}
+    begun = imported("import __future__, gc")
+    others = imported(f"import __future__, gc, {', '.join(sorted({*places} - ours)) or 'sys'}")
+    others = {one for one in others if one.partition(".")[0] in FAMILIES | sys.stdlib_module_names}
+    found = imported(COMMAND, *arguments)
+    unexpected = found - begun - others - {"ckptool", *(f"ckptool.{word}" for word in ours)}
+    assert not unexpected, f"{name} imports {', '.join(sorted(unexpected))}"
+    assert "ckptool.cli" in found
 
 
 def test_importing_the_library_imports_no_command_line() -> None:

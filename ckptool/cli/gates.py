@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ckptool import keys
 from ckptool.cli import render
 from ckptool.errors import UsageError
 from ckptool.ops.filter import LOADED, FilterReport, Row
-from ckptool.ops.load_partial import LoadPartialReport
+
+if TYPE_CHECKING:
+    from ckptool.ops.load_partial import LoadPartialReport
 
 
 def fraction(text: str | None) -> float | None:

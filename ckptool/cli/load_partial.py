@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import tomllib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
@@ -17,8 +16,8 @@ import ckptool
 from ckptool import saving
 from ckptool.checkpoint import Checkpoint
 from ckptool.cli import gates, options, render
-from ckptool.cli.filter import rows_of
-from ckptool.cli.remap import read_data
+from ckptool.cli.rows import rows_of
+from ckptool.cli.rulefiles import read_data
 from ckptool.errors import UsageError, listed
 from ckptool.ops import adapters, presets
 from ckptool.ops import init as init_rules
@@ -191,6 +190,8 @@ def _argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise UsageError(f"--arg takes NAME=VALUE, not {text!r}")
+    import tomllib
+
     try:
         return name, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError as error:

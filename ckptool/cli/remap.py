@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -16,7 +14,8 @@ import ckptool
 from ckptool import keys, saving
 from ckptool.checkpoint import Checkpoint
 from ckptool.cli import options, render
-from ckptool.errors import FormatError, UnreadableError, UsageError, explain
+from ckptool.cli.rulefiles import read_data
+from ckptool.errors import UsageError
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.rules import PRESETS, Rules, parse_option
 
@@ -124,25 +123,6 @@ def _in_order(order: Sequence[str], given: dict[str, list[str]]) -> Rules:
         text = given[name].pop(0)
         found = found + (Rules.parse(read_data(text)) if name == "rules" else parse_option(name, text))
     return found
-
-
-def read_data(path: str) -> Any:
-    """Returns the content of a TOML or JSON file, told apart by trying. Raises: UnreadableError, FormatError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = explain(error) if isinstance(error, OSError) else "is no text"
-        raise UnreadableError(reason, path) from error
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if not path.endswith(".toml") and text.lstrip()[:1] in ("{", '"'):
-            raise FormatError(f"no JSON: {error}", path) from error
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise FormatError(f"neither JSON nor TOML: {error}", path) from error
 
 
 def _lines(report: RemapReport, output: str | None, dry_run: bool) -> list[str]:
