@@ -1,7 +1,5 @@
 """ckptool convert."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import replace

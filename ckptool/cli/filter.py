@@ -1,7 +1,5 @@
 """ckptool filter."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """ckptool inspect."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -248,7 +246,7 @@ def _valued(rows: list[TensorRow], stats: bool) -> list[str]:
 _HEADS = ["mean", "std", "min", "max", "abs max", "zeros", "NaN", "inf"]
 
 
-def _figures(stats: Stats | None) -> list[str]:
+def _figures(stats: "Stats | None") -> list[str]:
     """Returns the columns of one tensor's statistics."""
     if stats is None:
         return [""] * len(_HEADS)
@@ -257,7 +255,7 @@ def _figures(stats: Stats | None) -> list[str]:
     return [*("-" if number is None else f"{number:.5g}" for number in numbers), *(f"{count:,}" for count in counts)]
 
 
-def _checked(check: Check) -> list[str]:
+def _checked(check: "Check") -> list[str]:
     """Returns the lines about damage: the findings, many of a kind only counted, and what could not be looked at."""
     from ckptool.ops.check import KINDS
 
@@ -274,7 +272,7 @@ def _checked(check: Check) -> list[str]:
     return [head, *render.aligned(lines)]
 
 
-def _summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixStats] | None) -> list[str]:
+def _summed(rows: list[TensorRow], depth: int, prefix: str, below: "list[PrefixStats] | None") -> list[str]:
     groups: dict[str, list[TensorRow]] = {}
     for row in rows:
         parts = row.key[len(prefix) :].split(".")

@@ -1,7 +1,5 @@
 """ckptool load-partial."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

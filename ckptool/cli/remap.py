@@ -1,7 +1,5 @@
 """ckptool remap."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
