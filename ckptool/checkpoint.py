@@ -58,6 +58,7 @@ class Span(NamedTuple):
     ``member`` is None when ``offset`` is that of the first byte. Inside a zip it says how the member is
     stored, and ``offset`` is that of its local header: the payload begins behind a name and padding whose
     lengths only that header knows, and reading 100,000 of them to list keys would cost more than the listing.
+    ``named`` is how long the name in it must be: what the archive's directory says.
     ``version`` tells the file that was opened from another that has taken its name since (see `files.File`).
     ``memory`` gives the bytes of what is in no file at all: a live model's.
     """
@@ -69,6 +70,7 @@ class Span(NamedTuple):
     packed: int = 0
     version: tuple[int, ...] | None = None
     memory: Callable[[], memoryview] | None = None
+    named: int = 0
 
 
 @_frozen

@@ -8,7 +8,6 @@ import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 from ckptool.checkpoint import Span
 from ckptool.errors import FormatError, UnreadableError, explain
@@ -18,6 +17,9 @@ BLOCK = 1 << 20
 
 SMALL_MEMBER = 1 << 16
 """Bytes below which a stored zip member is read together with its local header."""
+
+HEADER = 30 + 256
+"""Bytes that a zip member's local header and what stands behind its payload are hoped to take."""
 
 MAX_OPEN = 32
 """Files kept open for reading at once (a checkpoint may have hundreds of shards)."""
@@ -62,11 +64,9 @@ class File:
         finally:
             self.close()
 
-    def span(
-        self, offset: int, nbytes: int, member: Literal["stored", "deflated"] | None = None, packed: int = 0
-    ) -> Span:
+    def span(self, offset: int, nbytes: int) -> Span:
         """Returns the span of this version of this file."""
-        return Span(self.path, offset, nbytes, member, packed, self.version)
+        return Span(self.path, offset, nbytes, version=self.version)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Returns exactly ``nbytes`` bytes. Raises: FormatError if the file ends before, UnreadableError."""
@@ -162,15 +162,8 @@ class Files:
         if span.member is None:
             return span
         file = self.get(span)
-        header = file.read(span.offset, 30)
-        if header[:4] != b"PK\x03\x04":
-            raise FormatError(f"no zip member at byte {span.offset}", span.url)
-        name, extra = struct.unpack_from("<HH", header, 26)
-        start = span.offset + 30 + name + extra
-        stored = span.packed if span.member == "deflated" else span.nbytes
-        if start + stored > file.size:
-            raise FormatError(f"the zip member at byte {span.offset} ends behind the end of the file", span.url)
-        return span._replace(offset=start)
+        start = _payload(file, span, file.read(span.offset, min(HEADER, file.size - span.offset)))
+        return span._replace(offset=span.offset + start)
 
     def member_name(self, span: Span) -> str:
         """Returns the name that stands in the local header of a zip member's span."""
@@ -199,11 +192,8 @@ class Files:
     def _small_member(self, span: Span) -> bytes:
         """Returns a small zip member with one read of its local header and what follows."""
         file = self.get(span)
-        guess = file.read(span.offset, min(30 + 256 + span.nbytes, file.size - span.offset))
-        if len(guess) < 30 or guess[:4] != b"PK\x03\x04":
-            raise FormatError(f"no zip member at byte {span.offset}", span.url)
-        name, extra = struct.unpack_from("<HH", guess, 26)
-        start = 30 + name + extra
+        guess = file.read(span.offset, min(HEADER + span.nbytes, file.size - span.offset))
+        start = _payload(file, span, guess)
         if start + span.nbytes <= len(guess):
             return guess[start : start + span.nbytes]
         return file.read(span.offset + start, span.nbytes)
@@ -225,6 +215,41 @@ class Files:
     def read(self, span: Span) -> bytes:
         """Returns the whole span; for small ones."""
         return b"".join(bytes(block) for block in self.blocks(span))
+
+
+_LOCAL = struct.Struct("<6xH18xHH").unpack_from
+
+
+def _payload(file: File, span: Span, data: bytes) -> int:
+    """Returns where a zip member's payload begins, in bytes behind its local header's first; ``data`` begins there.
+
+    The header has no checksum, and one wrong bit in a length would give other bytes for the tensor's. So the name
+    must be as long as the directory says, the extra field be made of whole fields, and behind the payload must stand
+    what the header's flags promise: its descriptor (with a signature, as all write it), else the next member or the
+    directory. Raises: FormatError.
+    """
+    if len(data) < 30 or data[:4] != b"PK\x03\x04":
+        raise FormatError(f"no zip member at byte {span.offset}", span.url)
+    flags, name, extra = _LOCAL(data)
+    begin = 30 + name
+    start: int = begin + extra
+    end = start + span.packed
+    if span.offset + end + 4 > file.size:  # the directory is behind it
+        raise FormatError(f"the zip member at byte {span.offset} ends behind the end of the file", span.url)
+    if span.packed:
+        follows = data[end : end + 4] if end + 4 <= len(data) else file.read(span.offset + end, 4)
+        fits = follows == b"PK\x07\x08" if flags & 8 else follows in (b"PK\x03\x04", b"PK\x01\x02")
+        header = data if start <= len(data) else file.read(span.offset, start)
+        if not fits or name != span.named or not _is_whole(header, begin, start):
+            raise FormatError(f"the local header of the zip member at byte {span.offset} is damaged", span.url)
+    return start
+
+
+def _is_whole(data: bytes, begin: int, end: int) -> bool:
+    """Returns whether the fields of an extra field come to just its length; up to three zeros may pad it."""
+    while begin + 4 <= end:
+        begin += 4 + data[begin + 2] + (data[begin + 3] << 8)
+    return begin == end or (begin < end and not any(data[begin:end]))
 
 
 def _inflated(file: File, span: Span) -> Iterator[bytes]:

@@ -89,7 +89,7 @@ def read_directory(file: File) -> dict[str, Member]:
             raise FormatError(f"the zip member {name!r} reaches beyond the archive's data", path)
         if name in members:
             raise FormatError(f"two zip members are named {name!r}", path)
-        span = make(Span, (path, offset, usize, "deflated" if method else "stored", packed, version, None))
+        span = make(Span, (path, offset, usize, "deflated" if method else "stored", packed, version, None, name_size))
         members[name] = make(Member, (span, crc))
         in_order = in_order and offset >= last
         last = end

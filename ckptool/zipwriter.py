@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.checkpoint import Span
-from ckptool.files import Files
+from ckptool.files import File, Files
 from ckptool.outputs import CLONED, Output
 
 if TYPE_CHECKING:
@@ -31,10 +31,15 @@ _FAR = 0xFFFFFFFF
 THREADED = 1 << 20
 """Bytes of a record from which its checksum is computed beside the writing: to hand it over takes 0.05 ms."""
 
+WINDOW = 1 << 14
+"""Bytes of another archive read at a time to compare its headers: those of a hundred small records."""
+
 _FLAGS, _EMPTY = 0x0808, 0x0800
 """UTF-8 names; a descriptor behind the payload, but not behind an empty one."""
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_PADDING = struct.Struct("<2sH")
+_DESCRIPTOR = struct.Struct("<4sIII")
 _ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
 
 
@@ -93,12 +98,7 @@ class ZipWriter:
             values = [nbytes, 0] * big + [start] * far
             extra = struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values)
         padding = -(start + 30 + len(full) + len(extra) + 4) % ALIGNMENT + more
-        self.output.write(
-            _LOCAL.pack(
-                b"PK\x03\x04", 0, _FLAGS if nbytes else _EMPTY, 0, 0, 0, 0, 0, 0, len(full), len(extra) + 4 + padding
-            )
-            + full + extra + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        )  # fmt: skip
+        self.output.write(_local(full, nbytes, padding, extra) + b"Z" * padding)
         return full, start
 
     def add_blocks(
@@ -173,24 +173,31 @@ class ZipWriter:
         return count
 
     def _alike(self, prefix: str, records: Sequence[Record], files: Files) -> tuple[int, int]:
-        """Returns how many of the first records lie in their file as they would here, and where the last would end."""
+        """Returns how many of the first records lie in their file as they would here, and where the last would end.
+
+        What stands between two payloads is compared: a damaged header must not be handed on.
+        """
         start = position = self.output.position
         shift = start - records[0].span.offset if records else 1
         if shift % ALIGNMENT:
             return 0, start
-        root = len(f"{self.root}/{prefix}".encode())
-        count = payload = 0
+        root = f"{self.root}/{prefix}".encode()
+        there = _Window(files.get(records[0].span))
+        behind = b""
+        count = 0
         for record in records:
             span = record.span
             far = max(position, span.offset) + span.nbytes + (1 << 16) >= _FAR
             if far or span.member != "stored" or span.url != records[0].span.url or span.offset + shift != position:
                 break
-            payload = position + 34 + root + len(record.name)
-            payload += -payload % ALIGNMENT
-            position = payload + span.nbytes + (16 if span.nbytes else 0)
+            name = root + record.name.encode()
+            padding = -(position + 34 + len(name)) % ALIGNMENT
+            if not there.holds(behind + _local(name, span.nbytes, padding), span.offset - len(behind)):
+                break
+            behind = _DESCRIPTOR.pack(b"PK\x07\x08", record.crc32, span.nbytes, span.nbytes) if span.nbytes else b""
+            position += 34 + len(name) + padding + span.nbytes + len(behind)
             count += 1
-        proven = count and files.locate(records[count - 1].span).offset + shift == payload
-        return (count, position) if proven else (0, start)
+        return count, position
 
     def close(self) -> None:
         """Writes the central directory and the end records, of which torch always writes the zip64 ones too."""
@@ -208,6 +215,30 @@ class ZipWriter:
                 min(size, _FAR), min(start, _FAR), 0,
             )
         )  # fmt: skip
+
+
+def _local(name: bytes, nbytes: int, padding: int, extra: bytes = b"") -> bytes:
+    """Returns a local header up to the letters that pad it."""
+    flags = _FLAGS if nbytes else _EMPTY
+    fixed = _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(name), len(extra) + 4 + padding)
+    return fixed + name + extra + _PADDING.pack(b"FB", padding)
+
+
+class _Window:
+    """Bytes of a file that are looked at in their order, a few at a time."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self.start = 0
+        self.data = b""
+
+    def holds(self, data: bytes, offset: int) -> bool:
+        """Returns whether the file has these bytes at that place."""
+        at = offset - self.start
+        if at < 0 or at + len(data) > len(self.data):
+            self.start, at = offset, 0
+            self.data = self.file.read(offset, min(WINDOW, self.file.size - offset))
+        return self.data.startswith(data, at)
 
 
 def _crc32(span: Span) -> int:

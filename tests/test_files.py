@@ -126,10 +126,10 @@ def test_only_so_many_files_are_open_at_once_and_none_in_the_end(tmp_path: Path)
 def deflated(tmp_path: Path, content: bytes, declared: int | None = None) -> Span:
     machine = zlib.compressobj(6, zlib.DEFLATED, -15)
     packed = machine.compress(content) + machine.flush()
-    header = b"PK\x03\x04" + bytes(22) + b"\x01\x00\x02\x00" + b"nxx"
-    (tmp_path / "z").write_bytes(b"junk" + header + packed)
+    header = b"PK\x03\x04" + bytes(22) + b"\x01\x00\x02\x00" + b"n\0\0"
+    (tmp_path / "z").write_bytes(b"junk" + header + packed + b"PK\x01\x02")
     nbytes = len(content) if declared is None else declared
-    return Span(str(tmp_path / "z"), 4, nbytes, "deflated", len(packed))
+    return Span(str(tmp_path / "z"), 4, nbytes, "deflated", len(packed), named=1)
 
 
 @pytest.mark.parametrize("kind", ["noise", "zeros", "mixed"])
@@ -168,7 +168,7 @@ def test_a_bomb_stops_at_its_declared_size(tmp_path: Path) -> None:
 
 
 def test_garbage_instead_of_deflate_is_damaged(tmp_path: Path) -> None:
-    (tmp_path / "z").write_bytes(b"PK\x03\x04" + bytes(26) + b"\xff" * 50)
+    (tmp_path / "z").write_bytes(b"PK\x03\x04" + bytes(26) + b"\xff" * 50 + b"PK\x01\x02")
     with Files() as opened, pytest.raises(FormatError, match="deflated"):
         opened.read(Span(str(tmp_path / "z"), 0, 100, "deflated", 50))
 

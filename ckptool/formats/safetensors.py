@@ -186,7 +186,7 @@ def _tensor(name: str, entry: Any, file: File, start: int, forms: dict[object, _
         raise FormatError(f"{name!r}, {kind} of shape {brief(shape)}, takes {bits / 8:g} bytes; it has {end - begin}")
     if dims is None:
         raise UnsupportedError(f"{name!r} is F4 with an odd last dimension, which torch cannot hold")
-    span = tuple.__new__(Span, (file.path, start + begin, end - begin, None, 0, file.version, None))  # as in `zips`
+    span = tuple.__new__(Span, (file.path, start + begin, end - begin, None, 0, file.version, None, 0))  # as in `zips`
     return TensorInfo(dtype, dims, stride, 0, Storage(span, storage)), begin, end
 
 
