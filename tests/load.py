@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,11 +43,15 @@ def safetensors(path: str, names: list[str]) -> None:
 def a_million_keys() -> Iterator[Job]:
     safetensors("a.safetensors", [f"l.{i}.w" for i in range(1_000_000)])
     yield ["inspect", "a.safetensors"], 0, 90, 3000
+    yield ["inspect", "a.safetensors", "--json"], 0, 90, 4000
     yield ["inspect", "a.safetensors", "--check"], 0, 180, 4000
     yield ["remap", "a.safetensors", "--add-prefix", "m.", "-o", "b.safetensors"], 0, 180, 5000
     yield ["convert", "a.safetensors", "-o", "a.pth", "--no-verify"], 0, 240, 5000
     yield ["inspect", "a.pth"], 0, 90, 3000
+    yield ["inspect", "a.pth", "--json"], 0, 90, 4000
     yield ["diff", "a.safetensors", "a.pth"], 0, 120, 5000
+    yield ["remap", "a.pth", "--add-prefix", "m.", "-o", "b.pth"], 0, 180, 5000
+    yield ["convert", "a.pth", "-o", "c.safetensors", "--no-verify"], 0, 240, 5000
 
 
 def ten_thousand_shards() -> Iterator[Job]:
@@ -82,11 +87,31 @@ def a_terabyte() -> Iterator[Job]:
         yield ["remap", "a.safetensors", "--add-prefix", "m.", "-o", "b.safetensors"], 2, 3, 100  # no room, at once
 
 
+def pickled(path: str, body: bytes) -> None:
+    """Writes a torch file of one pickle, which needs no tensor to be refused."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + body + b".")
+
+
+def beyond_the_limits() -> Iterator[Job]:
+    """Names and nesting that no model has: the limit is said, at once."""
+    safetensors("key.safetensors", ["k" * 1_000_000])
+    pickled("key.pth", b"}X" + struct.pack("<I", 1_000_000) + b"k" * 1_000_000 + b"K\0s")
+    pickled("lists.pth", b"]" * 10_000 + b"a" * 9_999)
+    pickled("dicts.pth", b"}" + b"K\0}" * 9_999 + b"s" * 9_999)
+    pickled("tuples.pth", b")" + b"\x85" * 9_999)
+    for name in ("key.safetensors", "key.pth", "lists.pth", "dicts.pth", "tuples.pth"):
+        yield ["inspect", name], 2, 3, 100
+        yield ["convert", name, "-o", "out.safetensors"], 2, 3, 100
+        yield ["diff", name, name], 2, 3, 100
+
+
 JOBS: dict[str, Callable[[], Iterator[Job]]] = {
     "keys": a_million_keys,
     "shards": ten_thousand_shards,
     "inputs": two_thousand_inputs,
     "terabyte": a_terabyte,
+    "limits": beyond_the_limits,
 }
 
 
