@@ -19,6 +19,7 @@ from ckptool.data import Bytes, import_torch
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, UnreadableError, explain
 from ckptool.files import BLOCK
+from ckptool.limits import MAX_LIST
 from ckptool.ops.adapt import Mix, Resample, Run
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 Blocks = Callable[[TensorInfo], Iterator[Bytes]]
 """Gives a tensor's elements in C order, little-endian, in blocks of whole elements (`data.tensor_blocks`)."""
-
-MAX_LIST = 1 << 28
-"""Bytes of a file that lists rows or tokens. The largest tokenizer.json are below 40 MB."""
 
 
 def blocks(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
@@ -48,16 +46,18 @@ def blocks(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
 def read_object(path: str) -> Any:
     """Returns what a list of rows or tokens holds: the value if it is JSON, else its text.
 
-    Raises: UnreadableError, FormatError for a file that is no text, is over `MAX_LIST`, or is named .json and is none.
+    Raises: UnreadableError, LimitError, FormatError for a file that is no text, or is named .json and is none.
     """
     try:
         with open(path, "rb") as file:
-            content = file.read(MAX_LIST + 1)
+            content = file.read(MAX_LIST.now() + 1)
+            size = os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         reason = explain(error) if isinstance(error, OSError) else str(error)
         raise UnreadableError(f"cannot be read: {reason}", path) from error
-    if len(content) > MAX_LIST:
-        raise FormatError(f"is over {MAX_LIST:,} bytes (MAX_LIST): no list of rows or tokens", path)
+    if len(content) > MAX_LIST.now():
+        size = max(size, len(content))
+        raise MAX_LIST.passed(f"has {size:,} bytes, too many for a list of rows or tokens", size, path)
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

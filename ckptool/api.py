@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptool import formats, modules, roots
 from ckptool.checkpoint import Checkpoint, TensorInfo, detached
 from ckptool.errors import CkptoolError, StrictError, UsageError
+from ckptool.limits import limited
 from ckptool.tree import Path, children, key_text, ordered_dict, path_text, replaced
 
 # Operations and what they need are imported by the functions that use them: a command needs one or two of them.
@@ -496,6 +497,6 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "Checkpoint", "convert", "diff", "filter", "inspect", "invert", "load_partial", "open", "plan_partial", "remap",
-    "save",
+    "Checkpoint", "convert", "diff", "filter", "inspect", "invert", "limited", "load_partial", "open", "plan_partial",
+    "remap", "save",
 ]  # fmt: skip

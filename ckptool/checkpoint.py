@@ -22,19 +22,18 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
 
 from ckptool import dtypes, modules
-from ckptool.errors import CollisionError, FormatError, IncompleteError, LimitError, UnsupportedError
+from ckptool.errors import CollisionError, FormatError, IncompleteError, UnsupportedError
 from ckptool.keys import EMA, is_counter
+from ckptool.limits import MAX_DIMS, MAX_KEY, MAX_KEYS, MAX_NUMEL
 from ckptool.optimizers import is_optimizer
 from ckptool.tree import (
-    MAX_KEY,
-    MAX_KEYS,
-    MAX_LEVELS,
     Leaf,
     Path,
     PyObject,
     as_mapping,
     children,
     key_text,
+    least_to_refuse,
     ordered_dict,
     parts,
     path_text,
@@ -239,13 +238,6 @@ class TensorInfo(Leaf):
         """Returns what is equal for two tensors that are the same elements of the same memory (see `shared`)."""
         conj = (self.extras.conj, self.extras.neg) if self.extras else (False, False)
         return id(self.source), self.dtype, self.shape, self.stride, self.storage_offset, conj
-
-
-MAX_DIMS = 1_000
-"""Dimensions of a tensor. torch computes with 64 at most."""
-
-MAX_NUMEL = (1 << 63) - 1
-"""Elements of a tensor, counting a dimension of size 0 as 1: more overflow torch's strides."""
 
 
 def is_countable(shape: tuple[int, ...]) -> bool:
@@ -458,9 +450,10 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
         return {key: ((key,), value) for key, value in modules.state_dict(node).items()}
     found: dict[str, tuple[Path, Any]] = {}
     total = 0
+    longest, most, least = MAX_KEY.now(), MAX_KEYS.now(), least_to_refuse()
     mapping = as_mapping(node) or {}
     if set(map(type, mapping)) == {str} and is_flat(node):  # nearly always
-        if max(map(len, mapping)) > MAX_LEVELS:
+        if max(map(len, mapping)) >= least:
             for name in mapping:
                 refuse_key(name, url)
         return {name: ((name,), value) for name, value in mapping.items()}
@@ -471,17 +464,16 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
     times: Counter[str] = Counter()
     for path, value in pairs:
         steps = [key_text(step) for step in path]
-        if len(steps) > 1 and sum(map(len, steps)) > MAX_KEY:
-            raise LimitError(
-                f"a key put together from the names above it has over {MAX_KEY:,} characters (MAX_KEY)", url
-            )
+        if len(steps) > 1 and (length := sum(map(len, steps)) + len(steps) - 1) > longest:
+            what = f"a key put together from the names above it has {length:,} characters"
+            raise MAX_KEY.passed(what, length, url)
         key = "/".join(steps)
-        if len(key) > MAX_LEVELS:
+        if len(key) >= least:
             refuse_key(key, url)
         if len(steps) > 1:
             total += len(key)
-            if total > MAX_KEYS:
-                raise LimitError(f"its keys have over {MAX_KEYS:,} characters, put together (MAX_KEYS)", url)
+            if total > most:
+                raise MAX_KEYS.passed("its keys have too many characters, put together", path=url)
         if key in found and all(isinstance(step, (str, int, float, NoneType)) for step in path):
             raise CollisionError(f"two keys read {key!r} (one of them is no string)", url)
         while key in found:  # objects that are shown alike

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Iterator
+from contextvars import copy_context
 from math import prod
 from typing import IO, Any
 
 from ckptool.casts import Cast, caster
 from ckptool.checkpoint import Derived, Opaque, Span, Storage, TensorInfo
 from ckptool.dtypes import DTYPES
-from ckptool.errors import FormatError, LimitError, OutputError, UnsupportedError, explain, needs_torch
+from ckptool.errors import FormatError, OutputError, UnsupportedError, explain, needs_torch
 from ckptool.files import BLOCK, Files
+from ckptool.limits import MAX_EXPANDED, MAX_EXPANSION
 from ckptool.tree import brief
 
 Bytes = bytes | memoryview
-
-MAX_EXPANDED = 1 << 30
-"""Bytes of a view over `MAX_EXPANSION` times its storage: a second's work. Real ones are masks of some megabytes."""
-
-MAX_EXPANSION = 64
-"""How much larger than its storage a view may be, whatever its size."""
 
 HELD = 1 << 26
 """Bytes up to which what a view looks into is read before it is gathered: a file that shrinks is then noticed, while
@@ -87,10 +83,14 @@ COMPUTED_AHEAD = 1 << 23
 def _ahead(blocks: Iterator[Bytes]) -> Iterator[Bytes]:
     from concurrent.futures import ThreadPoolExecutor
 
+    def following() -> Bytes | None:
+        return next(blocks, None)
+
+    run = copy_context().run  # the limits that hold here
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, blocks, None)
+        coming = thread.submit(run, following)
         while (block := coming.result()) is not None:
-            coming = thread.submit(next, blocks, None)
+            coming = thread.submit(run, following)
             yield block
 
 
@@ -173,12 +173,14 @@ def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap:
 
 def _refuse_blow_up(tensor: TensorInfo, source: Storage | Derived) -> None:
     """Raises LimitError for a view of so many elements that reading it would never end: a stride of 0 is enough."""
-    if isinstance(source, Storage) and tensor.nbytes > max(MAX_EXPANDED, MAX_EXPANSION * source.nbytes):
-        raise LimitError(
+    if not isinstance(source, Storage) or tensor.nbytes <= source.nbytes:
+        return  # nearly all
+    if tensor.nbytes > max(MAX_EXPANDED.now(), MAX_EXPANSION.now() * source.nbytes):
+        what = (
             f"a {tensor.dtype} tensor of shape {brief(tensor.shape)} has {tensor.nbytes:,} bytes, seen in a storage of "
-            f"{source.nbytes:,} (MAX_EXPANDED)",
-            source.span.url,
+            f"{source.nbytes:,}, over MAX_EXPANSION, {MAX_EXPANSION.now():,} times it"
         )
+        raise MAX_EXPANDED.passed(what, tensor.nbytes, source.span.url)
 
 
 def _temporary() -> IO[bytes]:

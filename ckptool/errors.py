@@ -56,7 +56,7 @@ class FormatError(CkptoolError):
 
 
 class LimitError(FormatError):
-    """A limit that guards against hostile files was passed; the message names it."""
+    """A limit that guards against hostile files was passed; `limits.Limit.passed` makes the message."""
 
     slug = "limit"
 

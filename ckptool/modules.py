@@ -12,27 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
-from ckptool.errors import LimitError
-from ckptool.tree import (
-    MAX_KEY,
-    MAX_KEYS,
-    MAX_LEVELS,
-    PyObject,
-    as_mapping,
-    attributes,
-    key_text,
-    ordered_dict,
-    refuse_key,
-)
-
-MAX_MODULES = 1_000_000
-"""Modules one model may have, counting shared ones at each place."""
-
-MAX_SHARED = 20_000
-"""Modules, parameters and buffers met again because their module is shared: submodules can nest 2^n-fold."""
-
-MAX_DEPTH = 500
-"""Levels of submodules. Real models have under 20."""
+from ckptool.limits import MAX_KEY, MAX_KEYS, MAX_MODULE_DEPTH, MAX_MODULES, MAX_SHARED_PARTS
+from ckptool.tree import PyObject, as_mapping, attributes, key_text, least_to_refuse, ordered_dict, refuse_key
 
 _VERSIONS = {
     f"{lazy}{norm}{dims}d": 2 for lazy in ("", "Lazy") for norm in ("BatchNorm", "InstanceNorm") for dims in (1, 2, 3)
@@ -53,6 +34,9 @@ def is_module(node: object) -> TypeGuard[PyObject]:
 def walk_modules(top: PyObject) -> Iterator[tuple[str, PyObject]]:
     """Yields (prefix, module) in state_dict order; a module registered twice comes twice, prefixes end with "."."""
     count = again = 0
+    most, most_shared, deepest, longest = (
+        limit.now() for limit in (MAX_MODULES, MAX_SHARED_PARTS, MAX_MODULE_DEPTH, MAX_KEY)
+    )
     met: set[int] = set()
     trail: list[tuple[str, PyObject]] = [("", top)]
     while trail:
@@ -62,15 +46,14 @@ def walk_modules(top: PyObject) -> Iterator[tuple[str, PyObject]]:
             slots = (as_mapping(attributes(module).get(slot)) or () for slot in ("_parameters", "_buffers", "_modules"))
             again += 1 + sum(map(len, slots))
         met.add(id(module))
-        if count > MAX_MODULES or prefix.count(".") > MAX_DEPTH or len(prefix) > MAX_KEY:
-            raise LimitError(
-                f"the model has over {MAX_MODULES:,} modules, {MAX_DEPTH} levels or {MAX_KEY:,} characters in a name "
-                "(MAX_MODULES, MAX_DEPTH, MAX_KEY)"
-            )
-        if again > MAX_SHARED:
-            raise LimitError(
-                f"the model has over {MAX_SHARED:,} parts that were met before, counted at each place (MAX_SHARED)"
-            )
+        if count > most:
+            raise MAX_MODULES.passed("the model has too many modules")
+        if prefix.count(".") > deepest:
+            raise MAX_MODULE_DEPTH.passed("the model's modules are nested too deep")
+        if len(prefix) > longest:
+            raise MAX_KEY.passed(f"a module's name has {len(prefix):,} characters", len(prefix))
+        if again > most_shared:
+            raise MAX_SHARED_PARTS.passed("the model has too many parts that were met before, counted at each place")
         yield prefix, module
         if not attributes(module) and module.args and is_module(module.args[0]):
             below = {"_orig_mod": module.args[0]}
@@ -85,6 +68,7 @@ def state_dict(top: PyObject) -> dict[str, Any]:
     """Returns {key: value} with the keys and order of ``model.state_dict()``; non-persistent buffers left out."""
     found: dict[str, Any] = {}
     total = 0
+    most, least = MAX_KEYS.now(), least_to_refuse()
     for prefix, module in walk_modules(top):
         named = attributes(module)
         transient = named.get("_non_persistent_buffers_set")
@@ -97,10 +81,10 @@ def state_dict(top: PyObject) -> dict[str, Any]:
                 if value is not None and name not in left_out:
                     key = f"{prefix}{key_text(name)}"
                     total += len(prefix)
-                    if len(key) > MAX_LEVELS:
+                    if len(key) >= least:
                         refuse_key(key)
-                    if total > MAX_KEYS:
-                        raise LimitError(f"its keys have over {MAX_KEYS:,} characters, put together (MAX_KEYS)")
+                    if total > most:
+                        raise MAX_KEYS.passed("its keys have too many characters, put together")
                     found[key] = value
     return found
 

@@ -13,14 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ckptool.errors import LimitError
-
-MAX_TUPLES = 500
-"""Tuples inside tuples. Even repr() gives up at 1,000."""
-
-MAX_ITEMS = 10_000_000
-"""Items of one tuple, and of all keys together, shared ones counted at each place: a second of hashing."""
-
+from ckptool.limits import MAX_TUPLE_ITEMS, MAX_TUPLES
 
 Size = tuple[int, int]
 """Of a value: items, shared ones counted at each place, and how many tuples are inside one another."""
@@ -28,12 +21,12 @@ Size = tuple[int, int]
 _ATOM: Size = (1, 0)
 
 
-def _tuple_of(items: list[Size]) -> Size:
+def _tuple_of(items: list[Size], deepest: int, most: int) -> Size:
     size, depth = 1 + sum(size for size, _ in items), 1 + max((depth for _, depth in items), default=0)
-    if depth > MAX_TUPLES:
-        raise LimitError(f"tuples are nested over {MAX_TUPLES} deep (MAX_TUPLES)")
-    if size > MAX_ITEMS:
-        raise LimitError(f"a tuple has over {MAX_ITEMS:,} items, shared ones counted at each place (MAX_ITEMS)")
+    if depth > deepest:
+        raise MAX_TUPLES.passed("tuples are nested too deep")
+    if size > most:
+        raise MAX_TUPLE_ITEMS.passed("a tuple has too many items, shared ones counted at each place")
     return size, depth
 
 
@@ -53,6 +46,7 @@ def check(opcodes: Iterable[tuple[int, int]]) -> None:
     marked: list[list[Size]] = []
     memo: dict[int, Size] = {}
     hashed = 0
+    deepest, most = MAX_TUPLES.now(), MAX_TUPLE_ITEMS.now()
     try:
         for opcode, index in opcodes:
             keys: list[Size] = []
@@ -65,14 +59,14 @@ def check(opcodes: Iterable[tuple[int, int]]) -> None:
             elif opcode in b"\x85\x86\x87":
                 count = opcode - 0x84
                 items = [stack.pop() for _ in range(count)]
-                stack.append(_tuple_of(items))
+                stack.append(_tuple_of(items, deepest, most))
             elif opcode == ord("("):
                 marked.append(stack)
                 stack = []
             elif opcode in b"tlod1eu\x90\x91":
                 items, stack = stack, marked.pop()
                 if opcode in b"tlod\x91":
-                    stack.append(_tuple_of(items) if opcode in b"t\x91" else _ATOM)
+                    stack.append(_tuple_of(items, deepest, most) if opcode in b"t\x91" else _ATOM)
                 keys = items[::2] if opcode in b"du" else items if opcode in b"\x90\x91" else []
             elif opcode == ord("i"):
                 stack = [*marked.pop(), _ATOM]
@@ -94,7 +88,7 @@ def check(opcodes: Iterable[tuple[int, int]]) -> None:
             elif opcode not in _NOTHING:
                 stack.append(_ATOM)
             hashed += sum(size for size, _ in keys)
-            if hashed > MAX_ITEMS:
-                raise LimitError(f"its keys have over {MAX_ITEMS:,} items, shared ones counted each time (MAX_ITEMS)")
+            if hashed > most:
+                raise MAX_TUPLE_ITEMS.passed("its keys have too many items, shared ones counted each time")
     except IndexError:
         return

@@ -22,19 +22,8 @@ from typing import Any
 
 from ckptool import nesting, tree
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
+from ckptool.limits import MAX_DIGITS, MAX_GLOBALS, MAX_MEMO, MAX_TUPLES
 from ckptool.tree import Global
-
-MAX_PICKLE = 1 << 30
-"""Bytes of one pickle. 100,000 tensors take 11 MB; a million, with Adam, under 600 MB."""
-
-MAX_GLOBALS = 100_000
-"""Distinct classes and functions one pickle may name. A whole-model pickle names some hundred."""
-
-MAX_MEMO = 1 << 16
-"""By how much a memo index may pass the pickle's length: a PUT takes bytes, and the machine has room for all below."""
-
-MAX_DIGITS = 4300
-"""Digits of an integer: Python itself will not print longer ones."""
 
 Builders = Mapping[tuple[str, str], Callable[..., Any]]
 """What to call instead of recording, by (module, qualname)."""
@@ -140,7 +129,7 @@ def scan(buffer: bytes, start: int = 0) -> int:
     outside the stream, LimitError if a memo index is beyond what its length can need, or tuples nest too deep.
     """
     size = len(buffer)
-    bound = size - start + MAX_MEMO
+    bound = size - start + MAX_MEMO.now()
     put = _put(bound)
     match = _run(put).match
     runs = array("Q")
@@ -171,8 +160,8 @@ def scan(buffer: bytes, start: int = 0) -> int:
         elif opcode in _LENGTHS:
             width = _LENGTHS[opcode]
             length = int.from_bytes(buffer[position + 1 : position + 1 + width], "little")
-            if opcode == 0x8B and size > position + 5 + length > position + 5 + MAX_DIGITS * 0.4153:
-                raise LimitError(f"the pickle has an integer of over {MAX_DIGITS} digits (byte {position}, MAX_DIGITS)")
+            if opcode == 0x8B and size > position + 5 + length > position + 5 + MAX_DIGITS.now() * 0.4153:
+                raise _too_many_digits(int(length / 0.4153), position)
             position += 1 + width + length
         elif opcode in _LINES:
             odd = odd or opcode in b"gp"
@@ -186,11 +175,9 @@ def scan(buffer: bytes, start: int = 0) -> int:
         elif (
             opcode == 0x72
             and position + 5 <= size
-            and int.from_bytes(buffer[position + 1 : position + 5], "little") > bound
+            and (index := int.from_bytes(buffer[position + 1 : position + 5], "little")) > bound
         ):
-            raise LimitError(
-                f"the pickle memoises at an index over its length + {MAX_MEMO:,} (byte {position}, MAX_MEMO)"
-            )
+            raise _memo_beyond(index, bound, position)
         elif opcode in _FIXED:
             odd = True
             position += 1 + _FIXED[opcode]
@@ -201,7 +188,7 @@ def scan(buffer: bytes, start: int = 0) -> int:
             position += 1
         else:
             raise FormatError(f"no pickle opcode at byte {position}: 0x{opcode:02x}")
-    if odd or loose > nesting.MAX_TUPLES or _may_share(buffer, runs, fetched, put):
+    if odd or loose > MAX_TUPLES.now() or _may_share(buffer, runs, fetched, put):
         nesting.check(_opcodes(buffer, start))
     return position + 1
 
@@ -268,11 +255,22 @@ def _after_lines(buffer: bytes, position: int, bound: int) -> int:
         if newline < 0:
             raise CutOffError(f"the pickle is cut off in the line at byte {end}")
         text, end = buffer[end:newline], newline + 1
-    if opcode == ord("p") and not (text.isdigit() and len(text) < 12 and int(text) <= bound):
-        raise LimitError(f"the pickle memoises at an index over its length + {MAX_MEMO:,} (byte {position}, MAX_MEMO)")
-    if opcode in b"IL" and len(text) > MAX_DIGITS:
-        raise LimitError(f"the pickle has an integer of over {MAX_DIGITS} digits (byte {position}, MAX_DIGITS)")
+    if opcode == ord("p") and not (text.isdigit() and len(text) < 12):
+        raise LimitError(f"the pickle memoises at no index that there can be (byte {position}, MAX_MEMO)")
+    if opcode == ord("p") and int(text) > bound:
+        raise _memo_beyond(int(text), bound, position)
+    if opcode in b"IL" and len(text) > MAX_DIGITS.now():
+        raise _too_many_digits(len(text), position)
     return end
+
+
+def _memo_beyond(index: int, bound: int, position: int) -> LimitError:
+    more = index - (bound - MAX_MEMO.now())
+    return MAX_MEMO.passed(f"the pickle memoises at an index {more:,} beyond its length (byte {position})", more)
+
+
+def _too_many_digits(count: int, position: int) -> LimitError:
+    return MAX_DIGITS.passed(f"the pickle has an integer of some {count:,} digits (byte {position})")
 
 
 class _Machine:
@@ -282,13 +280,14 @@ class _Machine:
         self.builders = builders
         self.persistent_load = persistent_load
         self.found: dict[tuple[str, str], Any] = {}
+        self.most = MAX_GLOBALS.now()
 
     def find_class(self, module: str, qualname: str) -> Any:
         name = (module, qualname)
         found = self.found.get(name)
         if found is None:
-            if len(self.found) >= MAX_GLOBALS:
-                raise LimitError(f"the pickle names over {MAX_GLOBALS:,} classes and functions (MAX_GLOBALS)")
+            if len(self.found) >= self.most:
+                raise MAX_GLOBALS.passed("the pickle names too many classes and functions")
             if name in self.builders:
                 found = Builder(module, qualname, self.builders[name])
             elif name in _GETATTR:

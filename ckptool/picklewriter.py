@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from ckptool.errors import LimitError, UnsupportedError
+from ckptool.errors import UnsupportedError
+from ckptool.limits import MAX_DEPTH
 from ckptool.pickles import Builder
-from ckptool.tree import MAX_DEPTH, Global, Leaf, PyObject, brief
+from ckptool.tree import Global, Leaf, PyObject, brief
 
 
 class Hole:
@@ -52,7 +53,8 @@ def dump(
     """
     writer = _Writer(reduce, persistent_id)
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, 8 * MAX_DEPTH))  # at most five frames per container, none of them C's
+    frames = min(8 * MAX_DEPTH.now(), (1 << 31) - 1)  # at most five per container, none of them C's
+    sys.setrecursionlimit(max(limit, frames))
     try:
         writer.save(top)
     finally:
@@ -89,6 +91,7 @@ class _Writer:
         self.kept: list[Any] = []
         self.count = 0
         self.depth = 0
+        self.deepest = MAX_DEPTH.now()
 
     def save(self, node: Any) -> None:
         kind = type(node)
@@ -108,8 +111,8 @@ class _Writer:
             self.get(self.memo[id(node)])
         else:
             self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise LimitError(f"containers are nested over {MAX_DEPTH} deep (MAX_DEPTH)")
+            if self.depth > self.deepest:
+                raise MAX_DEPTH.passed("containers are nested too deep")
             self.save_once(node, kind)
             self.depth -= 1
 

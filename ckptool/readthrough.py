@@ -11,6 +11,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -258,7 +259,8 @@ def _together(
         except BaseException as error:  # to be raised where it was called from
             events.put(error)
 
-    running = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    # Each in a context of its own: the limits that hold here.
+    running = [threading.Thread(target=copy_context().run, args=(work,), daemon=True) for _ in range(threads)]
     try:
         for thread in running:
             thread.start()

@@ -12,9 +12,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptool.checkpoint import MAX_DIMS, MAX_NUMEL, Extras, Opaque, Storage, TensorInfo, is_countable
+from ckptool.checkpoint import Extras, Opaque, Storage, TensorInfo, is_countable
 from ckptool.dtypes import BY_STORAGE, DTYPES, nbytes_of
 from ckptool.errors import FormatError, UnsupportedError
+from ckptool.limits import MAX_DIMS, MAX_NUMEL
 from ckptool.tree import Global, PyObject, brief, ordered_dict
 
 if TYPE_CHECKING:  # a file without a pickle is read without what reads and writes them

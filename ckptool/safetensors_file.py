@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ckptool import aliases, flat
 from ckptool.checkpoint import Span, TensorInfo
 from ckptool.dtypes import DTYPES
-from ckptool.errors import LimitError, LossError, listed
+from ckptool.errors import LossError, listed
 from ckptool.files import Files
+from ckptool.limits import MAX_HEADER
 
 if TYPE_CHECKING:
     from ckptool.outputs import Output
-
-MAX_HEADER = 100_000_000
-"""Bytes of JSON: the reference library's own limit."""
 
 
 def refuse(tensors: Mapping[str, TensorInfo]) -> None:
@@ -65,10 +63,8 @@ def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], like: 
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": ranges[name]}
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8 if like is None else (like - 8 - len(encoded)) % CLONED)
-    if len(encoded) > MAX_HEADER:
-        raise LimitError(
-            f"the header would have {len(encoded):,} bytes, over safetensors' limit of {MAX_HEADER:,} (MAX_HEADER)"
-        )
+    if len(encoded) > MAX_HEADER.now():
+        raise MAX_HEADER.passed(f"the header would have {len(encoded):,} bytes, more than safetensors itself reads")
     return len(encoded).to_bytes(8, "little") + encoded, position
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptool import pickles
-from ckptool.errors import FormatError, LimitError
+from ckptool.errors import FormatError
 from ckptool.files import File
+from ckptool.limits import MAX_PICKLE
 
 FIRST = 1 << 16
 """Bytes of the first attempt at a pickle whose length nobody has written down; doubled until it is whole."""
@@ -25,17 +26,19 @@ class PickleStream:
 
     def raw_pickle(self) -> bytes:
         """Returns the bytes of the pickle that begins here, and moves behind it."""
-        want = FIRST
+        left = max(0, self.end - self.position)
+        most = MAX_PICKLE.now()
+        want = min(FIRST, most)
         while True:
-            data = self.file.read(self.position, max(0, min(want, self.end - self.position)))
+            data = self.file.read(self.position, min(want, left))
             try:
                 stop = pickles.scan(data)
             except pickles.CutOffError as error:
-                if want > pickles.MAX_PICKLE:
-                    raise LimitError(f"a pickle of over {pickles.MAX_PICKLE:,} bytes (MAX_PICKLE)") from error
-                if self.position + len(data) >= self.end:
+                if len(data) == left:
                     raise FormatError(f"the file ends inside the pickle at byte {self.position}") from error
-                want *= 2
+                if want == most:
+                    raise MAX_PICKLE.passed(f"the pickle at byte {self.position} is too long", left) from error
+                want = min(2 * want, most)
                 continue
             self.position += stop
             return data[:stop]

@@ -10,28 +10,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, ClassVar, TypeGuard
 
-from ckptool.errors import FormatError, LimitError, UnsupportedError
+from ckptool.errors import FormatError, UnsupportedError
+from ckptool.limits import MAX_DEPTH, MAX_KEY, MAX_LEVELS, MAX_SHARED, MAX_STEPS
 
 Path = tuple[Any, ...]
 """Steps from the top of a tree: dict keys as they are (int keys stay int), list positions, attribute names."""
-
-MAX_DEPTH = 2_000
-"""Containers inside containers. torch.load itself gives up near there, and paths as long as that cost their square."""
-
-MAX_SHARED = 500_000
-"""Nodes one walk may see again, beyond four times those it saw once: memoised pickles share subtrees 2^n-fold."""
-
-MAX_STEPS = 50_000_000
-"""Steps in all paths of one walk: its memory, if they are kept. A million keys with Adam have 32 million."""
-
-MAX_KEY = 1 << 16
-"""Characters of a key: one memoised name can be every one of 2,000 steps that a key is put together from."""
-
-MAX_KEYS = 1 << 28
-"""Characters of all keys that are put together from names above them: a million keys have 100 million."""
-
-MAX_LEVELS = 200
-"""Levels (dots) of a key. What is summed up below every prefix costs their square; real keys have under 20."""
 
 LONG = 4096
 """Characters of a path that are shown."""
@@ -281,6 +264,7 @@ def walk(
     if not isinstance(top, inner) or (closed and closed(top)):
         return
     seen = again = steps = 0
+    deepest, most_shared, most_steps = MAX_DEPTH.now(), MAX_SHARED.now(), MAX_STEPS.now()
     trail: list[tuple[Path, int, Iterator[tuple[Any, Any]], bool]] = [((), id(top), below(top), False)]
     on_trail, entered = {id(top)}, {id(top)}
     while trail:
@@ -290,10 +274,10 @@ def walk(
             seen += 1
             again += known
             steps += depth
-            if again > MAX_SHARED + 4 * (seen - again):
-                raise LimitError(f"the tree meets shared nodes again over {MAX_SHARED:,} times (MAX_SHARED)")
-            if steps > MAX_STEPS:
-                raise LimitError(f"the paths in the tree have over {MAX_STEPS:,} steps (MAX_STEPS)")
+            if again > most_shared + 4 * (seen - again):
+                raise MAX_SHARED.passed("the tree meets shared nodes again too often")
+            if steps > most_steps:
+                raise MAX_STEPS.passed("the paths in the tree have too many steps")
             here = (*path, step)
             yield here, node
             if isinstance(node, Leaf) and (not inside or node.is_closed):
@@ -303,8 +287,8 @@ def walk(
             before = id(node) in entered
             if before and inside:
                 continue
-            if depth >= MAX_DEPTH:
-                raise LimitError(f"its containers are nested over {MAX_DEPTH:,} deep (MAX_DEPTH)")
+            if depth >= deepest:
+                raise MAX_DEPTH.passed("its containers are nested too deep")
             entered.add(id(node))
             on_trail.add(id(node))
             trail.append((here, id(node), below(node), known or before))
@@ -430,7 +414,7 @@ def key_text(step: object) -> str:
         return step
     if isinstance(step, PyObject):
         if _as_bytes(step) is not None:
-            return brief(_as_bytes(step), MAX_KEY)
+            return brief(_as_bytes(step), MAX_KEY.now())
         if step.qualname == "scalar" and len(step.args) == 2 and step.module.startswith("numpy."):
             return _numpy_text(*step.args) or brief(step)
         if not step.called and len(step.args) == 1 and isinstance(step.args[0], str):
@@ -452,10 +436,16 @@ def path_text(path: Path) -> str:
 
 def refuse_key(key: str, url: str | None = None) -> None:
     """Raises LimitError for a key that is longer, or has more levels, than any work with all of its prefixes bears."""
-    if len(key) > MAX_KEY:
-        raise LimitError(f"a key has over {MAX_KEY:,} characters (MAX_KEY)", url)
-    if key.count(".") > MAX_LEVELS:
-        raise LimitError(f"a key has over {MAX_LEVELS:,} levels (MAX_LEVELS)", url)
+    if len(key) > MAX_KEY.now():
+        raise MAX_KEY.passed(f"a key has {len(key):,} characters", len(key), url)
+    levels = key.count(".")
+    if levels > MAX_LEVELS.now():
+        raise MAX_LEVELS.passed(f"a key has {levels:,} levels", levels, url)
+
+
+def least_to_refuse() -> int:
+    """Returns the characters that a key has at least if `refuse_key` refuses it."""
+    return min(MAX_KEY.now(), MAX_LEVELS.now()) + 1
 
 
 def _as_bytes(node: object) -> bytes | None:
@@ -479,7 +469,7 @@ def _numpy_text(dtype: object, data: object) -> str | None:
     if name.startswith("U"):
         return raw.decode("utf-32-be" if big else "utf-32-le", "replace").rstrip("\0")
     if name.startswith("S"):
-        return brief(raw.rstrip(b"\0"), MAX_KEY)
+        return brief(raw.rstrip(b"\0"), MAX_KEY.now())
     if name[:1] in ("i", "u") and len(raw) <= 8:
         return str(int.from_bytes(raw, "big" if big else "little", signed=name[0] == "i"))
     return None

@@ -18,20 +18,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ckptool.checkpoint import Span
-from ckptool.errors import FormatError, LimitError, UnsupportedError
+from ckptool.errors import FormatError, UnsupportedError
 from ckptool.files import File
+from ckptool.limits import MAX_DIRECTORY, MAX_RATIO, MAX_RECORDS, Limit
 
 TAIL = 1 << 16
 """Bytes read from the end at once: enough for the end records and the directory of some 700 members."""
-
-MAX_DIRECTORY = 1 << 30
-"""Bytes of one central directory. A million tensors take 70 MB."""
-
-MAX_RECORDS = 10_000_000
-"""Members of one archive, each some 500 bytes of memory. A million tensors with Adam have 4 million."""
-
-MAX_RATIO = 32
-"""How much smaller than itself a member read into memory may be stored. Pickles of torch deflate 4 to 10 fold."""
 
 SMALL = 1 << 20
 """Bytes that `MAX_RATIO` does not count."""
@@ -56,10 +48,10 @@ def read_directory(file: File) -> dict[str, Member]:
     for encryption, split archives, and other methods than stored and deflate.
     """
     start, size, count = _find_directory(file)
-    if size > MAX_DIRECTORY:
-        raise LimitError(f"its zip directory claims {size:,} bytes, over {MAX_DIRECTORY:,} (MAX_DIRECTORY)", file.path)
-    if count > MAX_RECORDS:
-        raise LimitError(f"its zip directory claims {count:,} members, over {MAX_RECORDS:,} (MAX_RECORDS)", file.path)
+    if size > MAX_DIRECTORY.now():
+        raise MAX_DIRECTORY.passed(f"its zip directory claims {size:,} bytes", size, file.path)
+    if count > MAX_RECORDS.now():
+        raise MAX_RECORDS.passed(f"its zip directory claims {count:,} members", count, file.path)
     data = file.read(start, size)
     members: dict[str, Member] = {}
     position = last = 0
@@ -159,16 +151,18 @@ def _zip64(extra: bytes, usize: int, packed: int, offset: int, path: str) -> tup
     raise FormatError("a zip directory entry lacks its zip64 sizes", path)
 
 
-def read_small(file: File, members: Mapping[str, Member], name: str, limit: int, called: str) -> bytes | None:
-    """Returns the content of a small member, None if absent. Raises: LimitError past the ``limit`` so ``called``."""
+def read_small(file: File, members: Mapping[str, Member], name: str, limit: Limit) -> bytes | None:
+    """Returns the content of a small member, None if absent. Raises: LimitError past the ``limit`` of its bytes."""
     from ckptool.files import Files
 
     member = members.get(name)
     if member is None:
         return None
-    if member.span.nbytes > limit:
-        raise LimitError(f"{name} has {member.span.nbytes:,} bytes, over {limit:,} ({called})", file.path)
-    if member.span.member == "deflated" and member.span.nbytes > SMALL + MAX_RATIO * member.span.packed:
-        raise LimitError(f"{name} inflates to over {MAX_RATIO} times its size in the file (MAX_RATIO)", file.path)
+    nbytes, packed = member.span.nbytes, member.span.packed
+    if nbytes > limit.now():
+        raise limit.passed(f"{name} has {nbytes:,} bytes", nbytes, file.path)
+    if member.span.member == "deflated" and nbytes > SMALL + MAX_RATIO.now() * packed:
+        times = -((SMALL - nbytes) // max(packed, 1))
+        raise MAX_RATIO.passed(f"{name} inflates to {times:,} times its size in the file", times, file.path)
     with Files() as files:
         return files.read(member.span)

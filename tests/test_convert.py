@@ -996,7 +996,7 @@ def test_a_size_that_is_none_is_one_line(text: str, refused: Callable[..., str],
      ("3T", 3 * 10**12), ("1KiB", 1024), ("10B", 10)],
 )  # fmt: skip
 def test_a_size_is_read_as_huggingface_writes_it(text: str, nbytes: int) -> None:
-    from ckptool.cli.convert import size
+    from ckptool.cli.options import size
 
     assert size(text) == nbytes
 

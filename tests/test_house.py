@@ -19,7 +19,7 @@ PACKAGE = Path(ckptool.formats.__file__).parents[1]
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 FLOORS = {
-    "errors": 0, "dtypes": 0,
+    "errors": 0, "dtypes": 0, "limits": 0,
     "tree": 1, "checkpoint": 1, "modules": 1, "roots": 1, "keys": 1, "optimizers": 1, "aliases": 1, "moments": 1,
     "pickles": 2, "picklewriter": 2, "rebuild": 2, "files": 2, "zips": 2, "zipwriter": 2, "layout": 2,
     "streams": 2, "data": 2, "values": 2, "real": 2, "flat": 2, "nesting": 2, "safetensors_file": 2, "casts": 2,

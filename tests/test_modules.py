@@ -14,7 +14,7 @@ import torch
 from oracles import FIXTURES, assert_same_tensors
 from torch import nn
 
-from ckptool import modules
+from ckptool import limits, modules
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
 from ckptool.errors import LimitError
@@ -177,7 +177,7 @@ def test_a_module_that_contains_itself_is_stopped() -> None:
 
 
 def test_a_bomb_of_shared_modules_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modules, "MAX_MODULES", 5_000)
+    monkeypatch.setattr(limits.MAX_MODULES, "figure", 5_000)
     node: Any = Global.named("m", "Leaf")()
     node.state = {"_parameters": {}, "_modules": {}}
     for _ in range(40):

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from oracles import CANARY, assert_identical
 
-from ckptool import pickles, picklewriter
+from ckptool import limits, pickles, picklewriter
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
-from ckptool.tree import MAX_DEPTH, Global, PyObject, as_mapping
+from ckptool.tree import Global, PyObject, as_mapping
 
 
 def read(data: bytes, **options: Any) -> Any:
@@ -130,9 +130,10 @@ def test_deeply_nested_containers_are_written_or_refused_and_never_crash() -> No
     def nested(depth: int) -> bytes:
         return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
 
-    assert len(rewritten(nested(MAX_DEPTH - 1))) > 2 * MAX_DEPTH
+    deepest = limits.MAX_DEPTH.figure
+    assert len(rewritten(nested(deepest - 1))) > 2 * deepest
     with pytest.raises(LimitError, match="MAX_DEPTH"):
-        rewritten(nested(MAX_DEPTH + 5))
+        rewritten(nested(deepest + 5))
     with pytest.raises(LimitError, match="MAX_DEPTH"):
         read(nested(200_000))
 
@@ -325,7 +326,7 @@ def test_negative_lengths_are_errors(opcode: bytes) -> None:
 
 
 def test_too_many_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickles, "MAX_GLOBALS", 20)
+    monkeypatch.setattr(limits.MAX_GLOBALS, "figure", 20)
     data = frames(b"(", *(f"cm\nC{i}\n".encode() for i in range(30)), b"l")
     with pytest.raises(LimitError, match="MAX_GLOBALS"):
         read(data)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ckptool import tree
+from ckptool import limits, tree
 from ckptool.errors import FormatError, LimitError, UnsupportedError
 from ckptool.tree import Global, PyObject, as_mapping, attributes, children, ordered_dict, replaced, walk
 
@@ -109,7 +109,7 @@ def test_shared_nodes_are_seen_at_each_of_their_places() -> None:
 
 
 def test_a_memoised_bomb_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "MAX_SHARED", 10_000)
+    monkeypatch.setattr(limits.MAX_SHARED, "figure", 10_000)
     bomb: list[Any] = []
     for _ in range(60):  # 2^60 leaves
         bomb = [bomb, bomb]
@@ -118,7 +118,7 @@ def test_a_memoised_bomb_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_shared_a_few_times_may_be_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "MAX_SHARED", 100)
+    monkeypatch.setattr(limits.MAX_SHARED, "figure", 100)
     shared = list(range(10_000))
     assert len(list(walk([shared] * 4))) == 1 + 4 + 4 * 10_000
     with pytest.raises(LimitError, match="MAX_SHARED"):
@@ -137,7 +137,7 @@ def test_inside_a_walk_gives_all_that_a_pickle_would_hold_once() -> None:
 
 
 def test_paths_of_a_walk_have_a_bounded_length_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "MAX_STEPS", 1_000)
+    monkeypatch.setattr(limits.MAX_STEPS, "figure", 1_000)
     with pytest.raises(LimitError, match="MAX_STEPS"):
         list(walk({"a": {"b": {"c": list(range(400))}}}))
 
@@ -160,7 +160,7 @@ def test_a_large_value_is_said_in_few_words() -> None:
 
 def test_deep_trees_end_in_an_error_of_ours() -> None:
     deep: list[Any] = []
-    for _ in range(tree.MAX_DEPTH + 5):
+    for _ in range(limits.MAX_DEPTH.figure + 5):
         deep = [deep]
     with pytest.raises(LimitError, match="MAX_DEPTH"):
         list(walk(deep))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptool import zips
+from ckptool import limits, zips
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 from ckptool.files import File, Files
 
@@ -178,16 +178,17 @@ def test_any_byte_changed_it_is_read_or_an_error_of_ours(listed: Listed) -> None
 
 
 def test_an_absurd_directory_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch, listed: Listed) -> None:
-    monkeypatch.setattr(zips, "MAX_DIRECTORY", 100)
+    monkeypatch.setattr(limits.MAX_DIRECTORY, "figure", 100)
     with pytest.raises(LimitError, match="MAX_DIRECTORY"):
         listed(archive(CONTENT))
 
 
-def test_small_records_are_read_whole_and_large_ones_refused(tmp_path: Path) -> None:
+def test_small_records_are_read_whole_and_large_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.zip").write_bytes(archive(CONTENT, zipfile.ZIP_DEFLATED))
     with File(str(tmp_path / "a.zip")) as file:
         members = zips.read_directory(file)
-        assert zips.read_small(file, members, "r/data.pkl", 10, "MAX") == b"pickle"
-        assert zips.read_small(file, members, "r/none", 10, "MAX") is None
-        with pytest.raises(LimitError, match=r"over 100 .MAX"):
-            zips.read_small(file, members, "r/data/0", 100, "MAX")
+        assert zips.read_small(file, members, "r/data.pkl", limits.MAX_PICKLE) == b"pickle"
+        assert zips.read_small(file, members, "r/none", limits.MAX_PICKLE) is None
+        monkeypatch.setattr(limits.MAX_PICKLE, "figure", 100)
+        with pytest.raises(LimitError, match=r"over MAX_PICKLE, 100 "):
+            zips.read_small(file, members, "r/data/0", limits.MAX_PICKLE)

@@ -45,12 +45,29 @@ class Commands(click.Group):
             context_settings={"help_option_names": ["-h", "--help"]},
         )  # fmt: skip
         made.command(cmd_name, cls=getattr(module, "COMMAND", None))(module.command)
-        self.add_command(typer.main.get_command(made), cmd_name)
+        found = typer.main.get_command(made)
+        found.params.append(_limit())
+        self.add_command(found, cmd_name)
         return self.commands[cmd_name]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _limit() -> click.Option:
+    """Returns the option that every command has, since every command reads checkpoints."""
+
+    def limit(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
+        if given:
+            from ckptool.cli import options
+
+            ctx.with_resource(options.limited(given))
+
+    return click.Option(
+        ["--limit"], multiple=True, expose_value=False, callback=limit, metavar="NAME=FIGURE",
+        help="Read beyond a limit that an error named, such as MAX_PICKLE=2GB.",
+    )  # fmt: skip
 
 
 @click.group(

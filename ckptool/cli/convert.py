@@ -52,7 +52,9 @@ def command(
         raise UsageError("--keep goes with --dtype")
     if to is not None and to not in saving.FORMATS:
         raise UsageError(f"no format {to!r} can be written; there are {', '.join(saving.FORMATS)}")
-    limit = size(max_shard_size)
+    limit = options.size(max_shard_size)
+    if limit < 1:
+        raise UsageError(f"{max_shard_size!r} leaves no room for a tensor")
     tags = options.tags(map_location)
     places = [(source, output if output is not None else beside(source, str(to))) for source in inputs]
     if len({os.path.realpath(place) for _, place in places}) < len(places):
@@ -99,22 +101,6 @@ def command(
         state = " (dry run), about" if dry_run else ","
         render.show([f"{len(reports)} converted{state} {render.size(sum(report.nbytes for report in reports))}"])
     return 0
-
-
-def size(text: str) -> int:
-    """Returns the bytes that ``5GB``, ``500 MB``, ``2GiB`` or a number means. Raises: UsageError.
-
-    >>> size("5GB"), size("2GiB"), size("1000")
-    (5000000000, 2147483648, 1000)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or (match[3] and not match[2]):
-        raise UsageError(f"{text!r} is no size such as 5GB, 500MB or 2GiB")
-    power = " KMGT".index(match[2].upper() or " ")
-    nbytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    if nbytes < 1:
-        raise UsageError(f"{text!r} leaves no room for a tensor")
-    return nbytes
 
 
 def beside(source: str, to: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated
 
 import typer
 
+import ckptool
 from ckptool import saving
 from ckptool.checkpoint import Checkpoint
 from ckptool.cli.progress import bar
@@ -54,6 +57,31 @@ def written(
             checkpoint, output, to=to, force=force, in_place=in_place, map_location=map_location, verify=verify,
             fsync=fsync, progress=progress,
         )  # fmt: skip
+
+
+def size(text: str) -> int:
+    """Returns the bytes that ``5GB``, ``500 MB``, ``2GiB`` or a number means. Raises: UsageError.
+
+    >>> size("5GB"), size("2GiB"), size("1000")
+    (5000000000, 2147483648, 1000)
+    """
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise UsageError(f"{text!r} is no size such as 5GB, 500MB or 2GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    unit = (1024 if match[3] else 1000) ** power
+    return int(match[1]) * unit if match[1].isdecimal() else int(float(match[1]) * unit)
+
+
+def limited(given: Iterable[str]) -> AbstractContextManager[None]:
+    """Returns the limits that the texts of ``--limit`` set, to be held while all is read. Raises: UsageError."""
+    figures = {}
+    for text in given:
+        name, _, figure = text.partition("=")
+        if not figure:
+            raise UsageError(f"--limit takes NAME=FIGURE, such as MAX_PICKLE=2GB, not {text!r}")
+        figures[name] = size(figure)
+    return ckptool.limited(**figures)
 
 
 def tags(text: str | None) -> str | dict[str, str] | None:

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckptool import aliases, flat, safetensors_file
 from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo, contiguous_stride, is_countable
 from ckptool.dtypes import BY_SAFETENSORS
-from ckptool.errors import FormatError, LimitError, UnsupportedError, listed
+from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.files import File, Files
-from ckptool.safetensors_file import MAX_HEADER
+from ckptool.limits import MAX_HEADER, MAX_NESTING
 from ckptool.tree import brief
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)
-
-MAX_NESTING = 127
-"""Objects and arrays inside one another in a header, the outermost counted: the limit of the library's parser."""
 
 _SPACE = b" \t\r\n"
 
@@ -46,7 +43,7 @@ def matches(file: File) -> bool:
         return False
     head = file.read(0, min(file.size, 64))
     text = head[8:].lstrip(_SPACE)
-    if not text and (nbytes := min(int.from_bytes(head[:8], "little"), file.size - 8)) <= MAX_HEADER:
+    if not text and (nbytes := min(int.from_bytes(head[:8], "little"), file.size - 8)) <= MAX_HEADER.now():
         text = file.read(8, nbytes).lstrip(_SPACE)
     return text[:1] == b"{"
 
@@ -54,10 +51,8 @@ def matches(file: File) -> bool:
 def read(file: File) -> Checkpoint:
     """Returns the checkpoint; reads the header only. Raises: FormatError, LimitError, UnsupportedError."""
     header_size = int.from_bytes(file.read(0, 8), "little")
-    if header_size > MAX_HEADER:
-        raise LimitError(
-            f"its header claims {header_size:,} bytes, over safetensors' limit of {MAX_HEADER:,} (MAX_HEADER)"
-        )
+    if header_size > MAX_HEADER.now():
+        raise MAX_HEADER.passed(f"its header claims {header_size:,} bytes, more than safetensors itself would read")
     start = 8 + header_size
     if start > file.size:
         raise FormatError(f"its header claims {header_size} bytes of a file of {file.size}: a truncated download?")

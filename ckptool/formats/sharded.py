@@ -21,7 +21,6 @@ from ckptool.checkpoint import Checkpoint, TensorInfo
 from ckptool.errors import (
     CkptoolError,
     FormatError,
-    LimitError,
     OutputError,
     UnreadableError,
     UnsupportedError,
@@ -32,12 +31,10 @@ from ckptool.errors import (
 from ckptool.files import File, Files, names_in
 from ckptool.layout import MapLocation
 from ckptool.leftovers import held, leftovers, locked, sweep
+from ckptool.limits import MAX_INDEX
 from ckptool.outputs import EXISTS, Output, commit_set
 
 NAME = "hf-sharded"
-
-MAX_INDEX = 200_000_000
-"""Bytes of an index. A million tensors take 100 MB."""
 
 INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json$")
 
@@ -195,8 +192,8 @@ def read(file: File, open_: Open) -> Checkpoint:
 
 
 def _index(file: File) -> dict[str, Any]:
-    if file.size > MAX_INDEX:
-        raise LimitError(f"an index of {file.size:,} bytes, over {MAX_INDEX:,} (MAX_INDEX)", file.path)
+    if file.size > MAX_INDEX.now():
+        raise MAX_INDEX.passed(f"an index of {file.size:,} bytes", file.size, file.path)
     try:
         index = json.loads(file.read(0, file.size))
     except RecursionError as error:

@@ -16,18 +16,16 @@ import tarfile
 from typing import Any
 
 from ckptool import rebuild
-from ckptool.checkpoint import MAX_DIMS, Checkpoint, Storage, TensorInfo
-from ckptool.errors import FormatError, LimitError
+from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
+from ckptool.errors import FormatError
 from ckptool.files import File
+from ckptool.limits import MAX_DIMS, MAX_TAR_ITEMS
 from ckptool.streams import PickleStream
 from ckptool.tree import Global, brief
 
 NAME = "torch-tar"
 
 MEMBERS = ("storages", "tensors", "pickle")
-
-MAX_ITEMS = 10_000_000
-"""Storages or tensors one archive may count: as many as a zip may have records."""
 
 
 def matches(file: File) -> bool:
@@ -112,8 +110,8 @@ def _count(stream: PickleStream) -> int:
     count = stream.pickle()
     if type(count) is not int or count < 0:
         raise FormatError(f"a count reads {brief(count)}")
-    if count > MAX_ITEMS:
-        raise LimitError(f"it counts {count:,} items, over {MAX_ITEMS:,} (MAX_ITEMS)")
+    if count > MAX_TAR_ITEMS.now():
+        raise MAX_TAR_ITEMS.passed(f"it counts {count:,} items", count)
     return count
 
 

@@ -21,6 +21,7 @@ from ckptool.checkpoint import Checkpoint, Span, Storage
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.files import File, Files
+from ckptool.limits import MAX_BYTEORDER, MAX_PICKLE
 from ckptool.tree import brief, path_text
 from ckptool.zips import Member, is_zip, read_directory, read_small
 
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 
 NAME = "torch-zip"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar")
-
-MAX_BYTEORDER = 16
-"""Bytes of the record that says "little" or "big"."""
 
 
 def matches(file: File) -> bool:
@@ -51,7 +49,7 @@ def read(file: File) -> Checkpoint:
     root = next(iter(members), "").split("/", 1)[0]
     _refuse_neighbours(file, root, members)
     prefix = f"{root}/data/"
-    order = read_small(file, members, f"{root}/byteorder", MAX_BYTEORDER, "MAX_BYTEORDER")
+    order = read_small(file, members, f"{root}/byteorder", MAX_BYTEORDER)
     if order not in (None, b"little", b"big"):
         raise FormatError(f"its byteorder record reads {order!r}", file.path)
     byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
@@ -85,7 +83,7 @@ def read(file: File) -> Checkpoint:
             raise UnsupportedError(f"the storage {key!r} is used under two types: {storage.dtype} and {dtype}")
         return storage
 
-    pickled = read_small(file, members, f"{root}/data.pkl", pickles.MAX_PICKLE, "MAX_PICKLE") or b""
+    pickled = read_small(file, members, f"{root}/data.pkl", MAX_PICKLE) or b""
     pickles.scan(pickled)
     tree, names = pickles.load(pickled, builders=rebuild.builders, persistent_load=persistent_load)
     return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=names)

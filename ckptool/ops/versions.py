@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ckptool.modules import MAX_DEPTH
+from ckptool.limits import MAX_MODULE_DEPTH
 from ckptool.tree import PyObject, as_mapping
 
 Moves = dict[str, list[str]]
@@ -100,8 +100,8 @@ def _found(path: str, known: Mapping[str, list[str]]) -> tuple[int, list[str]]:
     """Returns (how sure that is: 0 by its keys, 1 by the module above, 2 not at all; the new paths of a module)."""
     if path in known:
         return 0, known[path]
-    above, rest = path, ""
-    while above and rest.count(".") < MAX_DEPTH:
+    above, rest, deepest = path, "", MAX_MODULE_DEPTH.now()
+    while above and rest.count(".") < deepest:
         above, _, last = above.rpartition(".")
         rest = f"{last}.{rest}" if rest else last
         if above in known:
@@ -123,7 +123,8 @@ def _moves(pairs: Iterable[tuple[str, str]]) -> Moves:
         above_old, _, leaf = old.rpartition(".")
         above_new, _, new_leaf = new.rpartition(".")
         (sure if leaf == new_leaf or above_old == above_new else unsure)[above_old, above_new] = None
-    trail = [pair for pair in sure if pair[0].count(".") < MAX_DEPTH]
+    deepest = MAX_MODULE_DEPTH.now()
+    trail = [pair for pair in sure if pair[0].count(".") < deepest]
     while trail:
         old, new = trail.pop()
         above_old, _, leaf = old.rpartition(".")
