@@ -72,7 +72,7 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 """The packages of others that a command line may need; of them and of Python's own modules, what `ALLOWED` imports."""
 
 BEGIN = "cli cli.app cli.render cli.signals errors click contextlib dataclasses re signal typing"
-CORE = f"{BEGIN} typer checkpoint dtypes keys modules optimizers tree cli.progress fnmatch math"
+CORE = f"{BEGIN} typer limits contextvars checkpoint dtypes keys modules optimizers tree cli.progress fnmatch math"
 READ = f"{CORE} api files formats roots nesting pickles rebuild zips array bisect errno struct zlib _pickle"
 WRITE = f"{READ} aliases casts cli.options data layout leftovers outputs picklewriter saving zipwriter fcntl json mmap"
 SAFETENSORS = "aliases flat formats.safetensors formats.torch_legacy formats.torch_zip safetensors_file streams json"
