@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 
 class Other(NamedTuple):
-    """Something to measure against: its name in the table, the packages it needs, and its command."""
+    """Something to measure against: its name in the table, the packages it needs, its command, whether it writes."""
 
     name: str
     needs: tuple[str, ...]
     command: list[str]
+    writes: bool = False
 
 
 def python(name: str, code: str, *arguments: Path | str, needs: Sequence[str] = ("torch",)) -> Other:
@@ -29,7 +30,8 @@ def system(name: str, *command: object) -> Other:
 def copy(source: Path, output: Path, *flags: str, sync: bool = True) -> Other:
     """The limit of a job that writes: a copy that is on disk when it ends, as ckptool's is."""
     script = f'cp {" ".join(flags)} "$0" "$1"' + (' && sync "$1"' if sync else "")
-    return system(" ".join(["cp", *flags, *(["+ sync"] if sync else [])]), "sh", "-c", script, source, output)
+    name = " ".join(["cp", *flags, *(["+ sync"] if sync else [])])
+    return system(name, "sh", "-c", script, source, output)._replace(writes=True)
 
 
 PASS = python("python -c pass", "pass", needs=())
