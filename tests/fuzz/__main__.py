@@ -1,9 +1,10 @@
-"""``python -m tests.fuzz [--seconds 60] [--every] [--keep DIR] [FILE ...]``: hunts for bytes that break a promise.
+"""``python -m tests.fuzz [--seconds 60] [--every [KIND ...]] [--keep DIR] [FILE ...]``: hunts for broken promises.
 
 Atheris (libFuzzer for Python) changes the inputs of ``corpus/`` and keeps those that reach new lines of ckptool; every
 one is held against `judge`. Exit 1 and the input as ``crash-...`` in the current directory if one breaks a promise.
-``--keep`` writes what reached new lines to a directory; ``--every`` changes every byte of every sample in turn instead,
-which takes some minutes. With files it only tells what becomes of each. Give a crash a name in ``corpus/``:
+``--keep`` writes what reached new lines to a directory; ``--every`` changes every byte of the samples (of all
+kinds, or of those that follow) in turn instead, which takes minutes for each. With files it only tells what becomes of
+each. Give a crash a name in ``corpus/``:
 ``tests/test_broken.py`` holds every input there, on every run of the tests.
 """
 
@@ -70,16 +71,16 @@ def replay(paths: list[str]) -> int:
     return wrong
 
 
-def every() -> int:
-    """Holds every sample with every byte changed in four ways; returns how many of them break a promise."""
+def every(kinds: list[str]) -> int:
+    """Holds samples (all, if none is named) with every byte changed in four ways; returns how many break a promise."""
     from tests.fuzz import samples
     from tests.fuzz.judge import Wrong
 
     wrong = 0
     here = Path.cwd()
     with workplace() as place:
-        for kind, make in samples.SAMPLES.items():
-            data = make()
+        for kind in kinds or samples.SAMPLES:
+            data = samples.SAMPLES[kind]()
             for position, value in enumerate(data):
                 for new in {0, 0xFF, value ^ 1, value ^ 0x80} - {value}:
                     changed = data[:position] + bytes([new]) + data[position + 1 :]
@@ -119,14 +120,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=str(__doc__))
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="0: another one each time")
-    parser.add_argument("--every", action="store_true")
+    parser.add_argument("--every", nargs="*", metavar="KIND", help="zip deflated legacy tar ...")
     parser.add_argument("--keep", metavar="DIR")
     parser.add_argument("files", nargs="*")
     options = parser.parse_args()
     if options.files:
         return min(replay(options.files), 1)
-    if options.every:
-        return min(every(), 1)
+    if options.every is not None:
+        return min(every(options.every), 1)
     fuzz(options.seconds, options.seed, options.keep)
     return 0
 
