@@ -264,13 +264,17 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-@lru_cache(maxsize=4096)
+FORMS = 256
+"""Forms of tensors that are remembered. Large numbers may share a hash: then each is compared with so many others."""
+
+
+@lru_cache(FORMS)
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Returns the bytes of so many elements. Few shapes are met often."""
     return dtypes.nbytes_of(dtype, prod(shape))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(FORMS)
 def _packed_nbytes(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Returns the bytes of a view that lies in C order without gaps, -1 for any other. Few forms are met often."""
     numel = prod(shape)

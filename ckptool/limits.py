@@ -73,6 +73,9 @@ MAX_PICKLE = Limit("MAX_PICKLE", 1 << 30)
 MAX_GLOBALS = Limit("MAX_GLOBALS", 100_000)
 """Distinct classes and functions one pickle may name. A whole-model pickle names some hundred."""
 
+MAX_NAME = Limit("MAX_NAME", 1_000)
+"""Characters of the name of one class or function, its module included. Real ones have under 200."""
+
 MAX_MEMO = Limit("MAX_MEMO", 1 << 16)
 """By how much a memo index may pass the pickle's length: a PUT takes bytes, and the machine has room for all below."""
 
@@ -84,6 +87,12 @@ MAX_TUPLES = Limit("MAX_TUPLES", 500, raisable=False)
 
 MAX_TUPLE_ITEMS = Limit("MAX_TUPLE_ITEMS", 10_000_000)
 """Items of one tuple, and of all keys together, shared ones counted at each place: a second of hashing."""
+
+MAX_WIDE = Limit("MAX_WIDE", 5_000)
+"""Integers of eight bytes and more in one pickle: thousands can have one hash, and a dict compares them all."""
+
+MAX_TUPLE_KEYS = Limit("MAX_TUPLE_KEYS", 5_000)
+"""Tuples that are keys, in a pickle whose numbers may have one hash: -1 and -2 have, and 20 of them make a million."""
 
 # --- trees and keys --------------------------------------------------------------------------------------------------
 

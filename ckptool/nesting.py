@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ckptool.limits import MAX_TUPLE_ITEMS, MAX_TUPLES
+from ckptool.limits import MAX_TUPLE_ITEMS, MAX_TUPLE_KEYS, MAX_TUPLES
 
 Size = tuple[int, int]
 """Of a value: items, shared ones counted at each place, and how many tuples are inside one another."""
@@ -36,8 +36,10 @@ _POPS = {**dict.fromkeys(b"ab", (1, 0)), **dict.fromkeys(b"RQ\x81\x93", (2, 1)),
 _NOTHING = frozenset(b"\x80\x95.")
 
 
-def check(opcodes: Iterable[tuple[int, int]]) -> None:
+def check(opcodes: Iterable[tuple[int, int]], alike: bool = False) -> None:
     """Raises LimitError if tuples nest, or multiply, more than hashing can bear; ``opcodes`` come with memo indices.
+
+    With ``alike`` there are numbers of one hash, so that many tuples may have one too: fewer of them may be keys.
 
     Follows the machine's stack, marks and memo with the size of each value alone. Where the machine would find too
     little on its stack it ends, as the machine will. Cost: about 0.5 us per opcode.
@@ -45,7 +47,8 @@ def check(opcodes: Iterable[tuple[int, int]]) -> None:
     stack: list[Size] = []
     marked: list[list[Size]] = []
     memo: dict[int, Size] = {}
-    hashed = 0
+    hashed = tuples = 0
+    fewest = MAX_TUPLE_KEYS.now()
     deepest, most = MAX_TUPLES.now(), MAX_TUPLE_ITEMS.now()
     try:
         for opcode, index in opcodes:
@@ -88,6 +91,9 @@ def check(opcodes: Iterable[tuple[int, int]]) -> None:
             elif opcode not in _NOTHING:
                 stack.append(_ATOM)
             hashed += sum(size for size, _ in keys)
+            tuples += sum(depth > 0 for _, depth in keys)
+            if alike and tuples > fewest:
+                raise MAX_TUPLE_KEYS.passed("too many tuples are keys, of numbers that may have one hash")
             if hashed > most:
                 raise MAX_TUPLE_ITEMS.passed("its keys have too many items, shared ones counted each time")
     except IndexError:

@@ -22,7 +22,7 @@ from typing import Any
 
 from ckptool import nesting, tree
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
-from ckptool.limits import MAX_DIGITS, MAX_GLOBALS, MAX_MEMO, MAX_TUPLES
+from ckptool.limits import MAX_DIGITS, MAX_GLOBALS, MAX_MEMO, MAX_NAME, MAX_TUPLES, MAX_WIDE
 from ckptool.tree import Global
 
 Builders = Mapping[tuple[str, str], Callable[..., Any]]
@@ -76,6 +76,12 @@ MANY = 10_000
 Real pickles have a handful of those. The pattern for it takes 8 ms to make, as long as so many looks, and is then 15
 times as fast.
 """
+
+WIDE = 8
+"""Bytes of an integer from which on two may have one hash: below they are their own, but for -1 and -2."""
+
+_MINUS_TWO = b"J\xfe\xff\xff\xff", b"G\xc0" + bytes(7)
+"""The one small number that shares its hash, with -1, where a run may hide it."""
 
 _NUMBER = rb"(?:K.|M..|J....|[N\x88\x89]|G.{8})"
 _TUPLE = rb"[\x85-\x87t]"
@@ -134,7 +140,7 @@ def scan(buffer: bytes, start: int = 0) -> int:
     match = _run(put).match
     runs = array("Q")
     fetched: set[bytes] = set()
-    met, many, loose, loosened, odd = 0, MANY, 0, 0, False
+    met, many, loose, loosened, wide, negative, odd = 0, MANY, 0, 0, 0, 0, False
     position = start
     while True:
         if position < size and (matched := match(buffer, position)) and (end := matched.end()) > position:
@@ -163,9 +169,15 @@ def scan(buffer: bytes, start: int = 0) -> int:
             if opcode == 0x8B and size > position + 5 + length > position + 5 + MAX_DIGITS.now() * 0.4153:
                 raise _too_many_digits(int(length / 0.4153), position)
             position += 1 + width + length
+            if opcode in b"\x8a\x8b":
+                wide += length >= WIDE
+                negative += buffer[position - 1 : position] >= b"\x80"
         elif opcode in _LINES:
             odd = odd or opcode in b"gp"
-            position = _after_lines(buffer, position, bound)
+            begin, position = position, _after_lines(buffer, position, bound)
+            if opcode in b"FIL":
+                wide += position - begin > 2 * WIDE
+                negative += buffer[begin + 1 : begin + 2] == b"-"
         elif opcode in _REFUSED:
             raise UnsupportedError(f"the pickle uses {_REFUSED[opcode]} (byte {position}), which reaches outside it")
         elif opcode in b"t\x85\x86\x87":
@@ -188,8 +200,11 @@ def scan(buffer: bytes, start: int = 0) -> int:
             position += 1
         else:
             raise FormatError(f"no pickle opcode at byte {position}: 0x{opcode:02x}")
-    if odd or loose > MAX_TUPLES.now() or _may_share(buffer, runs, fetched, put):
-        nesting.check(_opcodes(buffer, start))
+    if wide > MAX_WIDE.now():
+        raise MAX_WIDE.passed(f"the pickle has {wide:,} integers of {WIDE} bytes and more", wide)
+    alike = wide > 1 or negative > 1 or any(two in buffer for two in _MINUS_TWO)
+    if odd or alike or loose > MAX_TUPLES.now() or _may_share(buffer, runs, fetched, put):
+        nesting.check(_opcodes(buffer, start), alike)
     return position + 1
 
 
@@ -280,7 +295,7 @@ class _Machine:
         self.builders = builders
         self.persistent_load = persistent_load
         self.found: dict[tuple[str, str], Any] = {}
-        self.most = MAX_GLOBALS.now()
+        self.most, self.longest = MAX_GLOBALS.now(), MAX_NAME.now()
 
     def find_class(self, module: str, qualname: str) -> Any:
         name = (module, qualname)
@@ -288,6 +303,8 @@ class _Machine:
         if found is None:
             if len(self.found) >= self.most:
                 raise MAX_GLOBALS.passed("the pickle names too many classes and functions")
+            if (length := len(module) + len(qualname)) > self.longest:
+                raise MAX_NAME.passed(f"a class or function has a name of {length:,} characters", length)
             if name in self.builders:
                 found = Builder(module, qualname, self.builders[name])
             elif name in _GETATTR:

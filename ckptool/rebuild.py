@@ -8,11 +8,12 @@ Sources: ``torch/_utils.py``, ``torch/_tensor.py``, ``torch/serialization.py`` a
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptool.checkpoint import Extras, Opaque, Storage, TensorInfo, is_countable
+from ckptool.checkpoint import FORMS, Extras, Opaque, Storage, TensorInfo, is_countable
 from ckptool.dtypes import BY_STORAGE, DTYPES, nbytes_of
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.limits import MAX_DIMS, MAX_NUMEL
@@ -69,7 +70,11 @@ def strided(
         shape, stride = _ints(shape, "shape"), _ints(stride, "stride")
     if type(offset) is not int or not _INT.issuperset(map(type, shape + stride)):
         raise _wrong_view(shape, stride, offset)
-    shape, stride = _within(dtype, shape, stride, offset, storage.nbytes)
+    if max(shape + stride, default=0) < _UNALIKE:
+        shape, stride = _within(dtype, shape, stride, offset, storage.nbytes)
+    else:
+        _within.__wrapped__(dtype, shape, stride, offset, storage.nbytes)
+        stride = tuple(step if step < _UNALIKE else 1 for step in stride)  # of a dimension of 1, or of no elements
     extras = None
     if isinstance(meta, dict) and (meta.get("conj") or meta.get("neg")):
         extras = Extras(conj=bool(meta.get("conj")), neg=bool(meta.get("neg")))
@@ -78,8 +83,11 @@ def strided(
 
 _INT = frozenset({int})
 
+_UNALIKE = sys.hash_info.modulus
+"""Integers from which on several have one hash: as keys, thousands of them would all be compared with each other."""
 
-@lru_cache(maxsize=4096)
+
+@lru_cache(FORMS)
 def _within(
     dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, nbytes: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

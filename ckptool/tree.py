@@ -41,7 +41,7 @@ class Global(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> PyObject:
         made: PyObject = object.__new__(cls)  # type: ignore[arg-type]
         made.args, made.kwargs, made.called = args, kwargs, True
-        made.state = made.items = made.mapping = made.maker = None
+        made.state = made.items = made.mapping = made.maker = made.pairs = None
         return made
 
     def __setattr__(cls, name: str, value: object) -> None:
@@ -59,9 +59,10 @@ class PyObject(metaclass=Global):
     ``__setstate__`` or ``__dict__``. ``items``: what was appended. ``mapping``: what was set by key, so an
     OrderedDict is a PyObject whose mapping is its content and whose state may hold ``_metadata``.
     ``maker``: the object that was called to make it, where that is no class or function by name.
+    ``pairs``: what `as_mapping` has made of a list of pairs, and of how many.
     """
 
-    __slots__ = ("args", "called", "items", "kwargs", "maker", "mapping", "state")
+    __slots__ = ("args", "called", "items", "kwargs", "maker", "mapping", "pairs", "state")
     __hash__ = object.__hash__
 
     module: ClassVar[str]
@@ -73,6 +74,7 @@ class PyObject(metaclass=Global):
     items: list[Any] | None
     mapping: dict[Any, Any] | None
     maker: PyObject | None
+    pairs: tuple[int, dict[Any, Any]] | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PyObject:
         made = cls(*args, **kwargs)  # type(cls).__call__
@@ -129,7 +131,7 @@ class PyObject(metaclass=Global):
         """Returns the same object with another state."""
         made: PyObject = object.__new__(type(self))
         made.args, made.kwargs, made.called, made.maker = self.args, self.kwargs, self.called, self.maker
-        made.items, made.mapping, made.state = self.items, self.mapping, state
+        made.items, made.mapping, made.state, made.pairs = self.items, self.mapping, state, None
         return made
 
     def __repr__(self) -> str:
@@ -164,9 +166,18 @@ def as_mapping(node: object) -> dict[Any, Any] | None:
     content = node.args[-1] if node.args else {}
     if isinstance(content, dict):
         return content
-    if isinstance(content, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in content):
-        return dict(content) if not any(isinstance(name, _NO_KEYS) for name, _ in content) else {}
-    return {}
+    if not isinstance(content, list):
+        return {}
+    if node.pairs is None or node.pairs[0] != len(content):  # made once: many places of a tree may share it
+        node.pairs = len(content), _dict_of(content)
+    return node.pairs[1]
+
+
+def _dict_of(pairs: list[Any]) -> dict[Any, Any]:
+    """Returns the dict that a list of pairs makes; an empty one if it is none."""
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        return {}
+    return {} if any(isinstance(name, _NO_KEYS) for name, _ in pairs) else dict(pairs)
 
 
 _NO_KEYS = (dict, list, set, bytearray, tuple)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -225,7 +226,7 @@ def test_what_is_scanned_fast_nests_no_tuples_whatever_the_opcodes(many: int, mo
     for opcode in b"t\x85\x86\x87":
         watched(opcode, lambda value: seen.update(depth=max(seen["depth"], depth(value))))
     followed = nesting.check
-    monkeypatch.setattr(nesting, "check", lambda opcodes: (seen.update(followed=True), followed(opcodes)))
+    monkeypatch.setattr(nesting, "check", lambda opcodes, _: (seen.update(followed=True), followed(opcodes)))
     monkeypatch.setattr(limits.MAX_TUPLES, "figure", 4)
     monkeypatch.setattr(pickles, "MANY", many)
     chance, counts = random.Random(1), collections.Counter[str]()
@@ -547,6 +548,62 @@ def test_whole_models_in_a_list_pass_through_unchanged(saved: Saved) -> None:
     changed = {key: dataclasses.replace(value, requires_grad=False) for key, value in opened.state_dict().items()}
     with pytest.raises(UnsupportedError, match=r"saved\.pth: cannot change 'weight' inside a Linear: .*--root"):
         opened.with_state_dict(changed)
+
+
+# --- hashes and names ------------------------------------------------------------------------------------------------
+
+MODULUS = sys.hash_info.modulus
+
+
+def tuples_of(one: bytes, other: bytes) -> bytes:
+    return b"".join(b"(" + b"".join(items) + b"tN" for items in itertools.product((one, other), repeat=15))
+
+
+def strides_of_one_hash() -> bytes:
+    steps = [number(1 + times * MODULUS) for times in range(4)]
+    puts = b"".join(step + b"q%c0" % (16 + at) for at, step in enumerate(steps))
+    gets = itertools.islice(itertools.product([b"h%c" % (16 + at) for at in range(4)], repeat=7), 16_000)
+    ones = b"(" + b"K\x01" * 7 + b"t"
+    views = (
+        text(f"w{at}") + tensor(shape=ones, stride=b"(" + b"".join(stride) + b"t") for at, stride in enumerate(gets)
+    )
+    return puts + mapping(*views)
+
+
+ALIKE = {
+    "integers": mapping(text("w"), tensor(), *(number(at * MODULUS) + b"N" for at in range(1, 60_001))),
+    "a set of integers": (
+        b"\x8f(" + b"".join(number(at * MODULUS) for at in range(1, 60_001)) + b"\x900" + mapping(text("w"), tensor())
+    ),
+    "tuples of -1 and -2": mapping(text("w"), tensor(), tuples_of(b"J\xff\xff\xff\xff", b"J\xfe\xff\xff\xff")),
+    "tuples of -1 and -2 out of the memo": (
+        b"J\xff\xff\xff\xffq\x050J\xfe\xff\xff\xffq\x060" + mapping(text("w"), tensor(), tuples_of(b"h\x05", b"h\x06"))
+    ),
+    "names of names": (
+        b"c__builtin__\ngetattr\nq\x00" + b"h\x00" * 3000 + b"cA\nB\n" + text("a" * 2000) + b"q\x01\x86R"
+        + b"h\x01\x86R" * 3000 + b"q\x020" + mapping(text("w"), tensor())
+    ),
+    "modules of long names": (
+        text("m" * 1_000_000) + b"q\x000" + b"".join(b"h\x00" + text(f"q{at}") + b"\x930" for at in range(1500))
+        + mapping(text("w"), tensor())
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_would_all_be_compared_with_each_other_is_refused(name: str) -> None:
+    with pytest.raises(LimitError, match=r"over MAX_(WIDE|TUPLE_KEYS|NAME), "):
+        ckptool.inspect(archive(ALIKE[name]))
+
+
+def test_strides_of_one_hash_are_looked_at_one_by_one() -> None:
+    assert len(ckptool.inspect(archive(strides_of_one_hash())).tensors) == 16_000
+
+
+def test_a_list_of_pairs_that_many_places_share_is_made_a_dict_of_once() -> None:
+    pairs = b"ccollections\nOrderedDict\n](](K\x01Neq\x01" + b"h\x01" * 60_000 + b"e\x85Rq\x020"
+    shared = mapping(text("w"), tensor(), text("l"), b"](" + b"h\x02" * 20_000 + b"e")
+    assert len(ckptool.inspect(archive(pairs + shared)).tensors) == 1
 
 
 # --- interrupted -----------------------------------------------------------------------------------------------------

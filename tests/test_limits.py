@@ -109,6 +109,11 @@ REACHED: dict[str, tuple[int, Call]] = {
     "MAX_PICKLE of a stream": (
         1 << 16, lambda: looked_at(legacy(b"X\x00\x00\x02\x00" + b"x" * (1 << 17), "tree"))),
     "MAX_GLOBALS": (2, lambda: looked_at(zipped(beside(THING)))),
+    "MAX_NAME": (10, lambda: looked_at(zipped(beside(THING)))),
+    "MAX_WIDE": (1, lambda: looked_at(zipped(beside(b"](" + number(1 << 70) * 2 + b"e")))),
+    "MAX_WIDE in letters": (1, lambda: looked_at(zipped(beside(b"](" + b"L1234567890123456789L\n" * 2 + b"e")))),
+    "MAX_TUPLE_KEYS": (
+        1, lambda: looked_at(zipped(beside(b"}(J\xff\xff\xff\xffJ\xfe\xff\xff\xff\x86NK\x01\x85Nu")))),
     "MAX_MEMO": (20, lambda: looked_at(zipped(beside(b"Nr\x00\x10\x00\x00")))),
     "MAX_MEMO in letters": (20, lambda: looked_at(zipped(beside(b"Np4000\n")))),
     "MAX_TUPLE_ITEMS of a tuple": (20, lambda: looked_at(zipped(beside(b")" + b"2\x86" * 8)))),
