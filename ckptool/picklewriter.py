@@ -110,11 +110,14 @@ class _Writer:
         elif id(node) in self.memo:
             self.get(self.memo[id(node)])
         else:
-            self.depth += 1
-            if self.depth > self.deepest:
-                raise MAX_DEPTH.passed("containers are nested too deep")
+            self.enter()
             self.save_once(node, kind)
             self.depth -= 1
+
+    def enter(self) -> None:
+        self.depth += 1
+        if self.depth > self.deepest:
+            raise MAX_DEPTH.passed("containers are nested too deep")
 
     def save_leaf(self, node: Leaf) -> None:
         index = self.memo.get(id(node))
@@ -130,7 +133,10 @@ class _Writer:
         if len(reduced) == 3:
             self.save_form(*reduced)
         else:
-            self.save_fresh_call(*reduced)
+            function, args = reduced
+            self.enter()
+            self.save_fresh_call(function, args)  # not (*reduced): that call would be one of C's
+            self.depth -= 1
         self.memo[id(node)] = self.count  # the tree keeps it alive
         self.put_index()
 

@@ -9,6 +9,7 @@ Sources: ``torch/_utils.py``, ``torch/_tensor.py``, ``torch/serialization.py`` a
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -364,6 +365,19 @@ def storage_nbytes(dtype: str | None, numel: object) -> int:
         raise FormatError(f"a storage has {brief(numel)} elements")
     packed = dtype is not None and DTYPES[dtype].bits < 8  # torch counts the storages of these in bytes
     return nbytes_of(dtype, numel) if dtype and not packed else numel
+
+
+def makes_closed_leaves(names: Iterable[tuple[str, str]]) -> bool:
+    """Returns whether no tensor can have a tree behind it in a pickle of these names, as in nearly every file."""
+    return all(
+        (module == "torch" and qualname.endswith("Storage")) or (module, qualname) in _WITHOUT_STATE
+        for module, qualname in names
+    )
+
+
+_WITHOUT_STATE = {
+    ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("collections", "OrderedDict"),
+}  # fmt: skip
 
 
 # --- safety ------------------------------------------------------------------------------------------------------

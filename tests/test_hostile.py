@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import FIXTURES, assert_identical, torch_load
+from oracles import FIXTURES, Run, assert_identical, torch_load
 
 import ckptool
 from ckptool import limits, modules, nesting, pickles
@@ -537,6 +537,45 @@ def test_a_key_put_together_from_one_long_name_is_bounded() -> None:
     deep = b"}" + long + b"}h\x01" * 100 + b"](" + tensor() + b"e" + b"s" * 101
     with pytest.raises(LimitError, match="MAX_KEY"):
         use(archive(deep))
+
+
+LONG_CHAIN = 20_000
+
+IN_A_STATE = (
+    b"ctorch._utils\n_rebuild_parameter_with_state\nq\x050" + tensor() + b"q\x060"
+    + mapping(text("w"), b"h\x05(h\x06\x89}" * LONG_CHAIN + b"N" + b"tR" * LONG_CHAIN)
+)  # fmt: skip
+IN_A_KEY = mapping(text("w"), tensor(), MODULE + b"]" * LONG_CHAIN + b"a" * (LONG_CHAIN - 1) + b"b", b"N")
+
+
+@pytest.mark.parametrize("pickled", [IN_A_STATE, IN_A_KEY], ids=["a tensor's state", "a key"])
+def test_what_lies_deep_behind_a_leaf_is_refused_by_every_command_in_one_line(
+    pickled: bytes, refused: Callable[..., str]
+) -> None:
+    path = archive(pickled)
+    said = {
+        refused(*call).strip()
+        for call in (
+            ["inspect", path],
+            ["inspect", "--check", path],
+            ["diff", path, path],
+            ["convert", path, "-o", "out.pth"],
+            ["convert", path, "-o", "out.safetensors"],
+            ["filter", "--match", path, path, "-o", "out.pth"],
+        )
+    }
+    assert len(said) == 1
+    assert f"{path}: its containers are nested too deep: over MAX_DEPTH, 2,000" in said.pop()
+
+
+def test_a_raised_depth_is_written_or_refused_and_never_a_traceback(refused: Callable[..., str], run: Run) -> None:
+    nested = b"]" * LONG_CHAIN + b"a" * (LONG_CHAIN - 1)
+    raised = ["--limit", "MAX_DEPTH=100000", "--limit", "MAX_STEPS=1000000000"]
+    path = archive(mapping(text("w"), tensor(), text("deep"), nested))
+    assert "over MAX_STEPS" in refused("convert", path, "-o", "out.pth", *raised[:2])
+    path = archive(IN_A_STATE, "state.pth")
+    assert run("convert", path, "-o", "out.pth", *raised)[0] == 0
+    assert run("diff", path, "out.pth", *raised)[0] == 0
 
 
 def test_whole_models_in_a_list_pass_through_unchanged(saved: Saved) -> None:

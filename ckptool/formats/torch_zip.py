@@ -85,7 +85,9 @@ def read(file: File) -> Checkpoint:
 
     pickled = read_small(file, members, f"{root}/data.pkl", MAX_PICKLE) or b""
     pickles.scan(pickled)
-    tree, names = pickles.load(pickled, builders=rebuild.builders, persistent_load=persistent_load)
+    tree, names = pickles.load(
+        pickled, builders=rebuild.builders, persistent_load=persistent_load, closed=rebuild.makes_closed_leaves
+    )
     return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=names)
 
 
