@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, assert_identical, assert_same_tensors, bits
+from oracles import FIXTURES, Run, assert_identical, assert_same_tensors, bits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -109,6 +109,14 @@ def test_merged_into_one_file_it_is_the_same(tmp_path: Path) -> None:
     for shard in sorted((FIXTURES / "sharded_bin").glob("*.bin")):
         expected |= torch.load(shard)
     assert_identical(torch.load(tmp_path / "out.pth"), expected)
+
+
+def test_an_index_of_absent_shards_alone_is_incomplete_and_names_them(run: Run, tmp_path: Path) -> None:
+    index = tmp_path / INDEX
+    index.write_text(json.dumps({"weight_map": {"w": "nope"}}))
+    code, out, err = run("inspect", "--json", index)
+    assert (code, json.loads(out)["error"]["kind"]) == (2, "incomplete")
+    assert err == f"ckptool: error: {index}: missing shards: nope, and in them w\n"
 
 
 def test_every_contradiction_is_said_and_only_looking_is_possible(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
     if not tensors:
         from ckptool.ops.diff import no_tensors
 
+        checkpoint.require_whole()  # with every shard missing, that is what to say
         raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
     tied = checkpoint.shared()
     first_of = {key: group[0] for group in tied for key in group[1:]}
