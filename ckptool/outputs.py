@@ -80,7 +80,7 @@ class Output:
             replaced = os.stat(target)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                raise OutputError("exists and is not a regular file", path) from error
+                raise OutputError(f"cannot be written: {explain(error)}", path) from error
         if replaced is not None:
             if not stat.S_ISREG(replaced.st_mode):
                 raise OutputError("exists and is not a regular file", path)

@@ -138,6 +138,14 @@ def test_devices_and_pipes_are_never_replaced(tmp_path: Path) -> None:
             Output(path, force=True)
 
 
+@posix
+def test_what_the_system_says_of_a_name_is_what_is_said(tmp_path: Path) -> None:
+    os.symlink("loop", tmp_path / "loop")
+    for name, words in (("n" * 256, "file name too long"), ("loop", "too many levels of symbolic links")):
+        with pytest.raises(OutputError, match=f"cannot be written: {words}"):
+            Output(str(tmp_path / name), force=True)
+
+
 def test_long_names_can_be_written(tmp_path: Path) -> None:
     put(tmp_path / ("n" * 255), b"x")
     put(tmp_path / ("ü" * 127), b"x")

@@ -384,7 +384,8 @@ def test_only_files_are_replaced(force: list[str], run: Run, source: Path) -> No
         assert code == 2
         assert one_line(err)
         if force:
-            assert "directory" in err if name == "dir.pth" else "not a regular file" in err
+            said = {"dir.pth": "directory", "loop.pth": "too many levels of symbolic links"}
+            assert said.get(name, "not a regular file") in err
     assert "is a file" in run("convert", source, "-o", source, "--to", "sharded", *force)[2]
     assert "is a file" in run("convert", source, "-o", "pipe.pth", "--to", "sharded", *force)[2]
     assert {name: os.lstat(name).st_ino for name in os.listdir()} == before
