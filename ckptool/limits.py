@@ -164,6 +164,12 @@ MAX_EXPANSION = Limit("MAX_EXPANSION", 64)
 MAX_NESTING = 127
 """Objects and arrays inside one another in a safetensors header, the outermost counted: the library's parser's own."""
 
+MAX_TAR_MEMBERS = 1_000
+"""Members of a tar of 2016, headers of headers counted. torch wrote four."""
+
+MAX_PAX = 1 << 12
+"""Bytes of a header that says more of a tar's member: those of Python hold a time, a size and a user's name."""
+
 MAX_DIMS = 1_000
 """Dimensions of a tensor. torch computes with 64 at most."""
 

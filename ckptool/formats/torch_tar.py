@@ -7,25 +7,44 @@
                sizes (int64), strides (int64), offset (int64)]
     pickle     the tree; persistent ids are tensor keys, or (class, source file, source) of a module
 
-Source: ``torch/serialization.py`` (`_legacy_load.legacy_load`).
+Source: ``torch/serialization.py`` (`_legacy_load.legacy_load`). The archive is ustar, with pax headers where Python 3
+wrote a time with fractions or a storage of 8 GB. Its headers are read here and not by ``tarfile``, which reads a header
+of any length whole, takes its square to understand it, and follows headers to headers by recursion.
 """
 
 from __future__ import annotations
 
-import tarfile
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptool import rebuild
 from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
 from ckptool.errors import FormatError
 from ckptool.files import File
-from ckptool.limits import MAX_DIMS, MAX_TAR_ITEMS
+from ckptool.limits import MAX_DIMS, MAX_PAX, MAX_TAR_ITEMS, MAX_TAR_MEMBERS
 from ckptool.streams import PickleStream
 from ckptool.tree import Global, brief
 
 NAME = "torch-tar"
 
 MEMBERS = ("storages", "tensors", "pickle")
+
+BLOCK = 512
+"""Bytes of a header; members begin at multiples of it."""
+
+FILES, WITHOUT_DATA, PAX = b"0\0", b"123456", b"x"
+"""Type flags: files; links, devices, directories and pipes; what is said of the member behind it."""
+
+IGNORED = {b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"comment", b"hdrcharset"}
+"""What a pax header may say besides the size: nothing of it changes which bytes are a member's."""
+
+
+class Header(NamedTuple):
+    """One member's header, as far as it matters here."""
+
+    name: bytes
+    prefix: bytes
+    kind: bytes
+    size: int
 
 
 def matches(file: File) -> bool:
@@ -88,22 +107,103 @@ def read(file: File) -> Checkpoint:
 
 def _places(file: File) -> dict[str, tuple[int, int]]:
     """Returns {member: (begin, end)} in bytes of the file."""
-    try:
-        with tarfile.open(file.path, "r:") as archive:
-            members = [item for item in archive if item.name in MEMBERS]
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise FormatError(f"a tar archive that cannot be read: {error}", file.path) from error
-    found = {item.name: (item.offset_data, item.offset_data + item.size) for item in members}
-    if len(found) < len(members) or not all(item.isreg() and not item.issparse() for item in members):
-        raise FormatError(
-            "a tar archive that readers can take in two ways: a member twice, a link, or sparse", file.path
-        )
+    found: dict[str, tuple[int, int]] = {}
+    at, members = 0, 0
+    pax: dict[bytes, bytes] | None = None
+    while at < file.size:
+        header = _header(file, at)
+        if header is None:
+            break
+        members += 1
+        if members > MAX_TAR_MEMBERS:
+            raise FormatError(f"a tar archive of more than {MAX_TAR_MEMBERS:,} members: not made by torch")
+        size = _size(header, pax)
+        begin, end = at + BLOCK, at + BLOCK + size
+        if end > file.size:
+            raise FormatError(f"the tar member {brief(_text(header.name))} ends behind the end of the file")
+        at = begin + -(-size // BLOCK) * BLOCK
+        if header.kind == PAX:
+            if pax is not None:
+                raise FormatError(f"a tar archive with two pax headers for one member, at byte {begin - BLOCK}")
+            if size > MAX_PAX:
+                raise FormatError(f"a tar archive with a pax header of {size:,} bytes: not made by torch")
+            pax = _pax(file.read(begin, size))
+            continue
+        pax = None
+        name = _text(header.name.rstrip(b"/"))
+        if name not in MEMBERS:
+            continue
+        if name in found or header.prefix or header.kind not in FILES or header.name.endswith(b"/"):
+            raise FormatError("a tar archive that readers can take in two ways: a member twice, a link, or sparse")
+        found[name] = begin, end
+    if pax is not None:
+        raise FormatError("a tar archive that ends behind a pax header")
     for name in MEMBERS:
         if name not in found:
-            raise FormatError(f"a tar archive without the member {name!r}: not made by torch", file.path)
-        if found[name][1] > file.size:
-            raise FormatError(f"the tar member {name!r} ends behind the end of the file", file.path)
+            raise FormatError(f"a tar archive without the member {name!r}: not made by torch")
     return found
+
+
+def _header(file: File, at: int) -> Header | None:
+    """Returns the header that stands at a byte, None at the end of the archive. Raises: FormatError."""
+    data = file.read(at, BLOCK)
+    if not any(data):
+        return None
+    if _number(data[148:156], at) != sum(data) - sum(data[148:156]) + 8 * ord(" "):
+        raise FormatError(f"a tar archive whose header at byte {at} has a wrong checksum")
+    kind = data[156:157]
+    if kind not in FILES + WITHOUT_DATA + PAX:
+        raise FormatError(f"a tar archive with a member of the type {_text(kind)!r}: not made by torch")
+    return Header(_until_zero(data[:100]), _until_zero(data[345:500]), kind, _number(data[124:136], at))
+
+
+def _size(header: Header, pax: dict[bytes, bytes] | None) -> int:
+    """Returns the bytes of a member's data: what the pax header before it says counts."""
+    size = header.size
+    if pax is not None and header.kind != PAX and b"size" in pax:
+        digits = pax[b"size"]
+        if not digits.isdigit() or len(digits) > 19:  # those of 2^63
+            raise FormatError(f"a tar archive whose pax header gives the size {brief(_text(digits))}")
+        size = int(digits)
+    if size and header.kind in WITHOUT_DATA:
+        raise FormatError("a tar archive that readers can take in two ways: a link or directory with data")
+    return size
+
+
+def _pax(data: bytes) -> dict[bytes, bytes]:
+    """Returns what a pax header says: records ``LENGTH KEY=VALUE\\n``, the length being that of the whole record."""
+    said: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(data):
+        length, space, _ = data[at : at + len(str(MAX_PAX)) + 1].partition(b" ")
+        end = at + int(length) if space and length.isdigit() else at
+        record = data[at + len(length) + 1 : end]
+        key, equals, value = record[:-1].partition(b"=")
+        if end > len(data) or not equals or not record.endswith(b"\n"):
+            raise FormatError("a tar archive with a pax header that cannot be understood")
+        if key in said or key not in IGNORED | {b"size"}:
+            raise FormatError(f"a tar archive whose pax header says {brief(_text(key))}: not made by torch")
+        said[key] = value
+        at = end
+    return said
+
+
+def _number(field: bytes, at: int) -> int:
+    """Returns the number in a field: octal digits, or (GNU) a byte 0x80 and a binary number."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = _until_zero(field).strip(b" ")
+    if digits.strip(b"01234567"):
+        raise FormatError(f"a tar archive whose header at byte {at} has {brief(_text(digits))} for a number")
+    return int(digits or b"0", 8)
+
+
+def _until_zero(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
+
+
+def _text(field: bytes) -> str:
+    return field.decode("utf-8", "backslashreplace")
 
 
 def _count(stream: PickleStream) -> int:
