@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="4 GB, 100,000 keys, 5 rounds; needs 13 GB of disk")
     parser.add_argument("--mb", type=int, help="megabytes of the large model (256)")
     parser.add_argument("--keys", type=int, help="keys of the many small tensors (20,000)")
-    parser.add_argument("--rounds", type=int, help="how often everything runs (3)")
+    parser.add_argument("--rounds", type=int, help="how often everything runs (1)")
     parser.add_argument("--dir", help="where the files go: on the disk that matters (the system's temporary one)")
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="do without a package")
     parser.add_argument("--only", default="", metavar="REGEX", help="only jobs whose name or size it is found in")
@@ -112,7 +112,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     nbytes = (arguments.mb or (4000 if arguments.full else 256)) * 10**6
     keys = arguments.keys or (100_000 if arguments.full else 20_000)
-    rounds = arguments.rounds or (5 if arguments.full else 3)
+    rounds = arguments.rounds or (5 if arguments.full else 1)
     packages = versions(["ckptool", "torch", "safetensors", "numpy"], arguments.without)
     missing = {name: f"{name} is not there" for name, version in packages.items() if version is None}
     affinity = getattr(os, "sched_getaffinity", None)
