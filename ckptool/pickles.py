@@ -202,7 +202,7 @@ def scan(buffer: bytes, start: int = 0) -> int:
             raise FormatError(f"no pickle opcode at byte {position}: 0x{opcode:02x}")
     if wide > MAX_WIDE.now():
         raise MAX_WIDE.passed(f"the pickle has {wide:,} integers of {WIDE} bytes and more", wide)
-    alike = wide > 1 or negative > 1 or any(two in buffer for two in _MINUS_TWO)
+    alike = wide > 0 or negative > 0 or any(two in buffer for two in _MINUS_TWO)
     if odd or alike or loose > MAX_TUPLES.now() or _may_share(buffer, runs, fetched, put):
         nesting.check(_opcodes(buffer, start), alike)
     return position + 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ckptool import data
 from ckptool.checkpoint import Storage, TensorInfo
@@ -306,3 +307,12 @@ def tensors_of(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[An
     elif isinstance(tree, (list, tuple)):
         for i, child in enumerate(tree):
             yield from tensors_of(child, (*path, i))
+
+
+def library_takes(path: Path) -> bool:
+    """Whether the reference library opens a safetensors file."""
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (SafetensorError, OSError, UnicodeDecodeError, ValueError):
+        return False

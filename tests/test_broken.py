@@ -18,8 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import FIXTURES, Run
-from safetensors import SafetensorError, safe_open
+from oracles import FIXTURES, Run, library_takes
 
 import ckptool
 from ckptool import formats
@@ -255,14 +254,6 @@ def test_any_tree_reads_as_torch_reads_it(legacy: bool, hold: Callable[[bytes], 
 
 
 # --- safetensors: the library's own answer ---------------------------------------------------------------------------
-
-
-def library_takes(path: Path) -> bool:
-    try:
-        with safe_open(path, "np"):
-            return True
-    except (SafetensorError, OSError, UnicodeDecodeError, ValueError):
-        return False
 
 
 def we_take(path: Path) -> bool:

@@ -618,6 +618,12 @@ ALIKE = {
     "tuples of -1 and -2 out of the memo": (
         b"J\xff\xff\xff\xffq\x050J\xfe\xff\xff\xffq\x060" + mapping(text("w"), tensor(), tuples_of(b"h\x05", b"h\x06"))
     ),
+    "tuples of -1 and a longer -2": (
+        b"J\xff\xff\xff\xffq\x050\x8a\x01\xfeq\x060" + mapping(text("w"), tensor(), tuples_of(b"h\x05", b"h\x06"))
+    ),
+    "tuples of 1 and 2**61": (
+        b"K\x01q\x050" + number(1 << 61) + b"q\x060" + mapping(text("w"), tensor(), tuples_of(b"h\x05", b"h\x06"))
+    ),
     "names of names": (
         b"c__builtin__\ngetattr\nq\x00" + b"h\x00" * 3000 + b"cA\nB\n" + text("a" * 2000) + b"q\x01\x86R"
         + b"h\x01\x86R" * 3000 + b"q\x020" + mapping(text("w"), tensor())

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, assert_same_tensors, bits
-from safetensors import SafetensorError, safe_open
+from oracles import FIXTURES, assert_same_tensors, bits, library_takes
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,14 +30,6 @@ def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
 
 def entry(dtype: str, shape: list[int], begin: int, end: int, **more: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end], **more}
-
-
-def library_takes(path: Path) -> bool:
-    try:
-        with safe_open(path, "np"):
-            return True
-    except (SafetensorError, OSError, UnicodeDecodeError, ValueError):
-        return False
 
 
 def we_take(path: Path) -> bool:
