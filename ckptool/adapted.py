@@ -14,13 +14,12 @@ from dataclasses import replace
 from math import prod
 from typing import IO, TYPE_CHECKING, Any
 
-from ckptool.checkpoint import Derived, Storage, TensorInfo, contiguous_stride
+from ckptool.checkpoint import Derived, Mix, Resample, Run, Storage, TensorInfo, contiguous_stride
 from ckptool.data import Bytes, import_torch
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, UnreadableError, explain
 from ckptool.files import BLOCK
 from ckptool.limits import MAX_LIST
-from ckptool.ops.adapt import Mix, Resample, Run
 
 if TYPE_CHECKING:
     import numpy as np

@@ -106,7 +106,7 @@ def inspect(
         return report
     from ckptool import keys
     from ckptool.contents import look_into
-    from ckptool.ops.check import check as judge
+    from ckptool.findings import check as judge
 
     choose = keys.chooser(include, exclude) if include or exclude else None
     found = look_into(opened, choose, stats=stats, hashes=hashes, check=check, progress=progress)

@@ -98,7 +98,7 @@ class Derived:
 
     ``cast``: the input's, converted to the tensor's dtype. ``copy``: the input's as they are (the shape may
     differ). ``cat``: the inputs', put together along the dimension ``dim``. ``draw``: no inputs; ``args`` is the
-    `ops.init.Draw` that says which numbers, ``shape`` theirs. Any other is an adapter's (``take``, ``mean``,
+    `Draw` that says which numbers, ``shape`` theirs. Any other is an adapter's (``take``, ``mean``,
     ``mix``, ``resample``): values of ``shape`` computed from whole inputs, see `ckptool.adapted`.
     """
 
@@ -113,6 +113,54 @@ class Derived:
     def numel(self) -> int:
         """Returns how many elements there are."""
         return sum(tensor.numel for tensor in self.inputs) if self.shape is None else prod(self.shape)
+
+
+class Run(NamedTuple):
+    """Rows of a ``take``: ``length`` rows of an input from ``first`` on (of an input of one row: that row again).
+
+    ``source`` counts the inputs; -1 is no input but rows of zeros.
+    """
+
+    source: int
+    first: int
+    length: int
+
+
+class Mix(NamedTuple):
+    """What a ``mix`` makes of one dimension: index i is the sum of weight * old index over ``rows[i]``, / divisor."""
+
+    rows: tuple[tuple[tuple[int, float], ...], ...]
+    divisor: float = 1.0
+
+
+class Resample(NamedTuple):
+    """How a ``resample`` interpolates the dimensions ``dims``, as `torch.nn.functional.interpolate` does it."""
+
+    dims: tuple[int, ...]
+    mode: str
+    antialias: bool
+
+
+DrawKind = Literal["constant", "uniform", "normal", "trunc_normal", "orthogonal", "sparse", "dirac", "eye"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The values of one tensor, said completely; ``numbers`` are resolved (gains and fans already in them):
+
+        constant      value               uniform   a, b: from a up to but not b
+        normal        mean, std           trunc_normal   mean, std, a, b
+        orthogonal    gain                sparse    zeros in each column, std of the others
+        dirac         groups              eye
+
+    ``seed`` and ``key`` name the stream of random numbers: the same stream, numbers and shape give the same bytes.
+    """
+
+    kind: DrawKind
+    numbers: tuple[float, ...]
+    shape: tuple[int, ...]
+    seed: int = 0
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

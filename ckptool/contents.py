@@ -20,8 +20,8 @@ from ckptool.checkpoint import Checkpoint, Opaque, Span, Storage, TensorInfo
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError, listed
 from ckptool.files import File, Files
-from ckptool.moments import Moments, PrefixStats, Stats
-from ckptool.ops.check import Finding, not_finite
+from ckptool.findings import Finding, PrefixStats, Stats, not_finite
+from ckptool.moments import Moments
 from ckptool.readthrough import Job, read
 from ckptool.tree import Global, path_text, walk
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ckptool.ops.init import Draw
+    from ckptool.checkpoint import Draw
 
     Floats = NDArray[np.float64]
     Words = NDArray[np.uint64]

@@ -5,33 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What the values of a tensor are like. ``nan`` and ``inf`` are counts; all else is of the finite values.
-
-    ``std`` divides by n - 1, as `torch.std` does, and is None for fewer than two values; ``mean``, ``min``, ``max``
-    and ``abs_max`` are None where there is none. Integers have exact extremes. Of complex numbers it is the absolute
-    values that are told, of booleans 0 and 1.
-    """
-
-    mean: float | None
-    std: float | None
-    min: int | float | None
-    max: int | float | None
-    abs_max: int | float | None
-    zeros: int
-    nan: int
-    inf: int
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixStats:
-    """The statistics of the ``tensors`` below a prefix of whole names, two or more; each tie group counts once."""
-
-    prefix: str
-    tensors: int
-    stats: Stats
+from ckptool.findings import Stats
 
 
 @dataclass(slots=True)

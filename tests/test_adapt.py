@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ckptool.checkpoint import Derived, Extras, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.checkpoint import Derived, Extras, Mix, Opaque, Resample, Run, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.errors import CkptoolError, UnsupportedError, UsageError
-from ckptool.ops.adapt import Adapted, Adapting, Mix, Resample, Run, adapt
+from ckptool.ops.adapt import Adapted, Adapting, adapt
 from ckptool.ops.adapters import ADAPTERS, parse, parse_option, usage
 from ckptool.tree import PyObject
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from ckptool import drawn, quantiles
+from ckptool.checkpoint import Draw
 from ckptool.errors import UnsupportedError
 from ckptool.files import BLOCK
-from ckptool.ops.init import Draw, parse
+from ckptool.ops.init import parse
 
 BIG = (1 << 20,)
 

@@ -87,13 +87,13 @@ RULES = "cli.rulefiles ops.maps ops.remap ops.rules ops.segments ops.steps ops.v
 ALLOWED: dict[str, tuple[list[object], str]] = {
     "--version": (["--version"], "cli"),
     "--help": (["--help"], f"{BEGIN} click._textwrap locale shutil"),
-    "inspect": (["inspect", FULL], f"{READ} {TORCH} cli.inspect ops ops.inspect"),
-    "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} cli.inspect ops ops.inspect json"),
+    "inspect": (["inspect", FULL], f"{READ} {TORCH} cli.inspect ops ops.inspect pickled_names"),
+    "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} cli.inspect ops ops.inspect pickled_names json"),
     "inspect legacy": (
         ["inspect", FIXTURES / "resnet_legacy.pth"],
-        f"{READ} {TORCH} cli.inspect ops ops.inspect streams formats.torch_legacy",
+        f"{READ} {TORCH} cli.inspect ops ops.inspect pickled_names streams formats.torch_legacy",
     ),
-    "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} cli.inspect ops ops.inspect"),
+    "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} cli.inspect ops ops.inspect pickled_names"),
     "diff": (["diff", OLD, FULL], f"{READ} {TORCH} cli.diff ops ops.diff"),
     "diff safetensors": (["diff", SAFE, FULL], f"{READ} {SAFETENSORS} cli.diff ops ops.diff"),
     "filter": (

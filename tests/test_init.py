@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ckptool import drawn
-from ckptool.checkpoint import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.checkpoint import Derived, Draw, Opaque, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.errors import UsageError
 from ckptool.ops import layers
-from ckptool.ops.init import METHODS, Draw, calculate_gain, check_dtype, parse, parse_option, usage
+from ckptool.ops.init import METHODS, calculate_gain, check_dtype, parse, parse_option, usage
 from ckptool.ops.initplan import Made, plan
 from ckptool.ops.presets import PRESETS, described
 from ckptool.tree import PyObject

@@ -18,7 +18,7 @@ from oracles import FIXTURES, Run, Saved
 
 import ckptool
 from ckptool.errors import FormatError
-from ckptool.ops.check import Check
+from ckptool.findings import Check
 
 SOUND = ["resnet_old.pth", "resnet_122.pth", "resnet_new.pth", "resnet_old.safetensors", "resnet_legacy.pth",
          "tied.pth", "views.pth", "dtypes.pth", "dtypes.safetensors", "conj_neg.pth", "big_endian.pth", "deflated.pth",

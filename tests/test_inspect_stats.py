@@ -21,8 +21,9 @@ import ckptool
 from ckptool import kernels, readthrough
 from ckptool.dtypes import DTYPES
 from ckptool.errors import FormatError
+from ckptool.findings import Stats
 from ckptool.kernels import Workspace, count_special, is_measured
-from ckptool.moments import Moments, Stats
+from ckptool.moments import Moments
 from ckptool.readthrough import Job, read
 
 FLOATS = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
@@ -476,7 +477,7 @@ print(*sorted(sys.modules), file=sys.stderr)
     [
         (
             "--flat",
-            {"numpy", "torch", "ckptool.contents", "ckptool.readthrough", "ckptool.moments", "ckptool.ops.check"},
+            {"numpy", "torch", "ckptool.contents", "ckptool.readthrough", "ckptool.moments", "ckptool.findings"},
         ),
         ("--hash", {"numpy", "torch"}),
         ("--stats", {"torch", "rich"}),

@@ -16,8 +16,7 @@ from ckptool.errors import CkptoolError, UsageError
 from ckptool.ops.inspect import Beside, InspectReport, TensorRow, volume
 
 if TYPE_CHECKING:
-    from ckptool.moments import PrefixStats, Stats
-    from ckptool.ops.check import Check
+    from ckptool.findings import Check, PrefixStats, Stats
 
 
 class Order(StrEnum):
@@ -257,7 +256,7 @@ def _figures(stats: "Stats | None") -> list[str]:
 
 def _checked(check: "Check") -> list[str]:
     """Returns the lines about damage: the findings, many of a kind only counted, and what could not be looked at."""
-    from ckptool.ops.check import KINDS
+    from ckptool.findings import KINDS
 
     lines = []
     for kind in KINDS:

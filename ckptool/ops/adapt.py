@@ -12,7 +12,16 @@ from itertools import count as count_from
 from math import prod
 from typing import Any, NamedTuple, NoReturn
 
-from ckptool.checkpoint import Derived, Opaque, Storage, TensorInfo, contiguous_stride
+from ckptool.checkpoint import (
+    Derived,
+    Mix,
+    Opaque,
+    Resample,
+    Run,
+    Storage,
+    TensorInfo,
+    contiguous_stride,
+)
 from ckptool.dtypes import DTYPES
 from ckptool.errors import UnsupportedError, UsageError
 from ckptool.ops import grids, vocabulary
@@ -25,32 +34,6 @@ Read = Callable[[str], Any]
 
 COMPUTED = frozenset({"float64", "float32", "float16", "bfloat16"})
 """Dtypes that are computed with. Any other is copied, or refused."""
-
-
-class Run(NamedTuple):
-    """Rows of a ``take``: ``length`` rows of an input from ``first`` on (of an input of one row: that row again).
-
-    ``source`` counts the inputs; -1 is no input but rows of zeros.
-    """
-
-    source: int
-    first: int
-    length: int
-
-
-class Mix(NamedTuple):
-    """What a ``mix`` makes of one dimension: index i is the sum of weight * old index over ``rows[i]``, / divisor."""
-
-    rows: tuple[tuple[tuple[int, float], ...], ...]
-    divisor: float = 1.0
-
-
-class Resample(NamedTuple):
-    """How a ``resample`` interpolates the dimensions ``dims``, as `torch.nn.functional.interpolate` does it."""
-
-    dims: tuple[int, ...]
-    mode: str
-    antialias: bool
 
 
 class Adapted(NamedTuple):

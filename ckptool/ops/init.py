@@ -11,32 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, isfinite, sqrt
-from typing import Any, Literal
+from typing import Any
 
+from ckptool.checkpoint import Draw, DrawKind
 from ckptool.dtypes import DTYPES
 from ckptool.errors import UsageError
 from ckptool.ops.layers import Shape, fans
-
-Kind = Literal["constant", "uniform", "normal", "trunc_normal", "orthogonal", "sparse", "dirac", "eye"]
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """The values of one tensor, said completely; ``numbers`` are resolved (gains and fans already in them):
-
-        constant      value               uniform   a, b: from a up to but not b
-        normal        mean, std           trunc_normal   mean, std, a, b
-        orthogonal    gain                sparse    zeros in each column, std of the others
-        dirac         groups              eye
-
-    ``seed`` and ``key`` name the stream of random numbers: the same stream, numbers and shape give the same bytes.
-    """
-
-    kind: Kind
-    numbers: tuple[float, ...]
-    shape: Shape
-    seed: int = 0
-    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +202,7 @@ def _check_interval(method: str, args: list[Any], text: str) -> None:
 
 # --- what rules mean for a shape ---------------------------------------------------------------------------------
 
-Resolved = tuple[Kind, tuple[float, ...]]
+Resolved = tuple[DrawKind, tuple[float, ...]]
 
 
 def dims(shape: Shape) -> str:

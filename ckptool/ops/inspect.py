@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 from ckptool import keys as names
-from ckptool import modules, optimizers, rebuild, roots
+from ckptool import modules, optimizers, roots
 from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
 from ckptool.errors import NoTensorsError
+from ckptool.pickled_names import is_needed_for_tensors
 from ckptool.tree import Global, PyObject, as_mapping, attributes, nodes, path_text, walk
 
 if TYPE_CHECKING:  # only a job that reads values needs them
-    from ckptool.moments import PrefixStats, Stats
-    from ckptool.ops.check import Check
+    from ckptool.findings import Check, PrefixStats, Stats
 
 T = TypeVar("T")
 
@@ -162,7 +162,7 @@ def volume(checkpoint: Checkpoint, choose: Callable[[str], bool], *, check: bool
 
 
 def _needed(module: str, name: str) -> bool:
-    return rebuild.is_needed_for_tensors(module, name)
+    return is_needed_for_tensors(module, name)
 
 
 def _module(module: str) -> str:
