@@ -64,7 +64,8 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, legacy:
     import numpy as np
 
     from ckptool import saving
-    from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo
+    from ckptool.core.checkpoint import Checkpoint
+    from ckptool.core.tensor import Span, Storage, TensorInfo
 
     width = 4 if dtype == "float32" else 2
     kept, set_bits = (0x807FFFFF, 0x3F000000) if width == 4 else (0x80FF, 0x3F00)

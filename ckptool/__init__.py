@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         remap,
         save,
     )
-    from ckptool.checkpoint import Checkpoint, TensorInfo
+    from ckptool.core.checkpoint import Checkpoint
+    from ckptool.core.tensor import TensorInfo
     from ckptool.errors import CkptoolError
     from ckptool.ops.rules import Rules
 
@@ -54,7 +55,8 @@ def __getattr__(name: str) -> Any:
     """Returns what the library offers when it is first asked for: `ckptool --version` needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckptool import api, checkpoint, errors
+    from ckptool import api, errors
+    from ckptool.core import checkpoint
 
     places = (api, checkpoint, errors)  # api first: it gives Checkpoint its to_torch
     found = next(getattr(place, name) for place in places if hasattr(place, name))

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ckptool import formats, modules, roots
-from ckptool.checkpoint import Checkpoint, TensorInfo, detached
+from ckptool import formats
+from ckptool.core import modules, roots
+from ckptool.core.checkpoint import Checkpoint, detached
+from ckptool.core.tensor import TensorInfo
+from ckptool.core.tree import Path, children, key_text, ordered_dict, path_text, replaced
 from ckptool.errors import CkptoolError, StrictError, UsageError
 from ckptool.limits import limited
-from ckptool.tree import Path, children, key_text, ordered_dict, path_text, replaced
 
 # Operations and what they need are imported by the functions that use them: a command needs one or two of them.
 if TYPE_CHECKING:
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     from ckptool.ops.diff import DiffReport
     from ckptool.ops.filter import FilterReport
     from ckptool.ops.inspect import InspectReport
-    from ckptool.ops.load_partial import LoadPartialReport
     from ckptool.ops.remap import RemapReport
+    from ckptool.partial.plan import LoadPartialReport
     from ckptool.saving import MapLocation, Progress
 
 
@@ -92,9 +94,9 @@ def inspect(
 
     Reads headers only, unless one of these is asked for, which reads every tensor once, in constant memory, on up to
     four threads: ``stats`` (mean, standard deviation, extremes, zeros, NaN and infinities, of every tensor and below
-    every prefix; see `Stats`), ``hashes`` (sha256 of each tensor and of all; see `ckptool.contents` for what exactly is
-    hashed), ``check`` (damage; see `Finding`). ``include`` and ``exclude`` say of which keys; the report lists all.
-    ``progress`` is told the bytes as they are read.
+    every prefix; see `Stats`), ``hashes`` (sha256 of each tensor and of all; `ckptool.values.contents` says what
+    exactly is hashed), ``check`` (damage; see `Finding`). ``include`` and ``exclude`` say of which keys; the report
+    lists all. ``progress`` is told the bytes as they are read.
 
     Raises: what `open` raises, NoTensorsError; FormatError for unreadable data, which ``check`` reports instead.
     """
@@ -104,9 +106,9 @@ def inspect(
     report = op(opened)
     if not (stats or hashes or check):
         return report
-    from ckptool import keys
-    from ckptool.contents import look_into
-    from ckptool.findings import check as judge
+    from ckptool.core import keys
+    from ckptool.core.findings import check as judge
+    from ckptool.values.contents import look_into
 
     choose = keys.chooser(include, exclude) if include or exclude else None
     found = look_into(opened, choose, stats=stats, hashes=hashes, check=check, progress=progress)
@@ -166,9 +168,9 @@ def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
     """
     from functools import partial
 
-    from ckptool.data import same_bytes
-    from ckptool.files import Files
+    from ckptool.io.source import Files
     from ckptool.ops.remap import invert as op
+    from ckptool.values.blocks import same_bytes
 
     opened = _opened(source)
     opened.require_whole()
@@ -209,10 +211,10 @@ def convert(
     import importlib.util
 
     from ckptool import saving
-    from ckptool.casts import FLOATS
-    from ckptool.dtypes import lookup
+    from ckptool.core.dtypes import lookup
     from ckptool.errors import needs_torch
     from ckptool.ops.convert import convert as op
+    from ckptool.values.codec import FLOATS
 
     opened = source if isinstance(source, Checkpoint) else open(source, root=root)
     prepared, report = op(
@@ -273,7 +275,7 @@ def diff(
     record for an answer where both sides have one. ``progress`` is told, of pairs that were compared, the bytes of
     both sides. Raises: what `open` raises, NoTensorsError.
     """
-    from ckptool.files import Files
+    from ckptool.io.source import Files
     from ckptool.ops import diff as op
 
     first, second = _opened(a), _opened(b)
@@ -284,7 +286,7 @@ def diff(
             first, second, ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b, devices=devices
         )
     from ckptool import saving
-    from ckptool.values import Distance, compare, compare_bytes
+    from ckptool.values.compare import Distance, compare, compare_bytes
 
     with Files(progress) as files:
 
@@ -318,9 +320,9 @@ def filter(
     """
     from functools import partial
 
-    from ckptool.data import same_bytes
-    from ckptool.files import Files
+    from ckptool.io.source import Files
     from ckptool.ops import filter as op
+    from ckptool.values.blocks import same_bytes
 
     opened = [_opened(source) for source in sources]
     target = None if match is None else _opened(match)
@@ -371,12 +373,12 @@ def plan_partial(
     """
     from functools import partial
 
-    from ckptool.adapted import read_object
-    from ckptool.data import same_bytes
-    from ckptool.files import Files
-    from ckptool.keys import chooser
-    from ckptool.ops import adapters
-    from ckptool.ops import load_partial as op
+    from ckptool.core.keys import chooser
+    from ckptool.io.source import Files
+    from ckptool.partial import adapters
+    from ckptool.partial import plan as op
+    from ckptool.values.adapt import read_object
+    from ckptool.values.blocks import same_bytes
 
     if optimizer not in (None, "drop", "remap"):
         raise UsageError(f"optimizer is drop or remap, not {optimizer!r}")
@@ -389,7 +391,7 @@ def plan_partial(
     if isinstance(target, (Checkpoint, str, os.PathLike)):
         into = _opened(target)
     else:
-        from ckptool import live
+        from ckptool.partial import live
 
         given = {} if opened is None else live.offered(opened, strip_prefix, add_prefix)
         into, classes = live.checkpoint_of(target, given), live.classes_of(target)
@@ -436,7 +438,7 @@ def load_partial(
 
     Raises: what `plan_partial` raises, StrictError, DependencyError without torch.
     """
-    from ckptool import live
+    from ckptool.partial import live
 
     live.refuse_no_module(model)
     opened = None if source is None else source if isinstance(source, Checkpoint) else open(source, root=root)
@@ -466,8 +468,8 @@ def _to_torch(self: Checkpoint, map_location: Any = None, *, only_root: bool = F
     and views share memory. An nn.Module whose class was not imported becomes its state_dict.
     Raises: DependencyError without torch; UnsupportedError for a tensor only its own class can rebuild.
     """
-    from ckptool import real
-    from ckptool.files import Files
+    from ckptool.io.source import Files
+    from ckptool.values import torch_bridge as real
 
     self.require_whole()
     tree = self.tree

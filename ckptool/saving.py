@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptool import aliases, formats
-from ckptool.checkpoint import Checkpoint, Opaque, Storage, TensorInfo, is_flat
-from ckptool.data import read_bytes, same_bytes
+from ckptool import formats
+from ckptool.core import aliases
+from ckptool.core.checkpoint import Checkpoint, is_flat
+from ckptool.core.tensor import Opaque, Storage, TensorInfo
+from ckptool.core.tree import nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
-from ckptool.files import File, Files, identity, names_in, same_file
-from ckptool.outputs import EXISTS, Output
-from ckptool.tree import nodes, path_text
+from ckptool.io.output import EXISTS, Output
+from ckptool.io.source import File, Files, identity, names_in, same_file
+from ckptool.values.blocks import read_bytes, same_bytes
 
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
 

@@ -16,12 +16,13 @@ from oracles import bits
 from torch import nn
 from torch.nn import functional
 
-from ckptool import adapted, data
 from ckptool.api import open as open_checkpoint
-from ckptool.checkpoint import TensorInfo
-from ckptool.files import Files
-from ckptool.ops.adapt import adapt
-from ckptool.ops.adapters import parse
+from ckptool.core.tensor import TensorInfo
+from ckptool.io.source import Files
+from ckptool.partial.adapt import adapt
+from ckptool.partial.adapters import parse
+from ckptool.values import adapt as adapted
+from ckptool.values import blocks as data
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ckptool import data
-from ckptool.checkpoint import Storage, TensorInfo
-from ckptool.files import Files
-from ckptool.tree import Global, PyObject, as_mapping, attributes
+from ckptool.core.tensor import Storage, TensorInfo
+from ckptool.core.tree import Global, PyObject, as_mapping, attributes
+from ckptool.io.source import Files
+from ckptool.values import blocks as data
 
 Saved = Callable[..., Path]
 """Saves an object with torch.save; see `conftest.saved`."""

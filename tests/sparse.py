@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.formats import safetensors, torch_zip
 
 ZEROS = bytes(1 << 24)

@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 
-from ckptool.checkpoint import Derived, Extras, Mix, Opaque, Resample, Run, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tensor import (
+    Derived,
+    Extras,
+    Mix,
+    Opaque,
+    Resample,
+    Run,
+    Span,
+    Storage,
+    TensorInfo,
+    contiguous_stride,
+)
+from ckptool.core.tree import PyObject
 from ckptool.errors import CkptoolError, UnsupportedError, UsageError
-from ckptool.ops.adapt import Adapted, Adapting, adapt
-from ckptool.ops.adapters import ADAPTERS, parse, parse_option, usage
-from ckptool.tree import PyObject
+from ckptool.partial.adapt import Adapted, Adapting, adapt
+from ckptool.partial.adapters import ADAPTERS, parse, parse_option, usage
 
 
 def info(*shape: int, dtype: str = "float32", location: str = "cpu", **more: Any) -> TensorInfo:

@@ -18,14 +18,15 @@ from adapting import numbers, plan, real, resized, result, same, theirs
 from oracles import bits
 from safetensors.torch import load_file
 
-from ckptool import adapted, data
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import TensorInfo
+from ckptool.core.tensor import TensorInfo
 from ckptool.errors import DependencyError, FormatError, UnreadableError
-from ckptool.files import BLOCK, Files
-from ckptool.ops.adapt import Adapting, adapt
-from ckptool.ops.adapters import parse
+from ckptool.io.source import BLOCK, Files
+from ckptool.partial.adapt import Adapting, adapt
+from ckptool.partial.adapters import parse
+from ckptool.values import adapt as adapted
+from ckptool.values import blocks as data
 
 # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -316,8 +317,8 @@ class Blocked:
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
 import ckptool
-from ckptool.ops.adapt import adapt
-from ckptool.ops.adapters import parse
+from ckptool.partial.adapt import adapt
+from ckptool.partial.adapters import parse
 source, target = (ckptool.open(name) for name in ("source.pth", "target.pth"))
 old, new = (checkpoint.state_dict()["w"] for checkpoint in (source, target))
 read = lambda path: list(range(len(range((new.shape or ())[0]))))

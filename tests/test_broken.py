@@ -22,7 +22,7 @@ from oracles import FIXTURES, Run, library_takes
 
 import ckptool
 from ckptool import formats
-from ckptool.dtypes import BY_SAFETENSORS
+from ckptool.core.dtypes import BY_SAFETENSORS
 from ckptool.errors import CkptoolError
 from tests.fuzz import judge, samples
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import ckptool
-from ckptool import data
-from ckptool.casts import FLOATS, caster
 from ckptool.errors import FormatError
+from ckptool.values import blocks as data
+from ckptool.values.codec import FLOATS, caster
 
 PAIRS = [(old, new) for old in FLOATS for new in FLOATS if old != new]
 EDGES = [

@@ -13,9 +13,10 @@ from torch import nn
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tree import as_mapping, attributes
 from ckptool.errors import CollisionError, FormatError, UnsupportedError, UsageError
-from ckptool.tree import as_mapping, attributes
 
 Saved = Callable[..., Path]
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptool import outputs
 from ckptool.api import open as open_checkpoint
 from ckptool.api import remap, save
-from ckptool.files import File
-from ckptool.outputs import CLONED, Output
+from ckptool.io import output as outputs
+from ckptool.io.output import CLONED, Output
+from ckptool.io.source import File
 
 State = dict[str, torch.Tensor]
 

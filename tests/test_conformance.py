@@ -30,15 +30,17 @@ from oracles import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ckptool import aliases, formats
+from ckptool import formats
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo
-from ckptool.data import read_bytes
+from ckptool.core import aliases
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.errors import FormatError, LossError
-from ckptool.files import Files
 from ckptool.formats import sharded
-from ckptool.outputs import Output
+from ckptool.io.output import Output
+from ckptool.io.source import Files
+from ckptool.values.blocks import read_bytes
 
 TORCH = sorted(
     path.name for path in FIXTURES.iterdir() if path.suffix in (".pth", ".pt", ".ckpt") and path.name != "malicious.pt"

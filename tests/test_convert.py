@@ -26,7 +26,7 @@ from test_samples import GOOD, SAMPLES
 
 import ckptool
 from ckptool.errors import LossError, UsageError
-from ckptool.outputs import Output
+from ckptool.io.output import Output
 
 State = dict[str, torch.Tensor]
 
@@ -1211,7 +1211,7 @@ def test_an_interrupt_leaves_nothing(
 SLOW = """
 import os, sys, time
 from ckptool.cli import main
-from ckptool.outputs import Output
+from ckptool.io.output import Output
 write, told = Output.write, []
 def slow(self, data):
     write(self, data)

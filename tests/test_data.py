@@ -11,13 +11,13 @@ import pytest
 import torch
 from oracles import FIXTURES, bits
 
-from ckptool import data
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import Derived, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tensor import Derived, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.errors import FormatError, OutputError, UnsupportedError
-from ckptool.files import BLOCK, Files
 from ckptool.formats import read
+from ckptool.io.source import BLOCK, Files
+from ckptool.values import blocks as data
 
 Saved = Callable[..., Path]
 

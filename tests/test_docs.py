@@ -10,8 +10,8 @@ import pytest
 
 from ckptool import errors, formats
 from ckptool.cli.app import COMMANDS, app
-from ckptool.ops import adapters, init, presets
 from ckptool.ops.filter import Reason
+from ckptool.partial import adapters, init, presets
 from tests.transcripts import DOCS, FILES, REPOSITORY, rerun, rerun_file
 
 README = (REPOSITORY / "README.md").read_text()

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from ckptool import drawn, quantiles
-from ckptool.checkpoint import Draw
+from ckptool.core.tensor import Draw
 from ckptool.errors import UnsupportedError
-from ckptool.files import BLOCK
-from ckptool.ops.init import parse
+from ckptool.io.source import BLOCK
+from ckptool.partial.init import parse
+from ckptool.values import quantiles
+from ckptool.values import random_init as drawn
 
 BIG = (1 << 20,)
 
@@ -96,8 +97,8 @@ def test_a_wider_dtype_only_has_more_digits() -> None:
 def test_torch_is_not_needed() -> None:
     script = """
 import sys
-from ckptool import drawn
-from ckptool.ops.init import parse
+from ckptool.values import random_init as drawn
+from ckptool.partial.init import parse
 for rule in ("normal", "orthogonal", "sparse(0.1)"):
     list(drawn.blocks(parse(rule).draw((9, 9), 0, "w"), "bfloat16"))
 print("torch" in sys.modules)

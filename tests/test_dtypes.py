@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ckptool.dtypes import BY_SAFETENSORS, BY_STORAGE, DTYPES, lookup, nbytes_of
+from ckptool.core.dtypes import BY_SAFETENSORS, BY_STORAGE, DTYPES, lookup, nbytes_of
 from ckptool.errors import UnsupportedError, UsageError
 
 IN_TORCH = [name for name in DTYPES if not name.startswith("float6_")]

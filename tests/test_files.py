@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ckptool import files
-from ckptool.checkpoint import Span
+from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, UnreadableError
-from ckptool.files import BLOCK, File, Files, same_file
+from ckptool.io import source as files
+from ckptool.io.source import BLOCK, File, Files, same_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions and links of POSIX")
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import ckptool
-from ckptool.checkpoint import Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride
 from ckptool.errors import UsageError
-from ckptool.ops import handover
-from ckptool.ops.handover import Group
+from ckptool.partial import handover
+from ckptool.partial.handover import Group
 
 Saved = Callable[..., Path]
 

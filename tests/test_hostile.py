@@ -24,9 +24,12 @@ import torch
 from oracles import FIXTURES, Run, assert_identical, torch_load
 
 import ckptool
-from ckptool import limits, modules, nesting, pickles
+from ckptool import limits
+from ckptool.core import modules
 from ckptool.errors import CkptoolError, CollisionError, FormatError, LimitError, OutputError, UnsupportedError
-from ckptool.outputs import Output
+from ckptool.io.output import Output
+from ckptool.pickling import guard as nesting
+from ckptool.pickling import load as pickles
 
 Saved = Callable[..., Path]
 
@@ -396,7 +399,7 @@ def test_a_checkpoint_zipped_again_is_read(saved: Saved) -> None:
 
 
 def test_a_model_that_shares_its_parts_2_to_the_n_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptool.tree import Global
+    from ckptool.core.tree import Global
 
     node = Global.named("m", "M")()
     node.state = {"_parameters": {"w": 1}, "_buffers": {}, "_modules": {}}
@@ -658,7 +661,7 @@ def test_a_list_of_pairs_that_many_places_share_is_made_a_dict_of_once() -> None
 def test_a_write_that_is_terminated_leaves_nothing_behind() -> None:
     script = """
 import os, signal, sys
-from ckptool import outputs
+from ckptool.io import output as outputs
 from ckptool.cli import main
 write = outputs.Output.write
 def killed(self, data):

@@ -16,154 +16,194 @@ from oracles import FIXTURES
 import ckptool.formats
 
 PACKAGE = Path(ckptool.formats.__file__).parents[1]
-FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 FLOORS = {
-    "errors": 0, "dtypes": 0, "limits": 0,
-    "tree": 1, "checkpoint": 1, "modules": 1, "roots": 1, "keys": 1, "optimizers": 1, "aliases": 1, "moments": 1,
-    "findings": 1, "pickled_names": 1,
-    "pickles": 2, "picklewriter": 2, "rebuild": 2, "files": 2, "zips": 2, "zipwriter": 2, "layout": 2,
-    "streams": 2, "data": 2, "values": 2, "real": 2, "flat": 2, "nesting": 2, "safetensors_file": 2, "casts": 2,
-    "adapted": 2, "drawn": 2, "quantiles": 2, "live": 2, "kernels": 2, "readthrough": 2, "contents": 2, "gaps": 2,
-    "outputs": 2, "leftovers": 2,
-    "ops": 2, "formats": 3, "saving": 4, "api": 4, "__init__": 4, "cli": 5, "__main__": 5,
+    "errors": 0, "limits": 1, "core": 2, "pickling": 3, "io": 3, "values": 4, "formats": 5, "ops": 5,
+    "partial": 6, "saving": 6, "api": 7, "__init__": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
+"""What a room may see: itself, and all that stands on a lower floor; not its neighbours on its own floor."""
+
+SEES = {"ops": {"errors", "limits", "core", "ops"}}
+"""Rooms that see less than their floor allows."""
 
 HEAVY = {"numpy", "torch", "safetensors"}
-MAY_COMPUTE = {
-    "adapted", "casts", "data", "drawn", "gaps", "kernels", "quantiles", "real", "saving", "values",
-}  # fmt: skip
 
 
-def floor_of(module: str) -> int | None:
-    """The floor of ``ckptool.ops.diff`` is that of ``ops``; of ``ckptool`` itself that of ``__init__``."""
-    inner = module.split(".")[1:] or ["__init__"]
-    return FLOORS.get(inner[0])
+def room_of(module: str) -> str:
+    """The room of ``ckptool.ops.diff`` is ``ops``; that of ``ckptool`` itself ``__init__``."""
+    return [*module.split(".")[1:], "__init__"][0]
 
 
-def name_of(path: Path) -> str:
-    parts = [*path.with_suffix("").parts]
-    return ".".join(["ckptool", *(parts if parts != ["__init__"] else [])]).removesuffix(".__init__")
-
-
-def imports(path: Path) -> list[tuple[str, ast.stmt, bool, bool]]:
-    """Every (module, statement, inside a function, only for the type checker) that a file imports."""
-    return imports_of(PACKAGE, path)
+def files(package: Path) -> list[Path]:
+    return sorted(path.relative_to(package) for path in package.rglob("*.py"))
 
 
 @cache
-def imports_of(package: Path, path: Path) -> list[tuple[str, ast.stmt, bool, bool]]:
+def imports(package: Path, path: Path) -> list[tuple[str, int, bool]]:
+    """Every (module, line, whether only a function or the type checker imports it) of a file."""
 
-    def visit(node: ast.AST, inside: bool, typing: bool) -> Iterator[tuple[str, ast.stmt, bool, bool]]:
+    def visit(node: ast.AST, later: bool) -> Iterator[tuple[str, int, bool]]:
         for child in ast.iter_child_nodes(node):
-            deeper = inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            only = typing or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
             if isinstance(child, ast.Import):
-                for alias in child.names:
-                    yield alias.name, child, inside, typing
+                yield from ((alias.name, child.lineno, later) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, f"{path}: a relative import"
                 module = child.module or ""
                 for alias in child.names:
                     below = package.parent / Path(*module.split("."), alias.name)
                     known = below.with_suffix(".py").exists() or (below / "__init__.py").exists()
-                    yield (f"{module}.{alias.name}" if known else module), child, inside, typing
+                    yield (f"{module}.{alias.name}" if known else module), child.lineno, later
             else:
-                yield from visit(child, deeper, only)
+                typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+                inner = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+                yield from visit(child, later or inner or typing)
 
-    return list(visit(ast.parse((package / path).read_text()), False, False))
-
-
-def ours(path: Path) -> list[str]:
-    return [module for module, _, _, _ in imports(path) if module.split(".")[0] == "ckptool"]
+    return list(visit(ast.parse((package / path).read_text()), False))
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_file_has_a_floor(path: Path) -> None:
-    assert floor_of(name_of(path)) is not None
+def upward_imports(package: Path) -> list[str]:
+    """Every import of a file that its room may not see."""
+    found = []
+    for path in files(package):
+        room = path.parts[0].removesuffix(".py")
+        for module, line, _ in imports(package, path):
+            if module.split(".")[0] != "ckptool":
+                continue
+            other = room_of(module)
+            seen = other == room or FLOORS.get(other, 99) < FLOORS.get(room, -1)
+            if not seen or other not in SEES.get(room, {other}):
+                found.append(f"{path}:{line} imports {module}")
+    return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_file_imports_its_own_floor_or_lower(path: Path) -> None:
-    floor = floor_of(name_of(path))
-    assert floor is not None
-    higher = [module for module in ours(path) if (floor_of(module) or 0) > floor]
-    assert higher == []
+def circles(package: Path) -> list[str]:
+    """Every file from which imports lead back to itself, those inside functions included."""
+    names = {
+        ".".join(["ckptool", *path.with_suffix("").parts]).removesuffix(".__init__"): path for path in files(package)
+    }
+    ways = {
+        name: {module for module, _, _ in imports(package, path) if module in names} for name, path in names.items()
+    }
+    found = []
+    for name in names:
+        seen: set[str] = set()
+        trail = [*ways[name]]
+        while trail:
+            module = trail.pop()
+            if module not in seen:
+                seen.add(module)
+                trail.extend(ways[module])
+        if name in seen:
+            found.append(name)
+    return found
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "ops"], ids=str)
-def test_operations_do_no_input_or_output(path: Path) -> None:
-    banned = {
-        "files", "pickles", "picklewriter", "data", "formats", "values", "real", "zips", "zipwriter", "layout",
-        "streams", "api", "kernels", "readthrough", "contents", "outputs", "leftovers",
-    }  # fmt: skip
-    assert [module for module in ours(path) if module.split(".")[1] in banned] == []
-    outside = {module.split(".")[0] for module, _, _, _ in imports(path)}
-    assert not outside & {"os", "io", "pathlib", "mmap", "json", "pickle", "shutil", *HEAVY}
+def test_a_room_imports_lower_floors_only() -> None:
+    assert upward_imports(PACKAGE) == []
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "formats"], ids=str)
-def test_formats_know_neither_each_other_nor_the_operations(path: Path) -> None:
-    if path.name != "__init__.py":
-        assert [module for module in ours(path) if module.split(".")[1] in ("formats", "ops")] == []
+def test_no_imports_lead_back_to_where_they_began() -> None:
+    # `ckptool` itself gives its names when they are asked for, and the command line asks for them
+    assert [name for name in circles(PACKAGE) if name != "ckptool" and not name.startswith("ckptool.cli")] == []
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "cli"], ids=str)
-def test_the_command_line_speaks_to_the_library_its_reports_and_errors_only(path: Path) -> None:
-    # And to what the library's answers are made of: checkpoints, reports (ops, findings), and how names fold (keys).
-    allowed = {f"ckptool.{name}" for name in ("saving", "checkpoint", "errors", "keys", "findings")} | {"ckptool"}
-    others = {m for m in ours(path) if m not in allowed and not m.startswith(("ckptool.cli", "ckptool.ops"))}
-    assert others == set()
+def test_every_room_has_a_floor_and_is_small() -> None:
+    rooms: dict[str, int] = {}
+    for path in files(PACKAGE):
+        rooms[path.parts[0].removesuffix(".py")] = rooms.get(path.parts[0].removesuffix(".py"), 0) + (
+            path.stem != "__init__"
+        )
+    assert rooms.keys() == FLOORS.keys()
+    assert {name: count for name, count in rooms.items() if count > 12} == {}
+    lengths = {str(path): (PACKAGE / path).read_text().count("\n") for path in files(PACKAGE)}
+    assert {name: lines for name, lines in lengths.items() if lines > 550} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_heavy_libraries_are_imported_inside_functions_of_few_files(path: Path) -> None:
-    for module, _, inside, typing in imports(path):
-        if module.split(".")[0] in HEAVY:
-            assert path.stem in MAY_COMPUTE, f"{path} imports {module}"
-            assert inside or typing, f"{path} imports {module} at the top"
+def test_formats_do_not_see_each_other() -> None:
+    from ckptool import formats
+
+    rows = {Path(f"formats/{name}.py") for name in (*formats.READERS, "npz", "sharded", "unknown")}
+    others = {f"ckptool.formats.{path.stem}" for path in rows} | {"ckptool.formats"}
+    assert [
+        f"{path}:{line} imports {module}"
+        for path in files(PACKAGE)
+        if path.parts[0] == "formats" and path.stem != "__init__"
+        for module, line, _ in imports(PACKAGE, path)
+        if module in others and module != f"ckptool.formats.{path.stem}"
+    ] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_the_terminal_is_known_in_the_command_line_only(path: Path) -> None:
-    used = {module.split(".")[0] for module, _, _, _ in imports(path)}
-    if path.parts[0] != "cli":
-        assert not used & {"typer", "rich", "click"}
+def test_only_values_and_partial_import_numpy_and_torch_and_never_for_those_who_need_none() -> None:
+    found = []
+    for path in files(PACKAGE):
+        for module, line, later in imports(PACKAGE, path):
+            known = path.parts[0] in ("values", "partial") or path.stem in ("saving", "npz")
+            if module.split(".")[0] in HEAVY and not (known and later):
+                found.append(f"{path}:{line} imports {module}")
+    assert found == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_pythons_own_unpickler_is_used_in_one_file(path: Path) -> None:
-    used = {module.split(".")[0] for module, _, _, _ in imports(path)}
-    assert not used & {"pickle", "_pickle", "marshal", "shelve"} or path.stem == "pickles"
+def test_the_terminal_is_known_in_the_command_line_only() -> None:
+    terminal = {"typer", "rich", "click"}
+    assert [
+        f"{path}:{line} imports {module}"
+        for path in files(PACKAGE)
+        if path.parts[0] != "cli"
+        for module, line, _ in imports(PACKAGE, path)
+        if module.split(".")[0] in terminal
+    ] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_no_assertion_stands_on_user_data(path: Path) -> None:
-    tree = ast.parse((PACKAGE / path).read_text())
-    assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)] == []
+def test_operations_do_no_input_or_output() -> None:
+    outside = {"os", "io", "pathlib", "mmap", "json", "pickle", "shutil", *HEAVY}
+    assert [
+        f"{path}:{line} imports {module}"
+        for path in files(PACKAGE)
+        if path.parts[0] == "ops"
+        for module, line, _ in imports(PACKAGE, path)
+        if module.split(".")[0] in outside
+    ] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_nothing_is_evaluated_or_imported_by_a_name_from_a_file(path: Path) -> None:
-    tree = ast.parse((PACKAGE / path).read_text())
-    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert not called & {"eval", "exec", "compile", "__import__", "pickle.loads", "pickle.load"}
-    # the registries of formats and of commands import their own files; and what the user names with --model
-    if path not in (Path("formats/__init__.py"), Path("cli/app.py"), Path("cli/load_partial.py")):
-        assert "importlib.import_module" not in called
+def test_nothing_of_a_file_is_run_and_no_assertion_stands_on_user_data() -> None:
+    found = []
+    for path in files(PACKAGE):
+        tree = ast.parse((PACKAGE / path).read_text())
+        modules = {module.split(".")[0] for module, _, _ in imports(PACKAGE, path)}
+        if modules & {"pickle", "_pickle", "marshal", "shelve"} and path != Path("pickling/load.py"):
+            found.append(f"{path} imports an unpickler of Python's own")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assert):
+                found.append(f"{path}:{node.lineno} asserts")
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                # the registries of formats and of commands import their own files; and what the user names with --model
+                importer = path in (Path("formats/__init__.py"), Path("cli/app.py"), Path("cli/load_partial.py"))
+                if called in {"eval", "exec", "compile", "__import__", "pickle.loads", "pickle.load"} or (
+                    called == "importlib.import_module" and not importer
+                ):
+                    found.append(f"{path}:{node.lineno} calls {called}")
+    assert found == []
 
 
-def test_the_rules_can_be_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "ckptool").mkdir()
-    (tmp_path / "ckptool" / "tree.py").write_text("def f():\n    from ckptool import data\n    import torch.nn\n")
-    (tmp_path / "ckptool" / "data.py").write_text("")
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "ckptool")
-    found = {(module, inside) for module, _, inside, _ in imports(Path("tree.py"))}
-    assert found == {("ckptool.data", True), ("torch.nn", True)}
-    with pytest.raises(AssertionError):
-        test_a_file_imports_its_own_floor_or_lower(Path("tree.py"))
-    with pytest.raises(AssertionError):
-        test_heavy_libraries_are_imported_inside_functions_of_few_files(Path("tree.py"))
+def test_the_rules_can_be_broken(tmp_path: Path) -> None:
+    package = tmp_path / "ckptool"
+    for name, text in {
+        "core/tree.py": "def f():\n    from ckptool.values import blocks\n    import torch.nn\n",
+        "values/blocks.py": "from ckptool.values import adapt\n",
+        "values/adapt.py": "from ckptool.values.blocks import Bytes\n",
+        "ops/diff.py": "from ckptool.io import source\n",
+        "formats/npz.py": "from ckptool.ops import diff\n",
+        "io/source.py": "",
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    assert upward_imports(package) == [
+        "core/tree.py:2 imports ckptool.values.blocks",
+        "formats/npz.py:1 imports ckptool.ops.diff",
+        "ops/diff.py:1 imports ckptool.io.source",
+    ]
+    assert circles(package) == ["ckptool.values.adapt", "ckptool.values.blocks"]
+    assert ("torch.nn", 3, True) in imports(package, Path("core/tree.py"))
 
 
 @pytest.mark.parametrize(

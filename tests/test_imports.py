@@ -72,33 +72,46 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 """The packages of others that a command line may need; of them and of Python's own modules, what `ALLOWED` imports."""
 
 BEGIN = "cli cli.app cli.render cli.signals errors click contextlib dataclasses re signal typing"
-CORE = f"{BEGIN} typer limits contextvars checkpoint dtypes keys modules optimizers tree cli.progress fnmatch math"
-READ = f"{CORE} api files formats roots nesting pickles rebuild zips array bisect errno struct zlib _pickle"
-WRITE = f"{READ} aliases casts cli.options data layout leftovers outputs picklewriter saving zipwriter fcntl json mmap"
-SAFETENSORS = "aliases flat formats.safetensors formats.torch_legacy formats.torch_zip safetensors_file streams json"
+CORE = (
+    f"{BEGIN} typer limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
+    "core.tensor core.tree cli.progress fnmatch math"
+)
+READ = (
+    f"{CORE} api core.roots formats io io.source io.zip_read pickling pickling.guard pickling.load "
+    "pickling.torch_calls array bisect errno struct zlib _pickle"
+)
+WRITE = (
+    f"{READ} cli.options core.aliases formats.layout io.leftovers io.output io.zip_write pickling.dump saving values "
+    "values.blocks values.codec fcntl json mmap"
+)
+SAFETENSORS = (
+    "core.aliases formats.flat formats.safetensors formats.safetensors_file formats.streams formats.torch_legacy "
+    "formats.torch_zip json"
+)
 TORCH = "formats.torch_zip"
 MERGE = "ops ops.diff ops.filter"
+INSPECT = "cli.inspect core.pickled_names ops ops.inspect"
 PARTIAL = (
-    "adapted cli.rulefiles ops.adapt ops.adapters ops.grids ops.handover ops.init ops.initplan ops.layers ops.lineup "
-    "ops.load_partial ops.presets ops.resume ops.vocabulary tempfile"
+    "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "
+    "partial.layers partial.plan partial.presets partial.resume partial.vocabulary values.adapt tempfile"
 )
-RULES = "cli.rulefiles ops.maps ops.remap ops.rules ops.segments ops.steps ops.versions"
+RULES = "core.versions ops.maps ops.remap ops.rules ops.segments ops.steps"
 
 ALLOWED: dict[str, tuple[list[object], str]] = {
     "--version": (["--version"], "cli"),
     "--help": (["--help"], f"{BEGIN} click._textwrap locale shutil"),
-    "inspect": (["inspect", FULL], f"{READ} {TORCH} cli.inspect ops ops.inspect pickled_names"),
-    "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} cli.inspect ops ops.inspect pickled_names json"),
+    "inspect": (["inspect", FULL], f"{READ} {TORCH} {INSPECT}"),
+    "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} {INSPECT} json"),
     "inspect legacy": (
         ["inspect", FIXTURES / "resnet_legacy.pth"],
-        f"{READ} {TORCH} cli.inspect ops ops.inspect pickled_names streams formats.torch_legacy",
+        f"{READ} {TORCH} {INSPECT} formats.streams formats.torch_legacy",
     ),
-    "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} cli.inspect ops ops.inspect pickled_names"),
+    "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} {INSPECT}"),
     "diff": (["diff", OLD, FULL], f"{READ} {TORCH} cli.diff ops ops.diff"),
     "diff safetensors": (["diff", SAFE, FULL], f"{READ} {SAFETENSORS} cli.diff ops ops.diff"),
     "filter": (
         ["filter", "--match", FULL, OLD, "-o", "out.pth"],
-        f"{WRITE} {TORCH} {MERGE} cli.filter cli.gates cli.rows",
+        f"{WRITE} {TORCH} {MERGE} cli.filter cli.plans",
     ),
     "convert": (
         ["convert", SAFE, "-o", "out.pth"],
@@ -107,7 +120,7 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "remap": (["remap", OLD, "--add-prefix", "x.", "-o", "out.pth"], f"{WRITE} {TORCH} {MERGE} {RULES} cli.remap"),
     "load-partial": (
         ["load-partial", OLD, "--into", FULL, "-o", "out.pth"],
-        f"{WRITE} {TORCH} {MERGE} {PARTIAL} cli.load_partial cli.gates cli.rows",
+        f"{WRITE} {TORCH} {MERGE} {PARTIAL} cli.load_partial cli.plans",
     ),
 }
 """Command lines, and what they may import: our modules without ``ckptool.``, and others with all that those import."""

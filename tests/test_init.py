@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from ckptool import drawn
-from ckptool.checkpoint import Derived, Draw, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tensor import Derived, Draw, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tree import PyObject
 from ckptool.errors import UsageError
-from ckptool.ops import layers
-from ckptool.ops.init import METHODS, calculate_gain, check_dtype, parse, parse_option, usage
-from ckptool.ops.initplan import Made, plan
-from ckptool.ops.presets import PRESETS, described
-from ckptool.tree import PyObject
+from ckptool.partial import layers
+from ckptool.partial.init import METHODS, calculate_gain, check_dtype, parse, parse_option, usage
+from ckptool.partial.initplan import Made, plan
+from ckptool.partial.presets import PRESETS, described
+from ckptool.values import random_init as drawn
 
 
 def infos(state: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:

@@ -17,8 +17,8 @@ import torch
 from oracles import FIXTURES, Run, Saved
 
 import ckptool
+from ckptool.core.findings import Check
 from ckptool.errors import FormatError
-from ckptool.findings import Check
 
 SOUND = ["resnet_old.pth", "resnet_122.pth", "resnet_new.pth", "resnet_old.safetensors", "resnet_legacy.pth",
          "tied.pth", "views.pth", "dtypes.pth", "dtypes.safetensors", "conj_neg.pth", "big_endian.pth", "deflated.pth",

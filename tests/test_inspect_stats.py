@@ -18,13 +18,14 @@ import torch
 from oracles import FIXTURES, Run, Saved
 
 import ckptool
-from ckptool import kernels, readthrough
-from ckptool.dtypes import DTYPES
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.findings import Stats
 from ckptool.errors import FormatError
-from ckptool.findings import Stats
-from ckptool.kernels import Workspace, count_special, is_measured
-from ckptool.moments import Moments
-from ckptool.readthrough import Job, read
+from ckptool.values import scan as readthrough
+from ckptool.values import stats as kernels
+from ckptool.values.moments import Moments
+from ckptool.values.scan import Job, read
+from ckptool.values.stats import Workspace, count_special, is_measured
 
 FLOATS = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
           "float8_e5m2fnuz"]  # fmt: skip
@@ -477,7 +478,14 @@ print(*sorted(sys.modules), file=sys.stderr)
     [
         (
             "--flat",
-            {"numpy", "torch", "ckptool.contents", "ckptool.readthrough", "ckptool.moments", "ckptool.findings"},
+            {
+                "numpy",
+                "torch",
+                "ckptool.values.contents",
+                "ckptool.values.scan",
+                "ckptool.values.moments",
+                "ckptool.core.findings",
+            },
         ),
         ("--hash", {"numpy", "torch"}),
         ("--stats", {"torch", "rich"}),

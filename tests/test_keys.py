@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from ckptool import keys
+from ckptool.core import keys
 from ckptool.errors import UsageError
 
 # --- counters and wrappers -------------------------------------------------------------------------------------------

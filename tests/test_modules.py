@@ -14,11 +14,12 @@ import torch
 from oracles import FIXTURES, assert_same_tensors
 from torch import nn
 
-from ckptool import limits, modules
+from ckptool import limits
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
+from ckptool.core import modules
+from ckptool.core.tree import Global, as_mapping, ordered_dict
 from ckptool.errors import LimitError
-from ckptool.tree import Global, as_mapping, ordered_dict
 
 Saved = Callable[..., Path]
 

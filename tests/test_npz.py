@@ -14,8 +14,9 @@ from sparse import SparseOutput, ZeroFiles
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo
-from ckptool.dtypes import DTYPES
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.errors import CkptoolError, LossError
 from ckptool.formats import npz, read
 

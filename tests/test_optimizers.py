@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ckptool
-from ckptool.optimizers import describe
+from ckptool.core.optimizers import describe
 
 Saved = Callable[..., Path]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ckptool import outputs
 from ckptool.errors import OutputError
-from ckptool.outputs import Output
+from ckptool.io import output as outputs
+from ckptool.io.output import Output
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions and links of POSIX")
 
@@ -165,7 +165,7 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path: Path) -> No
 
 def test_what_is_written_is_sent_to_the_disk_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    monkeypatch.setattr("ckptool.outputs.AHEAD", 1 << 16)
+    monkeypatch.setattr("ckptool.io.output.AHEAD", 1 << 16)
     monkeypatch.setattr(os, "fdatasync", sent.append)
     with Output(str(tmp_path / "a")) as output:
         for _ in range(20):
@@ -186,7 +186,7 @@ def test_a_disk_that_fails_while_more_is_written_is_an_error_and_leaves_nothing(
     def fails(fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("ckptool.outputs.AHEAD", 1 << 16)
+    monkeypatch.setattr("ckptool.io.output.AHEAD", 1 << 16)
     monkeypatch.setattr(os, "fdatasync", fails)  # the kernel says so once; fsync afterwards says nothing
     with pytest.raises(OutputError, match="input/output error"):
         put(tmp_path / "a", b"x" * (1 << 20))

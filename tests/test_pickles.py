@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from oracles import CANARY, assert_identical
 
-from ckptool import limits, pickles, picklewriter
+from ckptool import limits
+from ckptool.core.tree import Global, PyObject, as_mapping
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
-from ckptool.tree import Global, PyObject, as_mapping
+from ckptool.pickling import dump as picklewriter
+from ckptool.pickling import load as pickles
 
 
 def read(data: bytes, **options: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from oracles import FIXTURES, Run, Saved
 
 from ckptool.cli import progress
-from ckptool.outputs import Output
+from ckptool.io.output import Output
 
 SHOW = "\x1b[?25h"
 """What gives a terminal its cursor back."""

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import ckptool
-from ckptool import gaps, values
-from ckptool.files import Files
+from ckptool.io.source import Files
+from ckptool.values import compare as gaps
+from ckptool.values import compare as values
 
 Saved = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]

@@ -13,8 +13,8 @@ from oracles import FIXTURES, assert_identical
 from safetensors.torch import load_file
 
 from ckptool.api import open as open_checkpoint
+from ckptool.core.tree import PyObject
 from ckptool.errors import UnsupportedError
-from ckptool.tree import PyObject
 
 Saved = Callable[..., Path]
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ckptool
-from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride
 from ckptool.errors import CkptoolError, UnsupportedError
 from ckptool.ops.remap import invert as op_invert
 
@@ -353,7 +354,7 @@ def test_lazy_conjugation_and_negation_are_part_of_the_value(remap: Callable[...
 
 
 def test_tensors_larger_than_a_block_are_put_together_and_taken_apart(remap: Callable[..., Any]) -> None:
-    from ckptool.files import BLOCK
+    from ckptool.io.source import BLOCK
 
     state = {
         "a": torch.randn(700, 600), "b": torch.randn(700, 301), "c": torch.randn(700, 1),
@@ -1378,7 +1379,7 @@ def test_a_pure_rename_reuses_the_stored_checksums(remap: Callable[..., Any], mo
         return crc32(data, start)
 
     path = put("pth", {"w": torch.randn(100_000), "v": torch.randn(100_000)})
-    monkeypatch.setattr("ckptool.zipwriter.zlib.crc32", counting)
+    monkeypatch.setattr("ckptool.io.zip_write.zlib.crc32", counting)
     remap(path, "out.pth", [{"add_prefix": "x."}], "--no-verify")
     assert lengths
     assert sum(lengths) < 10_000
@@ -1391,7 +1392,7 @@ def test_a_pure_rename_neither_decodes_nor_needs_torch(
         raise AssertionError("a rename gathers, casts or computes")
 
     for name in ("_gathered", "_derived", "import_torch"):
-        monkeypatch.setattr(f"ckptool.data.{name}", never)
+        monkeypatch.setattr(f"ckptool.values.blocks.{name}", never)
     for source, suffix in (("resnet_old.pth", "pth"), ("resnet_old.safetensors", "safetensors"), ("tied.pth", "pth")):
         remap(FIXTURES / source, f"out.{suffix}", [{"add_prefix": "x."}])
 
@@ -1466,7 +1467,7 @@ def test_in_place_replaces_the_file_whole(run: Run, saved: Saved) -> None:
 
 
 def test_in_place_that_fails_leaves_the_file_as_it_was(run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptool.outputs import Output
+    from ckptool.io.output import Output
 
     path = saved({"a": torch.ones(1000)})
     before = path.read_bytes()
@@ -1556,7 +1557,7 @@ def test_left_out_is_said_where_the_format_holds_weights_only(run: Run) -> None:
 def test_a_written_file_is_compared_with_what_was_meant(
     rules: Any, run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptool.outputs import Output
+    from ckptool.io.output import Output
 
     path = saved({"w": torch.arange(1000.0).view(10, 100)})
     Path("rules.json").write_text(json.dumps(rules))
@@ -1573,7 +1574,7 @@ def test_a_written_file_is_compared_with_what_was_meant(
 
 
 def test_an_interrupt_leaves_nothing(run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptool.outputs import Output
+    from ckptool.io.output import Output
 
     path = saved({"w": torch.arange(1000.0)})
     write = Output.write

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import ckptool
-from ckptool.checkpoint import Checkpoint
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UnsupportedError, UsageError
-from ckptool.ops import resume
-from ckptool.ops.lineup import MAX_WAYS, interleaved
+from ckptool.partial import resume
+from ckptool.partial.resume import MAX_WAYS, interleaved
 
 Saved = Callable[..., Path]
 Make = Callable[[nn.Module], torch.optim.Optimizer]

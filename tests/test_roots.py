@@ -10,8 +10,8 @@ from oracles import FIXTURES
 from torch import nn
 
 import ckptool
-from ckptool import keys, roots
-from ckptool.checkpoint import Span, Storage, TensorInfo
+from ckptool.core import keys, roots
+from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.errors import UsageError
 
 Saved = Callable[..., Path]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.dtypes import BY_SAFETENSORS
+from ckptool.core.dtypes import BY_SAFETENSORS
 from ckptool.errors import CkptoolError, FormatError, LimitError, LossError, UnsupportedError
 from ckptool.formats import read
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from ckptool import data, modules
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import Checkpoint, TensorInfo
-from ckptool.dtypes import DTYPES
+from ckptool.core import modules
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import TensorInfo
+from ckptool.core.tree import as_mapping, attributes, walk
 from ckptool.errors import CkptoolError, FormatError, UnsupportedError
-from ckptool.files import Files
 from ckptool.formats import read
-from ckptool.tree import as_mapping, attributes, walk
+from ckptool.io.source import Files
+from ckptool.values import blocks as data
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
 EXPECTED: dict[str, Any] = {}

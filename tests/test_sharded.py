@@ -20,7 +20,7 @@ from torch import nn
 import ckptool
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import Checkpoint
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import (
     CkptoolError,
     FormatError,
@@ -31,9 +31,9 @@ from ckptool.errors import (
     UnsupportedError,
     UsageError,
 )
-from ckptool.files import Files
 from ckptool.formats import read, sharded
-from ckptool.outputs import Output
+from ckptool.io.output import Output
+from ckptool.io.source import Files
 
 INDEX = "model.safetensors.index.json"
 

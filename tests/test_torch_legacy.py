@@ -15,7 +15,7 @@ from torch import nn
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import Derived, TensorInfo
+from ckptool.core.tensor import Derived, TensorInfo
 from ckptool.errors import CkptoolError, FormatError, LossError
 from ckptool.formats import read
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from ckptool import limits, tree
+from ckptool import limits
+from ckptool.core import tree
+from ckptool.core.tree import Global, PyObject, as_mapping, attributes, children, ordered_dict, replaced, walk
 from ckptool.errors import FormatError, LimitError, UnsupportedError
-from ckptool.tree import Global, PyObject, as_mapping, attributes, children, ordered_dict, replaced, walk
 
 THING = Global.named("somewhere", "Thing")
 

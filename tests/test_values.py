@@ -12,11 +12,11 @@ import pytest
 import torch
 from oracles import FIXTURES, bits
 
-from ckptool.dtypes import DTYPES
+from ckptool.core.dtypes import DTYPES
 from ckptool.errors import UnsupportedError
-from ckptool.files import Files
 from ckptool.formats import read
-from ckptool.values import compare, decode, has_values
+from ckptool.io.source import Files
+from ckptool.values.compare import compare, decode, has_values
 
 EIGHT_BITS = [name for name, row in DTYPES.items() if name.startswith("float8")]
 

@@ -24,13 +24,13 @@ from oracles import FIXTURES, Run, Saved, content
 from safetensors.torch import load_file, save_file
 
 import ckptool
-from ckptool import data
 from ckptool.cli import main
 from ckptool.errors import FormatError, OutputError
-from ckptool.files import Files
 from ckptool.formats import sharded
-from ckptool.leftovers import PARTIAL
-from ckptool.outputs import Output
+from ckptool.io.leftovers import PARTIAL
+from ckptool.io.output import Output
+from ckptool.io.source import Files
+from ckptool.values import blocks as data
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions, links and signals of POSIX")
 

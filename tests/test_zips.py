@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ckptool import limits, zips
+from ckptool import limits
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
-from ckptool.files import File, Files
+from ckptool.io import zip_read as zips
+from ckptool.io.source import File, Files
 
 FIX = struct.Struct("<4sHHHHHHIIIHHHHHII")  # a central entry
 

@@ -14,14 +14,15 @@ from oracles import FIXTURES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.serialization import config as serialization
 
-from ckptool import zipwriter
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.checkpoint import Checkpoint, Span
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Span
 from ckptool.errors import FormatError
-from ckptool.files import Files
-from ckptool.outputs import Output
-from ckptool.zipwriter import ZipWriter
+from ckptool.io import zip_write as zipwriter
+from ckptool.io.output import Output
+from ckptool.io.source import Files
+from ckptool.io.zip_write import ZipWriter
 
 Saved = Callable[..., Path]
 
@@ -117,8 +118,8 @@ def test_records_beyond_four_gigabytes_are_laid_out_as_torch_does(
     assert theirs.get_record("data/1") == b"behind four gigabytes"
     assert theirs.get_record_offset("data/0") % 64 == 0
     assert theirs.get_record_offset("data/1") % 64 == 0
-    from ckptool.files import File, Files
-    from ckptool.zips import read_directory
+    from ckptool.io.source import File, Files
+    from ckptool.io.zip_read import read_directory
 
     with File(str(path)) as file, Files() as files:
         members = read_directory(file)

@@ -9,9 +9,9 @@ import typer
 
 import ckptool
 from ckptool import saving
-from ckptool.checkpoint import Checkpoint
 from ckptool.cli import options, render
 from ckptool.cli.progress import bar
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.ops.convert import ConvertReport
 

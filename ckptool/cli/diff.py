@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 
 import ckptool
-from ckptool import keys
 from ckptool.cli import render
 from ckptool.cli.progress import bar
+from ckptool.core import keys
 from ckptool.errors import UsageError
 from ckptool.ops.diff import KINDS, DiffReport, volume
 

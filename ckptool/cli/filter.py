@@ -7,8 +7,7 @@ import typer
 
 import ckptool
 from ckptool import saving
-from ckptool.cli import gates, options, render
-from ckptool.cli.rows import rows_of
+from ckptool.cli import options, plans, render
 from ckptool.errors import UsageError
 from ckptool.ops.filter import FilterReport
 
@@ -51,7 +50,7 @@ def command(
         raise UsageError("name the output with -o, or ask for a --dry-run")
     if match is None and (min_loaded or require or strict):
         raise UsageError("--min-loaded, --require and --strict need --match")
-    least = gates.fraction(min_loaded)
+    least = plans.fraction(min_loaded)
     tags = options.tags(map_location)
     opened = [ckptool.open(source, root=root) for source in sources]
     target = ckptool.open(match, root=match_root) if match is not None else None
@@ -63,7 +62,7 @@ def command(
         *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix,
         add_prefix=add_prefix, only_matched=only_matched, cast=cast,
     )  # fmt: skip
-    failed = gates.failed(report, least, require or [], strict)
+    failed = plans.failed(report, least, require or [], strict)
     if not failed and output is not None:
         written = options.written(
             checkpoint, output, dry_run=dry_run, force=force, in_place=in_place, map_location=tags, verify=verify,
@@ -100,7 +99,7 @@ def _lines(report: FilterReport, output: str | None, dry_run: bool, failed: list
     name = output or "(dry run)"
     state = " (dry run)" if dry_run and output else " (not written)" if failed else ""
     lines = [render.safe(f"{name}{state}: {', '.join(parts)}")]
-    lines += render.aligned(rows_of(report, all_rows))
+    lines += render.aligned(plans.rows_of(report, all_rows))
     if report.hint:
         lines += render.aligned([["hint", report.hint]])
     lines += render.aligned([["note", text] for text in report.notes])

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import ckptool
-from ckptool import keys
 from ckptool.cli import render
 from ckptool.cli.progress import bar
+from ckptool.core import keys
 from ckptool.errors import CkptoolError, UsageError
 from ckptool.ops.inspect import Beside, InspectReport, TensorRow, volume
 
 if TYPE_CHECKING:
-    from ckptool.findings import Check, PrefixStats, Stats
+    from ckptool.core.findings import Check, PrefixStats, Stats
 
 
 class Order(StrEnum):
@@ -256,7 +256,7 @@ def _figures(stats: "Stats | None") -> list[str]:
 
 def _checked(check: "Check") -> list[str]:
     """Returns the lines about damage: the findings, many of a kind only counted, and what could not be looked at."""
-    from ckptool.findings import KINDS
+    from ckptool.core.findings import KINDS
 
     lines = []
     for kind in KINDS:

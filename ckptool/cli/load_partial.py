@@ -12,14 +12,12 @@ import typer
 
 import ckptool
 from ckptool import saving
-from ckptool.checkpoint import Checkpoint
-from ckptool.cli import gates, options, render
-from ckptool.cli.rows import rows_of
-from ckptool.cli.rulefiles import read_data
+from ckptool.cli import options, plans, render
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError, listed
-from ckptool.ops import adapters, presets
-from ckptool.ops import init as init_rules
-from ckptool.ops.load_partial import LoadPartialReport, unwritable
+from ckptool.partial import adapters, presets
+from ckptool.partial import init as init_rules
+from ckptool.partial.plan import LoadPartialReport, unwritable
 
 Texts = list[str] | None
 
@@ -87,7 +85,7 @@ def command(
             render.show([render.safe(line) for line in presets.described()])
         return 0
     _check(source, into, model, arg, output, dry_run, init, init_preset)
-    least = gates.fraction(min_loaded)
+    least = plans.fraction(min_loaded)
     tags = options.tags(map_location)
     opened = ckptool.open(source, root=root) if source is not None else None
     target: Any = ckptool.open(into, root=into_root) if into is not None else None
@@ -98,7 +96,7 @@ def command(
     if model is not None:
         target = build(model, arg or [])
     checkpoint, report = ckptool.plan_partial(
-        opened, target, rules=None if rules is None else read_data(rules), allow_unused=allow_unused,
+        opened, target, rules=None if rules is None else options.read_data(rules), allow_unused=allow_unused,
         adapt=[_pair(text, adapters.parse_option) for text in adapt or ()],
         init=[_pair(text, _init_option) for text in init or ()],
         init_preset=init_preset or (), seed=seed, freeze=freeze or (), new_lr_mult=new_lr_mult,
@@ -108,7 +106,7 @@ def command(
     if model is not None:
         _refuse_unwritable(checkpoint)
         report = replace(report, notes=[f"imported and ran {model}, your own code, to build the model", *report.notes])
-    failed = gates.failed(report, least, require or [], strict)
+    failed = plans.failed(report, least, require or [], strict)
     if not failed and output is not None:
         written = options.written(
             checkpoint, output, to=to, dry_run=dry_run, force=force, in_place=in_place, map_location=tags,
@@ -226,7 +224,7 @@ def _lines(
     parts += [f"{counts[name]} {name}" for name in ("unexpected", "bookkeeping", "ignored") if counts.get(name)]
     state = " (dry run)" if dry_run and output else " (not written)" if failed else ""
     lines = [render.safe(f"{output or '(dry run)'}{state}: {', '.join(parts)}")]
-    lines += render.aligned(rows_of(report, all_rows))
+    lines += render.aligned(plans.rows_of(report, all_rows))
     lines += render.aligned([["hint", report.hint]] if report.hint else [])
     trained = sum(len(group.params) for group in report.groups)
     if report.frozen:

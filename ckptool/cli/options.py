@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import ckptool
 from ckptool import saving
-from ckptool.checkpoint import Checkpoint
 from ckptool.cli.progress import bar
-from ckptool.errors import UsageError
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.errors import FormatError, UnreadableError, UsageError, explain
 
 Root = Annotated[str | None, typer.Option("--root", metavar="PATH", help="Where the weights are, steps joined with /.")]
 MapLocation = Annotated[
@@ -111,3 +111,25 @@ def check_places(
             raise UsageError(f"two outputs have the name {path}")
         if path is not output:
             saving.check_report(path, force=force, inputs=inputs)
+
+
+def read_data(path: str) -> Any:
+    """Returns the content of a TOML or JSON file, told apart by trying. Raises: UnreadableError, FormatError."""
+    import json
+    import tomllib
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = explain(error) if isinstance(error, OSError) else "is no text"
+        raise UnreadableError(reason, path) from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not path.endswith(".toml") and text.lstrip()[:1] in ("{", '"'):
+            raise FormatError(f"no JSON: {error}", path) from error
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise FormatError(f"neither JSON nor TOML: {error}", path) from error

@@ -9,10 +9,10 @@ import typer
 from typer.core import TyperCommand
 
 import ckptool
-from ckptool import keys, saving
-from ckptool.checkpoint import Checkpoint
+from ckptool import saving
 from ckptool.cli import options, render
-from ckptool.cli.rulefiles import read_data
+from ckptool.core import keys
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.rules import PRESETS, Rules, parse_option
@@ -74,7 +74,7 @@ def command(
     opened = ckptool.open(file, root=root)
     options.check_places(output, save_map, report_file, force=force, in_place=in_place, inputs=[opened])
     if invert is not None:
-        checkpoint, report = ckptool.invert(opened, read_data(invert))
+        checkpoint, report = ckptool.invert(opened, options.read_data(invert))
     else:
         checkpoint, report = ckptool.remap(opened, chosen, allow_unused=allow_unused)
     if output is not None:
@@ -119,7 +119,7 @@ def _in_order(order: Sequence[str], given: dict[str, list[str]]) -> Rules:
     found = Rules()
     for name in order:
         text = given[name].pop(0)
-        found = found + (Rules.parse(read_data(text)) if name == "rules" else parse_option(name, text))
+        found = found + (Rules.parse(options.read_data(text)) if name == "rules" else parse_option(name, text))
     return found
 
 

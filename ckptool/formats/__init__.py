@@ -12,9 +12,9 @@ import importlib
 import os
 from types import ModuleType
 
-from ckptool.checkpoint import Checkpoint
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import CkptoolError, UsageError
-from ckptool.files import File
+from ckptool.io.source import File
 
 READERS = ("torch_zip", "torch_legacy", "safetensors", "torch_tar")
 """Modules of the single-file formats, in the order their marks are looked for."""
@@ -63,7 +63,7 @@ def _read_file(file: File) -> Checkpoint:
         module = _module(name)
         if module.matches(file):
             return module.read(file)  # type: ignore[no-any-return]
-    _module("impostors").refuse(file)
+    _module("unknown").refuse(file)
     raise AssertionError("refuse always raises")
 
 

@@ -14,12 +14,14 @@ import struct
 import zipfile
 from collections.abc import Mapping
 
-from ckptool import aliases, flat
-from ckptool.checkpoint import Checkpoint, TensorInfo
-from ckptool.data import tensor_blocks
-from ckptool.files import Files
-from ckptool.layout import MapLocation
-from ckptool.outputs import Output
+from ckptool.core import aliases
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import TensorInfo
+from ckptool.formats import flat
+from ckptool.formats.layout import MapLocation
+from ckptool.io.output import Output
+from ckptool.io.source import Files
+from ckptool.values.blocks import tensor_blocks
 
 NAME = "npz"
 SUFFIXES = (".npz",)

@@ -19,17 +19,19 @@ from functools import partial
 from math import isinf, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptool import aliases, flat, safetensors_file
-from ckptool.checkpoint import Checkpoint, Span, Storage, TensorInfo, contiguous_stride, is_countable
-from ckptool.dtypes import BY_SAFETENSORS
+from ckptool.core import aliases
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.dtypes import BY_SAFETENSORS
+from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride, is_countable
+from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError, listed
-from ckptool.files import File, Files
+from ckptool.formats import flat, safetensors_file
+from ckptool.io.source import File, Files
 from ckptool.limits import MAX_HEADER, MAX_NESTING
-from ckptool.tree import brief
 
 if TYPE_CHECKING:
-    from ckptool.layout import MapLocation
-    from ckptool.outputs import Output
+    from ckptool.formats.layout import MapLocation
+    from ckptool.io.output import Output
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)

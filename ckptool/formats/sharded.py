@@ -16,8 +16,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
-from ckptool import aliases, flat, safetensors_file
-from ckptool.checkpoint import Checkpoint, TensorInfo
+from ckptool.core import aliases
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import TensorInfo
 from ckptool.errors import (
     CkptoolError,
     FormatError,
@@ -28,11 +29,12 @@ from ckptool.errors import (
     explain,
     listed,
 )
-from ckptool.files import File, Files, names_in
-from ckptool.layout import MapLocation
-from ckptool.leftovers import held, leftovers, locked, sweep
+from ckptool.formats import flat, safetensors_file
+from ckptool.formats.layout import MapLocation
+from ckptool.io.leftovers import held, leftovers, locked, sweep
+from ckptool.io.output import EXISTS, Output, commit_set
+from ckptool.io.source import File, Files, names_in
 from ckptool.limits import MAX_INDEX
-from ckptool.outputs import EXISTS, Output, commit_set
 
 NAME = "hf-sharded"
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from ckptool import rebuild
-from ckptool.checkpoint import Checkpoint, Derived, Storage, TensorInfo
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Derived, Storage, TensorInfo
+from ckptool.core.tree import Global, brief, path_text, walk
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
-from ckptool.files import File, Files
-from ckptool.streams import PickleStream
-from ckptool.tree import Global, brief, path_text, walk
+from ckptool.formats.streams import PickleStream
+from ckptool.io.source import File, Files
+from ckptool.pickling import torch_calls as rebuild
 
 if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
-    from ckptool.layout import Layout, MapLocation
-    from ckptool.outputs import Output
+    from ckptool.formats.layout import Layout, MapLocation
+    from ckptool.io.output import Output
 
 NAME = "torch-legacy"
 SUFFIXES: tuple[str, ...] = ()
@@ -111,7 +112,7 @@ def _view(storage: Storage, view: Any) -> rebuild.StorageView:
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
     """Returns what `write` would leave out: nothing, and about how many bytes it would write. Raises: as `write`."""
-    from ckptool.layout import Layout
+    from ckptool.formats.layout import Layout
 
     return (), _nbytes(*_pickled(checkpoint, Layout(checkpoint.tree, map_location)))
 
@@ -134,8 +135,8 @@ def write(
     Raises: LossError naming every tensor whose dtype has no storage class, and every nested one. Torch writes
     those too, and then cannot load the file: see `_refuse`.
     """
-    from ckptool import picklewriter
-    from ckptool.layout import Layout
+    from ckptool.formats.layout import Layout
+    from ckptool.pickling import dump as picklewriter
 
     layout = Layout(checkpoint.tree, map_location)
     pickled, used = _pickled(checkpoint, layout)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ckptool import rebuild
-from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Storage, TensorInfo
+from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError
-from ckptool.files import File
+from ckptool.formats.streams import PickleStream
+from ckptool.io.source import File
 from ckptool.limits import MAX_DIMS, MAX_PAX, MAX_TAR_ITEMS, MAX_TAR_MEMBERS
-from ckptool.streams import PickleStream
-from ckptool.tree import Global, brief
+from ckptool.pickling import torch_calls as rebuild
 
 NAME = "torch-tar"
 

@@ -16,20 +16,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptool import pickles, rebuild
-from ckptool.checkpoint import Checkpoint, Span, Storage
-from ckptool.dtypes import DTYPES
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Span, Storage
+from ckptool.core.tree import brief, path_text
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
-from ckptool.files import File, Files
+from ckptool.io.source import File, Files
+from ckptool.io.zip_read import Member, is_zip, read_directory, read_small
 from ckptool.limits import MAX_BYTEORDER, MAX_PICKLE
-from ckptool.tree import brief, path_text
-from ckptool.zips import Member, is_zip, read_directory, read_small
+from ckptool.pickling import load as pickles
+from ckptool.pickling import torch_calls as rebuild
 
 # What only an output needs is imported by the functions that write one: looking must not wait for it.
 if TYPE_CHECKING:
-    from ckptool.layout import Content, Layout, MapLocation
-    from ckptool.outputs import Output
-    from ckptool.zipwriter import Record
+    from ckptool.formats.layout import Content, Layout, MapLocation
+    from ckptool.io.output import Output
+    from ckptool.io.zip_write import Record
 
 NAME = "torch-zip"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar")
@@ -120,7 +122,7 @@ def _refuse_neighbours(file: File, root: str, members: Mapping[str, Member]) -> 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
     """Returns what `write` would leave out: nothing, and about how many bytes it would write. Raises: as `write`."""
-    from ckptool.layout import Layout
+    from ckptool.formats.layout import Layout
 
     return (), _nbytes(*_pickled(checkpoint, Layout(checkpoint.tree, map_location)))
 
@@ -149,8 +151,8 @@ def write(
     Storages are numbered in the order of first use; views of one storage stay views of one storage,
     and what no tensor uses of a storage is not written.
     """
-    from ckptool.layout import Layout
-    from ckptool.zipwriter import ZipWriter
+    from ckptool.formats.layout import Layout
+    from ckptool.io.zip_write import ZipWriter
 
     layout = Layout(checkpoint.tree, map_location)
     pickled, used = _pickled(checkpoint, layout)
@@ -176,7 +178,7 @@ def write(
 
 def _as_it_lies(content: Content, nbytes: int, files: Files) -> Span | None:
     """Returns the range of a file that is a record's content and is best copied as it is: None for a small one."""
-    from ckptool.zipwriter import THREADED
+    from ckptool.io.zip_write import THREADED
 
     source = content.source
     if not isinstance(source, Storage) or content.swap_unit > 1 or source.span.memory is not None:
@@ -189,7 +191,7 @@ def _as_it_lies(content: Content, nbytes: int, files: Files) -> Span | None:
 
 def _whole_records(contents: Sequence[Content]) -> list[Record]:
     """Returns the first of the contents, as far as they are whole records of a zip archive under the same names."""
-    from ckptool.zipwriter import Record
+    from ckptool.io.zip_write import Record
 
     found = []
     for number, content in enumerate(contents):

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckptool import keys as names
-from ckptool import modules
-from ckptool.aliases import RESERVED
-from ckptool.checkpoint import Checkpoint, Derived, Opaque, TensorInfo, contiguous_stride, detached
-from ckptool.dtypes import DTYPES
+from ckptool.core import keys as names
+from ckptool.core import modules
+from ckptool.core.aliases import RESERVED
+from ckptool.core.checkpoint import Checkpoint, detached
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Derived, Opaque, TensorInfo, contiguous_stride
+from ckptool.core.tree import as_mapping, ordered_dict, path_text
 from ckptool.errors import NoTensorsError, UsageError
 from ckptool.ops.diff import no_tensors
 from ckptool.ops.filter import root_notes
-from ckptool.tree import as_mapping, ordered_dict, path_text
 
 
 @dataclass(frozen=True, slots=True)

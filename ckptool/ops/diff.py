@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ckptool import keys as names
-from ckptool.checkpoint import Checkpoint, TensorInfo, is_flat
+from ckptool.core import keys as names
+from ckptool.core.checkpoint import Checkpoint, is_flat
+from ckptool.core.tensor import TensorInfo
+from ckptool.core.tree import path_text
 from ckptool.errors import NoTensorsError, listed
-from ckptool.tree import path_text
 
 KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
 """What a difference can be; all but bookkeeping make two checkpoints differ by default."""
 
 
 class Distance(Protocol):
-    """What a comparison of values answers (see `ckptool.values.Distance`)."""
+    """What a comparison of values answers (see `ckptool.values.compare.Distance`)."""
 
     @property
     def status(self) -> str: ...

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ckptool import keys as names
-from ckptool import modules, optimizers
-from ckptool.checkpoint import Checkpoint, Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
-from ckptool.dtypes import DTYPES
+from ckptool.core import keys as names
+from ckptool.core import modules, optimizers
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tree import as_mapping, ordered_dict, path_text, walk
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
 from ckptool.ops.diff import no_tensors
-from ckptool.tree import as_mapping, ordered_dict, path_text, walk
 
 Reason = Literal[
     "loaded", "cast", "tied", "adapted", "initialised", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"

@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
-from ckptool import keys as names
-from ckptool import modules, optimizers, roots
-from ckptool.checkpoint import Checkpoint, Storage, TensorInfo
+from ckptool.core import keys as names
+from ckptool.core import modules, optimizers, roots
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.pickled_names import is_needed_for_tensors
+from ckptool.core.tensor import Storage, TensorInfo
+from ckptool.core.tree import Global, PyObject, as_mapping, attributes, nodes, path_text, walk
 from ckptool.errors import NoTensorsError
-from ckptool.pickled_names import is_needed_for_tensors
-from ckptool.tree import Global, PyObject, as_mapping, attributes, nodes, path_text, walk
 
 if TYPE_CHECKING:  # only a job that reads values needs them
-    from ckptool.findings import Check, PrefixStats, Stats
+    from ckptool.core.findings import Check, PrefixStats, Stats
 
 T = TypeVar("T")
 

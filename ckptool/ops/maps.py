@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ckptool.core.versions import Moves, is_entry
 from ckptool.errors import UsageError, listed
 from ckptool.ops.steps import Shapes, Step, is_sound
-from ckptool.ops.versions import Moves, is_entry
 
 SCHEMA = 1
 """Version of the map file."""

@@ -8,17 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ckptool import modules, optimizers
-from ckptool.checkpoint import Checkpoint, Opaque, TensorInfo, detached, is_flat
+from ckptool.core import modules, optimizers
+from ckptool.core.checkpoint import Checkpoint, detached, is_flat
+from ckptool.core.keys import is_counter
+from ckptool.core.tensor import Opaque, TensorInfo
+from ckptool.core.tree import Path, PyObject, as_mapping, ordered_dict, replaced, walk
+from ckptool.core.versions import Moved, moved, restored, versions_of
 from ckptool.errors import CollisionError, NoTensorsError, UsageError, listed
-from ckptool.keys import is_counter
 from ckptool.ops import maps
 from ckptool.ops.diff import no_tensors
 from ckptool.ops.filter import optimizer_notes, root_notes
 from ckptool.ops.rules import Rules
 from ckptool.ops.steps import Maker, Past, Shapes, Step, advance, fits, pasts
-from ckptool.ops.versions import Moved, moved, restored, versions_of
-from ckptool.tree import Path, PyObject, as_mapping, ordered_dict, replaced, walk
 
 
 @dataclass(slots=True)  # frozen, a hundred thousand of them would cost four times as much

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ckptool import keys as names
+from ckptool.core import keys as names
 from ckptool.errors import UsageError
 from ckptool.ops import segments
 from ckptool.ops.segments import Table, captured, filled

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
 
-from ckptool.checkpoint import Derived, Opaque, TensorInfo, contiguous_stride, is_countable
-from ckptool.dtypes import DTYPES
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Derived, Opaque, TensorInfo, contiguous_stride, is_countable
 from ckptool.errors import UnsupportedError, UsageError
 
 Shape = tuple[int, ...]

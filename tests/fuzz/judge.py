@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file
 
 import ckptool
-from ckptool import data
-from ckptool.checkpoint import Opaque
 from ckptool.cli import main
+from ckptool.core.tensor import Opaque
 from ckptool.errors import CkptoolError
-from ckptool.files import Files
+from ckptool.io.source import Files
+from ckptool.values import blocks as data
 from tests.oracles import tree_equal
 
 SECONDS = 5

@@ -1,0 +1,104 @@
+"""What `filter` and `load-partial` share: the conditions under which a plan is not good enough, and its rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ckptool.cli import render
+from ckptool.core import keys
+from ckptool.errors import UsageError
+from ckptool.ops.filter import LOADED, FilterReport, Row
+
+if TYPE_CHECKING:
+    from ckptool.partial.plan import LoadPartialReport
+
+
+def fraction(text: str | None) -> float | None:
+    """Returns the share that ``90%`` or ``0.9`` means. Raises: UsageError."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UsageError(f"--min-loaded takes a share such as 90% or 0.9, not {text!r}")
+    return value
+
+
+def failed(
+    report: FilterReport | LoadPartialReport, least: float | None, require: Sequence[str], strict: bool
+) -> list[str]:
+    """Returns why the result is not good enough, a line each; empty if it is."""
+    found = []
+    if report.target and report.sources and not report.loaded:
+        found.append("no key of the source fits")
+    if least is not None and report.loaded_fraction < least:
+        share, wanted = render.percent(report.loaded_fraction), render.percent(least)
+        found.append(f"{share} of the parameters loaded, --min-loaded wants {wanted}")
+    rows: dict[str, Row] = {}
+    for row in report.rows:  # the target's come first, and count
+        if row.reason != "unexpected":
+            rows.setdefault(row.key, row)
+    for pattern in require:
+        fitting = [key for key in rows if keys.fits(pattern, key)]
+        lacking = [key for key in fitting if rows[key].reason not in LOADED]
+        if not fitting:
+            found.append(f"--require {pattern} fits no key of the target")
+        elif lacking:
+            found.append(f"--require {pattern}: not loaded: {', '.join(lacking[:8])}" + (" ..." * (len(lacking) > 8)))
+    if strict:
+        bad = [f"{report.counts[reason]} {reason}" for reason in ("missing", "unexpected", "mismatched")
+               if report.counts.get(reason)]  # fmt: skip
+        packed = sum(row.reason == "ignored" and bool(row.tensors) for row in report.rows)
+        if packed:
+            bad.append(f"{packed} objects that hold tensors")
+        if bad:
+            found.append(f"--strict: {', '.join(bad)}")
+    return found
+
+
+def rows_of(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[list[str]]:
+    """Returns a line for each row that is worth one: repeated blocks folded, counters in one."""
+    shown = []
+    for row in report.rows:
+        if row.reason in ("loaded", "ignored") and not all_rows and not row.tensors:
+            continue
+        shown.append((row.reason, row.key, _text(row)))
+    lines = []
+    plain = [row for row in shown if all_rows or row[0] != "bookkeeping"]
+    for name, members in keys.fold([(key, (reason, text)) for reason, key, text in plain]):
+        reason, _, text = plain[members[0]]
+        lines.append([reason, name, text + (f"  ({len(members)} keys)" if len(members) > 1 else "")])
+    if not all_rows:
+        sides = Counter(row.detail for row in report.rows if row.reason == "bookkeeping")
+        stay = f": the values of {report.target} stay"
+        for side, number in sides.items():
+            text = f"{side}{stay if side == 'absent in the source' else ''}" if side else f"kept from {report.target}"
+            lines.append(["bookkeeping", f"{number} x num_batches_tracked", text])
+    return lines
+
+
+def _text(row: Row) -> str:
+    if row.shape is None and row.dtype is None:
+        theirs = f"source {render.dims(row.source_shape)}  " if row.source_shape is not None else ""
+        return theirs + (row.detail or "")
+    shape = render.dims(row.shape)
+    where = f"  in {row.file}" if row.file else ""
+    detail = f"  {row.detail}" if row.detail else ""
+    if row.reason == "mismatched":
+        return f"target {shape}, source {render.dims(row.source_shape)}{detail}{where}"
+    if row.reason == "adapted":
+        before = f"{row.source_dtype} -> {row.dtype}  " if row.source_dtype else ""
+        return f"{render.dims(row.source_shape)} -> {shape}  {before}{row.detail}{where}"
+    if row.reason == "cast":
+        before = f"{row.source_dtype} -> " if row.source_dtype else ""
+        return f"{shape}  {before}{row.dtype}{detail}{where}"
+    if row.reason in ("missing", "unexpected", "bookkeeping"):
+        return f"{shape}  {row.dtype}{where}"
+    if row.reason == "initialised":
+        return f"{shape}  {row.dtype}  {row.detail}"
+    renamed = f"  from {row.source}" if row.source and row.source != row.key else ""
+    return f"{shape}{renamed}{detail}{where}"

@@ -1,0 +1,1 @@
+"""What a checkpoint is. Reads nothing, and needs nothing but the standard library."""

@@ -1,0 +1,39 @@
+"""Which of the names in a pickle tensors and plain containers need: all others are code of someone's choosing."""
+
+from __future__ import annotations
+
+from ckptool.core.dtypes import BY_STORAGE, DTYPES
+
+_SAFE = {
+    "collections": {"OrderedDict", "Counter"},
+    "builtins": {"set", "frozenset", "bytearray", "complex", "bytes"},
+    "_codecs": {"encode"},
+    "torch": {
+        "Size", "Tensor", "device", "strided", "per_tensor_affine", "per_channel_affine",
+        "per_channel_affine_float_qparams", "per_tensor_symmetric", "per_channel_symmetric",
+    },
+    "torch.nn.parameter": {"Parameter", "Buffer", "UninitializedParameter", "UninitializedBuffer"},
+    "torch.serialization": {"_get_layout"},
+    "torch.storage": {"UntypedStorage", "TypedStorage"},
+    "torch._tensor": {"_rebuild_from_type_v2"},
+    "torch.distributed.tensor": {"DTensor"},
+    "torch.distributed.tensor._dtensor_spec": {"DTensorSpec", "TensorMeta"},
+    "torch.distributed.tensor.placement_types": {"Shard", "Replicate", "Partial"},
+    "torch.distributed.device_mesh": {"DeviceMesh"},
+    "torch.nested._internal.nested_tensor": {"NestedTensor", "_rebuild_njt"},
+}  # fmt: skip
+
+
+def is_needed_for_tensors(module: str, qualname: str) -> bool:
+    """Returns whether a name is one that tensors and plain containers need.
+
+    About what `torch.load(weights_only=True)` allows; anything else in a pickle is code of someone's choosing.
+    """
+    module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+    if module == "torch" and (qualname in DTYPES or qualname in BY_STORAGE):
+        return True
+    if module == "torch" and qualname.endswith("Tensor") and f"{qualname[:-6]}Storage" in BY_STORAGE:
+        return True  # torch.FloatTensor and kin: what torch.save of 2016 named
+    if module == "torch._utils" and qualname.startswith("_rebuild_") and "." not in qualname:  # no x.__globals__.get
+        return True
+    return qualname in _SAFE.get(module, ())

@@ -1,0 +1,332 @@
+"""A tensor without its values: where its bytes lie, how they are viewed, and what may be computed of them.
+
+`Span` (bytes of a file) <- `Storage` (the memory of one or more tensors) <- `TensorInfo` (a view of it). Two tensors
+whose source is the same `Storage` object share memory: tied weights, and views. A `Derived` source is computed while
+it is written, from a closed set of operations; an `Opaque` one is a tensor that is not one strided view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from math import prod
+from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
+
+from ckptool.core import dtypes
+from ckptool.core.tree import Leaf, PyObject, parts
+from ckptool.errors import FormatError
+from ckptool.limits import MAX_DIMS, MAX_NUMEL
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def _frozen(cls: type[T]) -> type[T]:
+    """Makes a dataclass that the type checker holds to be frozen: really frozen ones take 1 us more to make, each."""
+    return dataclass(slots=True, eq=False)(cls)
+
+
+class Span(NamedTuple):
+    """A range of ``nbytes`` bytes of the file ``url``.
+
+    ``member`` is None when ``offset`` is that of the first byte. Inside a zip it says how the member is
+    stored, and ``offset`` is that of its local header: the payload begins behind a name and padding whose
+    lengths only that header knows, and reading 100,000 of them to list keys would cost more than the listing.
+    ``named`` is how long the name in it must be: what the archive's directory says.
+    ``version`` tells the file that was opened from another that has taken its name since (see `files.File`).
+    ``memory`` gives the bytes of what is in no file at all: a live model's.
+    """
+
+    url: str
+    offset: int
+    nbytes: int
+    member: Literal["stored", "deflated"] | None = None
+    packed: int = 0
+    version: tuple[int, ...] | None = None
+    memory: Callable[[], memoryview] | None = None
+    named: int = 0
+
+
+@_frozen
+class Storage:
+    """The memory behind one or more tensors; the same object means the same memory.
+
+    ``dtype`` is None for torch's UntypedStorage. ``location`` is the device tag (``cpu``, ``cuda:1``).
+    ``crc32`` is that of the whole span as the file records it, None where it does not. ``key`` is its name there.
+    """
+
+    span: Span
+    dtype: str | None = None
+    location: str = "cpu"
+    byteorder: Literal["little", "big"] = "little"
+    crc32: int | None = None
+    key: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return self.span.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Derived:
+    """Values computed while writing, which lie in C order in memory of their own.
+
+    ``cast``: the input's, converted to the tensor's dtype. ``copy``: the input's as they are (the shape may
+    differ). ``cat``: the inputs', put together along the dimension ``dim``. ``draw``: no inputs; ``args`` is the
+    `Draw` that says which numbers, ``shape`` theirs. Any other is an adapter's (``take``, ``mean``,
+    ``mix``, ``resample``): values of ``shape`` computed from whole inputs, see `ckptool.values.adapt`.
+    """
+
+    op: Literal["cast", "copy", "cat", "draw", "take", "mean", "mix", "resample"]
+    inputs: tuple[TensorInfo, ...]
+    dim: int = 0
+    shape: tuple[int, ...] | None = None
+    args: Any = None
+    location: str | None = None
+
+    @property
+    def numel(self) -> int:
+        """Returns how many elements there are."""
+        return sum(tensor.numel for tensor in self.inputs) if self.shape is None else prod(self.shape)
+
+
+class Run(NamedTuple):
+    """Rows of a ``take``: ``length`` rows of an input from ``first`` on (of an input of one row: that row again).
+
+    ``source`` counts the inputs; -1 is no input but rows of zeros.
+    """
+
+    source: int
+    first: int
+    length: int
+
+
+class Mix(NamedTuple):
+    """What a ``mix`` makes of one dimension: index i is the sum of weight * old index over ``rows[i]``, / divisor."""
+
+    rows: tuple[tuple[tuple[int, float], ...], ...]
+    divisor: float = 1.0
+
+
+class Resample(NamedTuple):
+    """How a ``resample`` interpolates the dimensions ``dims``, as `torch.nn.functional.interpolate` does it."""
+
+    dims: tuple[int, ...]
+    mode: str
+    antialias: bool
+
+
+DrawKind = Literal["constant", "uniform", "normal", "trunc_normal", "orthogonal", "sparse", "dirac", "eye"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The values of one tensor, said completely; ``numbers`` are resolved (gains and fans already in them):
+
+        constant      value               uniform   a, b: from a up to but not b
+        normal        mean, std           trunc_normal   mean, std, a, b
+        orthogonal    gain                sparse    zeros in each column, std of the others
+        dirac         groups              eye
+
+    ``seed`` and ``key`` name the stream of random numbers: the same stream, numbers and shape give the same bytes.
+    """
+
+    kind: DrawKind
+    numbers: tuple[float, ...]
+    shape: tuple[int, ...]
+    seed: int = 0
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opaque:
+    """A tensor that is not one strided view; it is listed, and passes through as the file built it.
+
+    ``kind``: ``quantized``, ``sparse_coo`` (csr, csc, bsr, bsc), ``nested_strided``, ``nested_jagged``,
+    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``. ``parts`` are the strided tensors inside.
+    """
+
+    kind: str
+    node: PyObject
+    parts: tuple[TensorInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extras:
+    """What few tensors carry: lazy conjugation and negation bits, a subclass, Python attributes.
+
+    ``conj`` and ``neg`` change values without changing bytes.
+    ``subclass`` and ``state`` are the class and attributes that `_rebuild_from_type_v2` would restore.
+    """
+
+    conj: bool = False
+    neg: bool = False
+    subclass: Any = None
+    state: Any = None
+
+
+@_frozen
+class TensorInfo(Leaf):
+    """Everything about a tensor but its values. ``stride`` and ``storage_offset`` count elements, as in torch."""
+
+    dtype: str
+    shape: tuple[int, ...] | None
+    stride: tuple[int, ...]
+    storage_offset: int
+    source: Storage | Derived | Opaque
+    requires_grad: bool = False
+    is_parameter: bool = False
+    extras: Extras | None = None
+
+    @property
+    def kind(self) -> str:
+        """Returns ``dense``, or what kind of `Opaque` it is."""
+        return self.source.kind if isinstance(self.source, Opaque) else "dense"
+
+    @property
+    def storage(self) -> Storage | None:
+        """Returns the memory of a dense tensor; None where there is none, or not one."""
+        return self.source if isinstance(self.source, Storage) else None
+
+    @property
+    def numel(self) -> int:
+        """Returns the number of elements (of a nested tensor: of its parts)."""
+        if self.shape is None:
+            return max((part.numel for part in self.parts), default=0)
+        return prod(self.shape)
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """Returns the strided tensors an `Opaque` tensor is made of; () for a dense one."""
+        return self.source.parts if isinstance(self.source, Opaque) else ()
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes of its own elements (not of its storage); of an `Opaque` tensor those of its parts."""
+        if isinstance(self.source, Opaque):
+            return sum(part.nbytes for part in self.parts)
+        return _nbytes(self.dtype, self.shape or ())
+
+    @property
+    def location(self) -> str:
+        """Returns the device tag of its storage."""
+        if isinstance(self.source, Storage):
+            return self.source.location
+        if isinstance(self.source, Derived) and self.source.location is not None:
+            return self.source.location
+        inputs = self.source.inputs if isinstance(self.source, Derived) else self.source.parts
+        return inputs[0].location if inputs else "meta" if self.kind == "meta" else "cpu"
+
+    def storages(self) -> Iterator[Storage]:
+        """Yields the storages its values come from."""
+        if isinstance(self.source, Storage):
+            yield self.source
+        else:
+            for tensor in self.source.inputs if isinstance(self.source, Derived) else self.source.parts:
+                yield from tensor.storages()
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Returns whether its elements lie in C order without gaps, as `torch.Tensor.is_contiguous` does."""
+        return self.numel == 0 or _dense_in_c_order(self.shape or (), self.stride)
+
+    @property
+    def is_whole(self) -> bool:
+        """Returns whether it is all of its source's elements in C order."""
+        source = self.source
+        if isinstance(source, Storage):
+            return _packed_nbytes(self.dtype, self.shape or (), self.stride) == source.nbytes
+        return isinstance(source, Derived) and self.is_contiguous and self.numel == source.numel
+
+    @property
+    def is_closed(self) -> bool:
+        """Returns whether there is nothing `inside`."""
+        return self.extras is None and type(self.source) is not Opaque
+
+    def inside(self) -> Iterator[tuple[Any, Any]]:
+        """Yields what the file built it from, where that is more than one view: parts, attributes."""
+        if isinstance(self.source, Opaque):
+            yield from parts(self.source.node)
+        if self.extras is not None:
+            yield from (("__class__", self.extras.subclass), ("__state__", self.extras.state))
+
+    @property
+    def form(self) -> tuple[str, object]:
+        """Returns what must be equal for one tensor to take another's place: kind and shape."""
+        shape = self.shape if self.shape is not None else tuple(part.shape for part in self.parts)
+        return self.kind, shape
+
+    @property
+    def view(self) -> object:
+        """Returns what is equal for two tensors that are the same elements of the same memory (see `shared`)."""
+        conj = (self.extras.conj, self.extras.neg) if self.extras else (False, False)
+        return id(self.source), self.dtype, self.shape, self.stride, self.storage_offset, conj
+
+
+def is_countable(shape: tuple[int, ...]) -> bool:
+    """Returns whether a shape is within `MAX_DIMS` and `MAX_NUMEL`; cheap for any sizes that are not negative."""
+    count = 1
+    for size in shape if len(shape) <= MAX_DIMS else (MAX_NUMEL + 1,):
+        count *= max(size, 1)
+        if count > MAX_NUMEL:
+            return False
+    return True
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns torch's C-order stride, in elements (a dimension of size 0 counts as 1).
+
+    >>> contiguous_stride((2, 3, 4)), contiguous_stride(())
+    ((12, 4, 1), ())
+    """
+    stride = []
+    step = 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+FORMS = 256
+"""Forms of tensors that are remembered. Large numbers may share a hash: then each is compared with so many others."""
+
+
+@lru_cache(FORMS)
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of so many elements. Few shapes are met often."""
+    return dtypes.nbytes_of(dtype, prod(shape))
+
+
+@lru_cache(FORMS)
+def _packed_nbytes(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Returns the bytes of a view that lies in C order without gaps, -1 for any other. Few forms are met often."""
+    numel = prod(shape)
+    return dtypes.nbytes_of(dtype, numel) if numel == 0 or _dense_in_c_order(shape, stride) else -1
+
+
+def _dense_in_c_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _no_build(self: object, state: object) -> None:
+    """Stands between a pickle's BUILD and the field-setting ``__setstate__`` that frozen slotted dataclasses get."""
+    if isinstance(self, TensorInfo) and self.is_parameter and isinstance(state, tuple) and len(state) == 3:
+        return  # torch 0.2 and 0.3 repeat (requires_grad, volatile, hooks) behind a Parameter
+    raise FormatError("the pickle builds a tensor or a storage with a state of its own")
+
+
+def _by_fields(self: Any) -> tuple[Any, ...]:
+    """Copies and pickles these classes through their constructors, which leaves ``__setstate__`` to `_no_build`."""
+    return type(self), tuple(getattr(self, one.name) for one in fields(self))
+
+
+for _class in (Storage, Derived, Opaque, Extras, TensorInfo):
+    _class.__setstate__ = _no_build  # type: ignore[union-attr]
+    _class.__reduce__ = _by_fields  # type: ignore[method-assign]

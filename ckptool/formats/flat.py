@@ -1,0 +1,47 @@
+"""What formats that hold {name: tensor} and nothing else have in common: what they refuse and what they leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Opaque, TensorInfo
+from ckptool.core.tree import as_mapping, path_text
+from ckptool.errors import LossError, listed
+
+
+def refuse(
+    format_name: str, tensors: Mapping[str, TensorInfo], reason: Callable[[str, TensorInfo], str | None]
+) -> None:
+    """Raises LossError with every tensor that is opaque, or for which ``reason`` says why the format cannot hold it."""
+    refused = []
+    for name, tensor in tensors.items():
+        why = tensor.kind if isinstance(tensor.source, Opaque) else reason(name, tensor)
+        if why:
+            refused.append(f"{name if name.isprintable() else repr(name)} ({why})")
+    if refused:
+        raise LossError(f"{format_name} cannot hold {listed(refused, 20)}")
+
+
+def has_surrogate(name: str) -> bool:
+    """Returns whether a name is no text: UTF-8 has no bytes for it."""
+    return not name.isprintable() and any("\ud800" <= char <= "\udfff" for char in name)
+
+
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Returns the names of what is no weight: every entry next to the way down to root, and what hangs on a tensor."""
+    left = []
+    for key, (_, value) in checkpoint.entries().items():
+        if not isinstance(value, TensorInfo):
+            left.append(key)
+        elif (extras := value.extras) is not None:
+            left += [f"the class of {key} ({extras.subclass!r})"] if extras.subclass is not None else []
+            left += [f"the attributes of {key}"] if extras.state is not None else []
+    node = checkpoint.tree
+    for depth, step in enumerate(checkpoint.root):
+        mapping = as_mapping(node)
+        if mapping is None:
+            break
+        left += [path_text((*checkpoint.root[:depth], name)) for name in mapping if name != step]
+        node = mapping[step]
+    return tuple(left)

@@ -1,0 +1,96 @@
+"""One safetensors file on its way out: what it can hold, its header, its data (drawn in `formats.safetensors`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ckptool.core import aliases
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Span, TensorInfo
+from ckptool.errors import LossError, listed
+from ckptool.formats import flat
+from ckptool.io.source import Files
+from ckptool.limits import MAX_HEADER
+
+if TYPE_CHECKING:
+    from ckptool.io.output import Output
+
+
+def refuse(tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises LossError with every tensor that safetensors cannot hold."""
+    flat.refuse("safetensors", tensors, _reason)
+
+
+def _reason(name: str, tensor: TensorInfo) -> str | None:
+    if DTYPES[tensor.dtype].safetensors is None:
+        return tensor.dtype
+    if tensor.dtype == "float4_e2m1fn_x2" and not tensor.shape:
+        return f"a 0-dim {tensor.dtype}"
+    if name == "__metadata__" or flat.has_surrogate(name):
+        return "as a name"
+    return None
+
+
+def refuse_clashes(metadata: Mapping[str, str], ties: Mapping[str, str]) -> None:
+    """Raises LossError with every name that stands in the metadata, and is that of a tie to record there."""
+    clashes = aliases.clashes(metadata, ties)
+    if clashes:
+        raise LossError(
+            f"safetensors has one place for the metadata {listed(clashes, 20)} and for the ties of the tensors so "
+            "called: --untie writes them out"
+        )
+
+
+def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], like: int | None = None) -> tuple[bytes, int]:
+    """Returns the length and header that a file begins with, and the bytes of data behind it. Raises: LimitError.
+
+    The header ends in spaces up to a multiple of 8, or, with ``like``, to where `CLONED` divides the distance to it.
+    """
+    from ckptool.io.output import CLONED
+
+    ranges: dict[str, list[int]] = {}
+    position = 0
+    for name in _by_size(tensors):
+        end = position + tensors[name].nbytes
+        ranges[name] = [position, end]
+        position = end
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    for name, tensor in tensors.items():
+        kind, shape = DTYPES[tensor.dtype].safetensors, tensor.shape or ()
+        if kind == "F4":
+            shape = (*shape[:-1], 2 * shape[-1])
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": ranges[name]}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8 if like is None else (like - 8 - len(encoded)) % CLONED)
+    if len(encoded) > MAX_HEADER.now():
+        raise MAX_HEADER.passed(f"the header would have {len(encoded):,} bytes, more than safetensors itself reads")
+    return len(encoded).to_bytes(8, "little") + encoded, position
+
+
+def _by_size(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    return sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].bits)
+
+
+def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output: Output, files: Files) -> None:
+    """Writes tensors that `refuse` has let pass, each with bytes of its own, streaming.
+
+    Names keep their order in the header; the data are laid out by falling size of element, so that each is
+    aligned, as the library does. ``format`` is ``pt`` unless the metadata say otherwise: accelerate wants it.
+    Raises: LimitError if the header would pass `MAX_HEADER`.
+    """
+    from ckptool.values.blocks import blocks_ahead, runs  # only an output needs them: looking must not wait for them
+
+    pieces = list(runs(tensors[name] for name in _by_size(tensors)))
+    first = next((piece for piece in pieces if isinstance(piece, Span)), None)
+    shared = first is not None and first is pieces[0] and first.offset % 8 == 0 and output.clones(files.get(first))
+    header, nbytes = begin(tensors, metadata, first.offset if first is not None and shared else None)
+    output.reserve(len(header) + nbytes)
+    output.write(header)
+    for piece in pieces:
+        if isinstance(piece, Span):
+            output.copy(files, piece)
+        else:
+            for block in blocks_ahead(piece, files):
+                output.write(block)

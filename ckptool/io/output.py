@@ -1,0 +1,427 @@
+"""Outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ckptool.core.tensor import Span
+from ckptool.errors import OutputError, explain
+from ckptool.io.leftovers import lock, short, sweep
+from ckptool.io.source import File, Files, identity
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+WRITE = 1 << 16
+"""Bytes per write call. Larger ones make ext4 allocate large folios, which collapses when memory is short."""
+
+SMALL = 1 << 12
+"""Bytes below which pieces are gathered: a hundred thousand small tensors must not cost as many system calls."""
+
+AHEAD = 1 << 26
+"""Bytes after which what is written is sent to the disk, while more is written: fsync has then little to wait for."""
+
+CLONED = 1 << 12
+"""Ranges are cloned in multiples of this, from and to multiples of it: the largest block of the usual file systems."""
+
+WORTH_CLONING = 1 << 20
+"""Bytes from which a range is rather cloned than copied."""
+
+_FICLONERANGE = 0x4020940D
+"""``_IOW(0x94, 13, struct file_clone_range)`` of ``linux/fs.h``."""
+
+EXISTS = "exists already; --force overwrites it"
+
+
+class Output:
+    """A file that comes to be under its name only when `commit` is called: temporary file, fsync, rename.
+
+    As a context manager it removes the temporary file unless committed. A symlink is followed, so the link
+    stays. The file gets the permissions that a new file gets from the umask and ``readers`` allows (who may not
+    read the sources may not read it either), or owner and permissions of the file it replaces; until it is finished
+    it is the owner's alone. ACLs and extended attributes are not carried over.
+
+    A run holds a lock on its temporary file. One that nobody holds was left by a run that was killed: the next output
+    of the same name removes it (`sweep`). Outputs of one set have one ``run``, and the first holds the lock for all.
+    """
+
+    def __init__(self, path: str, *, force: bool = False, fsync: bool = True, run: str | None = None) -> None:
+        self.path = path
+        self.fsync = fsync
+        self.position = 0
+        self.readers = 0o777
+        self._identity: tuple[int, int] | None = None
+        self._pending_name = True
+        self._fd = -1
+        self._temporary = ""
+        self._finished = False
+        self._old = ""
+        self._linked = False
+        self._pending = bytearray()
+        self._sent = 0
+        self._sending: Future[None] | None = None
+        self._sender: ThreadPoolExecutor | None = None
+        self.progress: Callable[[int], None] | None = None
+        target = os.path.realpath(path)
+        self._target = target
+        directory, name = os.path.split(target)
+        self._force = force
+        replaced = None
+        if os.path.isdir(target):
+            raise OutputError("is a directory; name a file", path)
+        try:  # one question: between two, another run may set the file aside
+            replaced = os.stat(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise OutputError(f"cannot be written: {explain(error)}", path) from error
+        if replaced is not None:
+            if not stat.S_ISREG(replaced.st_mode):
+                raise OutputError("exists and is not a regular file", path)
+            if not force:
+                raise OutputError(EXISTS, path)
+        if run is None:
+            sweep([directory], lambda place: place == os.path.join(directory, short(name)))
+        try:
+            self._create(directory, short(name), run)
+            self._mode = self._own(replaced)
+        except BaseException as error:
+            self._discard()
+            if not isinstance(error, OSError):
+                raise
+            reason = "no such directory" if error.errno == errno.ENOENT else explain(error)
+            raise OutputError(f"cannot be written: {reason}", path) from error
+
+    def _create(self, directory: str, name: str, run: str | None) -> None:
+        """Makes the temporary file and locks it. Raises: OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        while True:
+            self.run = run or os.urandom(4).hex()
+            self._temporary = os.path.join(directory, f".{name}.{self.run}.ckptool-partial")
+            try:
+                self._fd = os.open(self._temporary, flags, 0o666)
+            except OSError:
+                self._temporary = ""  # whatever has that name is not ours to remove
+                raise
+            # Another run may have met it before it was locked, and have taken it for what a killed one left.
+            if run is not None or (lock(self._fd) is not False and os.path.lexists(self._temporary)):
+                return
+            self._discard()
+
+    def _own(self, replaced: os.stat_result | None) -> int:
+        """Gives the file to its owner alone; returns the permissions it is to have. Raises: OSError."""
+        status = os.fstat(self._fd)
+        self._new = replaced is None
+        if not hasattr(os, "fchmod"):
+            return stat.S_IMODE(status.st_mode)
+        if replaced is not None and hasattr(os, "fchown"):
+            for owner in ((replaced.st_uid, replaced.st_gid), (-1, replaced.st_gid)):
+                if owner[1] == status.st_gid and owner[0] in (-1, status.st_uid):
+                    break
+                with contextlib.suppress(OSError):  # only root may give a file away
+                    os.fchown(self._fd, *owner)
+                    break
+        with contextlib.suppress(PermissionError):  # a file system without permissions
+            os.fchmod(self._fd, 0o600)
+        return stat.S_IMODE(status.st_mode if replaced is None else replaced.st_mode) & 0o777
+
+    def _permit(self) -> None:
+        """Gives the finished file its permissions; its owner can always read it."""
+        mode = self._mode & (self.readers | 0o400) if self._new else self._mode
+        if hasattr(os, "fchmod"):
+            with contextlib.suppress(PermissionError):
+                os.fchmod(self._fd, mode)
+
+    def __del__(self) -> None:
+        if self._pending_name:  # a signal came before `with` had it
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+        if self._temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
+        if self._sender is not None:
+            self._sender.shutdown()  # whatever it met: the file goes
+        if self._pending_name:
+            self._discard()
+            self._pending_name = False
+        elif self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(f"writing at byte {self.position}: {explain(error)}", self.path)
+
+    def reserve(self, nbytes: int) -> None:
+        """Asks the file system for room, so that a full disk is known at once; does nothing where it cannot."""
+        if not nbytes or not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, nbytes)
+        except OverflowError as error:
+            raise OutputError(f"no room for {nbytes} bytes: no file can be as large", self.path) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise OutputError(f"no room for {nbytes} bytes: {explain(error)}", self.path) from error
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Appends bytes: small pieces are gathered, large ones go out in writes that end on multiples of `WRITE`."""
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+        if len(view) < SMALL:
+            self._pending += view
+            self.position += len(view)
+            if len(self._pending) >= WRITE:
+                self._flush()
+        else:
+            self._flush()
+            self._put(view, self.position)
+            self.position += len(view)
+        if self.progress is not None:
+            self.progress(len(view))
+
+    def clones(self, file: File) -> bool:
+        """Returns whether ranges of a file can be cloned here: one file system, of a kind that shares extents.
+
+        It is tried, at the beginning of this file, so this is to be asked before anything is written.
+        """
+        return self.position == 0 and file.size >= WORTH_CLONING and self._clone(file, 0, CLONED, 0)
+
+    def _clone(self, file: File, offset: int, nbytes: int, to: int) -> bool:
+        """Has the file system share a range of another file (ioctl FICLONERANGE); returns whether it could."""
+        try:
+            import fcntl
+
+            fcntl.ioctl(self._fd, _FICLONERANGE, struct.pack("qQQQ", file.fd, offset, nbytes, to))
+        except (ImportError, OSError):
+            return False
+        return True
+
+    def copy(self, files: Files, span: Span) -> None:
+        """Appends the bytes of a span: shared with the file they are in where the file system can, else copied."""
+        begin, end = 0, span.nbytes
+        if span.member is None and span.nbytes >= WORTH_CLONING:
+            ahead = -self.position % CLONED
+            whole = (span.nbytes - ahead) // CLONED * CLONED
+            self._flush()
+            file = files.get(span)
+            aligned = (span.offset + ahead) % CLONED == 0 and span.offset + span.nbytes <= file.size
+            if aligned and self._clone(file, span.offset + ahead, whole, self.position + ahead):
+                self._append(files.blocks(span, 0, ahead))
+                self._flush()
+                self.position += whole
+                if self.progress is not None:
+                    self.progress(whole)
+                begin = ahead + whole
+        self._append(files.blocks(span, begin, end - begin))
+
+    def _append(self, blocks: Iterator[memoryview | bytes]) -> None:
+        for block in blocks:
+            self.write(block)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._put(memoryview(bytes(self._pending)), self.position - len(self._pending))
+            self._pending.clear()
+
+    def _put(self, view: memoryview, at: int) -> None:
+        done = 0
+        try:
+            while done < len(view):
+                piece = view[done : done + WRITE - (at + done) % WRITE]
+                done += os.pwrite(self._fd, piece, at + done)
+            if self.fsync and at + done - self._sent >= AHEAD:
+                self._send(at + done)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _send(self, end: int) -> None:
+        """Has another thread send to the disk what has been written, unless it still does. Raises: OSError it met."""
+        if self._sending is not None:
+            if not self._sending.done():
+                return
+            self._sending.result()  # the kernel tells of a failed write once, and this was told
+        if self._sender is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._sender = ThreadPoolExecutor(1)
+        self._sending = self._sender.submit(os.fdatasync, self._fd)
+        self._sent = end
+
+    def _sent_all(self) -> None:
+        """Waits for the other thread. Raises: OSError it met."""
+        if self._sender is not None:
+            self._sender.shutdown()
+            self._sender = None
+        if self._sending is not None:
+            sending, self._sending = self._sending, None
+            sending.result()
+
+    def finished(self) -> str:
+        """Returns the temporary file's path, to read it back before `commit`: all its bytes on disk, and no more."""
+        if self._fd >= 0 and not self._finished:
+            self._flush()
+            try:
+                self._sent_all()
+                os.ftruncate(self._fd, self.position)
+                self._permit()
+                if self.fsync:
+                    os.fsync(self._fd)
+            except OSError as error:
+                raise self._failed(error) from error
+            self._finished = True
+        return self._temporary
+
+    def close(self) -> None:
+        """Ends the writing, and lets go of the lock; `commit` may come later. A thousand outputs may wait like this."""
+        self.finished()
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def rename(self, path: str) -> None:
+        """Changes the name that `commit` will give, within the directory. Raises: OutputError if it is taken."""
+        target = os.path.join(os.path.dirname(self._target), os.path.basename(path))
+        if os.path.lexists(target) and not self._force:
+            raise OutputError(EXISTS, path)
+        self.path, self._target = path, target
+
+    def commit(self) -> None:
+        """Makes the file appear under its name, with all its bytes on disk."""
+        self.finished()
+        try:
+            self._identity = identity(self._temporary)
+            self._publish()
+            self._pending_name = False
+            self.close()  # not before it has its name: who finds it unlocked removes it
+            if self.fsync:
+                _sync_directory(os.path.dirname(self._target))
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def keep(self, kept: bool) -> None:
+        """Sets whether the temporary file stays whatever happens: the next run then takes back what was half done."""
+        self._pending_name = not kept
+
+    def link(self) -> None:
+        """Has `commit` leave the temporary name beside the new one, where there are hard links, until `forget`.
+
+        If this run is killed between, the next one knows by it that the file is of an unfinished set.
+        """
+        self._linked = True
+
+    def set_aside(self) -> None:
+        """Gives the file that is to be replaced, if there is one, another name: `undo` gives it the old one again."""
+        if not os.path.lexists(self._target):
+            return
+        directory, name = os.path.split(self._target)
+        self._old = os.path.join(directory, f".{name}.{self.run}.ckptool-old")
+        try:
+            os.rename(self._target, self._old)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def undo(self) -> None:
+        """Takes a `commit` back: the file that was set aside has its name again, or there is none. Raises: OSError."""
+        if self._old and os.path.lexists(self._old):
+            os.replace(self._old, self._target)
+        elif self._identity is not None and identity(self._target) == self._identity:
+            os.unlink(self._target)
+        self._pending_name = True  # the temporary name goes too, if it was left
+
+    def forget(self) -> None:
+        """Removes the file that was set aside, and the second name of the new one."""
+        for path in (self._old, self._temporary if self._linked else ""):
+            if path:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    def _publish(self) -> None:
+        """Gives the temporary file its name; without ``force`` not even over a file that has appeared meanwhile."""
+        if self._force and not self._linked:
+            os.replace(self._temporary, self._target)
+            return
+        try:
+            os.link(self._temporary, self._target)
+        except OSError as error:  # one has appeared, or a file system without hard links
+            if not self._force and (isinstance(error, FileExistsError) or os.path.lexists(self._target)):
+                raise OutputError(EXISTS, self.path) from None
+            os.replace(self._temporary, self._target)
+            return
+        if not self._linked:
+            os.unlink(self._temporary)
+
+
+def commit_set(outputs: Sequence[Output], force: bool) -> None:
+    """Gives outputs their names, the last one's (an index) last; if one cannot have its own, all is as it was before.
+
+    From when the first old file is set aside until the last output has its name there is none of that name: no reader
+    meets old and new files as one set. To be called by one run at a time (`locked`).
+    """
+    if len(outputs) == 1:
+        outputs[0].commit()
+        return
+    last = outputs[-1]
+    done = False
+    try:
+        last.keep(True)  # while it lies there, the next run knows that this one was not done
+        if force:
+            last.set_aside()
+        for output in outputs[:-1]:
+            if force:
+                output.set_aside()
+            output.link()
+            output.commit()
+        last.commit()
+        done = True
+        _forget(outputs)
+    except BaseException as error:
+        if done:
+            _forget(outputs)
+        else:
+            _undo(outputs, error)
+            last.keep(False)
+        raise
+
+
+def _forget(outputs: Iterable[Output]) -> None:
+    for output in outputs:
+        output.forget()
+
+
+def _undo(outputs: Iterable[Output], error: BaseException) -> None:
+    """Gives what was set aside its names again, and takes away what had none before. Raises: OutputError."""
+    try:
+        for output in outputs:
+            output.undo()
+    except OSError as second:
+        raise OutputError(
+            f"{error}; and what was there cannot have its names again ({explain(second)}): "
+            "it is kept beside them as .NAME.xxxxxxxx.ckptool-old"
+        ) from error
+
+
+def _sync_directory(directory: str) -> None:
+    if os.name != "posix":
+        return
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)

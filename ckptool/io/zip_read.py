@@ -1,0 +1,168 @@
+"""The central directory of a zip archive: the only truth about its members.
+
+Torch writes zeros for the sizes in local headers and non-standard zip64 extras there, so a local header is
+only used for the length of its name and padding (`files.Files.locate`). Layout: PKWARE APPNOTE 4.3.12-4.3.16.
+
+    end record      PK\\5\\6  ... entries u16 @10, size u32 @12, offset u32 @16
+    zip64 locator   PK\\6\\7  ... offset of the zip64 end record u64 @8
+    zip64 end       PK\\6\\6  ... entries u64 @32, size u64 @40, offset u64 @48
+    central entry   PK\\1\\2  ... flags u16 @8, method u16 @10, crc u32 @16, packed u32 @20, size u32 @24,
+                             name u16 @28, extra u16 @30, comment u16 @32, disk u16 @34, offset u32 @42
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+from ckptool.core.tensor import Span
+from ckptool.errors import FormatError, UnsupportedError
+from ckptool.io.source import File
+from ckptool.limits import MAX_DIRECTORY, MAX_RATIO, MAX_RECORDS, Limit
+
+TAIL = 1 << 16
+"""Bytes read from the end at once: enough for the end records and the directory of some 700 members."""
+
+SMALL = 1 << 20
+"""Bytes that `MAX_RATIO` does not count."""
+
+
+class Member(NamedTuple):
+    """A zip member: its payload span (see `Span.member`) and its CRC-32, 0 where none was recorded."""
+
+    span: Span
+    crc32: int
+
+
+def is_zip(file: File) -> bool:
+    """Returns whether the file begins with a zip member, as torch.load demands."""
+    return file.size >= 4 and file.read(0, 4) == b"PK\x03\x04"
+
+
+def read_directory(file: File) -> dict[str, Member]:
+    """Returns {name: Member} in the directory's order; reads the end of the file only.
+
+    Raises: FormatError for anything cut off, overlapping, outside the file or named twice; UnsupportedError
+    for encryption, split archives, and other methods than stored and deflate.
+    """
+    start, size, count = _find_directory(file)
+    if size > MAX_DIRECTORY.now():
+        raise MAX_DIRECTORY.passed(f"its zip directory claims {size:,} bytes", size, file.path)
+    if count > MAX_RECORDS.now():
+        raise MAX_RECORDS.passed(f"its zip directory claims {count:,} members", count, file.path)
+    data = file.read(start, size)
+    members: dict[str, Member] = {}
+    position = last = 0
+    in_order = True
+    path, version = file.path, file.version
+    unpack = struct.Struct("<4s4xHH4xIIIHHHH6xI").unpack_from
+    make = tuple.__new__  # a third of the time of calling Span and Member, of which there may be a million
+    for _ in range(count):
+        if position + 46 > size:
+            raise FormatError(f"its zip directory ends inside entry {len(members)} of {count}", path)
+        signature, flags, method, crc, packed, usize, name_size, extra_size, comment, disk, offset = unpack(
+            data, position
+        )
+        if signature != b"PK\x01\x02":
+            raise FormatError(f"no zip directory entry at byte {start + position}", path)
+        body = position + 46
+        raw = data[body : body + name_size]
+        position = body + name_size + extra_size + comment
+        if usize == 0xFFFFFFFF or packed == 0xFFFFFFFF or offset == 0xFFFFFFFF:
+            extra = data[body + name_size : body + name_size + extra_size]
+            usize, packed, offset = _zip64(extra, usize, packed, offset, path)
+        name = raw.decode("utf-8" if flags & 0x800 else "cp437", "surrogateescape")
+        if method or packed != usize or flags & 0x1 or disk:
+            _refuse_entry(name, flags, method, packed, usize, disk, path)
+        end = offset + 30 + name_size + packed
+        if end > start:
+            raise FormatError(f"the zip member {name!r} reaches beyond the archive's data", path)
+        if name in members:
+            raise FormatError(f"two zip members are named {name!r}", path)
+        span = make(Span, (path, offset, usize, "deflated" if method else "stored", packed, version, None, name_size))
+        members[name] = make(Member, (span, crc))
+        in_order = in_order and offset >= last
+        last = end
+    if position > size:
+        raise FormatError("its zip directory is cut off", path)
+    if not in_order:
+        _refuse_overlaps(members, path)
+    return members
+
+
+def _refuse_entry(name: str, flags: int, method: int, packed: int, usize: int, disk: int, path: str) -> None:
+    """Raises what is to be said of an entry that is not plainly stored; a deflated one passes."""
+    if flags & 0x1 or disk not in (0, 0xFFFF):
+        what = "encrypted" if flags & 0x1 else "part of a split archive"
+        raise UnsupportedError(f"the zip member {name!r} is {what}", path)
+    if method not in (0, 8):
+        raise UnsupportedError(f"the zip member {name!r} is compressed by method {method}", path)
+    if method == 0 and packed != usize:
+        raise FormatError(f"the stored zip member {name!r} has two sizes: {packed} and {usize}", path)
+
+
+def _refuse_overlaps(members: Mapping[str, Member], path: str) -> None:
+    """Raises FormatError if two members share bytes: a directory need not be in the order of the data."""
+    ranges = sorted((span.offset, span.offset + 30 + len(name) + span.packed) for name, (span, _) in members.items())
+    for (_, end), (begin, _) in pairwise(ranges):
+        if end > begin:
+            raise FormatError(f"two zip members overlap at byte {begin}", path)
+
+
+def _find_directory(file: File) -> tuple[int, int, int]:
+    """Returns (offset, size, entries) of the central directory."""
+    tail_start = max(0, file.size - TAIL - 22)
+    tail = file.read(tail_start, file.size - tail_start)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + 22 > len(tail):
+        raise FormatError("it begins as a zip archive but has no end record: a truncated download?", file.path)
+    disk, _, _, count, size, start, _ = struct.unpack_from("<HHHHIIH", tail, at + 4)
+    if disk not in (0, 0xFFFF):
+        raise UnsupportedError("it is one part of a split zip archive", file.path)
+    if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":
+        (record,) = struct.unpack_from("<Q", tail, at - 12)
+        if record + 56 > tail_start + at:
+            raise FormatError("its zip64 end record lies outside the file", file.path)
+        end = file.read(record, 56)
+        if end[:4] != b"PK\x06\x06":
+            raise FormatError(f"no zip64 end record at byte {record}", file.path)
+        count, size, start = struct.unpack_from("<QQQ", end, 32)
+    if start + size > tail_start + at:
+        raise FormatError("its zip directory lies outside the file: a truncated download?", file.path)
+    return start, size, count
+
+
+def _zip64(extra: bytes, usize: int, packed: int, offset: int, path: str) -> tuple[int, int, int]:
+    """Returns (size, packed, offset), those that read 0xFFFFFFFF from the zip64 extra field, in that order."""
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, position)
+        body = extra[position + 4 : position + 4 + length]
+        position += 4 + length
+        if kind != 1:
+            continue
+        wanted = [value == 0xFFFFFFFF for value in (usize, packed, offset)]
+        if len(body) < 8 * sum(wanted):
+            break
+        values = iter(struct.unpack_from(f"<{sum(wanted)}Q", body))
+        return tuple(next(values) if want else old for want, old in zip(wanted, (usize, packed, offset), strict=True))  # type: ignore[return-value]
+    raise FormatError("a zip directory entry lacks its zip64 sizes", path)
+
+
+def read_small(file: File, members: Mapping[str, Member], name: str, limit: Limit) -> bytes | None:
+    """Returns the content of a small member, None if absent. Raises: LimitError past the ``limit`` of its bytes."""
+    from ckptool.io.source import Files
+
+    member = members.get(name)
+    if member is None:
+        return None
+    nbytes, packed = member.span.nbytes, member.span.packed
+    if nbytes > limit.now():
+        raise limit.passed(f"{name} has {nbytes:,} bytes", nbytes, file.path)
+    if member.span.member == "deflated" and nbytes > SMALL + MAX_RATIO.now() * packed:
+        times = -((SMALL - nbytes) // max(packed, 1))
+        raise MAX_RATIO.passed(f"{name} inflates to {times:,} times its size in the file", times, file.path)
+    with Files() as files:
+        return files.read(member.span)

@@ -1,0 +1,166 @@
+"""Which key gets which init rule: the user's, a preset's, or torch's default; one draw for all names of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from ckptool.core import keys as names
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Derived, Opaque, TensorInfo, contiguous_stride
+from ckptool.errors import UsageError
+from ckptool.partial.init import Init, check_dtype, parse
+from ckptool.partial.layers import NAMES, Role, read
+from ckptool.partial.presets import PRESETS
+
+Made = dict[str, tuple[TensorInfo, str]]
+
+
+def plan(
+    rules: Sequence[tuple[str, str]],
+    presets: Sequence[str],
+    tensors: Mapping[str, TensorInfo],
+    wanted: Iterable[str],
+    seed: int,
+    classes: Mapping[str, str] | None = None,
+) -> tuple[Made, list[str], list[str]]:
+    """Returns ({key: (tensor with drawn values, rule)}, patterns that fit no wanted key, troubles).
+
+    ``rules`` are (key pattern, rule); the last that fits a key wins, over any preset; of presets the last that has a
+    row for it. A key that nothing fits, or whose rule is ``keep``, is not in the answer: it keeps the target's values.
+    ``tensors`` are all of the target, since layers are read from siblings; ``classes`` {module path: class name}.
+    Names of one tensor get one draw, that of the first name, so they stay tied. Troubles are all that forbids going
+    on, a line each. Raises: UsageError for a rule or a preset that does not exist.
+    """
+    parsed = [(pattern, parse(rule)) for pattern, rule in rules]
+    for preset in presets:
+        if preset not in PRESETS:
+            raise UsageError(f"no init preset {preset!r}; there are {', '.join(PRESETS)}")
+    asked = dict.fromkeys(wanted)
+    planner = _Plan(parsed, presets, tensors, asked, seed, classes)
+    for group in planner.groups():
+        planner.decide(group)
+    order = {key: planner.made[key] for key in asked if key in planner.made}
+    return order, names.unused_patterns(dict.fromkeys(pattern for pattern, _ in rules), asked), planner.complaints()
+
+
+class _Plan:
+    """The choice of a rule for every tensor, one group of tied names at a time."""
+
+    def __init__(
+        self,
+        rules: Sequence[tuple[str, Init]],
+        presets: Sequence[str],
+        tensors: Mapping[str, TensorInfo],
+        wanted: Mapping[str, None],
+        seed: int,
+        classes: Mapping[str, str] | None,
+    ) -> None:
+        self.rules, self.presets, self.tensors, self.wanted = rules, presets, tensors, wanted
+        self.seed, self.classes = seed, classes
+        self.made: Made = {}
+        self.troubles: list[str] = []
+        self.unread: list[str] = []
+        self.refused: dict[str, list[str]] = {}
+
+    def groups(self) -> Iterable[list[str]]:
+        """Returns the names of each tensor of which any name is wanted, in the target's order."""
+        found: dict[object, list[str]] = {}
+        for key, tensor in self.tensors.items():
+            found.setdefault(tensor.view if tensor.numel else key, []).append(key)
+        return [group for group in found.values() if any(key in self.wanted for key in group)]
+
+    def decide(self, group: list[str]) -> None:
+        """Finds the one rule for a tensor and all its names, and makes it."""
+        keys = [key for key in group if key in self.wanted]
+        roles = {key: read(key, self.tensors, self.classes) for key in keys}
+        # A head tied to an embedding is the embedding: that is the module whose values torch's models keep.
+        leader = min(keys, key=lambda key: _rank(roles[key]))
+        explicit = [(key, rule) for key in keys if (rule := self._explicit(key))]
+        if len({(rule.method, rule.args) for _, rule in explicit}) > 1:
+            said = ", ".join(f"{key}={rule.text}" for key, rule in explicit)
+            self.troubles.append(f"one tensor under several names gets one rule: {said}")
+            return
+        init: Init | None = explicit[0][1] if explicit else parse("keep")
+        text = explicit[0][1].text if explicit else "keep"
+        if not explicit and self.presets:
+            init, text = self._by_preset(leader, roles[leader])
+        elif init and init.method == "default":
+            init, text = self._by_default(leader, roles[leader])
+        if init is None:
+            return
+        tensor = self.tensors[keys[0]]
+        if init.method == "keep":
+            if tensor.kind == "meta":
+                self._refuse("it is on meta and has no values to keep: name a rule for it", keys[0])
+        elif len(keys) < len(group):
+            left = ", ".join(key for key in group if key not in self.wanted)
+            self.troubles.append(f"{keys[0]} is the same tensor as {left}, which is not to be initialised")
+        else:
+            self._make(keys, init, text)
+
+    def _explicit(self, key: str) -> Init | None:
+        return next((init for pattern, init in reversed(self.rules) if names.fits(pattern, key)), None)
+
+    def _by_preset(self, key: str, role: Role | None) -> tuple[Init | None, str]:
+        if DTYPES[self.tensors[key].dtype].kind in ("int", "bool") and not names.is_counter(key):
+            return parse("keep"), "keep"  # an index or a mask, not a weight
+        for preset in reversed(self.presets):
+            for fits, rule, _ in reversed(PRESETS[preset].rows):
+                named = role is not None and role.name == fits
+                if named or (fits not in NAMES and names.fits(fits, key)):
+                    return parse(rule), f"{preset}: {rule}"
+        return self._by_default(key, role)
+
+    def _by_default(self, key: str, role: Role | None) -> tuple[Init | None, str]:
+        if role is None:
+            self.unread.append(key)
+            return None, ""
+        return parse(role.rule), f"default: {role.rule}"
+
+    def _make(self, keys: list[str], init: Init, text: str) -> None:
+        tensor = self.tensors[keys[0]]
+        if tensor.shape is None or (isinstance(tensor.source, Opaque) and tensor.kind != "meta"):
+            self._refuse(f"a {tensor.kind} tensor is not initialised: keep", keys[0])
+            return
+        try:
+            draw = init.draw(tensor.shape, self.seed, keys[0])
+            check_dtype(draw, init.method, tensor.dtype)
+        except UsageError as error:
+            self._refuse(error.message, keys[0])
+            return
+        location = "cpu" if tensor.kind == "meta" else tensor.location
+        source = Derived("draw", (), shape=tensor.shape, args=draw, location=location)
+        made: dict[int, TensorInfo] = {}  # names for one object stay names for one object
+        for key in keys:
+            one = self.tensors[key]
+            self.made[key] = made.setdefault(id(one), _drawn(one, source)), text
+
+    def _refuse(self, why: str, key: str) -> None:
+        self.refused.setdefault(why, []).append(key)
+
+    def complaints(self) -> list[str]:
+        """Returns all troubles, a line each, with repeated blocks folded."""
+        found = [f"{key}: {why}" for why, keys in self.refused.items() for key in _folded(keys)]
+        found += self.troubles
+        if self.unread:
+            found.append(
+                f"no default can be read from keys and shapes for {', '.join(_folded(self.unread))}: "
+                f"name a rule, such as '{self.unread[0]}=normal(0,0.02)' or '{self.unread[0]}=keep'"
+            )
+        return found
+
+
+def _rank(role: Role | None) -> int:
+    return 2 if role is None else role.name != "embedding weight"
+
+
+def _folded(keys: Sequence[str]) -> list[str]:
+    return [name for name, _ in names.fold([(key, None) for key in keys])]
+
+
+def _drawn(tensor: TensorInfo, source: Derived) -> TensorInfo:
+    """Returns the drawn values as what ``tensor`` is: its dtype, shape, class, a parameter or not."""
+    extras = tensor.extras and replace(tensor.extras, conj=False, neg=False)
+    stride = contiguous_stride(tensor.shape or ())
+    return replace(tensor, stride=stride, storage_offset=0, source=source, extras=extras)

@@ -1,0 +1,305 @@
+"""A live model as a checkpoint, and a planned checkpoint copied into it; torch is imported inside functions."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from ckptool.core import keys as names
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.dtypes import DTYPES, nbytes_of
+from ckptool.core.tensor import Extras, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tree import Global, PyObject, nodes, ordered_dict
+from ckptool.errors import UnsupportedError, UsageError, listed
+from ckptool.io.source import Files
+from ckptool.values.codec import import_torch
+from ckptool.values.torch_bridge import to_torch
+
+_PLAIN = (type(None), bool, int, float, str, bytes)
+
+EXTRA_STATE = "_extra_state"
+"""Last segment of the key under which `Module.get_extra_state` stands in a state_dict."""
+
+
+def refuse_no_module(model: Any) -> Any:
+    """Returns the torch module. Raises: UsageError for what is no torch.nn.Module, DependencyError without torch."""
+    torch = import_torch("loading into a model")
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"load_partial loads into a torch.nn.Module, not into a {type(model).__name__}")
+    return torch
+
+
+def checkpoint_of(model: Any, source: Mapping[str, TensorInfo] | None = None) -> Checkpoint:
+    """Returns a model's state_dict as a checkpoint whose tensors stay where they are, on whatever device.
+
+    ``source`` are the tensors to be loaded, by the keys they will be matched by: a parameter that is not yet
+    initialised (`torch.nn.LazyLinear`) takes its shape from there. Raises: UsageError for what is no module.
+    """
+    torch = refuse_no_module(model)
+    state = model.state_dict(keep_vars=True)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    made = _Reading(torch)
+    tree: dict[Any, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and torch.nn.parameter.is_lazy(value):
+            path, _, name = key.rpartition(".")
+            offered = (source or {}).get(names.unwrapped(key))
+            tree[key] = made.lazy(value, offered, modules.get(path), name)
+        else:
+            tree[key] = made.node(value)
+    versions = {path: dict(entry) for path, entry in getattr(state, "_metadata", {}).items()}
+    return Checkpoint(ordered_dict(tree, ordered_dict(versions)), format="model", url=type(model).__name__)
+
+
+def classes_of(model: Any) -> dict[str, str]:
+    """Returns {module path: class name}, of a class derived from one of torch.nn that one's name.
+
+    Anybody else's class of a name that torch has too is not torch's, and goes by its full name.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith(("torch.nn.", "transformers."))]
+        kind = next((kind for kind in kinds if kind.__name__ != "Module"), None)
+        found[path] = kind.__name__ if kind else f"{type(module).__module__}.{type(module).__qualname__}"
+    return found
+
+
+class _Reading:
+    """From live values to a checkpoint's nodes; one object, and one memory, stay one."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch = torch
+        self.storages: dict[tuple[str, int], Storage] = {}
+        self.made: dict[int, Any] = {}
+
+    def node(self, value: Any) -> Any:
+        """Returns a tensor's `TensorInfo`, an extra state's tree; a stand-in for an object of any other class."""
+        if id(value) not in self.made:
+            self.made[id(value)] = self._node(value)
+        return self.made[id(value)]
+
+    def _node(self, value: Any) -> Any:
+        if isinstance(value, self.torch.Tensor):
+            return self.tensor(value)
+        if type(value) in _PLAIN:
+            return value
+        if type(value) in (list, tuple):
+            return type(value)(self.node(item) for item in value)
+        if type(value) in (dict, OrderedDict) and all(type(key) in _PLAIN for key in value):
+            content = {key: self.node(item) for key, item in value.items()}
+            return content if type(value) is dict else ordered_dict(content)
+        return Global.named(type(value).__module__, type(value).__qualname__)()
+
+    def lazy(self, value: Any, offered: TensorInfo | None, module: Any, name: str) -> Any:
+        """Returns a parameter that has no shape yet with the shape of what it is offered, if its layer allows that."""
+        if offered is None or offered.shape is None or not _allows(module, name, offered.shape):
+            return Global.named("torch.nn.parameter", type(value).__name__)()
+        dtype = str(value.dtype).removeprefix("torch.")
+        shape, nbytes = offered.shape, nbytes_of(dtype, offered.numel)
+        storage = Storage(Span("", 0, nbytes, memory=_uninitialised), dtype, str(value.device))
+        parameter = isinstance(value, self.torch.nn.Parameter)
+        return TensorInfo(dtype, shape, contiguous_stride(shape), 0, storage, value.requires_grad, parameter)
+
+    def tensor(self, value: Any) -> TensorInfo:
+        torch = self.torch
+        parameter = isinstance(value, torch.nn.Parameter)
+        dtype = str(value.dtype).removeprefix("torch.")
+        kind = _kind(torch, value)
+        shape = None if value.is_nested else tuple(value.shape)
+        if kind != "dense":
+            opaque = Opaque(kind, Global.named("torch", "Tensor")())
+            return TensorInfo(dtype, shape, (), 0, opaque, value.requires_grad, parameter)
+        untyped = value.untyped_storage()
+        place = str(untyped.device), untyped.data_ptr() or id(value)
+        if place not in self.storages:
+            typed = dtype if DTYPES[dtype].storage else None
+            span = Span("", 0, untyped.nbytes(), memory=_Memory(torch, untyped))
+            self.storages[place] = Storage(span, typed, str(untyped.device))
+        extras = Extras(bool(value.is_conj()), bool(value.is_neg())) if value.is_conj() or value.is_neg() else None
+        return TensorInfo(
+            dtype, shape, tuple(value.stride()), value.storage_offset(), self.storages[place], value.requires_grad,
+            parameter, extras,
+        )  # fmt: skip
+
+
+def _kind(torch: Any, value: Any) -> str:
+    """Returns ``dense``, or what kind of `Opaque` a tensor is."""
+    if value.is_quantized:
+        return "quantized"
+    if value.is_nested:
+        return "nested_strided" if value.layout == torch.strided else "nested_jagged"
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(value) or isinstance(value, _dtensors(torch)):
+        return "subclass"
+    if value.layout != torch.strided:
+        return str(value.layout).removeprefix("torch.")
+    return "meta" if value.is_meta else "dense"
+
+
+def _dtensors(torch: Any) -> tuple[Any, ...]:
+    made = getattr(getattr(getattr(torch, "distributed", None), "tensor", None), "DTensor", None)
+    return () if made is None else (made,)
+
+
+def _allows(module: Any, name: str, shape: tuple[int, ...]) -> bool:
+    """Returns whether a lazy layer, which knows its output and its kernel, can get a parameter of this shape."""
+    outputs = getattr(module, "out_features", None) or getattr(module, "out_channels", None)
+    if not isinstance(outputs, int) or name not in ("weight", "bias"):
+        return True
+    if name == "bias":
+        return shape == (outputs,)
+    kernel = tuple(getattr(module, "kernel_size", ()))
+    if len(shape) != 2 + len(kernel) or shape[2:] != kernel:
+        return False
+    return (shape[1] * module.groups if getattr(module, "transposed", False) else shape[0]) == outputs
+
+
+class _Memory:
+    """The bytes of a storage; copied from its device only when asked for."""
+
+    def __init__(self, torch: Any, untyped: Any) -> None:
+        self.torch, self.untyped = torch, untyped
+
+    def __call__(self) -> memoryview:
+        untyped = self.untyped.cpu()
+        flat = self.torch.empty(0, dtype=self.torch.uint8).set_(untyped)
+        return memoryview(flat.numpy())
+
+
+def _uninitialised() -> memoryview:
+    raise UnsupportedError("a parameter that is not yet initialised has no values")
+
+
+def offered(source: Checkpoint, strip: str | None, add: str | None) -> dict[str, TensorInfo]:
+    """Returns a source's tensors by the keys that they are matched by."""
+    tensors = source.state_dict()
+    return {plain: tensors[key] for plain, key in names.plain_keys(tensors, strip, add, source.url).items()}
+
+
+def extra_states(
+    target: Checkpoint, source: Checkpoint, chosen: Callable[[str], bool], strip: str | None, add: str | None
+) -> dict[str, tuple[str, Any]]:
+    """Returns {key: (the source's key, tree)} of the extra states that a source has for a model's modules.
+
+    Those that need a class which was not imported are left out, and so stay the model's; tensors of one shape and
+    dtype too, which are loaded like any other.
+    """
+    theirs = {
+        names.replace_prefix(names.unwrapped(key), strip, add): (key, value)
+        for key, (_, value) in source.entries().items()
+    }
+    found = {}
+    for key, (_, own) in target.entries().items():
+        if key.rpartition(".")[2] != EXTRA_STATE or names.unwrapped(key) not in theirs or not chosen(key):
+            continue
+        name, value = theirs[names.unwrapped(key)]
+        both = isinstance(own, TensorInfo) and isinstance(value, TensorInfo)
+        if both and (own.form, own.dtype) == (value.form, value.dtype):
+            continue
+        if not any(_is_foreign(node) for node in nodes(value)):
+            found[key] = name, value
+    return found
+
+
+def _is_foreign(node: object) -> bool:
+    return isinstance(node, (PyObject, Global)) and node.qualname != "OrderedDict" and node.module != "torch"
+
+
+# --- into the model ----------------------------------------------------------------------------------------------
+
+
+def copy_into(model: Any, planned: Checkpoint, keys: Iterable[str], map_location: Any, assign: bool) -> dict[str, int]:
+    """Copies the planned values of ``keys`` into a model, in place; with ``assign`` the tensors become the model's.
+
+    Everything is read and computed before the first parameter is touched, so it holds the loaded tensors once.
+    Returns {key: finite values that a cast made infinite}. Raises: what reading raises; UsageError for what stays, or
+    cannot be filled, on meta, and for an extra state that its module refuses.
+    """
+    torch = import_torch("loading into a model")
+    own = model.state_dict(keep_vars=True)
+    entries = planned.entries()
+    wanted = {key: entries[key][1] for key in keys}
+    _refuse_meta(model, own, wanted, assign)
+    with Files() as files:
+        where = map_location if assign and map_location is not None else "cpu"
+        values = to_torch(dict(wanted), files, where, lambda _: None)
+        overflowed = {
+            key: files.overflowed[id(node.source)]
+            for key, node in wanted.items()
+            if isinstance(node, TensorInfo) and id(node.source) in files.overflowed
+        }
+    states = {key: values.pop(key) for key in list(values) if key.rpartition(".")[2] == EXTRA_STATE}
+    _set_states(model, own, states)
+    made: dict[int, Any] = {}
+    for key, value in values.items():
+        old = own[key]
+        if assign and id(old) not in made:  # names of one tensor stay names of one
+            moved = value.detach() if map_location is not None or old.is_meta else value.detach().to(old.device)
+            parameter = isinstance(old, torch.nn.Parameter)
+            made[id(old)] = torch.nn.Parameter(moved, requires_grad=old.requires_grad) if parameter else moved
+        values[key] = made[id(old)] if assign else value.detach()
+    state: Any = OrderedDict()
+    for key, old in own.items():
+        # The model's own go along, which copies nothing: hooks and quantised modules want all their keys.
+        if key in values:
+            state[key] = values[key]
+        elif key.rpartition(".")[2] != EXTRA_STATE and not torch.nn.parameter.is_lazy(old):
+            state[key] = made.get(id(old), old)
+    state._metadata = getattr(own, "_metadata", {})
+    result = model.load_state_dict(state, strict=False, assign=assign)
+    lost = [key for key in getattr(result, "unexpected_keys", ()) if key in values]
+    _put(torch, model, {key: (own[key], values[key]) for key in lost}, assign)
+    return overflowed
+
+
+def _refuse_meta(model: Any, own: Mapping[str, Any], wanted: Mapping[str, Any], assign: bool) -> None:
+    """Raises UsageError if values are meant for a tensor on meta, which holds none, or if one would stay there."""
+    if not assign:
+        lacking = [key for key in wanted if getattr(own[key], "is_meta", False)]
+        if lacking:
+            raise UsageError(f"on meta, where nothing can be copied to: {listed(lacking)}; assign=True replaces them")
+    filled = {id(own[key]) for key in wanted}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    stay = [name for name, value in tensors if value.is_meta and id(value) not in filled and name not in wanted]
+    if stay:
+        raise UsageError(f"would stay on meta, since no checkpoint holds them: {listed(stay)}; give them values first")
+
+
+def _set_states(model: Any, own: Mapping[str, Any], states: dict[str, Any]) -> None:
+    """Hands extra states to their modules; if one refuses its own, the others get back what they had."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    done: list[tuple[Any, Any]] = []
+    for key, value in states.items():
+        module = modules.get(key.rpartition(".")[0])
+        if module is None:
+            raise UsageError(f"{key}: the model has no such module")
+        done.append((module, own[key]))
+        try:
+            module.set_extra_state(value)
+        except Exception as error:  # the module's own code: whatever it raises, the others get back what they had
+            for other, old in reversed(done):
+                with suppress(Exception):
+                    other.set_extra_state(old)
+            raise UsageError(f"{key}: set_extra_state: {type(error).__name__}: {error}") from error
+
+
+def _put(torch: Any, model: Any, pairs: Mapping[str, tuple[Any, Any]], assign: bool) -> None:
+    """Fills tensors that a hook gives another name in the state_dict, so that `load_state_dict` does not know them."""
+    where: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in held.items():
+                where.setdefault(id(value), []).append((held, name))
+    lost = [key for key, (old, _) in pairs.items() if id(old) not in where]
+    for key, (old, value) in pairs.items():
+        if key in lost:
+            continue
+        if assign:
+            for held, name in where[id(old)]:
+                held[name] = value
+        else:
+            with torch.no_grad():
+                old.copy_(value)
+    if lost:
+        raise UnsupportedError(f"the model names {listed(lost)} in its state_dict, and does not take it back")

@@ -1,0 +1,379 @@
+"""What of a checkpoint fits a changed model: loaded, adapted, or initialised on purpose, with a reason for every key.
+
+The plan is `filter`'s matching, and then, in this order: adapters for shapes that differ, ties, rules for what is
+not loaded. Nothing is read or computed here but headers: the values are `Derived` leaves of the new checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ckptool.core import keys as names
+from ckptool.core import modules
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import TensorInfo
+from ckptool.core.tree import PyObject, nodes, path_text
+from ckptool.errors import NoTensorsError, UnsupportedError, UsageError, listed
+from ckptool.ops.diff import no_tensors
+from ckptool.ops.filter import LOADED, FilterReport, Merge, Row, Same, dims
+from ckptool.partial import handover, initplan, resume
+from ckptool.partial.adapt import Adapting
+from ckptool.partial.adapt import dims as dims_text
+from ckptool.partial.adapters import Adapter
+from ckptool.partial.handover import Group
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPartialReport:
+    """``rows``: one per key of the target, then one per key of the source that found no place (see `filter.Row`).
+
+    ``loaded_fraction`` is the share of the target's elements (counters aside) that have the source's values.
+    ``frozen``: parameters that are not to be trained; ``moving``: BatchNorm layers among them whose running
+    statistics still move in train mode. ``groups``: the parameters that are trained, loaded and new ones apart;
+    ``tied``: other names of parameters that are listed under their first.
+    """
+
+    rows: list[Row]
+    counts: dict[str, int]
+    output: str | None = None
+    loaded_fraction: float = 0.0
+    hint: str | None = None
+    target: str | None = None
+    sources: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seed: int = 0
+    frozen: list[str] = field(default_factory=list)
+    moving: list[str] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
+
+    def keys(self, *reasons: str) -> list[str]:
+        """Returns the keys that have one of these reasons."""
+        return [row.key for row in self.rows if row.reason in reasons]
+
+    @property
+    def loaded(self) -> list[str]:
+        """Returns the target's keys that have the source's values, cast, tied and adapted ones included."""
+        return self.keys(*LOADED)
+
+    @property
+    def missing(self) -> list[str]:
+        """Returns the target's keys that the source lacks, and that no rule initialises."""
+        return self.keys("missing")
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Returns the source's keys that the target lacks."""
+        return self.keys("unexpected")
+
+    @property
+    def mismatched(self) -> list[str]:
+        """Returns the keys whose shapes differ, and which keep the target's values."""
+        return self.keys("mismatched")
+
+    @property
+    def initialised(self) -> list[str]:
+        """Returns the keys whose values a rule made."""
+        return self.keys("initialised")
+
+    @property
+    def written(self) -> list[str]:
+        """Returns the target's keys whose values are not its own any more."""
+        return self.keys(*LOADED, "initialised")
+
+    def not_strict(self) -> list[str]:
+        """Returns what ``strict`` refuses, a phrase each: ``2 missing``."""
+        bad = ("missing", "unexpected", "mismatched")
+        return [f"{self.counts[reason]} {reason}" for reason in bad if self.counts.get(reason)]
+
+    def with_sources(self, origins: Mapping[str, str]) -> LoadPartialReport:
+        """Returns the report with the source's keys as its file has them, before rules renamed them."""
+        rows = []
+        for row in self.rows:
+            key = row.source or (row.key if row.reason == "unexpected" else None)
+            origin = origins.get(key, key) if key else None
+            rows.append(row if origin == row.key and not row.source else replace(row, source=origin))
+        return replace(self, rows=rows)
+
+    def with_states(self, states: Mapping[str, str]) -> LoadPartialReport:
+        """Returns the report with these extra states of modules loaded: {key: the source's key}."""
+        theirs = set(states.values())
+        rows: list[Row] = []
+        seen: set[str] = set()
+        for row in self.rows:
+            if row.key in states and row.key not in seen:
+                seen.add(row.key)
+                row = replace(row, reason="loaded", source=states[row.key], detail="extra state")
+            elif row.key in theirs and row.shape is None:
+                continue  # the source's own row, which says that it is not taken
+            rows.append(row)
+        return replace(self, rows=rows, counts=counts_of(rows))
+
+    def with_overflow(self, overflowed: Mapping[str, int]) -> LoadPartialReport:
+        """Returns the report with a note on values that became infinite in a smaller dtype: {key: how many}."""
+        text = ", ".join(f"{count} of {key}" for key, count in overflowed.items())
+        return replace(self, notes=[*self.notes, f"values no longer finite: {text}"]) if overflowed else self
+
+    def summary(self) -> str:
+        """Returns one line of counts, a line for each key that was not plainly loaded, then hint and notes."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
+        lines = [f"{100 * self.loaded_fraction:.1f} % of parameters loaded: {counts}"] if self.sources else [counts]
+        for row in self.rows:
+            if row.reason not in ("loaded", "bookkeeping", "ignored"):
+                differ = row.source_shape not in (None, row.shape)
+                shape = f"{shape_text(row.shape)}, source {shape_text(row.source_shape)}" if differ else ""
+                lines.append("  " + "  ".join(filter(None, (row.reason, row.key, shape, row.detail))))
+        lines += [f"  hint  {self.hint}"] if self.hint else []
+        return "\n".join([*lines, *(f"  note  {text}" for text in self.notes)])
+
+    def freeze(self, model: Any, *specs: str) -> list[str]:
+        """Sets ``requires_grad`` to False on the model's frozen parameters, and returns their names.
+
+        ``specs`` as in `load_partial`'s ``freeze``; without any, those that were planned with, else ``loaded``.
+        ``frozen`` and ``moving`` say so afterwards: BatchNorm layers go on moving their running statistics in train
+        mode, unless they are put in eval mode. Raises: UsageError before touching any.
+        """
+        if specs or not self.frozen:
+            found = handover.freeze_of_model(model, specs or ["loaded"], handover.names_of(model, self.loaded))
+        else:
+            found = handover.names_of(model, self.frozen) or self.frozen
+        self.frozen[:] = handover.freeze_model(model, found)
+        self.moving[:] = handover.moving_of_model(model)
+        return list(self.frozen)
+
+    def param_groups(
+        self, model: Any, lr: float, *, new_lr_mult: float = 10.0, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Returns parameter groups for an optimizer: loaded and new parameters, with and without weight decay.
+
+        New parameters learn at ``lr * new_lr_mult``. Biases and norms (parameters of under two dimensions) get no
+        decay. A parameter that requires no gradient is in no group; any other is in exactly one.
+        """
+        loaded = handover.names_of(model, self.loaded)
+        return handover.model_groups(model, loaded, lr=lr, new_lr_mult=new_lr_mult, weight_decay=weight_decay)
+
+
+def shape_text(shape: Sequence[int] | None) -> str:
+    """Returns a shape as it is printed: ``64x3x7x7``."""
+    return "no tensor" if shape is None else dims_text(tuple(shape))
+
+
+def counts_of(rows: Sequence[Row]) -> dict[str, int]:
+    """Returns {reason: how many rows have it}."""
+    return dict(Counter(row.reason for row in rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What is asked for beside the matching itself. Pairs are (key pattern, what for the keys that fit it)."""
+
+    adapt: Sequence[tuple[str, Adapter]] = ()
+    init: Sequence[tuple[str, str]] = ()
+    presets: Sequence[str] = ()
+    seed: int = 0
+    freeze: Sequence[str] = ()
+    new_lr_mult: float = 10.0
+    weight_decay: float = 0.0
+    optimizer: str | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    strip_prefix: str | None = None
+    add_prefix: str | None = None
+
+
+def load_partial(
+    source: Checkpoint | None,
+    target: Checkpoint,
+    wishes: Wishes,
+    *,
+    same: Same,
+    read: Callable[[str], Any] | None = None,
+    classes: Mapping[str, str] | None = None,
+    origins: Mapping[str, str] | None = None,
+) -> tuple[Checkpoint, LoadPartialReport]:
+    """Returns (checkpoint, report): the target with what fits taken from ``source``, and the rest as wished.
+
+    ``same`` is asked whether two tensors hold the same bytes, ``read`` for the content of a file that an adapter
+    names. ``classes`` says which class each module of the target is of, ``origins`` what the keys of a renamed
+    source were called in its file. Raises: UsageError with all that forbids going on, NoTensorsError, CollisionError.
+    """
+    for checkpoint in (source, target):
+        if checkpoint is not None and not checkpoint.state_dict():
+            raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+    plan = _Plan(source, target, wishes, classes if classes is not None else module_classes(target))
+    plan.match()
+    plan.adapt(read)
+    plan.tie(same)
+    plan.initialise()
+    plan.refuse()
+    merged, report = plan.result(False, [*wishes.include, *wishes.exclude])
+    return plan.handed_over(merged, report, origins or {})
+
+
+def module_classes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns {module path: class name} of a whole-model pickle; {} of anything else."""
+    node = checkpoint.at(checkpoint.root)
+    if not modules.is_module(node):
+        return {}
+    found = {}
+    for prefix, module in modules.walk_modules(node):
+        known = module.module.startswith(("torch.nn.", "transformers."))
+        # Somebody's own class of a name that torch has too is not torch's.
+        found[prefix.removesuffix(".")] = module.qualname if known else f"{module.module}.{module.qualname}"
+    return found
+
+
+def unwritable(checkpoint: Checkpoint) -> list[str]:
+    """Returns the keys of a live model's state_dict that no file can hold, each with what it is."""
+    found = []
+    for key, (_, value) in checkpoint.entries().items():
+        for node in nodes(value):
+            if isinstance(node, TensorInfo) and node.kind != "dense":
+                found.append(f"{key} ({node.kind})")
+            elif isinstance(node, PyObject) and node.qualname != "OrderedDict":
+                found.append(f"{key} ({node.qualname})")
+    return list(dict.fromkeys(found))
+
+
+_LAZY = ("UninitializedParameter", "UninitializedBuffer")
+
+
+class _Plan(Merge):
+    """`filter`'s matching, and what comes on top of it."""
+
+    def __init__(
+        self, source: Checkpoint | None, target: Checkpoint, wishes: Wishes, classes: Mapping[str, str]
+    ) -> None:
+        chosen = names.chooser(wishes.include, wishes.exclude)
+        sources = [] if source is None else [source]
+        super().__init__(sources, target, wishes.strip_prefix, wishes.add_prefix, chosen, True)
+        self.source, self.wishes, self.classes = source, wishes, classes
+        self.notes: list[str] = []
+        self.troubles: list[str] = []
+        self.refused_keys: set[str] = set()
+        self.plainly: set[str] = set()
+
+    def adapt(self, read: Callable[[str], Any] | None) -> None:
+        """Gives the source's values another shape where an adapter was named for the key."""
+        self.plainly = set(self.taken)
+        adapting = Adapting(read)
+        for key, row in self.rows.items():
+            adapter = next((made for pattern, made in reversed(self.wishes.adapt) if names.fits(pattern, key)), None)
+            if adapter is None or row.source is None or not self.chosen(key):
+                continue
+            if row.reason != "mismatched" and not adapter.rearranges:
+                continue
+            offered = self.offers[0][1][row.source]
+            try:
+                made, detail = adapting.adapt(adapter, offered, self.tensors[key], key)
+            except (UsageError, UnsupportedError) as error:
+                self.troubles.append(error.message)
+                self.refused_keys.add(key)
+                continue
+            self.taken[key] = made
+            self.plainly.discard(key)
+            source_dtype = offered.dtype if offered.dtype != made.dtype else None
+            self.rows[key] = replace(
+                row, reason="adapted", source_shape=dims(offered), dtype=made.dtype, source_dtype=source_dtype,
+                detail=f"{adapter.text}: {detail}",
+            )  # fmt: skip
+        self.notes += [
+            f"--adapt {pattern} fits no key"
+            for pattern in names.unused_patterns([pattern for pattern, _ in self.wishes.adapt], self.tensors)
+        ]
+
+    def fits(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
+        """Returns what `filter` says, and True for a tensor on meta: a place of the same shape without values."""
+        on_meta = tensor.kind == "meta" and offered.form == ("dense", tensor.shape)
+        return on_meta or super().fits(key, offered, tensor)
+
+    def tied(self) -> list[list[str]]:
+        """Returns the groups of the target's keys that are one tensor, of those on meta too, which share no memory."""
+        groups: dict[int, list[str]] = {}
+        for key, tensor in self.tensors.items():
+            if tensor.kind == "meta":
+                groups.setdefault(id(tensor.source), []).append(key)
+        return [*super().tied(), *(keys for keys in groups.values() if len(keys) > 1)]
+
+    def tie(self, same: Same) -> None:
+        """Ties as `filter` does; a name of a tensor that was adapted is no longer one whose shape differs."""
+        super().tie(same)
+        adapted = {self.taken[key].view for key, row in self.rows.items() if row.reason == "adapted"}
+        for key, row in self.rows.items():
+            if row.reason == "mismatched" and key in self.taken and self.taken[key].view in adapted:
+                detail = str(row.detail).removesuffix(", whose values it takes")
+                self.rows[key] = replace(row, reason="tied", detail=detail)
+
+    def initialise(self) -> None:
+        """Makes the values of what was not loaded, by the rules that were given for it; the rest keeps its own."""
+        wanted = [key for key in self.tensors if key not in self.taken and key not in self.refused_keys]
+        wishes = self.wishes
+        made, unused, troubles = initplan.plan(
+            wishes.init, wishes.presets, self.tensors, wanted, wishes.seed, self.classes
+        )
+        for key, (tensor, rule) in made.items():
+            row = self.rows[key]
+            self.made[key] = tensor
+            self.rows[key] = replace(row, reason="initialised", dtype=tensor.dtype, detail=rule)
+        self.notes += [f"--init {pattern} fits no key that was not loaded" for pattern in unused]
+        self.troubles += troubles
+
+    def refuse(self) -> None:
+        """Raises UsageError with all that forbids going on."""
+        if self.troubles:
+            raise UsageError("; ".join(self.troubles), self.target.url)
+
+    def _others(self) -> list[Row]:
+        rows = super()._others()
+        entries = self.target.entries()
+        detail = "not initialised yet: it gets its shape in the first forward pass"
+        return [
+            replace(row, reason="missing", detail=detail)
+            if row.reason == "ignored" and getattr(entries[row.key][1], "qualname", "") in _LAZY
+            else row
+            for row in rows
+        ]
+
+    def handed_over(
+        self, merged: Checkpoint, report: FilterReport, origins: Mapping[str, str]
+    ) -> tuple[Checkpoint, LoadPartialReport]:
+        """Returns the checkpoint and the report with what training needs to know, and the optimizer if wished."""
+        wishes = self.wishes
+        loaded = {key for key in self.tensors if self.rows[key].reason in LOADED}
+        parameters = handover.parameters(self.tensors)
+        live = self.target.format == "model" or modules.is_module(self.target.at(self.target.root))
+        frozen = handover.frozen(wishes.freeze, parameters, loaded, live=live)
+        groups = handover.groups(
+            parameters, loaded, frozen, self.tensors, new_lr_mult=wishes.new_lr_mult, weight_decay=wishes.weight_decay
+        )
+        handover.check(groups, frozen, parameters)
+        merged, notes = self._optimizer(merged)
+        rows = report.rows
+        if self.source is None:
+            rows = [replace(row, detail=None) if row.reason in ("missing", "bookkeeping") else row for row in rows]
+        tied = {alias: group[0] for group in parameters for alias in group[1:]}
+        adapted = [key for key in frozen if self.rows[key].reason == "adapted"]
+        if adapted:
+            notes.append(f"frozen, though not all of their values are the source's: {listed(adapted)}")
+        made = LoadPartialReport(
+            rows, counts_of(rows), None, report.loaded_fraction, report.hint, report.target, report.sources,
+            [*report.notes, *self.notes, *notes], wishes.seed, frozen,
+            handover.moving_batch_norms(self.tensors, frozen), groups, tied,
+        )  # fmt: skip
+        return merged, made.with_sources(origins)
+
+    def _optimizer(self, merged: Checkpoint) -> tuple[Checkpoint, list[str]]:
+        wish = self.wishes.optimizer
+        if wish == "drop":
+            merged, paths = resume.without_optimizers(merged)
+            return merged, [f"dropped: {path_text(path)}" for path in paths]
+        if wish == "remap":
+            if self.source is None:
+                raise UsageError("--optimizer remap needs a SOURCE that has one")
+            matches = {key: str(self.rows[key].source) for key in self.tensors if key in self.plainly}
+            renewed = {key: row.source for key, row in self.rows.items() if row.source and key not in self.plainly}
+            return resume.carried(self.source, self.target, merged, matches, renewed)
+        return merged, [] if self.source is None else resume.left_behind(self.source)

@@ -1,0 +1,297 @@
+"""What adapters make, worked out while it is written: rows picked, means, channels mixed, grids resampled.
+
+Values are computed in float32 (float64 stays float64) and rounded once to the dtype that is written, to nearest
+even as torch rounds. Rows, means and mixtures are streamed; a grid is held whole, being a table of positions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import prod
+from typing import IO, TYPE_CHECKING, Any
+
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Derived, Mix, Resample, Run, Storage, TensorInfo, contiguous_stride
+from ckptool.errors import FormatError, UnreadableError, explain
+from ckptool.io.source import BLOCK
+from ckptool.limits import MAX_LIST
+from ckptool.values.codec import Bytes, import_torch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Blocks = Callable[[TensorInfo], Iterator[Bytes]]
+"""Gives a tensor's elements in C order, little-endian, in blocks of whole elements (`data.tensor_blocks`)."""
+
+
+def blocks(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
+    """Yields the elements of what an adapter made, in C order; ``dtype`` is what they are written in.
+
+    Raises: DependencyError if a grid is resampled and torch is not installed.
+    """
+    if source.op == "take":
+        return _take(source, dtype, read)
+    if source.op == "mean":
+        return _mean(source, dtype, read)
+    if source.op == "mix":
+        return _mix(source, dtype, read)
+    return _resample(source, dtype, read)
+
+
+def read_object(path: str) -> Any:
+    """Returns what a list of rows or tokens holds: the value if it is JSON, else its text.
+
+    Raises: UnreadableError, LimitError, FormatError for a file that is no text, or is named .json and is none.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_LIST.now() + 1)
+            size = os.fstat(file.fileno()).st_size
+    except (OSError, ValueError) as error:
+        reason = explain(error) if isinstance(error, OSError) else str(error)
+        raise UnreadableError(f"cannot be read: {reason}", path) from error
+    if len(content) > MAX_LIST.now():
+        size = max(size, len(content))
+        raise MAX_LIST.passed(f"has {size:,} bytes, too many for a list of rows or tokens", size, path)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"is no UTF-8 text: {error}", path) from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if path.endswith(".json"):
+            raise FormatError(f"is no JSON: {error}", path) from error
+        return text
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def _take(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
+    """Yields rows in the order of the runs; holds one block, whatever the order."""
+    width = DTYPES[dtype].bits * prod((source.shape or ())[1:]) // 8
+    inputs: dict[int, _Rows] = {}
+    pending = bytearray()
+    try:
+        for run in source.args:
+            for piece in _run(run, source, width, inputs, read):
+                if not pending and len(piece) >= BLOCK:
+                    yield piece
+                    continue
+                pending += piece
+                if len(pending) >= BLOCK:
+                    yield bytes(pending)
+                    pending.clear()
+        yield bytes(pending)
+    finally:
+        for rows in inputs.values():
+            rows.close()
+
+
+def _run(run: Run, source: Derived, width: int, inputs: dict[int, _Rows], read: Blocks) -> Iterator[Bytes]:
+    number, first, count = run
+    if number >= 0:
+        if number not in inputs:
+            mine = (other for other in source.args if other.source == number)
+            inputs[number] = _Rows(source.inputs[number], width, read, mine)
+        rows = inputs[number]
+        if rows.count > 1 or count == 1:
+            yield from rows.read(first, count)
+            return
+    row = b"".join(map(bytes, rows.read(0, 1))) if number >= 0 else bytes(width)
+    most = max(1, BLOCK // max(width, 1))
+    for start in range(0, count, most):
+        yield row * min(most, count - start)
+
+
+class _Rows:
+    """The rows of a tensor at any place: read where they lie, else as a stream, else from a temporary file."""
+
+    def __init__(self, tensor: TensorInfo, width: int, read: Blocks, runs: Iterator[Run]) -> None:
+        self.tensor, self.width, self._blocks = tensor, width, read
+        self.count = (tensor.shape or (1,))[0]
+        self._lies = _lies_in_rows(tensor)
+        self._ascends = not self._lies and _ascending(runs)
+        self._stream: Iterator[Bytes] | None = None
+        self._rest: Bytes = b""
+        self._place = 0
+        self._spool: IO[bytes] | None = None
+
+    def read(self, first: int, count: int) -> Iterator[Bytes]:
+        """Yields the bytes of ``count`` rows from ``first`` on, each piece valid until the next is asked for."""
+        start, end = first * self.width, (first + count) * self.width
+        if self._lies:
+            tensor = self.tensor
+            shape = (count, *(tensor.shape or ())[1:])
+            offset = tensor.storage_offset + first * prod(shape[1:])
+            return self._blocks(replace(tensor, shape=shape, stride=contiguous_stride(shape), storage_offset=offset))
+        return self._forward(start, end) if self._ascends else self._anywhere(start, end)
+
+    def _forward(self, start: int, end: int) -> Iterator[Bytes]:
+        self._stream = self._stream or self._blocks(self.tensor)
+        while self._place < end:
+            self._rest = self._rest or next(self._stream)
+            behind = min(len(self._rest), max(0, start - self._place))
+            piece = self._rest[behind : behind + end - max(start, self._place)]
+            self._rest = self._rest[behind + len(piece) :]
+            self._place += behind + len(piece)
+            if piece:
+                yield piece
+
+    def _anywhere(self, start: int, end: int) -> Iterator[Bytes]:
+        if self._spool is None:
+            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+            for block in self._blocks(self.tensor):
+                self._spool.write(block)
+            self._spool.flush()
+        while start < end:
+            piece = os.pread(self._spool.fileno(), min(BLOCK, end - start), start)
+            yield piece
+            start += len(piece)
+
+    def close(self) -> None:
+        if self._spool is not None:
+            self._spool.close()
+
+
+def _lies_in_rows(tensor: TensorInfo) -> bool:
+    """Returns whether any rows of a tensor can be read without reading others."""
+    lazy = tensor.extras is not None and (tensor.extras.conj or tensor.extras.neg)
+    stored = isinstance(tensor.source, Storage) and tensor.source.span.member != "deflated"
+    return stored and tensor.is_contiguous and not lazy
+
+
+def _ascending(runs: Iterator[Run]) -> bool:
+    """Returns whether runs go forward only."""
+    end = 0
+    for run in runs:
+        if run.first < end:
+            return False
+        end = run.first + run.length
+    return True
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+def _mean(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
+    """Yields the mean of a tensor's rows; summed in float64, so a million of them lose nothing."""
+    import numpy as np
+
+    tensor = source.inputs[0]
+    shape = tensor.shape or ()
+    total: Any = np.zeros(prod(shape[1:]), "f8")
+    for group in _groups(tensor, prod(shape[1:]), read):
+        total += group.sum(axis=0, dtype="f8")
+    mean = total / shape[0]
+    yield _encoded(mean if tensor.dtype == "float64" else mean.astype("f4"), dtype)
+
+
+def _mix(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
+    """Yields a tensor with one dimension contracted with a few weights per new index.
+
+    The weights' zeros are not multiplied with: an infinite value stays in the channels that use it.
+    """
+    import numpy as np
+
+    tensor, mix = source.inputs[0], source.args
+    shape, dim = tensor.shape or (), source.dim
+    behind = prod(shape[dim + 1 :])
+    for group in _groups(tensor, shape[dim] * behind, read):
+        old = group.reshape(-1, shape[dim], behind)
+        new = np.empty((len(old), len(mix.rows), behind), old.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for place, weights in enumerate(mix.rows):
+                if place and weights == mix.rows[place - 1]:
+                    new[:, place] = new[:, place - 1]
+                else:
+                    new[:, place] = _weighted(old, weights, mix)
+        yield _encoded(new.reshape(-1), dtype)
+
+
+def _weighted(old: Any, weights: tuple[tuple[int, float], ...], mix: Mix) -> Any:
+    """Returns the sum of weight * old[:, index], divided; every step in the values' own precision."""
+    kind = old.dtype.type
+    total: Any = None
+    for index, weight in weights:
+        term = old[:, index] * kind(weight) if weight != 1.0 else old[:, index]
+        total = term if total is None else total + term
+    return total / kind(mix.divisor) if mix.divisor != 1.0 else total
+
+
+def _resample(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
+    """Yields a tensor with some dimensions interpolated by `torch.nn.functional.interpolate`, corners not aligned.
+
+    The grid is handed over with its dimensions last and its memory as it lay, as the libraries followed do, so
+    that the same kernel runs and the last bit agrees.
+    """
+    torch = import_torch("resampling positions")
+    tensor, how = source.inputs[0], source.args
+    shape, size = tensor.shape or (), source.shape or ()
+    raw = bytearray(b"".join(bytes(block) for block in read(tensor)))
+    values = torch.frombuffer(raw, dtype=getattr(torch, tensor.dtype)).reshape(shape)
+    values = values if tensor.dtype == "float64" else values.float()
+    made = _interpolated(torch, values, how, size).to(getattr(torch, dtype)).contiguous().reshape(-1)
+    for start in range(0, len(made), BLOCK // 8):
+        yield made[start : start + BLOCK // 8].view(torch.uint8).numpy().tobytes()
+
+
+def _interpolated(torch: Any, values: Any, how: Resample, size: tuple[int, ...]) -> Any:
+    others = [axis for axis in range(values.dim()) if axis not in how.dims]
+    order = [*others, *how.dims]
+    grid = [values.shape[axis] for axis in how.dims]
+    moved = values.permute(order).reshape(1, -1, *grid)
+    made = torch.nn.functional.interpolate(
+        moved, [size[axis] for axis in how.dims], mode=how.mode, align_corners=False, antialias=how.antialias
+    )
+    made = made.reshape([size[axis] for axis in order])
+    return made.permute([order.index(axis) for axis in range(len(order))])
+
+
+def _groups(tensor: TensorInfo, width: int, read: Blocks) -> Iterator[np.ndarray[Any, Any]]:
+    """Yields a tensor's values as arrays of several rows of ``width`` elements, about a block each."""
+    nbytes = width * DTYPES[tensor.dtype].bits // 8
+    pending = bytearray()
+    for block in read(tensor):
+        if pending:
+            pending += block
+            block = bytes(pending) if len(pending) >= nbytes else b""
+            if block:
+                pending.clear()
+        whole = len(block) - len(block) % nbytes
+        pending += block[whole:]
+        if whole:
+            yield _decoded(block[:whole], tensor.dtype).reshape(-1, width)
+
+
+def _decoded(raw: Bytes, dtype: str) -> Any:
+    """Returns values as float32, float64 ones as they are."""
+    import numpy as np
+
+    if dtype == "bfloat16":
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    kinds = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
+    return np.frombuffer(raw, kinds[dtype]).astype("f8" if dtype == "float64" else "f4")
+
+
+def _encoded(values: Any, dtype: str) -> bytes:
+    """Returns float32 or float64 values in a dtype, rounded to nearest even; to 16 bits by way of float32, as torch."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype == "float64":
+            made: Any = values.astype("<f8")
+        elif dtype == "float16":
+            made = values.astype("<f4").astype("<f2")
+        elif dtype == "bfloat16":
+            bits = values.astype("<f4").view("<u4")
+            rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+            made = np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype("<u2")
+        else:
+            made = values.astype("<f4")
+    return bytes(made.tobytes())

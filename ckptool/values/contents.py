@@ -1,0 +1,299 @@
+"""What the bytes of a checkpoint say: statistics, hashes, damage. Planned so that no byte is read twice.
+
+The hash of a tensor is the sha256 of ``DTYPE[SHAPE]`` and a newline in ASCII (torch's name of the dtype, the sizes
+joined with commas: ``float32[64,3,7,7]``, ``int64[]``), then its elements in C order, little-endian. That of a tensor
+made of parts is the sha256 of ``KIND DTYPE[SHAPE]`` and a newline, a quantised one's parameters and a newline, and the
+hashes of its parts, each with a newline. That of the whole is the sha256 of a line ``HASH  KEY`` for every key, as
+`sha256sum` prints it, sorted by the keys' UTF-8 bytes; in a key a backslash is written twice and a newline as ``\\n``.
+None depends on the file format, on the order of keys, or on how the elements lie in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.findings import Finding, PrefixStats, Stats, not_finite
+from ckptool.core.tensor import Opaque, Span, Storage, TensorInfo
+from ckptool.core.tree import Global, path_text, walk
+from ckptool.errors import FormatError, listed
+from ckptool.io import zip_read as zips
+from ckptool.io.source import File, Files
+from ckptool.values.moments import Moments
+from ckptool.values.scan import Job, read
+
+Choose = Callable[[str], bool]
+
+
+@dataclass(slots=True)
+class Contents:
+    """What was found: by key, by prefix, of the whole. ``missed`` says what could not be computed, and why."""
+
+    stats: dict[str, Stats] = field(default_factory=dict)
+    prefixes: list[PrefixStats] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    whole: str | None = None
+    findings: list[Finding] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
+
+
+def look_into(
+    checkpoint: Checkpoint,
+    choose: Choose | None = None,
+    *,
+    stats: bool = False,
+    hashes: bool = False,
+    check: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Contents:
+    """Returns what is asked for of the tensors at root that ``choose`` takes; ``check`` without it looks at all.
+
+    Each tie group is read once. Memory does not grow with the file. Raises: FormatError and UnreadableError, but
+    with ``check`` bytes that are not what they claim to be are a finding.
+    """
+    chosen = {key: tensor for key, tensor in checkpoint.state_dict().items() if choose is None or choose(key)}
+    found = Contents()
+    plan = _Plan(lenient=check)
+    if stats:
+        from ckptool.values.stats import is_measured
+
+        measured: dict[str, Job] = {}
+        missed: dict[str, list[str]] = {}
+        for key, tensor in chosen.items():
+            if not isinstance(tensor.source, Opaque) and is_measured(tensor.dtype):
+                measured[key] = plan.job(tensor)
+                measured[key].moments = True
+            else:
+                missed.setdefault(_what(tensor), []).append(key)
+        found.missed += [f"no statistics of {what}: {listed(keys)}" for what, keys in missed.items()]
+    if hashes:
+        for tensor in chosen.values():
+            for part in tensor.parts if isinstance(tensor.source, Opaque) else (tensor,):
+                plan.job(part).head = _head(part)
+    named = _named(checkpoint, chosen, whole=choose is None) if check else {}
+    floats = [(tensor, key) for tensor, key in named.values() if DTYPES[tensor.dtype].kind in ("float", "complex")]
+    for tensor, _ in floats:
+        plan.job(tensor).special = True
+    records = list(_records(checkpoint, plan, found)) if check else []
+    read([*plan.jobs.values(), *(record.job for record in records if isinstance(record.job.source, Span))], progress)
+
+    if stats:
+        moments = {key: job.found_moments for key, job in measured.items() if job.error is None}
+        found.stats = {key: one.stats() for key, one in moments.items()}
+        found.prefixes = _by_prefix({key: (chosen[key].view, one) for key, one in moments.items()})
+    if hashes:
+        made = {key: _hash(tensor, plan) for key, tensor in chosen.items()}
+        found.hashes = {key: digest for key, digest in made.items() if digest is not None}
+        found.whole = _whole(found.hashes) if len(found.hashes) == len(chosen) else None
+    if check:
+        found.findings += _wrong(records, named)
+        told = {id(record.job) for record in records}
+        for tensor, key in floats:
+            job = plan.job(tensor)
+            if job.error is None:
+                found.findings += not_finite(key, *job.found_special, tensor.numel)
+            elif id(job) not in told:
+                found.findings.append(Finding("data", job.error, key))
+    return found
+
+
+def _what(tensor: TensorInfo) -> str:
+    return f"{tensor.kind} tensors" if isinstance(tensor.source, Opaque) else tensor.dtype
+
+
+class _Plan:
+    """The jobs so far, one for every view of memory."""
+
+    def __init__(self, lenient: bool) -> None:
+        self.lenient = lenient
+        self.jobs: dict[object, Job] = {}
+
+    def job(self, tensor: TensorInfo) -> Job:
+        """Returns the job of a tensor, a new one if it has none."""
+        view = tensor.view
+        found = self.jobs.get(view)
+        if found is None:
+            found = self.jobs[view] = Job(tensor, lenient=self.lenient)
+        return found
+
+
+# --- statistics --------------------------------------------------------------------------------------------------
+
+
+def _by_prefix(moments: Mapping[str, tuple[object, Moments]]) -> list[PrefixStats]:
+    """Returns the statistics below every prefix with two tensors or more, "" being all; each tie group counts once."""
+    sums: dict[str, Moments] = {}
+    counts: dict[str, int] = {}
+    seen: set[tuple[str, object]] = set()
+    for key, (view, one) in moments.items():
+        prefix = key
+        while prefix:
+            prefix = prefix.rpartition(".")[0]
+            if prefix not in sums:
+                sums[prefix], counts[prefix] = Moments(), 0
+            counts[prefix] += 1
+            if (prefix, view) not in seen:
+                seen.add((prefix, view))
+                sums[prefix].add(one)
+    return [PrefixStats(prefix, counts[prefix], sums[prefix].stats()) for prefix in sorted(sums) if counts[prefix] > 1]
+
+
+# --- hashes ------------------------------------------------------------------------------------------------------
+
+
+def _form(tensor: TensorInfo) -> str:
+    shape = "" if tensor.shape is None else ",".join(map(str, tensor.shape))
+    return f"{tensor.dtype}[{shape}]"
+
+
+def _head(tensor: TensorInfo) -> bytes:
+    return f"{_form(tensor)}\n".encode("ascii")
+
+
+def _hash(tensor: TensorInfo, plan: _Plan) -> str | None:
+    """Returns the hash of a tensor whose bytes have been read; None where they could not be."""
+    source = tensor.source
+    if not isinstance(source, Opaque):
+        return plan.job(tensor).digest
+    lines = [f"{source.kind} {_form(tensor)}"]
+    if source.kind == "quantized":
+        parameters = source.node.args[4] if len(source.node.args) > 4 else ()
+        lines.append(" ".join(_text(one) for one in parameters if not isinstance(one, TensorInfo)))
+    for part in source.parts:
+        digest = plan.job(part).digest
+        if digest is None:
+            return None
+        lines.append(digest)
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _text(value: object) -> str:
+    return value.qualname if isinstance(value, Global) else repr(value)
+
+
+def _whole(hashes: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for key, one in sorted((key.encode("utf-8", "surrogatepass"), one) for key, one in hashes.items()):
+        escaped = key.replace(b"\\", b"\\\\").replace(b"\n", b"\\n")
+        digest.update(one.encode("ascii") + b"  " + escaped + b"\n")
+    return digest.hexdigest()
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+def _named(
+    checkpoint: Checkpoint, chosen: Mapping[str, TensorInfo], whole: bool
+) -> dict[object, tuple[TensorInfo, str]]:
+    """Returns {view: (tensor, name)} of all tensors: at root by key, elsewhere by path; a tie group once."""
+    found: dict[object, tuple[TensorInfo, str]] = {}
+
+    def put(tensor: TensorInfo, name: str) -> None:
+        for part in tensor.parts if isinstance(tensor.source, Opaque) else (tensor,):
+            if isinstance(part.source, Opaque):
+                put(part, name)
+            else:
+                found.setdefault(part.view, (part, name))
+
+    for key, tensor in chosen.items():
+        put(tensor, key)
+    if whole:
+        for path, tensor in checkpoint.tensors():
+            put(tensor, path_text(path))
+        for path, node in walk(checkpoint.tree, inside=True):  # plain attributes of modules, of tensors, of objects
+            if isinstance(node, TensorInfo):
+                put(node, path_text(path))
+    return found
+
+
+@dataclass(slots=True)
+class _Record:
+    """A member of a zip, its checksum, and what reads it."""
+
+    name: str
+    member: zips.Member
+    job: Job
+
+
+def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents) -> Iterator[_Record]:
+    """Yields the zip records to be checked, each with the job of the tensor that is all of it, or one of its own."""
+    whole = {
+        (storage.span.url, storage.span.offset): job
+        for job in plan.jobs.values()
+        if isinstance(job.source, TensorInfo) and (storage := _plainly_all_of(job.source)) is not None
+    }
+    bare = []
+    for url in _urls(checkpoint):
+        with File(url) as file, Files() as files:
+            if not zips.is_zip(file):
+                bare.append(os.path.basename(url))
+                continue
+            members = zips.read_directory(file)
+            if not any(member.crc32 for member in members.values()):
+                found.unchecked.append(f"{url}: its checksums are all 0, torch was told to compute none")
+            known = any(member.crc32 for member in members.values())
+            for name, member in members.items():
+                moved = _moved(name, member.span, files)
+                if moved:
+                    found.findings.append(moved)
+                elif known:
+                    job = whole.get((url, member.span.offset)) or Job(member.span, lenient=True)
+                    job.checksum = True
+                    yield _Record(name, member, job)
+    if bare:
+        found.unchecked.append(f"changed bytes in {listed(bare)}: the format has no checksums")
+
+
+def _urls(checkpoint: Checkpoint) -> list[str]:
+    """Returns the files with data, in the order of the tree."""
+    found: dict[str, None] = {}
+    if os.path.isfile(checkpoint.url) and checkpoint.format != "hf-sharded":
+        found[checkpoint.url] = None
+    for _, node in walk(checkpoint.tree, inside=True):
+        if isinstance(node, Storage):
+            found[node.span.url] = None
+        elif isinstance(node, TensorInfo):
+            found.update((storage.span.url, None) for storage in node.storages())
+    return [url for url in found if url]
+
+
+def _plainly_all_of(tensor: TensorInfo) -> Storage | None:
+    """Returns the zip record's storage whose bytes are just those `tensor_blocks` yields for a tensor, if there is."""
+    source = tensor.source
+    if not isinstance(source, Storage) or source.span.member is None or not tensor.is_whole:
+        return None
+    lazy = tensor.extras is not None and (tensor.extras.conj or tensor.extras.neg)
+    swapped = source.byteorder == "big" and DTYPES[tensor.dtype].swap_unit > 1
+    return None if lazy or swapped else source
+
+
+def _moved(name: str, span: Span, files: Files) -> Finding | None:
+    """Returns a finding where no member of that name is at the place that the directory gives."""
+    try:
+        files.locate(span)
+        there = files.member_name(span)
+    except FormatError as error:
+        return Finding("offsets", f"record {name}: {error.message}")
+    if there != name and name.isascii():
+        return Finding("offsets", f"record {name}: what lies at byte {span.offset} calls itself {there!r}")
+    return None
+
+
+def _wrong(records: list[_Record], named: Mapping[object, tuple[TensorInfo, str]]) -> Iterator[Finding]:
+    """Yields the records whose bytes are not those that were written; the key is the first that looks into them."""
+    keys: dict[tuple[str, int], str] = {}
+    for tensor, name in named.values():
+        for storage in tensor.storages():
+            keys.setdefault((storage.span.url, storage.span.offset), name)
+    for record in records:
+        key = keys.get((record.member.span.url, record.member.span.offset))
+        if record.job.error is not None:
+            yield Finding("data", f"record {record.name}: {record.job.error}", key)
+        elif record.job.crc32 != record.member.crc32:
+            told = f"its bytes have the checksum {record.job.crc32:08x}, the directory says {record.member.crc32:08x}"
+            yield Finding("crc", f"record {record.name}: {told}", key)
