@@ -31,7 +31,7 @@ Saved = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 State = dict[str, torch.Tensor]
 
-PAIRS = Path(__file__).resolve().parents[2] / "shared" / "remap" / "pairs"
+PAIRS = Path(__file__).resolve().parents[3] / "shared" / "remap" / "pairs"
 
 
 @pytest.fixture

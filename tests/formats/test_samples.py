@@ -21,7 +21,7 @@ from ckptool.formats import read
 from ckptool.io.source import Files
 from ckptool.values import blocks as data
 
-SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
+SAMPLES = Path(__file__).resolve().parents[3] / "shared" / "samples"
 EXPECTED: dict[str, Any] = {}
 if (SAMPLES / "expected.json").exists():
     EXPECTED = json.loads((SAMPLES / "expected.json").read_text())["samples"]
