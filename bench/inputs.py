@@ -83,7 +83,7 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, legacy:
         count = prod(shape)
         span = Span("", 0, width * count, memory=numbers(2 * number + seed * (number % 2), count))
         tree[key] = TensorInfo(dtype, shape, stride, 0, Storage(span, dtype))
-    saving.save(Checkpoint(tree), path, to="torch-legacy" if legacy else None)
+    saving.save(Checkpoint(tree), path, saving.SaveOptions(to="torch-legacy" if legacy else None))
 
 
 def write_whole(path: Path) -> None:

@@ -137,14 +137,12 @@ def save(
 ) -> tuple[str, ...]:
     """Writes a checkpoint in the format ``to``, or that the suffix of ``path`` names; returns what was left out.
 
-    See `ckptool.saving.save`, which takes the same and tells more.
+    `ckptool.saving.SaveOptions` says what the arguments mean.
     """
     from ckptool import saving
 
-    return saving.save(
-        checkpoint, path, to=to, force=force, in_place=in_place, map_location=map_location,
-        max_shard_size=max_shard_size, verify=verify, fsync=fsync,
-    ).left_out  # fmt: skip
+    options = saving.SaveOptions(to, force, in_place, map_location, max_shard_size, verify, fsync)
+    return saving.save(checkpoint, path, options).left_out
 
 
 def remap(source: Source, rules: Any, *, allow_unused: bool = False) -> tuple[Checkpoint, RemapReport]:
@@ -228,21 +226,12 @@ def convert(
         dtypes = {lookup(str(dtype)).name, *(tensors[key].dtype for key in cast)}
         if not dtypes <= FLOATS.keys() and importlib.util.find_spec("torch") is None:
             raise needs_torch(f"casting to {dtype}")
+    options = saving.SaveOptions(to, force, in_place, map_location, max_shard_size, verify, fsync, publish)
     if publish and saving.is_sharded(to):
         report.notes.append("a directory of shards has no digest in its name")
     elif publish and dry_run:
         report.notes.append("8 hex digits of its sha256 will be in its name")
-    if dry_run:
-        left_out, nbytes = saving.check(
-            prepared, path, to=to, force=force, in_place=in_place, map_location=map_location,
-            max_shard_size=max_shard_size, hash_in_name=publish,
-        )  # fmt: skip
-        left = _not_carried([*report.left_out, *left_out], metadata)
-        return replace(report, output=os.fspath(path), nbytes=nbytes, left_out=left)
-    saved = saving.save(
-        prepared, path, to=to, force=force, in_place=in_place, map_location=map_location,
-        max_shard_size=max_shard_size, verify=verify, fsync=fsync, progress=progress, hash_in_name=publish,
-    )  # fmt: skip
+    saved = saving.check(prepared, path, options) if dry_run else saving.save(prepared, path, options, progress)
     return replace(
         report, output=saved.path, nbytes=saved.nbytes, verified=saved.verified, overflowed=dict(saved.overflowed),
         left_out=_not_carried([*report.left_out, *saved.left_out], metadata), notes=[*report.notes, *saved.notes],

@@ -35,6 +35,31 @@ SHARD_SIZE = formats.SHARD_SIZE
 
 
 @dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """How a checkpoint is written, whatever it holds.
+
+    ``to``: the format (a name of `FORMATS`); None means what the suffix of the path stands for. ``force`` overwrites.
+    ``in_place`` allows the path to be one of the inputs. ``map_location`` maps device tags: one for all, a dict, or a
+    callable tag -> tag. ``max_shard_size`` counts bytes of tensors, for shards. ``verify`` reads the result back
+    before it gets its name, and compares every tensor's bytes with what was meant. ``fsync`` waits for the disk.
+    ``hash_in_name`` puts the first 8 hex digits of the file's sha256 behind the stem of its name.
+    """
+
+    to: str | None = None
+    force: bool = False
+    in_place: bool = False
+    map_location: MapLocation = None
+    max_shard_size: int = SHARD_SIZE
+    verify: bool = False
+    fsync: bool = True
+    hash_in_name: bool = False
+
+    @property
+    def overwrites(self) -> bool:
+        return self.force or self.in_place
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """What became of a save: the path, its bytes, what was left out, whether it was read back and compared.
 
@@ -52,102 +77,75 @@ class Saved:
 def save(
     checkpoint: Checkpoint,
     path: str | os.PathLike[str],
-    *,
-    to: str | None = None,
-    force: bool = False,
-    in_place: bool = False,
-    map_location: MapLocation = None,
-    max_shard_size: int = SHARD_SIZE,
-    verify: bool = False,
-    fsync: bool = True,
+    options: SaveOptions = SaveOptions(),
     progress: Progress | None = None,
-    hash_in_name: bool = False,
 ) -> Saved:
     """Writes a checkpoint and returns what became of it.
 
-    The format is ``to`` (a name of `formats.WRITERS`, or "sharded"), else what the suffix of ``path`` stands for.
-    Streams: memory does not grow with the file. The file appears whole or not at all. ``map_location`` maps
-    device tags: a device for all, a dict, or a callable tag -> tag. ``in_place`` allows ``path`` to be an input.
-    ``verify`` reads the result back, before it gets its name, and compares every tensor's bytes with what was
-    meant. ``hash_in_name`` puts the first 8 hex digits of the file's sha256 behind the stem.
+    Streams: memory does not grow with the file. The file appears whole or not at all.
 
     Raises: OutputError if it exists (without ``force``) or is an input, LossError for tensors the format
     cannot hold, IncompleteError if shards are missing, UsageError for an unknown suffix or format.
     """
     url = os.fspath(path)
     try:
-        tags = _refuse(checkpoint, url, to, force, in_place, map_location, hash_in_name)
-        if formats.is_sharded(to):
-            return _save_sharded(checkpoint, url, force or in_place, tags, max_shard_size, verify, fsync, progress)
-        writer = formats.writer(url, to)
-        name = _with_digest(url, PENDING) if hash_in_name else url
-        with Output(name, force=force or in_place, fsync=fsync) as output:
+        tags = _refuse(checkpoint, url, options)
+        if formats.is_sharded(options.to):
+            return _save_sharded(checkpoint, url, options, tags, progress)
+        writer = formats.writer(url, options.to)
+        name = _with_digest(url, PENDING) if options.hash_in_name else url
+        with Output(name, force=options.overwrites, fsync=options.fsync) as output:
             output.path, output.progress = url, progress
             with Files() as files:
                 left_out: tuple[str, ...] = writer.write(checkpoint, output, files, tags)
             output.readers = files.mode
-            if verify:
+            if options.verify:
                 with Files(progress) as again:
                     _verify(checkpoint, writer.NAME, output.finished(), again)
-            if hash_in_name:
+            if options.hash_in_name:
                 output.rename(_with_hash(url, output.finished(), progress))
             output.commit()
-            return Saved(output.path, output.position, left_out, verify, _overflowed(checkpoint, files))
+            return Saved(output.path, output.position, left_out, options.verify, _overflowed(checkpoint, files))
     except CkptoolError as error:
         error.path = error.path or url
         raise
 
 
-def check(
-    checkpoint: Checkpoint,
-    path: str | os.PathLike[str],
-    *,
-    to: str | None = None,
-    force: bool = False,
-    in_place: bool = False,
-    map_location: MapLocation = None,
-    max_shard_size: int = SHARD_SIZE,
-    hash_in_name: bool = False,
-) -> tuple[tuple[str, ...], int]:
-    """Returns what `save` would leave out, and about how many bytes it would write; writes nothing.
+def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOptions = SaveOptions()) -> Saved:
+    """Returns what would become of a `save`, its bytes roughly; writes nothing.
 
     Raises: all that `save` raises before its first byte.
     """
     url = os.fspath(path)
     try:
-        tags = _refuse(checkpoint, url, to, force, in_place, map_location, hash_in_name)
-        if formats.is_sharded(to):
+        tags = _refuse(checkpoint, url, options)
+        if formats.is_sharded(options.to):
             from ckptool.formats import sharded
 
-            return sharded.check(checkpoint, url, max_shard_size=max_shard_size, force=force or in_place)
-        found: tuple[tuple[str, ...], int] = formats.writer(url, to).check(checkpoint, tags)
-        return found
+            left_out, nbytes = sharded.check(
+                checkpoint, url, max_shard_size=options.max_shard_size, force=options.overwrites
+            )
+        else:
+            left_out, nbytes = formats.writer(url, options.to).check(checkpoint, tags)
+        return Saved(url, nbytes, left_out)
     except CkptoolError as error:
         error.path = error.path or url
         raise
 
 
-def work(nbytes: int, *, verify: bool, hash_in_name: bool = False) -> int:
+def work(nbytes: int, options: SaveOptions) -> int:
     """Returns the bytes that `save` tells its progress of, where it writes so many: written, compared, hashed."""
-    return nbytes * (1 + 2 * verify + hash_in_name)
+    return nbytes * (1 + 2 * options.verify + (options.hash_in_name and not formats.is_sharded(options.to)))
 
 
-def _refuse(
-    checkpoint: Checkpoint,
-    url: str,
-    to: str | None,
-    force: bool,
-    in_place: bool,
-    map_location: MapLocation,
-    hash_in_name: bool,
-) -> Callable[[str], str] | None:
+def _refuse(checkpoint: Checkpoint, url: str, options: SaveOptions) -> Callable[[str], str] | None:
     """Refuses what can be refused whatever the format's own rules; returns the mapping of device tags."""
     checkpoint.require_whole()
-    tags = _tag_map(map_location)
-    check_output(url, to=to, force=force, in_place=in_place, inputs=[checkpoint], hash_in_name=hash_in_name)
-    if formats.is_sharded(to):
+    tags = _tag_map(options.map_location)
+    check_output(url, options, [checkpoint])
+    if formats.is_sharded(options.to):
         _refuse_hidden(checkpoint, "a directory of shards")
-    elif not (writer := formats.writer(url, to)).NAME.startswith("torch"):
+    elif not (writer := formats.writer(url, options.to)).NAME.startswith("torch"):
         _refuse_hidden(checkpoint, writer.NAME)
     return tags
 
@@ -155,11 +153,8 @@ def _refuse(
 def _save_sharded(
     checkpoint: Checkpoint,
     directory: str,
-    force: bool,
+    options: SaveOptions,
     tags: Callable[[str], str] | None,
-    max_shard_size: int,
-    verify: bool,
-    fsync: bool,
     progress: Progress | None,
 ) -> Saved:
     from ckptool.formats import sharded
@@ -176,11 +171,11 @@ def _save_sharded(
 
     with Files() as files:
         written = sharded.write_directory(
-            checkpoint, directory, files, max_shard_size=max_shard_size, force=force, fsync=fsync,
-            map_location=tags, check=prove if verify else None, progress=progress,
+            checkpoint, directory, files, max_shard_size=options.max_shard_size, force=options.overwrites,
+            fsync=options.fsync, map_location=tags, check=prove if options.verify else None, progress=progress,
         )  # fmt: skip
         overflowed = _overflowed(checkpoint, files)
-        return Saved(directory, written.nbytes, written.left_out, verify, overflowed, written.notes)
+        return Saved(directory, written.nbytes, written.left_out, options.verify, overflowed, written.notes)
 
 
 def is_sharded(to: str | None) -> bool:
@@ -372,33 +367,28 @@ def sources(checkpoint: Checkpoint) -> set[str]:
 
 
 def check_output(
-    path: str | os.PathLike[str],
-    *,
-    to: str | None = None,
-    force: bool = False,
-    in_place: bool = False,
-    inputs: Sequence[Checkpoint] = (),
-    hash_in_name: bool = False,
+    path: str | os.PathLike[str], options: SaveOptions = SaveOptions(), inputs: Sequence[Checkpoint] = ()
 ) -> None:
     """Raises what `save` would for the name alone: an unknown suffix, a file that exists, an input."""
     url = os.fspath(path)
-    if formats.is_sharded(to):
+    if formats.is_sharded(options.to):
         if os.path.lexists(url) and not os.path.isdir(url):
             raise OutputError("is a file; shards go into a directory", url)
         inside = any(
             same_file(os.path.dirname(source) or ".", url) for checkpoint in inputs for source in sources(checkpoint)
         )
-        if inside and force and not in_place:
+        if inside and options.force and not options.in_place:
             raise OutputError("holds an input; --in-place replaces it", url)
-        if force and not in_place:
+        if options.force and not options.in_place:
             _refuse_linked(url, inputs)
         if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
             raise OutputError("cannot be made: no such directory", url)
         return
-    formats.writer(url, to)
-    if hash_in_name:
+    formats.writer(url, options.to)
+    if options.hash_in_name:
         url = _with_digest(url, PENDING)
-    _check_place(url, force or in_place, () if in_place else inputs, "is one of the inputs; --in-place replaces it")
+    spared = () if options.in_place else inputs
+    _check_place(url, options.overwrites, spared, "is one of the inputs; --in-place replaces it")
 
 
 def _refuse_linked(directory: str, inputs: Sequence[Checkpoint]) -> None:
@@ -414,9 +404,10 @@ def _refuse_linked(directory: str, inputs: Sequence[Checkpoint]) -> None:
             raise OutputError("is one of the inputs; --in-place replaces it", place)
 
 
-def check_place(path: str, *, force: bool = False, in_place: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
+def check_place(path: str, options: SaveOptions, inputs: Sequence[Checkpoint] = ()) -> None:
     """Raises OutputError for a file that exists or is an input; whatever the name says of a format."""
-    _check_place(path, force or in_place, () if in_place else inputs, "is one of the inputs; --in-place replaces it")
+    spared = () if options.in_place else inputs
+    _check_place(path, options.overwrites, spared, "is one of the inputs; --in-place replaces it")
 
 
 def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:

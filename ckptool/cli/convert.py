@@ -59,12 +59,11 @@ def command(
     places = [(source, output if output is not None else beside(source, str(to))) for source in inputs]
     if len({os.path.realpath(place) for _, place in places}) < len(places):
         raise UsageError("two inputs would be written to one name")
+    wanted = saving.SaveOptions(to, force, in_place, verify=verify, hash_in_name=publish)
     opened = [(ckptool.open(source, root=root), place) for source, place in places]
     everything = [checkpoint for checkpoint, _ in opened]
     for _, place in opened:
-        saving.check_output(
-            place, to=to, force=force, in_place=in_place, inputs=everything, hash_in_name=publish
-        )  # fmt: skip
+        saving.check_output(place, wanted, everything)
     if report_file is not None:
         saving.check_report(report_file, force=force, inputs=everything)
 
@@ -77,7 +76,7 @@ def command(
 
     def total() -> int:
         sizes = [converted(*pair, force=True, in_place=True, dry_run=True).nbytes for pair in opened]
-        return saving.work(sum(sizes), verify=verify, hash_in_name=publish and not saving.is_sharded(to))
+        return saving.work(sum(sizes), wanted)
 
     if len(opened) > 1:  # what will be refused is refused before the first is written
         for pair in opened:

@@ -56,7 +56,7 @@ def command(
     target = ckptool.open(match, root=match_root) if match is not None else None
     inputs = [*opened, *([] if target is None else [target])]
     if output is not None:
-        saving.check_output(output, force=True, in_place=True)
+        saving.check_output(output, saving.SaveOptions(force=True, in_place=True))
     options.check_places(output, report_file, force=force, in_place=in_place, inputs=inputs)
     checkpoint, report = ckptool.filter(
         *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix,

@@ -91,7 +91,7 @@ def command(
     target: Any = ckptool.open(into, root=into_root) if into is not None else None
     inputs = [checkpoint for checkpoint in (opened, target) if checkpoint is not None]
     if output is not None:
-        saving.check_output(output, to=to, force=force, in_place=in_place, inputs=inputs)
+        saving.check_output(output, saving.SaveOptions(to, force, in_place), inputs)
     options.check_places(output, groups_out, report_file, to=to, force=force, in_place=in_place, inputs=inputs)
     if model is not None:
         target = build(model, arg or [])

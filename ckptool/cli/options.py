@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -42,21 +43,15 @@ def written(
     fsync: bool,
 ) -> saving.Saved:
     """Returns what became of a checkpoint that was written, with a bar where it took long; of a dry run what would."""
+    wanted = saving.SaveOptions(to, force, in_place, map_location, verify=verify, fsync=fsync)
     if dry_run:
-        left_out, nbytes = saving.check(
-            checkpoint, output, to=to, force=force, in_place=in_place, map_location=map_location
-        )
-        return saving.Saved(output, nbytes, left_out)
+        return saving.check(checkpoint, output, wanted)
 
     def total() -> int:
-        nbytes = saving.check(checkpoint, output, to=to, force=True, in_place=True)[1]
-        return saving.work(nbytes, verify=verify)
+        return saving.work(saving.check(checkpoint, output, replace(wanted, force=True, in_place=True)).nbytes, wanted)
 
     with bar(total) as progress:
-        return saving.save(
-            checkpoint, output, to=to, force=force, in_place=in_place, map_location=map_location, verify=verify,
-            fsync=fsync, progress=progress,
-        )  # fmt: skip
+        return saving.save(checkpoint, output, wanted, progress)
 
 
 def size(text: str) -> int:
@@ -104,7 +99,7 @@ def check_places(
 ) -> None:
     """Checks the names of all that will be written before anything is: none exists, is an input, or is another's."""
     if output is not None and not saving.is_sharded(to):
-        saving.check_place(output, force=force, in_place=in_place, inputs=inputs)
+        saving.check_place(output, saving.SaveOptions(to, force, in_place), inputs)
     written = [path for path in (output, *beside) if path is not None]
     for number, path in enumerate(written):
         if any(saving.same_place(path, other) for other in written[:number]):
