@@ -22,6 +22,8 @@ Saved = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 """Runs a command line: (exit code, stdout, stderr); see `conftest.run`."""
 
+State = dict[str, torch.Tensor]
+
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CANARY = "CKPTOOL_CANARY_EXECUTED"
 
@@ -29,6 +31,21 @@ CANARY = "CKPTOOL_CANARY_EXECUTED"
 def content() -> dict[str, bytes | None]:
     """All that the current directory holds: files with their bytes, directories with None."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+def load(path: Path | str) -> State:
+    return torch.load(path, weights_only=True)
+
+
+def tied_groups(state: State) -> set[frozenset[str]]:
+    """Keys that are the same elements of the same memory."""
+    groups: dict[Any, set[str]] = {}
+    for key, tensor in state.items():
+        if tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested and tensor.numel():
+            lazy = tensor.is_conj(), tensor.is_neg()
+            view = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), lazy
+            groups.setdefault(view, set()).add(key)
+    return {frozenset(keys) for keys in groups.values() if len(keys) > 1}
 
 
 # --- torch.load, also where a class cannot be imported -----------------------------------------------------------

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import FIXTURES, Run
-from test_hostile import mapping, number, tensor, text
-from test_untrusted import THING, beside, legacy, model, tarred, zipped
+from pickled import THING, beside, legacy, mapping, model, number, tarred, tensor, text, zipped
 
 import ckptool
 from ckptool import limits

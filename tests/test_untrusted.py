@@ -8,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import importlib
-import io
 import json
 import os
 import pickle
 import re
-import struct
 import subprocess
 import sys
 import tarfile
@@ -24,9 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import CANARY, Run, content
-from test_hostile import mapping, pid, tensor, text
-
-from ckptool.formats import torch_legacy
+from pickled import THING, beside, legacy, mapping, model, pid, tarred, tensor, text, zipped
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -65,7 +61,7 @@ def songbird(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # --- every opcode that can name or call ------------------------------------------------------------------------------
 
-CALL, THING, ARGUMENT = b"csongbird\ncall\n", b"csongbird\nThing\n", text("x")
+CALL, ARGUMENT = b"csongbird\ncall\n", text("x")
 MADE = THING + b")\x81"
 REBUILT = b"ctorch._tensor\n_rebuild_from_type_v2\n("
 
@@ -138,72 +134,6 @@ def test_the_songbird_sings_when_a_payload_is_really_loaded(
 # --- every place that a pickle has -----------------------------------------------------------------------------------
 
 Place = Callable[[bytes], str]
-
-
-def beside(payload: bytes) -> bytes:
-    return b"\x80\x02" + mapping(text("w"), tensor(), text("hook"), payload) + b"."
-
-
-def model(pickled: bytes) -> str:
-    return zipped(b"\x80\x02" + pickled + b".")
-
-
-def zipped(pickled: bytes, path: str = "given.pth") -> str:
-    with zipfile.ZipFile(path, "w") as made:
-        made.writestr("archive/data.pkl", pickled)
-        made.writestr("archive/version", "3\n")
-        made.writestr("archive/data/0", struct.pack("<f", 1))
-    return path
-
-
-def legacy(payload: bytes, place: str, path: str = "given.pth") -> str:
-    """torch's stream of five pickles, with a payload in one of them."""
-    thrown = payload + b"0" if payload else b""
-    parts = {
-        "magic": torch_legacy.MAGIC,
-        "version": b"\x80\x02M\xe9\x03.",
-        "system": b"\x80\x02}.",
-        "tree": b"\x80\x02" + mapping(text("w"), tensor()) + b".",
-        "keys": b"\x80\x02]" + text("0") + b"a.",
-    }
-    if place == "tree":
-        parts[place] = beside(payload)
-    elif place == "in the system's dict":
-        parts["system"] = b"\x80\x02}" + text("type_sizes") + payload + b"s."
-    else:
-        parts[place] = parts[place][:2] + thrown + parts[place][2:]
-    Path(path).write_bytes(b"".join(parts.values()) + struct.pack("<qf", 1, 1))
-    return path
-
-
-def tarred(payload: bytes, place: str, path: str = "given.pth") -> str:
-    """torch's archive of 2016, with a payload in one of its members."""
-    storage = b"\x80\x02K\x00" + text("cpu") + b"ctorch\nFloatStorage\n\x87."
-    described = b"\x80\x02K\x01K\x00ctorch\nFloatTensor\n\x87."
-    one, none = b"\x80\x02K\x01.", b"\x80\x02]."
-    thrown = b"\x80\x02" + payload + b"0"
-    members = {
-        "sys_info": b"\x80\x02}.",
-        "storages": one + storage + struct.pack("<qf", 1, 1) + none,
-        "tensors": one + described + struct.pack("<i4xqqq", 1, 1, 1, 0),
-        "pickle": b"\x80\x02" + mapping(text("w"), b"K\x01Q") + b".",
-    }
-    if place == "pickle":
-        members[place] = b"\x80\x02" + mapping(text("w"), b"K\x01Q", text("hook"), payload) + b"."
-    elif place == "views":
-        members["storages"] = members["storages"][: -len(none)] + thrown + none[2:]
-    elif place == "a storage":
-        members["storages"] = members["storages"].replace(storage, thrown + storage[2:])
-    elif place == "a tensor":
-        members["tensors"] = members["tensors"].replace(described, thrown + described[2:])
-    else:
-        members[place] = thrown + members[place][2:]
-    with tarfile.open(path, "w") as made:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            made.addfile(info, io.BytesIO(data))
-    return path
 
 
 def shard(write: Callable[[str], str]) -> str:

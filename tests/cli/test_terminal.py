@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import Run
+from pickled import archive, mapping, tensor, text
 from sparse import write_sparse
-from test_hostile import archive, mapping, tensor, text
 
 from ckptool.cli import render
 

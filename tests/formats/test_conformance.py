@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from everything import EVERY, NOT_IN_SAFETENSORS, SAFETENSORS, SAME_MEMORY, SHARDED, TORCH, truth
 from oracles import (
     FIXTURES,
     assert_identical,
@@ -41,59 +41,6 @@ from ckptool.formats import sharded
 from ckptool.io.output import Output
 from ckptool.io.source import Files
 from ckptool.values.blocks import read_bytes
-
-TORCH = sorted(
-    path.name for path in FIXTURES.iterdir() if path.suffix in (".pth", ".pt", ".ckpt") and path.name != "malicious.pt"
-)
-# torch.load gives a named part of a storage as another storage object; test_torch_tar.py looks at its memory.
-SAME_MEMORY = [name for name in TORCH if name != "tar_2016.pth"]
-SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
-SHARDED = ["sharded", "sharded_bin"]
-EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED]
-
-# What safetensors has no place for; every other fixture must be writable.
-NOT_IN_SAFETENSORS = {
-    "dtypes.pth": {"complex128", "complex32", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2"},
-    "composite.pth": {"quantized", "quantized_channel", "coo", "csr", "nested", "jagged", "meta"},
-    "conj_neg.pth": {"conj128"},
-}
-
-
-def at_root(loaded: Any, root: tuple[Any, ...]) -> Any:
-    for step in root:
-        loaded = loaded[step]
-    return loaded.state_dict() if isinstance(loaded, torch.nn.Module) else loaded
-
-
-def truth(name: str) -> dict[str, torch.Tensor]:
-    """The weights of a fixture as torch or safetensors reads them, without ckptool."""
-    path = FIXTURES / name
-    if name.endswith(".safetensors"):
-        return load_file(path)
-    if name in SHARDED:
-        tensors: dict[str, torch.Tensor] = {}
-        for shard in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
-            tensors |= load_file(shard) if shard.suffix == ".safetensors" else torch.load(shard)
-        if name == "sharded":
-            tensors["lm_head.weight"] = tensors["model.embed.weight"].detach()  # its index says so
-        return tensors
-    if name == "resnet_module.pth":
-        return module_truth()
-    if name == "malicious.pt":  # torch.load would run it
-        with zipfile.ZipFile(path) as archive:
-            return {
-                "weight": torch.frombuffer(bytearray(archive.read("archive/data/0")), dtype=torch.float32).view(2, 2)
-            }
-    loaded = torch_load(path)
-    for step in ("state_dict", "model"):
-        loaded = loaded.get(step, loaded)
-    return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
-
-
-def module_truth() -> dict[str, torch.Tensor]:
-    import make
-
-    return make.resnet(4, 20).state_dict()
 
 
 def test_every_format_is_in_this_suite() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from everything import BAD, EXPECTED, GOOD, OTHERS, REFUSED, SAMPLES
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
@@ -20,21 +20,6 @@ from ckptool.errors import CkptoolError, FormatError, UnsupportedError
 from ckptool.formats import read
 from ckptool.io.source import Files
 from ckptool.values import blocks as data
-
-SAMPLES = Path(__file__).resolve().parents[3] / "shared" / "samples"
-EXPECTED: dict[str, Any] = {}
-if (SAMPLES / "expected.json").exists():
-    EXPECTED = json.loads((SAMPLES / "expected.json").read_text())["samples"]
-
-READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded")
-# Words that the refusal must have: a format is refused by its name.
-REFUSED = {
-    "torchscript": "TorchScript", "torch.package": "torch.package", "pickle": "plain pickle", "deepspeed": "DeepSpeed",
-    "megatron": "Megatron", "dcp": "DCP", "dcp-hf": "distributed",
-}  # fmt: skip
-GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]
-BAD = [name for name, sample in EXPECTED.items() if sample["format"] == "bad" or sample.get("invalid")]
-OTHERS = [name for name, sample in EXPECTED.items() if sample["format"] in REFUSED]
 
 pytestmark = pytest.mark.skipif(not EXPECTED, reason="the samples are not beside this repository")
 

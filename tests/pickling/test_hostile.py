@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import FIXTURES, Run, assert_identical, torch_load
+from pickled import archive, mapping, number, pid, tensor, text
 
 import ckptool
 from ckptool import limits
@@ -44,39 +45,7 @@ def soon() -> Iterator[None]:
     assert time.process_time() - begin < SECONDS
 
 
-# --- pickles by hand -------------------------------------------------------------------------------------------------
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def number(value: int) -> bytes:
-    encoded = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8b" + struct.pack("<i", len(encoded)) + encoded
-
-
-def mapping(*parts: bytes) -> bytes:
-    return b"}(" + b"".join(parts) + b"u"
-
-
-def pid(key: bytes = text("0"), location: bytes = text("cpu"), numel: bytes = b"K\x01") -> bytes:
-    return b"(" + text("storage") + b"ctorch\nFloatStorage\n" + key + location + numel + b"tQ"
-
-
-def tensor(
-    storage: bytes = pid(), offset: bytes = b"K\x00", shape: bytes = b"K\x01\x85", stride: bytes = b"K\x01\x85"
-) -> bytes:
-    hooks = b"ccollections\nOrderedDict\n)R"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + offset + shape + stride + b"\x89" + hooks + b"tR"
-
-
-def archive(pickled: bytes, path: str = "hostile.pth", method: int = zipfile.ZIP_STORED) -> str:
-    with zipfile.ZipFile(path, "w", method) as made:
-        made.writestr("archive/data.pkl", b"\x80\x02" + pickled + b".")
-        made.writestr("archive/version", "3\n")
-        made.writestr("archive/data/0", struct.pack("<f", 1))
-    return path
+# --- what is done with them ------------------------------------------------------------------------------------------
 
 
 def beside(value: bytes) -> str:
@@ -370,9 +339,9 @@ def test_a_shard_numbered_beyond_counting_is_only_missing() -> None:
 
 def test_shards_are_read_in_the_order_of_their_numbers(saved: Saved) -> None:
     names = [f"m-{number}.bin" for number in ("9", "10", "010", "100")]
-    for number, name in enumerate(names):
-        saved({f"k{number}": torch.ones(1)}, name)
-    weight_map = {f"k{number}": name for number, name in reversed(list(enumerate(names)))}
+    for i, name in enumerate(names):
+        saved({f"k{i}": torch.ones(1)}, name)
+    weight_map = {f"k{i}": name for i, name in reversed(list(enumerate(names)))}
     Path("x.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert list(ckptool.open("x.index.json").state_dict())[::3] == ["k0", "k3"]
 

@@ -1,0 +1,83 @@
+"""All fixtures, and what torch and safetensors read in them; and the samples of other people's tools."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from oracles import FIXTURES, torch_load
+from safetensors.torch import load_file
+
+TORCH = sorted(
+    path.name for path in FIXTURES.iterdir() if path.suffix in (".pth", ".pt", ".ckpt") and path.name != "malicious.pt"
+)
+# torch.load gives a named part of a storage as another storage object; test_torch_tar.py looks at its memory.
+SAME_MEMORY = [name for name in TORCH if name != "tar_2016.pth"]
+SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
+SHARDED = ["sharded", "sharded_bin"]
+EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED]
+
+# What safetensors has no place for; every other fixture must be writable.
+NOT_IN_SAFETENSORS = {
+    "dtypes.pth": {"complex128", "complex32", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2"},
+    "composite.pth": {"quantized", "quantized_channel", "coo", "csr", "nested", "jagged", "meta"},
+    "conj_neg.pth": {"conj128"},
+}
+
+
+def at_root(loaded: Any, root: tuple[Any, ...]) -> Any:
+    for step in root:
+        loaded = loaded[step]
+    return loaded.state_dict() if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def truth(name: str) -> dict[str, torch.Tensor]:
+    """The weights of a fixture as torch or safetensors reads them, without ckptool."""
+    path = FIXTURES / name
+    if name.endswith(".safetensors"):
+        return load_file(path)
+    if name in SHARDED:
+        tensors: dict[str, torch.Tensor] = {}
+        for shard in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
+            tensors |= load_file(shard) if shard.suffix == ".safetensors" else torch.load(shard)
+        if name == "sharded":
+            tensors["lm_head.weight"] = tensors["model.embed.weight"].detach()  # its index says so
+        return tensors
+    if name == "resnet_module.pth":
+        return module_truth()
+    if name == "malicious.pt":  # torch.load would run it
+        with zipfile.ZipFile(path) as archive:
+            return {
+                "weight": torch.frombuffer(bytearray(archive.read("archive/data/0")), dtype=torch.float32).view(2, 2)
+            }
+    loaded = torch_load(path)
+    for step in ("state_dict", "model"):
+        loaded = loaded.get(step, loaded)
+    return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def module_truth() -> dict[str, torch.Tensor]:
+    import make
+
+    return make.resnet(4, 20).state_dict()
+
+
+# --- other people's files ---------------------------------------------------------------------------------------------
+
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
+EXPECTED: dict[str, Any] = {}
+if (SAMPLES / "expected.json").exists():
+    EXPECTED = json.loads((SAMPLES / "expected.json").read_text())["samples"]
+
+READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded")
+# Words that the refusal must have: a format is refused by its name.
+REFUSED = {
+    "torchscript": "TorchScript", "torch.package": "torch.package", "pickle": "plain pickle", "deepspeed": "DeepSpeed",
+    "megatron": "Megatron", "dcp": "DCP", "dcp-hf": "distributed",
+}  # fmt: skip
+GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]
+BAD = [name for name, sample in EXPECTED.items() if sample["format"] == "bad" or sample.get("invalid")]
+OTHERS = [name for name, sample in EXPECTED.items() if sample["format"] in REFUSED]
