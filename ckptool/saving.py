@@ -85,10 +85,10 @@ def save(
             output.path, output.progress = url, progress
             with Files() as files:
                 left_out: tuple[str, ...] = writer.write(checkpoint, output, files, tags)
-            output.readers = files.mode
-            if verify:
-                with Files(progress) as again:
-                    _verify(checkpoint, writer.NAME, output.finished(), again)
+                output.readers = files.mode
+                if verify:
+                    files.check()
+                    _verify(checkpoint, writer.NAME, output.finished(), files.beside(progress))
             if hash_in_name:
                 output.rename(_with_hash(url, output.finished(), progress))
             output.commit()
@@ -171,8 +171,7 @@ def _save_sharded(
             _open_with_reference(shard)
         meant = checkpoint.state_dict()
         tied = aliases.record(meant).keys() - written.keys()  # the index has them
-        with Files(progress) as again:
-            _compare({key: tensor for key, tensor in meant.items() if key not in tied}, written, again)
+        _compare({key: tensor for key, tensor in meant.items() if key not in tied}, written, files.beside(progress))
 
     with Files() as files:
         written = sharded.write_directory(
