@@ -98,10 +98,10 @@ def save(
             output.path, output.progress = url, progress
             with Files() as files:
                 left_out: tuple[str, ...] = writer.write(checkpoint, output, files, tags)
-            output.readers = files.mode
-            if options.verify:
-                with Files(progress) as again:
-                    _verify(checkpoint, writer.NAME, output.finished(), again)
+                output.readers = files.mode
+                if options.verify:
+                    files.check()
+                    _verify(checkpoint, writer.NAME, output.finished(), files.beside(progress))
             if options.hash_in_name:
                 output.rename(_with_hash(url, output.finished(), progress))
             output.commit()
@@ -166,8 +166,7 @@ def _save_sharded(
             _open_with_reference(shard)
         meant = checkpoint.state_dict()
         tied = aliases.record(meant).keys() - written.keys()  # the index has them
-        with Files(progress) as again:
-            _compare({key: tensor for key, tensor in meant.items() if key not in tied}, written, again)
+        _compare({key: tensor for key, tensor in meant.items() if key not in tied}, written, files.beside(progress))
 
     with Files() as files:
         written = sharded.write_directory(

@@ -312,7 +312,7 @@ def write_directory(
             output.readers = files.mode
             if index is not None:
                 output.close()  # a process may have no more than a thousand files open
-        files.close()
+        files.check()
         written = [output.finished() for output in outputs]
         if index is not None:
             weight_map = {key: name for name, (shard, _) in shards.items() for key in shard}

@@ -6,6 +6,7 @@ import os
 import stat
 import struct
 import zlib
+from _thread import allocate_lock  # importing `threading` takes a millisecond, and every command imports this file
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -46,7 +47,13 @@ class File:
         self.version = (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def close(self) -> None:
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:
+            self.close()
 
     def check(self) -> None:
         """Raises FormatError if the file has another size or time than at opening: what was read may be of both."""
@@ -111,7 +118,7 @@ class Files:
     Raises FormatError when a file is no longer the one that the span was made from, or when it is closed if it was
     changed while it was read. ``progress`` is told the bytes as they are read; ``overflowed`` counts, by the id of
     what was computed, values that a cast made infinite. ``mode`` holds the permissions that all of the files have.
-    Plain bytes are read ``block`` at a time.
+    Plain bytes are read ``block`` at a time. One object is for one thread; others read the same files by `beside`.
     """
 
     def __init__(self, progress: Callable[[int], None] | None = None, block: int = BLOCK) -> None:
@@ -120,7 +127,14 @@ class Files:
         self.overflowed: dict[int, int] = {}
         self.mode = 0o777
         self._open: OrderedDict[str, File] = OrderedDict()
+        self._lock = allocate_lock()
         self._rooms: list[bytearray] = []
+
+    def beside(self, progress: Callable[[int], None] | None = None) -> Files:
+        """Returns another that reads from the same open files, and has counts of its own; it need not be closed."""
+        made = Files(progress, self.block)
+        made._open, made._lock = self._open, self._lock
+        return made
 
     def __enter__(self) -> Files:
         return self
@@ -131,39 +145,46 @@ class Files:
     def close(self, *, check: bool = True) -> None:
         """Closes all files. Raises: FormatError if one was changed since it was opened."""
         try:
-            for file in self._open.values():
-                if check:
-                    file.check()
+            if check:
+                self.check()
         finally:
             for file in self._open.values():
                 file.close()
             self._open.clear()
 
-    def get(self, span: Span) -> File:
-        """Returns the open file of a span. Raises: UnreadableError, FormatError."""
-        url = span.url
-        file = self._open.get(url)
-        if file is not None:
-            self._open.move_to_end(url)
-        else:
+    def check(self) -> None:
+        """Raises FormatError if one of the open files was changed since it was opened."""
+        for file in self._open.values():
+            file.check()
+
+    def open(self, url: str) -> File:
+        """Returns the open file of that name. Raises: UnreadableError; FormatError if one that gives way was changed.
+
+        One that gives way is closed when nobody reads it any more: another thread may.
+        """
+        with self._lock:
+            file = self._open.get(url)
+            if file is not None:
+                self._open.move_to_end(url)
+                return file
             file = self._open[url] = File(url)
             self.mode &= file.mode
             if hasattr(os, "posix_fadvise"):  # doubles the speed of a cold read
                 os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)[1].check()
+        return file
+
+    def get(self, span: Span) -> File:
+        """Returns the open file of a span. Raises: UnreadableError, FormatError."""
+        file = self.open(span.url)
         if span.version is not None and span.version != file.version:
-            raise FormatError("it was changed since it was opened", url)
-        if len(self._open) > MAX_OPEN:
-            with self._open.popitem(last=False)[1]:  # leaving it checks it
-                pass
+            raise FormatError("it was changed since it was opened", span.url)
         return file
 
     def locate(self, span: Span) -> Span:
         """Returns the span with the offset of its first byte: behind the local header, if in a zip."""
-        if span.member is None:
-            return span
-        file = self.get(span)
-        start = _payload(file, span, file.read(span.offset, min(HEADER, file.size - span.offset)))
-        return span._replace(offset=span.offset + start)
+        return span if span.member is None else _located(self.get(span), span)
 
     def member_name(self, span: Span) -> str:
         """Returns the name that stands in the local header of a zip member's span."""
@@ -181,7 +202,7 @@ class Files:
             held = span.memory()[offset : offset + nbytes]
             blocks = (held[start : start + BLOCK] for start in range(0, nbytes, BLOCK))
         elif span.member == "stored" and nbytes == span.nbytes < SMALL_MEMBER:
-            blocks = iter((self._small_member(span),))
+            blocks = iter((_small_member(self.get(span), span),))
         else:
             blocks = self._blocks(span, offset, nbytes)
         for block in blocks:
@@ -189,18 +210,9 @@ class Files:
                 self.progress(len(block))
             yield block
 
-    def _small_member(self, span: Span) -> bytes:
-        """Returns a small zip member with one read of its local header and what follows."""
-        file = self.get(span)
-        guess = file.read(span.offset, min(HEADER + span.nbytes, file.size - span.offset))
-        start = _payload(file, span, guess)
-        if start + span.nbytes <= len(guess):
-            return guess[start : start + span.nbytes]
-        return file.read(span.offset + start, span.nbytes)
-
     def _blocks(self, span: Span, offset: int, nbytes: int) -> Iterator[memoryview | bytes]:
-        found = self.locate(span)
         file = self.get(span)
+        found = _located(file, span)
         if found.member == "deflated":
             yield from _window(_inflated(file, found), offset, nbytes)
         elif nbytes < self.block:
@@ -211,10 +223,37 @@ class Files:
                 yield from file.blocks(found.offset + offset, nbytes, room)
             finally:
                 self._rooms.append(room)
+        if self._open.get(span.url) is not file:  # it gave way meanwhile, and was checked then
+            file.check()
 
     def read(self, span: Span) -> bytes:
         """Returns the whole span; for small ones."""
         return b"".join(bytes(block) for block in self.blocks(span))
+
+
+def read_span(file: File, span: Span) -> bytes:
+    """Returns a whole span of an open file; for small ones. Raises: FormatError."""
+    if span.member == "stored" and span.nbytes < SMALL_MEMBER:
+        return _small_member(file, span)
+    found = _located(file, span)
+    return b"".join(_inflated(file, found)) if found.member == "deflated" else file.read(found.offset, span.nbytes)
+
+
+def _located(file: File, span: Span) -> Span:
+    """Returns the span with the offset of its first byte."""
+    if span.member is None:
+        return span
+    start = _payload(file, span, file.read(span.offset, min(HEADER, file.size - span.offset)))
+    return span._replace(offset=span.offset + start)
+
+
+def _small_member(file: File, span: Span) -> bytes:
+    """Returns a small zip member with one read of its local header and what follows."""
+    guess = file.read(span.offset, min(HEADER + span.nbytes, file.size - span.offset))
+    start = _payload(file, span, guess)
+    if start + span.nbytes <= len(guess):
+        return guess[start : start + span.nbytes]
+    return file.read(span.offset + start, span.nbytes)
 
 
 _LOCAL = struct.Struct("<6xH18xHH").unpack_from

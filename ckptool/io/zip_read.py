@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, UnsupportedError
-from ckptool.io.source import File
+from ckptool.io.source import File, read_span
 from ckptool.limits import MAX_DIRECTORY, MAX_RATIO, MAX_RECORDS, Limit
 
 TAIL = 1 << 16
@@ -153,8 +153,6 @@ def _zip64(extra: bytes, usize: int, packed: int, offset: int, path: str) -> tup
 
 def read_small(file: File, members: Mapping[str, Member], name: str, limit: Limit) -> bytes | None:
     """Returns the content of a small member, None if absent. Raises: LimitError past the ``limit`` of its bytes."""
-    from ckptool.io.source import Files
-
     member = members.get(name)
     if member is None:
         return None
@@ -164,5 +162,4 @@ def read_small(file: File, members: Mapping[str, Member], name: str, limit: Limi
     if member.span.member == "deflated" and nbytes > SMALL + MAX_RATIO.now() * packed:
         times = -((SMALL - nbytes) // max(packed, 1))
         raise MAX_RATIO.passed(f"{name} inflates to {times:,} times its size in the file", times, file.path)
-    with Files() as files:
-        return files.read(member.span)
+    return read_span(file, member.span)

@@ -76,7 +76,7 @@ class ZipWriter:
         and neither waits for the other before the end of the record.
         """
         full, start = self._begin(name, span.nbytes)
-        summed = self._beside(_crc32, span) if crc32 is None else None
+        summed = self._beside(_crc32, files.get(span), span) if crc32 is None else None
         self.output.copy(files, span)
         self._finish(full, span.nbytes, summed.result() if summed else crc32 or 0, start)
 
@@ -241,10 +241,9 @@ class _Window:
         return self.data.startswith(data, at)
 
 
-def _crc32(span: Span) -> int:
+def _crc32(file: File, span: Span) -> int:
     """Returns the checksum of a range of a file, with a read of its own."""
     computed = 0
-    with Files() as files:
-        for block in files.blocks(span):
-            computed = zlib.crc32(block, computed)
+    for block in file.blocks(span.offset, span.nbytes):
+        computed = zlib.crc32(block, computed)
     return computed

@@ -22,9 +22,9 @@ from ckptool.core.tensor import Opaque, Span, Storage, TensorInfo
 from ckptool.core.tree import Global, path_text, walk
 from ckptool.errors import FormatError, listed
 from ckptool.io import zip_read as zips
-from ckptool.io.source import File, Files
+from ckptool.io.source import Files
 from ckptool.values.moments import Moments
-from ckptool.values.scan import Job, read
+from ckptool.values.scan import CHUNK, Job, read
 
 Choose = Callable[[str], bool]
 
@@ -79,8 +79,9 @@ def look_into(
     floats = [(tensor, key) for tensor, key in named.values() if DTYPES[tensor.dtype].kind in ("float", "complex")]
     for tensor, _ in floats:
         plan.job(tensor).special = True
-    records = list(_records(checkpoint, plan, found)) if check else []
-    read([*plan.jobs.values(), *(record.job for record in records if isinstance(record.job.source, Span))], progress)
+    with Files(progress, CHUNK) as files:
+        records = list(_records(checkpoint, plan, found, files)) if check else []
+        read([*plan.jobs.values(), *(record.job for record in records if isinstance(record.job.source, Span))], files)
 
     if stats:
         moments = {key: job.found_moments for key, job in measured.items() if job.error is None}
@@ -220,7 +221,7 @@ class _Record:
     job: Job
 
 
-def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents) -> Iterator[_Record]:
+def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files) -> Iterator[_Record]:
     """Yields the zip records to be checked, each with the job of the tensor that is all of it, or one of its own."""
     whole = {
         (storage.span.url, storage.span.offset): job
@@ -229,22 +230,22 @@ def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents) -> Iterator[_
     }
     bare = []
     for url in _urls(checkpoint):
-        with File(url) as file, Files() as files:
-            if not zips.is_zip(file):
-                bare.append(os.path.basename(url))
-                continue
-            members = zips.read_directory(file)
-            if not any(member.crc32 for member in members.values()):
-                found.unchecked.append(f"{url}: its checksums are all 0, torch was told to compute none")
-            known = any(member.crc32 for member in members.values())
-            for name, member in members.items():
-                moved = _moved(name, member.span, files)
-                if moved:
-                    found.findings.append(moved)
-                elif known:
-                    job = whole.get((url, member.span.offset)) or Job(member.span, lenient=True)
-                    job.checksum = True
-                    yield _Record(name, member, job)
+        file = files.open(url)
+        if not zips.is_zip(file):
+            bare.append(os.path.basename(url))
+            continue
+        members = zips.read_directory(file)
+        known = any(member.crc32 for member in members.values())
+        if not known:
+            found.unchecked.append(f"{url}: its checksums are all 0, torch was told to compute none")
+        for name, member in members.items():
+            moved = _moved(name, member.span, files)
+            if moved:
+                found.findings.append(moved)
+            elif known:
+                job = whole.get((url, member.span.offset)) or Job(member.span, lenient=True)
+                job.checksum = True
+                yield _Record(name, member, job)
     if bare:
         found.unchecked.append(f"changed bytes in {listed(bare)}: the format has no checksums")
 

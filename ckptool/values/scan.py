@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -72,8 +72,8 @@ Found = tuple[Any, tuple[int, int]]
 """What one piece gave: moments (None if not asked for), NaN and infinities."""
 
 
-def read(jobs: Sequence[Job], progress: Callable[[int], None] | None = None, threads: int | None = None) -> None:
-    """Reads every job's bytes once, and puts what was found into it; ``progress`` is told the bytes read.
+def read(jobs: Sequence[Job], files: Files, threads: int | None = None) -> None:
+    """Reads every job's bytes once, and puts what was found into it; the progress of ``files`` is told the bytes read.
 
     Raises: FormatError where a file is not what it claims, but for lenient jobs; UnreadableError.
     """
@@ -82,12 +82,11 @@ def read(jobs: Sequence[Job], progress: Callable[[int], None] | None = None, thr
     total = sum(_nbytes(piece) for unit in units for piece, _ in unit)
     threads = min(threads or min(THREADS, _cores()), len(units)) if total > BATCH else 1
     if threads <= 1:
-        with Files(progress, CHUNK) as files:
-            worker = _Worker(files)
-            for unit in units:
-                worker.do(unit, parts)
+        worker = _Worker(files)
+        for unit in units:
+            worker.do(unit, parts)
     else:
-        _together(units, parts, progress, threads)
+        _together(units, parts, files, threads)
     for job in jobs:
         _join(job, parts[id(job)])
 
@@ -165,8 +164,8 @@ class _Worker:
 
     def _read(self, job: Job, start: int, nbytes: int) -> Found:
         spans = [job.source] if isinstance(job.source, Span) else [one.span for one in job.source.storages()]
-        for span in spans:
-            _soon(self.files, span)
+        for span in spans:  # that a file was changed meanwhile is nothing that a lenient job may keep to itself
+            self.files.get(span)
         if not job.lenient:
             return self._see(job, start, nbytes)
         try:
@@ -217,28 +216,17 @@ class _Worker:
         return storage_blocks(storage, self.files, source.storage_offset * row.bits // 8 + start, nbytes, swap)
 
 
-def _soon(files: Files, span: Span) -> None:
-    """Says that a file will be read in turn: twice as fast where it is not in memory. Raises: as `Files.get`.
-
-    That it was changed meanwhile is nothing that a lenient job may keep to itself.
-    """
-    file = files.get(span)
-    if span.nbytes > BATCH and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-
 class _Stopped(Exception):
     """Ends a thread whose work nobody waits for any more."""
 
 
-def _together(
-    units: Sequence[Unit], parts: dict[int, list[Found]], progress: Callable[[int], None] | None, threads: int
-) -> None:
+def _together(units: Sequence[Unit], parts: dict[int, list[Found]], files: Files, threads: int) -> None:
     """Has threads take units until there are none; raises what the first to fail raised, or an interrupt, at once."""
     events: SimpleQueue[int | BaseException | None] = SimpleQueue()
     stop = threading.Event()
     lock = threading.Lock()
     left = iter(units)
+    progress = files.progress
 
     def tell(nbytes: int) -> None:
         if stop.is_set():
@@ -248,14 +236,13 @@ def _together(
 
     def work() -> None:
         try:
-            with Files(tell, CHUNK) as files:
-                worker = _Worker(files)
-                while not stop.is_set():
-                    with lock:
-                        unit = next(left, None)
-                    if unit is None:
-                        break
-                    worker.do(unit, parts)
+            worker = _Worker(files.beside(tell))
+            while not stop.is_set():
+                with lock:
+                    unit = next(left, None)
+                if unit is None:
+                    break
+                worker.do(unit, parts)
             events.put(None)
         except BaseException as error:  # to be raised where it was called from
             events.put(error)

@@ -21,6 +21,7 @@ import ckptool
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.findings import Stats
 from ckptool.errors import FormatError
+from ckptool.io.source import Files
 from ckptool.values import scan as readthrough
 from ckptool.values import stats as kernels
 from ckptool.values.moments import Moments
@@ -440,9 +441,10 @@ def test_an_interrupt_ends_the_threads(saved: Saved, monkeypatch: pytest.MonkeyP
 
 
 def test_no_job_reads_nothing() -> None:
-    read([])
+    read([], Files())
     job = Job(ckptool.open(FIXTURES / "tied.pth").state_dict()["twin"])
-    read([job])
+    with Files() as files:
+        read([job], files)
     assert (job.found_moments, job.digest, job.crc32) == (None, None, None)
 
 
