@@ -34,7 +34,7 @@ class Span(NamedTuple):
     stored, and ``offset`` is that of its local header: the payload begins behind a name and padding whose
     lengths only that header knows, and reading 100,000 of them to list keys would cost more than the listing.
     ``named`` is how long the name in it must be: what the archive's directory says.
-    ``version`` tells the file that was opened from another that has taken its name since (see `files.File`).
+    ``version`` tells the file that was opened from another that has taken its name since (see `io.source.Source`).
     ``memory`` gives the bytes of what is in no file at all: a live model's.
     """
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Mix, Resample, Run, Storage, TensorInfo, contiguous_stride
 from ckptool.errors import FormatError, UnreadableError, explain
-from ckptool.io.source import BLOCK
+from ckptool.io.source import BLOCK, Spool
 from ckptool.limits import MAX_LIST
 from ckptool.values.codec import Bytes, import_torch
 
@@ -120,7 +119,7 @@ class _Rows:
         self._stream: Iterator[Bytes] | None = None
         self._rest: Bytes = b""
         self._place = 0
-        self._spool: IO[bytes] | None = None
+        self._spool: Spool | None = None
 
     def read(self, first: int, count: int) -> Iterator[Bytes]:
         """Yields the bytes of ``count`` rows from ``first`` on, each piece valid until the next is asked for."""
@@ -145,14 +144,8 @@ class _Rows:
 
     def _anywhere(self, start: int, end: int) -> Iterator[Bytes]:
         if self._spool is None:
-            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-            for block in self._blocks(self.tensor):
-                self._spool.write(block)
-            self._spool.flush()
-        while start < end:
-            piece = os.pread(self._spool.fileno(), min(BLOCK, end - start), start)
-            yield piece
-            start += len(piece)
+            self._spool = Spool(self._blocks(self.tensor))
+        return self._spool.blocks(start, end - start)
 
     def close(self) -> None:
         if self._spool is not None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from contextvars import copy_context
 from math import prod
-from typing import IO, Any
+from typing import Any
 
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo
 from ckptool.core.tree import brief
-from ckptool.errors import FormatError, OutputError, UnsupportedError, explain
-from ckptool.io.source import BLOCK, Files
+from ckptool.errors import FormatError, UnsupportedError
+from ckptool.io.source import BLOCK, Files, Source, Spool
 from ckptool.limits import MAX_EXPANDED, MAX_EXPANSION
 from ckptool.values.codec import Bytes, Cast, caster, import_torch
 
@@ -121,7 +121,8 @@ def runs(tensors: Iterable[TensorInfo]) -> Iterator[Span | TensorInfo]:
 def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap: int) -> Iterator[Bytes]:
     """Yields the elements of a view that is not contiguous out of what it looks into: read, or mapped if it is large.
 
-    Before every block from a map the file is looked at again, which leaves microseconds for a file to shrink in.
+    What cannot be mapped goes into a temporary file first. Before every block from a map the file is looked at again,
+    which leaves microseconds for it to shrink in.
     """
     import numpy as np
 
@@ -129,43 +130,37 @@ def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap:
     itemsize = DTYPES[tensor.dtype].bits // 8
     # Dimensions of 1 move nothing: without them no stride leaves the storage, and there are fewer than numpy's 64.
     steps = [pair for pair in zip(tensor.shape or (), tensor.stride, strict=True) if pair[0] != 1]
-    file = None
-    with _temporary() as unpacked:
+    first = tensor.storage_offset * itemsize
+    held = (1 + sum((count - 1) * step for count, step in steps)) * itemsize
+    with ExitStack() as stack:
+        file: Source
         if isinstance(source, Derived):
-            nbytes = source.numel * itemsize
-            fd, offset = _spooled(_derived(source, tensor.dtype, files), unpacked), 0
+            file = stack.enter_context(Spool(_derived(source, tensor.dtype, files)))
         elif source.span.member == "deflated" or source.span.memory is not None:
-            nbytes = source.nbytes
-            fd, offset = _spooled(files.blocks(source.span), unpacked), 0
+            file = stack.enter_context(Spool(files.blocks(source.span)))
         else:
-            nbytes = source.nbytes
             span = files.locate(source.span)
-            file = files.get(span)
-            fd, offset = file.fd, span.offset
-            if offset + nbytes > file.size:
-                raise FormatError(f"a storage ends at byte {offset + nbytes}, behind the end of the file", span.url)
-        first = tensor.storage_offset * itemsize
-        reach = sum((count - 1) * step for count, step in steps)
-        held = (reach + 1) * itemsize
-        mapped: mmap.mmap | bytes
-        if file is not None and held <= min(HELD, DENSE * tensor.nbytes):
-            mapped, start, file = file.read(offset + first, held), 0, None
+            file, first, end = files.get(span), span.offset + first, span.offset + source.nbytes
+            if end > file.size:
+                raise FormatError(f"a storage ends at byte {end}, behind the end of the file", span.url)
+        buffer: Any
+        watched: Source | None = None
+        if not isinstance(file, Spool) and held <= min(HELD, DENSE * tensor.nbytes):
+            buffer = file.read(first, held)
         else:
-            if file is not None:
-                file.check()
-            base = offset - offset % mmap.ALLOCATIONGRANULARITY
-            mapped = mmap.mmap(fd, offset - base + nbytes, access=mmap.ACCESS_READ, offset=base)
-            start = offset - base + first
+            file.check()
+            buffer, watched = file.map(first, held), file
+            if buffer is None:
+                buffer = stack.enter_context(Spool(file.blocks(first, held))).map(0, held)
         array: Any = np.ndarray(
             [count for count, _ in steps],
             np.dtype(f"V{itemsize}"),
-            mapped,
-            start,
-            [step * itemsize for _, step in steps],
+            buffer,
+            strides=[step * itemsize for _, step in steps],
         )
         for slab in _slabs(array):
-            if file is not None:
-                file.check()
+            if watched is not None:
+                watched.check()
             yield _resolved(np.ascontiguousarray(slab).reshape(-1).view("u1"), tensor, swap)
 
 
@@ -179,27 +174,6 @@ def _refuse_blow_up(tensor: TensorInfo, source: Storage | Derived) -> None:
             f"{source.nbytes:,}, over MAX_EXPANSION, {MAX_EXPANSION.now():,} times it"
         )
         raise MAX_EXPANDED.passed(what, tensor.nbytes, source.span.url)
-
-
-def _temporary() -> IO[bytes]:
-    """Returns a new temporary file. Raises: OutputError, as `_spooled` does, where there is no room."""
-    import tempfile
-
-    try:
-        return tempfile.TemporaryFile()
-    except OSError as error:
-        raise OutputError(f"a temporary file: {explain(error)}; TMPDIR says where they go") from error
-
-
-def _spooled(blocks: Iterator[Bytes], file: IO[bytes]) -> int:
-    """Writes blocks to a temporary file; returns its descriptor."""
-    try:
-        for block in blocks:
-            file.write(block)
-        file.flush()
-    except OSError as error:
-        raise OutputError(f"a temporary file: {explain(error)}; TMPDIR says where they go") from error
-    return file.fileno()
 
 
 def _slabs(array: Any) -> Iterator[Any]:
