@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo
+from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo, plain_range, reach, storage_range
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.io.source import BLOCK, Files, Source, Spool
@@ -52,14 +52,11 @@ def tensor_blocks(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
         elif tensor.numel:
             yield from _gathered(tensor, source, files, 1)
         return
-    row = DTYPES[tensor.dtype]
-    lazy = tensor.extras is not None and (tensor.extras.conj or tensor.extras.neg)
-    swap = row.swap_unit if source.byteorder == "big" else 1
-    if tensor.is_contiguous and not lazy:
-        start = tensor.storage_offset * row.bits // 8
-        yield from storage_blocks(source, files, start, tensor.nbytes, swap)
+    if found := storage_range(tensor):
+        storage, start, swap = found
+        yield from storage_blocks(storage, files, start, tensor.nbytes, swap)
     elif tensor.numel:
-        yield from _gathered(tensor, source, files, swap)
+        yield from _gathered(tensor, source, files, DTYPES[tensor.dtype].swap_unit if source.byteorder == "big" else 1)
 
 
 def blocks_ahead(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
@@ -100,10 +97,12 @@ def runs(tensors: Iterable[TensorInfo]) -> Iterator[Span | TensorInfo]:
     run: Span | None = None
     nbytes = 0
     for tensor in tensors:
-        source = tensor.source
+        found = plain_range(tensor)
         span = None
-        if isinstance(source, Storage) and source.byteorder == "little" and tensor.extras is None and tensor.is_whole:
-            span = source.span if source.span.member is None and source.span.memory is None else None
+        if found is not None and found[0].member is None:
+            span, start, size = found
+            if size != span.nbytes:
+                span = span._replace(offset=span.offset + start, nbytes=size)
         if run is not None:
             if span is not None and span.url == run.url and span.offset == run.offset + nbytes:
                 nbytes += span.nbytes
@@ -131,7 +130,7 @@ def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap:
     # Dimensions of 1 move nothing: without them no stride leaves the storage, and there are fewer than numpy's 64.
     steps = [pair for pair in zip(tensor.shape or (), tensor.stride, strict=True) if pair[0] != 1]
     first = tensor.storage_offset * itemsize
-    held = (1 + sum((count - 1) * step for count, step in steps)) * itemsize
+    held = reach(tensor.shape or (), tensor.stride) * itemsize
     with ExitStack() as stack:
         file: Source
         if isinstance(source, Derived):
@@ -196,7 +195,7 @@ def _resolved(raw: Any, tensor: TensorInfo, swap: int) -> Bytes:
     if swap > 1:
         raw = raw.view(f"u{swap}").byteswap().view("u1")
     extras = tensor.extras
-    if extras is None or not (extras.conj or extras.neg):
+    if extras is None or not tensor.is_lazy:
         return bytes(raw)
     row = DTYPES[tensor.dtype]
     if row.kind == "int":
