@@ -17,7 +17,7 @@ from ckptool.core.tensor import Opaque, Storage, TensorInfo
 from ckptool.core.tree import nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
 from ckptool.io.output import EXISTS, Output
-from ckptool.io.source import File, Files, identity, names_in, same_file
+from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
 from ckptool.values.blocks import read_bytes, same_bytes
 
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
@@ -317,7 +317,7 @@ def _with_hash(path: str, written: str, progress: Progress | None = None) -> str
     """Returns the path with 8 hex digits of the written file's sha256 behind the stem, as torchvision has it."""
     import hashlib
 
-    with File(written) as file:
+    with LocalFile(written) as file:
         digest = hashlib.sha256()
         for block in file.blocks(0, file.size):
             digest.update(block)

@@ -7,8 +7,8 @@ it is written, from a closed set of operations; an `Opaque` one is a tensor that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
@@ -34,7 +34,7 @@ class Span(NamedTuple):
     stored, and ``offset`` is that of its local header: the payload begins behind a name and padding whose
     lengths only that header knows, and reading 100,000 of them to list keys would cost more than the listing.
     ``named`` is how long the name in it must be: what the archive's directory says.
-    ``version`` tells the file that was opened from another that has taken its name since (see `files.File`).
+    ``version`` tells the file that was opened from another that has taken its name since (see `io.source.Source`).
     ``memory`` gives the bytes of what is in no file at all: a live model's.
     """
 
@@ -229,7 +229,12 @@ class TensorInfo(Leaf):
     @property
     def is_contiguous(self) -> bool:
         """Returns whether its elements lie in C order without gaps, as `torch.Tensor.is_contiguous` does."""
-        return self.numel == 0 or _dense_in_c_order(self.shape or (), self.stride)
+        return _packed_nbytes(self.dtype, self.shape or (), self.stride) >= 0
+
+    @property
+    def is_lazy(self) -> bool:
+        """Returns whether its values differ from its bytes by a conjugation or negation bit."""
+        return self.extras is not None and (self.extras.conj or self.extras.neg)
 
     @property
     def is_whole(self) -> bool:
@@ -286,6 +291,101 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
         stride.append(step)
         step *= max(size, 1)
     return tuple(reversed(stride))
+
+
+# --- views: sizes, strides and offsets in elements, as in torch -----------------------------------------------------
+
+
+def reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Returns how many elements lie from a view's first to its last, both counted; for a view with elements.
+
+    >>> reach((2, 3), (10, 2)), reach((), ())
+    (15, 1)
+    """
+    last = 1
+    for size, step in zip(shape, stride, strict=True):
+        last += (size - 1) * step
+    return last
+
+
+def view(tensor: TensorInfo, shape: Iterable[int], stride: Iterable[int] | None = None, offset: int = 0) -> TensorInfo:
+    """Returns a view of the same memory, by the same stride if none is given, ``offset`` elements further on."""
+    steps = tensor.stride if stride is None else tuple(stride)
+    return replace(tensor, shape=tuple(shape), stride=steps, storage_offset=tensor.storage_offset + offset)
+
+
+def narrow(tensor: TensorInfo, dim: int, start: int, count: int) -> TensorInfo:
+    """Returns the view of ``count`` indices from ``start`` on along a dimension."""
+    shape = tensor.shape or ()
+    return view(tensor, (*shape[:dim], count, *shape[dim + 1 :]), offset=start * tensor.stride[dim])
+
+
+def permute(tensor: TensorInfo, dims: Sequence[int]) -> TensorInfo:
+    """Returns the view with its dimensions in another order."""
+    shape = tensor.shape or ()
+    return view(tensor, [shape[dim] for dim in dims], [tensor.stride[dim] for dim in dims])
+
+
+def unflatten(tensor: TensorInfo, dim: int, sizes: tuple[int, ...]) -> TensorInfo:
+    """Returns the view with one dimension taken apart into several, of the same number of indices."""
+    shape, stride = tensor.shape or (), tensor.stride
+    steps = [stride[dim] * step for step in contiguous_stride(sizes)]
+    return view(tensor, (*shape[:dim], *sizes, *shape[dim + 1 :]), (*stride[:dim], *steps, *stride[dim + 1 :]))
+
+
+def shaped(tensor: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+    """Returns a contiguous tensor under another shape of as many elements."""
+    return replace(tensor, shape=shape, stride=contiguous_stride(shape))
+
+
+def computed_as(tensor: TensorInfo, source: Derived, dtype: str | None = None) -> TensorInfo:
+    """Returns what a tensor is (shape, class, a parameter or not) with computed values; no conjugation or negation."""
+    extras = tensor.extras and replace(tensor.extras, conj=False, neg=False)
+    stride = contiguous_stride(tensor.shape or ())
+    return replace(tensor, dtype=dtype or tensor.dtype, stride=stride, storage_offset=0, source=source, extras=extras)
+
+
+def computed(dtype: str, shape: tuple[int, ...], source: Derived) -> TensorInfo:
+    """Returns a plain tensor of computed values."""
+    return TensorInfo(dtype, shape, contiguous_stride(shape), 0, source)
+
+
+def copied(tensor: TensorInfo, shape: tuple[int, ...] | None = None) -> TensorInfo:
+    """Returns a tensor's elements in memory of their own, under another shape if one is given."""
+    return computed(tensor.dtype, (tensor.shape or ()) if shape is None else shape, Derived("copy", (tensor,)))
+
+
+def cat(tensors: Sequence[TensorInfo], dim: int) -> TensorInfo:
+    """Returns tensors of one dtype put together along a dimension."""
+    shape = tensors[0].shape or ()
+    total = sum((tensor.shape or ())[dim] for tensor in tensors)
+    return computed(tensors[0].dtype, (*shape[:dim], total, *shape[dim + 1 :]), Derived("cat", tuple(tensors), dim))
+
+
+def storage_range(tensor: TensorInfo) -> tuple[Storage, int, int] | None:
+    """Returns (storage, first byte, bytes to reverse at a time; 1: none) of a tensor that is one range of a storage.
+
+    None for one that has gaps, another order, lazy bits, or no storage.
+    """
+    source = tensor.source
+    if not isinstance(source, Storage) or tensor.is_lazy or not tensor.is_contiguous:
+        return None
+    row = dtypes.DTYPES[tensor.dtype]
+    return source, tensor.storage_offset * row.bits // 8, row.swap_unit if source.byteorder == "big" else 1
+
+
+def plain_range(tensor: TensorInfo) -> tuple[Span, int, int] | None:
+    """Returns (span, first byte in it, bytes) of a tensor whose elements, as they are written, lie so in a file."""
+    found = storage_range(tensor)
+    if found is None or found[2] > 1 or found[0].span.member == "deflated" or found[0].span.memory is not None:
+        return None
+    return found[0].span, found[1], tensor.nbytes
+
+
+def whole_storage(tensor: TensorInfo) -> Storage | None:
+    """Returns the storage whose bytes are all the tensor's elements as they are written, if there is one."""
+    found = storage_range(tensor)
+    return found[0] if found is not None and found[2] == 1 and tensor.is_whole else None
 
 
 FORMS = 256

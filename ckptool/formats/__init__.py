@@ -14,7 +14,7 @@ from types import ModuleType
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import CkptoolError, UsageError
-from ckptool.io.source import File
+from ckptool.io.source import LocalFile, Source
 
 READERS = ("torch_zip", "torch_legacy", "safetensors", "torch_tar")
 """Modules of the single-file formats, in the order their marks are looked for."""
@@ -46,7 +46,7 @@ def read(path: str) -> Checkpoint:
     if os.path.isdir(path):
         found = _module("sharded").find(path)
         return read(str(found))
-    with File(path) as file:
+    with LocalFile(path) as file:
         try:
             return _read_file(file)
         except CkptoolError as error:
@@ -54,7 +54,7 @@ def read(path: str) -> Checkpoint:
             raise
 
 
-def _read_file(file: File) -> Checkpoint:
+def _read_file(file: Source) -> Checkpoint:
     if ".index" in os.path.basename(file.path):  # all that may match have it in their names: saves the import
         sharded = _module("sharded")
         if sharded.matches(file):

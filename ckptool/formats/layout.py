@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride, reach
 from ckptool.core.tree import nodes
 from ckptool.errors import UnsupportedError
 from ckptool.io.source import Files
@@ -201,7 +201,5 @@ def _typed(dtype: str) -> str | None:
 def _reach(view: TensorInfo) -> tuple[int, int]:
     """Returns the bytes (first, behind the last) of its storage that a view with elements touches."""
     bits = DTYPES[view.dtype].bits
-    last = view.storage_offset + sum(
-        (size - 1) * step for size, step in zip(view.shape or (), view.stride, strict=True)
-    )
-    return view.storage_offset * bits // 8, -(-(last + 1) * bits // 8)
+    end = view.storage_offset + reach(view.shape or (), view.stride)
+    return view.storage_offset * bits // 8, -(-end * bits // 8)

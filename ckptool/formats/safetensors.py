@@ -26,7 +26,7 @@ from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride, is
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.formats import flat, safetensors_file
-from ckptool.io.source import File, Files
+from ckptool.io.source import Files, Source
 from ckptool.limits import MAX_HEADER, MAX_NESTING
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ SUFFIXES = (".safetensors",)
 _SPACE = b" \t\r\n"
 
 
-def matches(file: File) -> bool:
+def matches(file: Source) -> bool:
     """Returns whether it begins with a length and a JSON object."""
     if file.size < 10:
         return False
@@ -50,7 +50,7 @@ def matches(file: File) -> bool:
     return text[:1] == b"{"
 
 
-def read(file: File) -> Checkpoint:
+def read(file: Source) -> Checkpoint:
     """Returns the checkpoint; reads the header only. Raises: FormatError, LimitError, UnsupportedError."""
     header_size = int.from_bytes(file.read(0, 8), "little")
     if header_size > MAX_HEADER.now():
@@ -151,7 +151,7 @@ class _Form(NamedTuple):
     stride: tuple[int, ...]
 
 
-def _tensor(name: str, entry: Any, file: File, start: int, forms: dict[object, _Form]) -> tuple[TensorInfo, int, int]:
+def _tensor(name: str, entry: Any, file: Source, start: int, forms: dict[object, _Form]) -> tuple[TensorInfo, int, int]:
     """Returns a tensor and its range in the data. ``forms`` are those met before: few are met often."""
     try:
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -33,7 +33,7 @@ from ckptool.formats import flat, safetensors_file
 from ckptool.formats.layout import MapLocation
 from ckptool.io.leftovers import held, leftovers, locked, sweep
 from ckptool.io.output import EXISTS, Output, commit_set
-from ckptool.io.source import File, Files, names_in
+from ckptool.io.source import Files, LocalFile, Source, names_in
 from ckptool.limits import MAX_INDEX
 
 NAME = "hf-sharded"
@@ -53,7 +53,7 @@ WRITTEN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
 Open = Callable[[str], Checkpoint]
 
 
-def matches(file: File) -> bool:
+def matches(file: Source) -> bool:
     """Returns whether it is an index: JSON with a weight_map."""
     if not INDEX.match(os.path.basename(file.path)):
         return False
@@ -133,7 +133,7 @@ def _refuse_unfinished(directory: str, names: list[str]) -> None:
         raise FormatError("a run that was writing its files was killed; write there again", directory)
 
 
-def read(file: File, open_: Open) -> Checkpoint:
+def read(file: Source, open_: Open) -> Checkpoint:
     """Returns one checkpoint of all shards, whose headers ``open_`` reads.
 
     Keys come in the order of the shards' names, then of each shard. Missing shards and tensors do not raise:
@@ -193,7 +193,7 @@ def read(file: File, open_: Open) -> Checkpoint:
     )
 
 
-def _index(file: File) -> dict[str, Any]:
+def _index(file: Source) -> dict[str, Any]:
     if file.size > MAX_INDEX.now():
         raise MAX_INDEX.passed(f"an index of {file.size:,} bytes", file.size, file.path)
     try:
@@ -416,7 +416,7 @@ def stale(directory: str) -> set[str]:
     if not os.path.isfile(place):
         return set()
     try:
-        with File(place) as file:
+        with LocalFile(place) as file:
             index = _index(file)
     except CkptoolError:
         return {WRITTEN_INDEX}

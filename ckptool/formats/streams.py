@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptool.errors import FormatError
-from ckptool.io.source import File
+from ckptool.io.source import Source
 from ckptool.limits import MAX_PICKLE
 from ckptool.pickling import load as pickles
 
@@ -18,7 +18,7 @@ FIRST = 1 << 16
 class PickleStream:
     """A position in a file between two items. ``names`` collects what all pickles so far have named."""
 
-    def __init__(self, file: File, position: int = 0, end: int | None = None) -> None:
+    def __init__(self, file: Source, position: int = 0, end: int | None = None) -> None:
         self.file = file
         self.position = position
         self.end = file.size if end is None else end

@@ -18,7 +18,7 @@ from ckptool.core.tensor import Derived, Storage, TensorInfo
 from ckptool.core.tree import Global, brief, path_text, walk
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.formats.streams import PickleStream
-from ckptool.io.source import File, Files
+from ckptool.io.source import Files, Source
 from ckptool.pickling import torch_calls as rebuild
 
 if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
@@ -31,12 +31,12 @@ MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 VERSION = 1001
 
 
-def matches(file: File) -> bool:
+def matches(file: Source) -> bool:
     """Returns whether it begins with the pickled magic number."""
     return file.size >= len(MAGIC) and file.read(0, len(MAGIC)) == MAGIC
 
 
-def read(file: File) -> Checkpoint:
+def read(file: Source) -> Checkpoint:
     """Returns the checkpoint; reads the pickles and one number per storage, no data.
 
     The tree's pickle comes before the sizes that say where its storages lie, so the machine runs over it

@@ -21,7 +21,7 @@ from ckptool.core.tensor import Storage, TensorInfo
 from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError
 from ckptool.formats.streams import PickleStream
-from ckptool.io.source import File
+from ckptool.io.source import Source
 from ckptool.limits import MAX_DIMS, MAX_PAX, MAX_TAR_ITEMS, MAX_TAR_MEMBERS
 from ckptool.pickling import torch_calls as rebuild
 
@@ -48,12 +48,12 @@ class Header(NamedTuple):
     size: int
 
 
-def matches(file: File) -> bool:
+def matches(file: Source) -> bool:
     """Returns whether it is a tar archive."""
     return file.size >= 512 and file.read(257, 5) == b"ustar"
 
 
-def read(file: File) -> Checkpoint:
+def read(file: Source) -> Checkpoint:
     """Returns the checkpoint; reads the pickles and numbers, no data. Raises: FormatError, LimitError."""
     places = _places(file)
     names: dict[tuple[str, str], None] = {}
@@ -106,7 +106,7 @@ def read(file: File) -> Checkpoint:
     return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=tuple(names))
 
 
-def _places(file: File) -> dict[str, tuple[int, int]]:
+def _places(file: Source) -> dict[str, tuple[int, int]]:
     """Returns {member: (begin, end)} in bytes of the file."""
     found: dict[str, tuple[int, int]] = {}
     at, members = 0, 0
@@ -145,7 +145,7 @@ def _places(file: File) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _header(file: File, at: int) -> Header | None:
+def _header(file: Source, at: int) -> Header | None:
     """Returns the header that stands at a byte, None at the end of the archive. Raises: FormatError."""
     data = file.read(at, BLOCK)
     if not any(data):

@@ -21,7 +21,7 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Span, Storage
 from ckptool.core.tree import brief, path_text
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
-from ckptool.io.source import File, Files
+from ckptool.io.source import Files, Source
 from ckptool.io.zip_read import Member, is_zip, read_directory, read_small
 from ckptool.limits import MAX_BYTEORDER, MAX_PICKLE
 from ckptool.pickling import load as pickles
@@ -37,12 +37,12 @@ NAME = "torch-zip"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar")
 
 
-def matches(file: File) -> bool:
+def matches(file: Source) -> bool:
     """Returns whether it is a zip archive; `read` tells torch's own from its neighbours."""
     return is_zip(file)
 
 
-def read(file: File) -> Checkpoint:
+def read(file: Source) -> Checkpoint:
     """Returns the checkpoint; reads the zip directory and data.pkl.
 
     Raises: FormatError, LimitError; UnsupportedError for TorchScript, torch.export, torch.package and npz.
@@ -93,7 +93,7 @@ def read(file: File) -> Checkpoint:
     return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=names)
 
 
-def _refuse_neighbours(file: File, root: str, members: Mapping[str, Member]) -> None:
+def _refuse_neighbours(file: Source, root: str, members: Mapping[str, Member]) -> None:
     """Says by name which other kind of zip archive this is; refuses names that torch may take for another."""
     data = f"{root}/data/"
     names = {name for name in members if not (name.startswith(data) and name[len(data) :].isdecimal())}

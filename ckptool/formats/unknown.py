@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NoReturn
 
 from ckptool.errors import FormatError, UnsupportedError
-from ckptool.io.source import File
+from ckptool.io.source import Source
 
 
-def refuse(file: File) -> NoReturn:
+def refuse(file: Source) -> NoReturn:
     """Raises the error that says what the file is instead of a checkpoint."""
     head = file.read(0, min(file.size, 512))
     text = head.lstrip().lower()

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import stat
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from ckptool.core.tensor import Span
 from ckptool.errors import OutputError, explain
 from ckptool.io.leftovers import lock, short, sweep
-from ckptool.io.source import File, Files, identity
+from ckptool.io.source import Files, Source, identity
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,9 +32,6 @@ CLONED = 1 << 12
 
 WORTH_CLONING = 1 << 20
 """Bytes from which a range is rather cloned than copied."""
-
-_FICLONERANGE = 0x4020940D
-"""``_IOW(0x94, 13, struct file_clone_range)`` of ``linux/fs.h``."""
 
 EXISTS = "exists already; --force overwrites it"
 
@@ -193,22 +189,16 @@ class Output:
         if self.progress is not None:
             self.progress(len(view))
 
-    def clones(self, file: File) -> bool:
+    def clones(self, file: Source) -> bool:
         """Returns whether ranges of a file can be cloned here: one file system, of a kind that shares extents.
 
         It is tried, at the beginning of this file, so this is to be asked before anything is written.
         """
         return self.position == 0 and file.size >= WORTH_CLONING and self._clone(file, 0, CLONED, 0)
 
-    def _clone(self, file: File, offset: int, nbytes: int, to: int) -> bool:
-        """Has the file system share a range of another file (ioctl FICLONERANGE); returns whether it could."""
-        try:
-            import fcntl
-
-            fcntl.ioctl(self._fd, _FICLONERANGE, struct.pack("qQQQ", file.fd, offset, nbytes, to))
-        except (ImportError, OSError):
-            return False
-        return True
+    def _clone(self, file: Source, offset: int, nbytes: int, to: int) -> bool:
+        """Has the file system share a range of another file; returns whether it could."""
+        return file.clone(self._fd, offset, nbytes, to)
 
     def copy(self, files: Files, span: Span) -> None:
         """Appends the bytes of a span: shared with the file they are in where the file system can, else copied."""

@@ -1,4 +1,4 @@
-"""Byte ranges from disk."""
+"""Byte ranges of files: a protocol that any place of bytes can follow, and the local files that follow it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import struct
 import zlib
 from _thread import allocate_lock  # importing `threading` takes a millisecond, and every command imports this file
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 from ckptool.core.tensor import Span
-from ckptool.errors import FormatError, UnreadableError, explain
+from ckptool.errors import FormatError, OutputError, UnreadableError, explain
 
 BLOCK = 1 << 20
 """Bytes moved at a time: large enough that a call costs nothing, small enough to stay in the cache."""
@@ -26,8 +27,62 @@ MAX_OPEN = 32
 """Files kept open for reading at once (a checkpoint may have hundreds of shards)."""
 
 
-class File:
-    """A file open for reading at any offset; its size is that at opening."""
+class Source(Protocol):
+    """Bytes that can be read at any offset. Who implements it defines `read`; the rest works on top of that.
+
+    ``size`` is that at opening. ``version`` differs when the bytes under one path do, and is None where nobody can
+    tell. ``mode`` is the permissions that a copy may have.
+    """
+
+    path: str
+    size: int
+    version: tuple[int, ...] | None
+    mode: int = 0o777
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Returns exactly ``nbytes`` bytes. Raises: FormatError if there are not as many, UnreadableError."""
+        ...
+
+    def blocks(self, offset: int, nbytes: int, room: bytearray | None = None) -> Iterator[memoryview]:
+        """Yields the range in pieces as large as ``room`` (else `BLOCK`), each valid until the next is asked for."""
+        size = BLOCK if room is None else len(room)
+        for start in range(offset, offset + nbytes, size):
+            yield memoryview(self.read(start, min(size, offset + nbytes - start)))
+
+    def map(self, offset: int, nbytes: int) -> memoryview | None:
+        """Returns the range without reading it, by virtual memory; None where that cannot be done."""
+        return None
+
+    def read_ahead(self) -> None:
+        """Says that it will be read from front to back."""
+
+    def clone(self, fd: int, offset: int, nbytes: int, to: int) -> bool:
+        """Has the file system share a range with another file, at its byte ``to``; returns whether it could."""
+        return False
+
+    def check(self) -> None:
+        """Raises FormatError if the bytes are others than at opening: what was read may be of both."""
+
+    def close(self) -> None:
+        """Ends the reading."""
+
+    def span(self, offset: int, nbytes: int) -> Span:
+        """Returns the span of this version of these bytes."""
+        return Span(self.path, offset, nbytes, version=self.version)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self.close()
+
+
+class LocalFile(Source):
+    """A local file open for reading."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -44,7 +99,7 @@ class File:
             raise UnreadableError("is not a regular file", path)
         self.size = status.st_size
         self.mode = stat.S_IMODE(status.st_mode)
-        self.version = (status.st_ino, status.st_size, status.st_mtime_ns)
+        self.version: tuple[int, ...] | None = (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -56,27 +111,11 @@ class File:
             self.close()
 
     def check(self) -> None:
-        """Raises FormatError if the file has another size or time than at opening: what was read may be of both."""
         status = os.fstat(self.fd)
         if (status.st_ino, status.st_size, status.st_mtime_ns) != self.version:
             raise FormatError("it was changed while it was read", self.path)
 
-    def __enter__(self) -> File:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.check()
-        finally:
-            self.close()
-
-    def span(self, offset: int, nbytes: int) -> Span:
-        """Returns the span of this version of this file."""
-        return Span(self.path, offset, nbytes, version=self.version)
-
     def read(self, offset: int, nbytes: int) -> bytes:
-        """Returns exactly ``nbytes`` bytes. Raises: FormatError if the file ends before, UnreadableError."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise FormatError(f"bytes {offset}-{offset + nbytes} are wanted of a file of {self.size}", self.path)
         try:
@@ -91,7 +130,6 @@ class File:
         return data
 
     def blocks(self, offset: int, nbytes: int, room: bytearray | None = None) -> Iterator[memoryview]:
-        """Yields the range in pieces as large as ``room`` (else `BLOCK`), each valid until the next is asked for."""
         buffer = memoryview(room if room is not None else bytearray(min(BLOCK, nbytes)))
         size = len(buffer)
         end = offset + nbytes
@@ -111,6 +149,54 @@ class File:
             yield piece
             offset += filled
 
+    def map(self, offset: int, nbytes: int) -> memoryview | None:
+        from mmap import ACCESS_READ, ALLOCATIONGRANULARITY, mmap
+
+        ahead = offset % ALLOCATIONGRANULARITY
+        return memoryview(mmap(self.fd, ahead + nbytes, access=ACCESS_READ, offset=offset - ahead))[ahead:]
+
+    def read_ahead(self) -> None:
+        if hasattr(os, "posix_fadvise"):  # doubles the speed of a cold read
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def clone(self, fd: int, offset: int, nbytes: int, to: int) -> bool:
+        try:
+            import fcntl
+
+            fcntl.ioctl(fd, _FICLONERANGE, struct.pack("qQQQ", self.fd, offset, nbytes, to))
+        except (ImportError, OSError):
+            return False
+        return True
+
+
+_FICLONERANGE = 0x4020940D
+"""``_IOW(0x94, 13, struct file_clone_range)`` of ``linux/fs.h``."""
+
+
+class Spool(LocalFile):
+    """A temporary file with what some blocks hold, to be read in another order. Raises: OutputError without room."""
+
+    def __init__(self, blocks: Iterable[bytes | memoryview]) -> None:
+        import tempfile
+
+        self.path, self.version = "a temporary file", None
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+            self.fd = self._file.fileno()
+            for block in blocks:
+                self._file.write(block)
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"a temporary file: {explain(error)}; TMPDIR says where they go") from error
+        self.size = self._file.tell()
+
+    def check(self) -> None:
+        pass  # nobody else knows of it
+
+    def close(self) -> None:
+        self.fd = -1
+        self._file.close()
+
 
 class Files:
     """The files that spans point into, opened when first needed, at most `MAX_OPEN` at once.
@@ -119,20 +205,27 @@ class Files:
     changed while it was read. ``progress`` is told the bytes as they are read; ``overflowed`` counts, by the id of
     what was computed, values that a cast made infinite. ``mode`` holds the permissions that all of the files have.
     Plain bytes are read ``block`` at a time. One object is for one thread; others read the same files by `beside`.
+    ``opener`` opens a file by its name.
     """
 
-    def __init__(self, progress: Callable[[int], None] | None = None, block: int = BLOCK) -> None:
+    def __init__(
+        self,
+        progress: Callable[[int], None] | None = None,
+        block: int = BLOCK,
+        opener: Callable[[str], Source] = LocalFile,
+    ) -> None:
         self.progress = progress
         self.block = block
+        self.opener = opener
         self.overflowed: dict[int, int] = {}
         self.mode = 0o777
-        self._open: OrderedDict[str, File] = OrderedDict()
+        self._open: OrderedDict[str, Source] = OrderedDict()
         self._lock = allocate_lock()
         self._rooms: list[bytearray] = []
 
     def beside(self, progress: Callable[[int], None] | None = None) -> Files:
         """Returns another that reads from the same open files, and has counts of its own; it need not be closed."""
-        made = Files(progress, self.block)
+        made = Files(progress, self.block, self.opener)
         made._open, made._lock = self._open, self._lock
         return made
 
@@ -157,7 +250,7 @@ class Files:
         for file in self._open.values():
             file.check()
 
-    def open(self, url: str) -> File:
+    def open(self, url: str) -> Source:
         """Returns the open file of that name. Raises: UnreadableError; FormatError if one that gives way was changed.
 
         One that gives way is closed when nobody reads it any more: another thread may.
@@ -167,15 +260,14 @@ class Files:
             if file is not None:
                 self._open.move_to_end(url)
                 return file
-            file = self._open[url] = File(url)
+            file = self._open[url] = self.opener(url)
             self.mode &= file.mode
-            if hasattr(os, "posix_fadvise"):  # doubles the speed of a cold read
-                os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            file.read_ahead()
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)[1].check()
         return file
 
-    def get(self, span: Span) -> File:
+    def get(self, span: Span) -> Source:
         """Returns the open file of a span. Raises: UnreadableError, FormatError."""
         file = self.open(span.url)
         if span.version is not None and span.version != file.version:
@@ -231,7 +323,7 @@ class Files:
         return b"".join(bytes(block) for block in self.blocks(span))
 
 
-def read_span(file: File, span: Span) -> bytes:
+def read_span(file: Source, span: Span) -> bytes:
     """Returns a whole span of an open file; for small ones. Raises: FormatError."""
     if span.member == "stored" and span.nbytes < SMALL_MEMBER:
         return _small_member(file, span)
@@ -239,7 +331,7 @@ def read_span(file: File, span: Span) -> bytes:
     return b"".join(_inflated(file, found)) if found.member == "deflated" else file.read(found.offset, span.nbytes)
 
 
-def _located(file: File, span: Span) -> Span:
+def _located(file: Source, span: Span) -> Span:
     """Returns the span with the offset of its first byte."""
     if span.member is None:
         return span
@@ -247,7 +339,7 @@ def _located(file: File, span: Span) -> Span:
     return span._replace(offset=span.offset + start)
 
 
-def _small_member(file: File, span: Span) -> bytes:
+def _small_member(file: Source, span: Span) -> bytes:
     """Returns a small zip member with one read of its local header and what follows."""
     guess = file.read(span.offset, min(HEADER + span.nbytes, file.size - span.offset))
     start = _payload(file, span, guess)
@@ -259,7 +351,7 @@ def _small_member(file: File, span: Span) -> bytes:
 _LOCAL = struct.Struct("<6xH18xHH").unpack_from
 
 
-def _payload(file: File, span: Span, data: bytes) -> int:
+def _payload(file: Source, span: Span, data: bytes) -> int:
     """Returns where a zip member's payload begins, in bytes behind its local header's first; ``data`` begins there.
 
     The header has no checksum, and one wrong bit in a length would give other bytes for the tensor's. So the name
@@ -291,7 +383,7 @@ def _is_whole(data: bytes, begin: int, end: int) -> bool:
     return begin == end or (begin < end and not any(data[begin:end]))
 
 
-def _inflated(file: File, span: Span) -> Iterator[bytes]:
+def _inflated(file: Source, span: Span) -> Iterator[bytes]:
     """Yields a deflated member's content in pieces of `BLOCK` bytes; it must come to exactly its declared size."""
     machine = zlib.decompressobj(-15)
     left = span.nbytes

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, UnsupportedError
-from ckptool.io.source import File, read_span
+from ckptool.io.source import Source, read_span
 from ckptool.limits import MAX_DIRECTORY, MAX_RATIO, MAX_RECORDS, Limit
 
 TAIL = 1 << 16
@@ -36,12 +36,12 @@ class Member(NamedTuple):
     crc32: int
 
 
-def is_zip(file: File) -> bool:
+def is_zip(file: Source) -> bool:
     """Returns whether the file begins with a zip member, as torch.load demands."""
     return file.size >= 4 and file.read(0, 4) == b"PK\x03\x04"
 
 
-def read_directory(file: File) -> dict[str, Member]:
+def read_directory(file: Source) -> dict[str, Member]:
     """Returns {name: Member} in the directory's order; reads the end of the file only.
 
     Raises: FormatError for anything cut off, overlapping, outside the file or named twice; UnsupportedError
@@ -111,7 +111,7 @@ def _refuse_overlaps(members: Mapping[str, Member], path: str) -> None:
             raise FormatError(f"two zip members overlap at byte {begin}", path)
 
 
-def _find_directory(file: File) -> tuple[int, int, int]:
+def _find_directory(file: Source) -> tuple[int, int, int]:
     """Returns (offset, size, entries) of the central directory."""
     tail_start = max(0, file.size - TAIL - 22)
     tail = file.read(tail_start, file.size - tail_start)
@@ -151,7 +151,7 @@ def _zip64(extra: bytes, usize: int, packed: int, offset: int, path: str) -> tup
     raise FormatError("a zip directory entry lacks its zip64 sizes", path)
 
 
-def read_small(file: File, members: Mapping[str, Member], name: str, limit: Limit) -> bytes | None:
+def read_small(file: Source, members: Mapping[str, Member], name: str, limit: Limit) -> bytes | None:
     """Returns the content of a small member, None if absent. Raises: LimitError past the ``limit`` of its bytes."""
     member = members.get(name)
     if member is None:

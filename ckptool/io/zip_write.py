@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.core.tensor import Span
 from ckptool.io.output import CLONED, Output
-from ckptool.io.source import File, Files
+from ckptool.io.source import Files, Source
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -227,7 +227,7 @@ def _local(name: bytes, nbytes: int, padding: int, extra: bytes = b"") -> bytes:
 class _Window:
     """Bytes of a file that are looked at in their order, a few at a time."""
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: Source) -> None:
         self.file = file
         self.start = 0
         self.data = b""
@@ -241,7 +241,7 @@ class _Window:
         return self.data.startswith(data, at)
 
 
-def _crc32(file: File, span: Span) -> int:
+def _crc32(file: Source, span: Span) -> int:
     """Returns the checksum of a range of a file, with a read of its own."""
     computed = 0
     for block in file.blocks(span.offset, span.nbytes):

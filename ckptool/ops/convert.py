@@ -11,7 +11,7 @@ from ckptool.core import modules
 from ckptool.core.aliases import RESERVED
 from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Derived, Opaque, TensorInfo, contiguous_stride
+from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
 from ckptool.core.tree import as_mapping, ordered_dict, path_text
 from ckptool.errors import NoTensorsError, UsageError
 from ckptool.ops.diff import no_tensors
@@ -89,8 +89,7 @@ def _cast(tensors: dict[str, TensorInfo], dtype: str, keep: Sequence[str]) -> tu
             changed[key] = tensor
             continue
         source = made.setdefault(tensor.view, Derived("cast", (tensor,)))
-        stride = contiguous_stride(tensor.shape or ())
-        changed[key] = replace(tensor, dtype=dtype, stride=stride, storage_offset=0, source=source, extras=None)
+        changed[key] = replace(computed_as(tensor, source, dtype), extras=None)
         cast.append(key)
     return changed, cast
 
@@ -104,9 +103,7 @@ def _untied(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list
         if isinstance(tensor.source, Opaque) or not tensor.numel:
             continue
         if tensor.view in seen:
-            stride = contiguous_stride(tensor.shape or ())
-            source = Derived("copy", (tensor,))
-            changed[key] = replace(tensor, stride=stride, storage_offset=0, source=source, extras=None)
+            changed[key] = replace(computed_as(tensor, Derived("copy", (tensor,))), extras=None)
             untied.append(key)
         seen.add(tensor.view)
     return changed, untied

@@ -13,7 +13,22 @@ from math import prod
 from typing import Any, NamedTuple, NoReturn
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Derived, Mix, Opaque, Resample, Run, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tensor import (
+    Derived,
+    Mix,
+    Opaque,
+    Resample,
+    Run,
+    Storage,
+    TensorInfo,
+    cat,
+    computed,
+    copied,
+    narrow,
+    shaped,
+    unflatten,
+    view,
+)
 from ckptool.errors import UnsupportedError, UsageError
 from ckptool.partial import grids, vocabulary
 from ckptool.partial.adapters import Adapter
@@ -110,7 +125,7 @@ class _Job:
             "in-chans": self.in_chans, "inflate": self.inflate,
         }[self.adapter.name]  # fmt: skip
         tensor, detail = make()
-        return Adapted(_shaped(_own(tensor), self.new), detail)
+        return Adapted(shaped(_own(tensor), self.new), detail)
 
     # pieces
 
@@ -121,8 +136,7 @@ class _Job:
             return tensor
         if {DTYPES[old].kind, DTYPES[new].kind} not in ({"float"}, {"complex"}):
             self.unsupported(f"{old} does not become {new} on the way")
-        shape = tensor.shape or ()
-        return TensorInfo(new, shape, contiguous_stride(shape), 0, Derived("cast", (tensor,)))
+        return computed(new, tensor.shape or (), Derived("cast", (tensor,)))
 
     def computed(self, op: Any, tensor: TensorInfo, shape: Shape, dim: int = 0, args: Any = None) -> TensorInfo:
         """Returns values to compute of a piece of the source, in the target's dtype."""
@@ -131,15 +145,13 @@ class _Job:
             self.unsupported(
                 f"{', '.join(sorted(others))} is not computed with, only {', '.join(sorted(COMPUTED))} are"
             )
-        return TensorInfo(
-            self.target.dtype, shape, contiguous_stride(shape), 0, Derived(op, (tensor,), dim, shape, args)
-        )
+        return computed(self.target.dtype, shape, Derived(op, (tensor,), dim, shape, args))
 
     def zeros(self, shape: Shape) -> TensorInfo:
         if DTYPES[self.target.dtype].kind not in ("float", "int", "bool", "complex") or "e8m0" in self.target.dtype:
             self.unsupported(f"{self.target.dtype} has no zero")
         source = Derived("take", (self.source,), 0, shape, (Run(-1, 0, shape[0]),))  # the input says where it lives
-        return TensorInfo(self.target.dtype, shape, contiguous_stride(shape), 0, source)
+        return computed(self.target.dtype, shape, source)
 
     def kept(self) -> TensorInfo:
         """Returns the target, where some of its own values stay."""
@@ -165,7 +177,7 @@ class _Job:
         picks = self.picks()
         if picks is None:
             common = min(self.old[0], count)
-            parts = [self.cast(_narrow(self.source, 0, 0, common))]
+            parts = [self.cast(narrow(self.source, 0, 0, common))]
             if common < count:
                 parts.append(self.filling(fill, common, count))
             detail = f"rows 0 to {common - 1} from the source" + self.filled(fill, count - common)
@@ -193,7 +205,7 @@ class _Job:
         """Returns rows in the order of ``picks``, see `vocabulary.runs`."""
         shape = (len(picks), *self.new[1:])
         runs = tuple(Run(*run) for run in vocabulary.runs(picks, fill))
-        return TensorInfo(dtype, shape, contiguous_stride(shape), 0, Derived("take", tuple(inputs), 0, shape, runs))
+        return computed(dtype, shape, Derived("take", tuple(inputs), 0, shape, runs))
 
     def picks(self) -> list[int] | None:
         """Returns for each row of the target the source's row that it takes, -1 for none; None without a list."""
@@ -210,7 +222,7 @@ class _Job:
     def filling(self, fill: str, start: int, stop: int) -> TensorInfo:
         """Returns what stands in rows ``start`` to ``stop`` that no row of the source takes."""
         if fill == "keep":
-            return _narrow(self.kept(), 0, start, stop - start)
+            return narrow(self.kept(), 0, start, stop - start)
         shape = (stop - start, *self.new[1:])
         if fill == "zero":
             return self.zeros(shape)
@@ -226,15 +238,13 @@ class _Job:
             self.refuse("it takes two of the same number of dimensions")
         fill = self.adapter.get("fill", "keep")
         box = tuple(map(min, zip(self.old, self.new, strict=True)))
-        made = self.cast(_box(self.source, box))
+        made = self.cast(view(self.source, box))
         for dim in range(len(box) - 1, -1, -1):  # what is missing along each dimension, innermost first
             missing = self.new[dim] - box[dim]
             if missing:
                 shape = (*box[:dim], missing, *self.new[dim + 1 :])
-                if fill == "keep":
-                    rest = _box(_narrow(self.kept(), dim, box[dim], missing), shape)
-                else:
-                    rest = self.zeros(shape)
+                kept = fill == "keep"
+                rest = view(narrow(self.kept(), dim, box[dim], missing), shape) if kept else self.zeros(shape)
                 made = _cat([made, rest], dim)
         return made, f"the box {dims(box)} from the source" + self.filled(fill, prod(self.new) - prod(box))
 
@@ -265,11 +275,7 @@ class _Job:
             grid, size, axes = source, self.new, found.axes
         else:
             dim, count = found.dim, prod(found.old)
-            part = _narrow(source, dim, found.before, count)
-            step = part.stride[dim]
-            steps = [step * inner for inner in contiguous_stride(found.old)]
-            shape = (*self.old[:dim], *found.old, *self.old[dim + 1 :])
-            grid = _view(part, shape, [*part.stride[:dim], *steps, *part.stride[dim + 1 :]])
+            grid = unflatten(narrow(source, dim, found.before, count), dim, tuple(found.old))
             size = (*self.old[:dim], *found.new, *self.old[dim + 1 :])
             axes = tuple(range(dim, dim + len(found.old)))
         if found.old == found.new:
@@ -280,11 +286,11 @@ class _Job:
         if found.dim is None:
             return made, detail
         dim = found.dim
-        parts = [_shaped(made, (*self.old[:dim], prod(found.new), *self.old[dim + 1 :]))]
+        parts = [shaped(made, (*self.old[:dim], prod(found.new), *self.old[dim + 1 :]))]
         if found.before:
-            parts.insert(0, self.cast(_narrow(source, dim, 0, found.before)))
+            parts.insert(0, self.cast(narrow(source, dim, 0, found.before)))
         if found.behind:
-            parts.append(self.cast(_narrow(source, dim, self.old[dim] - found.behind, found.behind)))
+            parts.append(self.cast(narrow(source, dim, self.old[dim] - found.behind, found.behind)))
         others = found.before + found.behind
         word = "prefix token" if found.before else "extra row"
         return _cat(parts, dim), detail + (f", {others} {word}{'s' * (others > 1)} as before" if others else "")
@@ -321,9 +327,9 @@ class _Job:
         parts = []
         for place, channel in enumerate(chosen):
             if channel >= 0:
-                parts.append(self.cast(_narrow(self.source, 1, channel, 1)))
+                parts.append(self.cast(narrow(self.source, 1, channel, 1)))
             elif fill == "keep":
-                parts.append(_narrow(self.kept(), 1, place, 1))
+                parts.append(narrow(self.kept(), 1, place, 1))
             elif fill == "zero":
                 parts.append(self.zeros(one))
             else:
@@ -338,7 +344,7 @@ class _Job:
             self.refuse("it takes 2D kernels OxIxHxW to OxIxTxHxW of the same sizes")
         depth = self.new[2]
         stride = (*self.source.stride[:2], 0, *self.source.stride[2:])
-        flat = _view(self.source, (*self.old[:2], 1, *self.old[2:]), stride)
+        flat = view(self.source, (*self.old[:2], 1, *self.old[2:]), stride)
         if self.adapter.get("", "mean") == "mean":
             mix = Mix((((0, 1.0),),) * depth, float(depth))
             return self.computed("mix", flat, self.new, 2, mix), f"repeated {depth} times, / {depth}"
@@ -353,39 +359,14 @@ class _Job:
 # --- views -------------------------------------------------------------------------------------------------------
 
 
-def _view(tensor: TensorInfo, shape: Sequence[int], stride: Sequence[int], offset: int = 0) -> TensorInfo:
-    return replace(tensor, shape=tuple(shape), stride=tuple(stride), storage_offset=tensor.storage_offset + offset)
-
-
-def _narrow(tensor: TensorInfo, dim: int, start: int, count: int) -> TensorInfo:
-    shape = tensor.shape or ()
-    return _view(tensor, (*shape[:dim], count, *shape[dim + 1 :]), tensor.stride, start * tensor.stride[dim])
-
-
-def _box(tensor: TensorInfo, box: Shape) -> TensorInfo:
-    return _view(tensor, box, tensor.stride)
-
-
 def _own(tensor: TensorInfo) -> TensorInfo:
     """Returns a tensor's elements in C order in memory of their own."""
-    shape = tensor.shape or ()
-    if isinstance(tensor.source, Derived) and tensor.is_whole:
-        return tensor
-    return TensorInfo(tensor.dtype, shape, contiguous_stride(shape), 0, Derived("copy", (tensor,)))
-
-
-def _shaped(tensor: TensorInfo, shape: Shape) -> TensorInfo:
-    """Returns a tensor that lies in C order under another shape."""
-    return replace(tensor, shape=shape, stride=contiguous_stride(shape))
+    return tensor if isinstance(tensor.source, Derived) and tensor.is_whole else copied(tensor)
 
 
 def _cat(parts: Sequence[TensorInfo], dim: int) -> TensorInfo:
     """Returns tensors put together along a dimension; a single one as it is."""
-    if len(parts) == 1:
-        return _own(parts[0])
-    first = parts[0].shape or ()
-    shape = (*first[:dim], sum((part.shape or ())[dim] for part in parts), *first[dim + 1 :])
-    return TensorInfo(parts[0].dtype, shape, contiguous_stride(shape), 0, Derived("cat", tuple(parts), dim))
+    return _own(parts[0]) if len(parts) == 1 else cat(parts, dim)
 
 
 def _located(tensor: TensorInfo, location: str) -> TensorInfo:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from ckptool.core import keys as names
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Derived, Opaque, TensorInfo, contiguous_stride
+from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
 from ckptool.errors import UsageError
 from ckptool.partial.init import Init, check_dtype, parse
 from ckptool.partial.layers import NAMES, Role, read
@@ -134,7 +133,7 @@ class _Plan:
         made: dict[int, TensorInfo] = {}  # names for one object stay names for one object
         for key in keys:
             one = self.tensors[key]
-            self.made[key] = made.setdefault(id(one), _drawn(one, source)), text
+            self.made[key] = made.setdefault(id(one), computed_as(one, source)), text
 
     def _refuse(self, why: str, key: str) -> None:
         self.refused.setdefault(why, []).append(key)
@@ -157,10 +156,3 @@ def _rank(role: Role | None) -> int:
 
 def _folded(keys: Sequence[str]) -> list[str]:
     return [name for name, _ in names.fold([(key, None) for key in keys])]
-
-
-def _drawn(tensor: TensorInfo, source: Derived) -> TensorInfo:
-    """Returns the drawn values as what ``tensor`` is: its dtype, shape, class, a parameter or not."""
-    extras = tensor.extras and replace(tensor.extras, conj=False, neg=False)
-    stride = contiguous_stride(tensor.shape or ())
-    return replace(tensor, stride=stride, storage_offset=0, source=source, extras=extras)

@@ -14,7 +14,7 @@ from typing import Any
 from ckptool.core import modules, optimizers
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.keys import unwrap_all
-from ckptool.core.tensor import Derived, Opaque, TensorInfo, contiguous_stride
+from ckptool.core.tensor import Derived, Opaque, TensorInfo, copied
 from ckptool.core.tree import Path, PyObject, as_mapping, children, key_text, path_text, replaced, walk
 from ckptool.errors import UnsupportedError, UsageError, listed
 from ckptool.partial import handover
@@ -373,9 +373,7 @@ def _own(entry: Any) -> Any:
     made = entry
     for name, value in (as_mapping(entry) or {}).items():
         if isinstance(value, TensorInfo) and not isinstance(value.source, Opaque):
-            stride = contiguous_stride(value.shape or ())
-            copy = TensorInfo(value.dtype, value.shape, stride, 0, Derived("copy", (value,)))
-            made = replaced(made, (name,), copy)
+            made = replaced(made, (name,), copied(value))
     return made
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.core.dtypes import BY_STORAGE, DTYPES, nbytes_of
-from ckptool.core.tensor import FORMS, Extras, Opaque, Storage, TensorInfo, is_countable
+from ckptool.core.tensor import FORMS, Extras, Opaque, Storage, TensorInfo, is_countable, reach
 from ckptool.core.tree import Global, PyObject, brief, ordered_dict
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.limits import MAX_DIMS, MAX_NUMEL
@@ -95,19 +95,19 @@ def _within(
     """Returns the shape and the stride of a view that lies in a storage of so many bytes. Few forms are met often."""
     if not 0 <= offset <= MAX_NUMEL or len(shape) != len(stride) or len(shape) > MAX_DIMS:
         raise _wrong_view(shape, stride, offset)
-    numel, last, count = 1, offset, 1
+    numel, count = 1, 1
     for size, step in zip(shape, stride, strict=True):
         if not (0 <= size <= MAX_NUMEL and 0 <= step <= MAX_NUMEL):
             raise _wrong_view(shape, stride, offset)
         numel *= size
-        last += (size - 1) * step
         count *= size or 1
         if count > MAX_NUMEL:
             raise FormatError(f"a tensor has shape {brief(shape)}: more elements than torch can count")
-    if numel and DTYPES[dtype].bits * (last + 1) > 8 * nbytes:
+    end = offset + reach(shape, stride)
+    if numel and DTYPES[dtype].bits * end > 8 * nbytes:
         raise FormatError(
             f"a {dtype} tensor of shape {brief(shape)}, stride {brief(stride)}, offset {offset} "
-            f"reaches element {last} of a storage of {nbytes} bytes"
+            f"reaches element {end - 1} of a storage of {nbytes} bytes"
         )
     return shape, stride
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from math import prod
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Derived, Mix, Resample, Run, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tensor import Derived, Mix, Resample, Run, TensorInfo, narrow, shaped, storage_range
 from ckptool.errors import FormatError, UnreadableError, explain
-from ckptool.io.source import BLOCK
+from ckptool.io.source import BLOCK, Spool
 from ckptool.limits import MAX_LIST
 from ckptool.values.codec import Bytes, import_torch
 
@@ -115,21 +113,19 @@ class _Rows:
     def __init__(self, tensor: TensorInfo, width: int, read: Blocks, runs: Iterator[Run]) -> None:
         self.tensor, self.width, self._blocks = tensor, width, read
         self.count = (tensor.shape or (1,))[0]
-        self._lies = _lies_in_rows(tensor)
+        found = storage_range(tensor)
+        self._lies = found is not None and found[0].span.member != "deflated"  # then any rows are read without others
         self._ascends = not self._lies and _ascending(runs)
         self._stream: Iterator[Bytes] | None = None
         self._rest: Bytes = b""
         self._place = 0
-        self._spool: IO[bytes] | None = None
+        self._spool: Spool | None = None
 
     def read(self, first: int, count: int) -> Iterator[Bytes]:
         """Yields the bytes of ``count`` rows from ``first`` on, each piece valid until the next is asked for."""
         start, end = first * self.width, (first + count) * self.width
         if self._lies:
-            tensor = self.tensor
-            shape = (count, *(tensor.shape or ())[1:])
-            offset = tensor.storage_offset + first * prod(shape[1:])
-            return self._blocks(replace(tensor, shape=shape, stride=contiguous_stride(shape), storage_offset=offset))
+            return self._blocks(narrow(shaped(self.tensor, self.tensor.shape or (1,)), 0, first, count))
         return self._forward(start, end) if self._ascends else self._anywhere(start, end)
 
     def _forward(self, start: int, end: int) -> Iterator[Bytes]:
@@ -145,25 +141,12 @@ class _Rows:
 
     def _anywhere(self, start: int, end: int) -> Iterator[Bytes]:
         if self._spool is None:
-            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-            for block in self._blocks(self.tensor):
-                self._spool.write(block)
-            self._spool.flush()
-        while start < end:
-            piece = os.pread(self._spool.fileno(), min(BLOCK, end - start), start)
-            yield piece
-            start += len(piece)
+            self._spool = Spool(self._blocks(self.tensor))
+        return self._spool.blocks(start, end - start)
 
     def close(self) -> None:
         if self._spool is not None:
             self._spool.close()
-
-
-def _lies_in_rows(tensor: TensorInfo) -> bool:
-    """Returns whether any rows of a tensor can be read without reading others."""
-    lazy = tensor.extras is not None and (tensor.extras.conj or tensor.extras.neg)
-    stored = isinstance(tensor.source, Storage) and tensor.source.span.member != "deflated"
-    return stored and tensor.is_contiguous and not lazy
 
 
 def _ascending(runs: Iterator[Run]) -> bool:

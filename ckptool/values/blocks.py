@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from contextvars import copy_context
 from math import prod
-from typing import IO, Any
+from typing import Any
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo
+from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo, plain_range, reach, storage_range
 from ckptool.core.tree import brief
-from ckptool.errors import FormatError, OutputError, UnsupportedError, explain
-from ckptool.io.source import BLOCK, Files
+from ckptool.errors import FormatError, UnsupportedError
+from ckptool.io.source import BLOCK, Files, Source, Spool
 from ckptool.limits import MAX_EXPANDED, MAX_EXPANSION
 from ckptool.values.codec import Bytes, Cast, caster, import_torch
 
@@ -52,14 +52,11 @@ def tensor_blocks(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
         elif tensor.numel:
             yield from _gathered(tensor, source, files, 1)
         return
-    row = DTYPES[tensor.dtype]
-    lazy = tensor.extras is not None and (tensor.extras.conj or tensor.extras.neg)
-    swap = row.swap_unit if source.byteorder == "big" else 1
-    if tensor.is_contiguous and not lazy:
-        start = tensor.storage_offset * row.bits // 8
-        yield from storage_blocks(source, files, start, tensor.nbytes, swap)
+    if found := storage_range(tensor):
+        storage, start, swap = found
+        yield from storage_blocks(storage, files, start, tensor.nbytes, swap)
     elif tensor.numel:
-        yield from _gathered(tensor, source, files, swap)
+        yield from _gathered(tensor, source, files, DTYPES[tensor.dtype].swap_unit if source.byteorder == "big" else 1)
 
 
 def blocks_ahead(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
@@ -100,10 +97,12 @@ def runs(tensors: Iterable[TensorInfo]) -> Iterator[Span | TensorInfo]:
     run: Span | None = None
     nbytes = 0
     for tensor in tensors:
-        source = tensor.source
+        found = plain_range(tensor)
         span = None
-        if isinstance(source, Storage) and source.byteorder == "little" and tensor.extras is None and tensor.is_whole:
-            span = source.span if source.span.member is None and source.span.memory is None else None
+        if found is not None and found[0].member is None:
+            span, start, size = found
+            if size != span.nbytes:
+                span = span._replace(offset=span.offset + start, nbytes=size)
         if run is not None:
             if span is not None and span.url == run.url and span.offset == run.offset + nbytes:
                 nbytes += span.nbytes
@@ -121,7 +120,8 @@ def runs(tensors: Iterable[TensorInfo]) -> Iterator[Span | TensorInfo]:
 def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap: int) -> Iterator[Bytes]:
     """Yields the elements of a view that is not contiguous out of what it looks into: read, or mapped if it is large.
 
-    Before every block from a map the file is looked at again, which leaves microseconds for a file to shrink in.
+    What cannot be mapped goes into a temporary file first. Before every block from a map the file is looked at again,
+    which leaves microseconds for it to shrink in.
     """
     import numpy as np
 
@@ -129,43 +129,37 @@ def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap:
     itemsize = DTYPES[tensor.dtype].bits // 8
     # Dimensions of 1 move nothing: without them no stride leaves the storage, and there are fewer than numpy's 64.
     steps = [pair for pair in zip(tensor.shape or (), tensor.stride, strict=True) if pair[0] != 1]
-    file = None
-    with _temporary() as unpacked:
+    first = tensor.storage_offset * itemsize
+    held = reach(tensor.shape or (), tensor.stride) * itemsize
+    with ExitStack() as stack:
+        file: Source
         if isinstance(source, Derived):
-            nbytes = source.numel * itemsize
-            fd, offset = _spooled(_derived(source, tensor.dtype, files), unpacked), 0
+            file = stack.enter_context(Spool(_derived(source, tensor.dtype, files)))
         elif source.span.member == "deflated" or source.span.memory is not None:
-            nbytes = source.nbytes
-            fd, offset = _spooled(files.blocks(source.span), unpacked), 0
+            file = stack.enter_context(Spool(files.blocks(source.span)))
         else:
-            nbytes = source.nbytes
             span = files.locate(source.span)
-            file = files.get(span)
-            fd, offset = file.fd, span.offset
-            if offset + nbytes > file.size:
-                raise FormatError(f"a storage ends at byte {offset + nbytes}, behind the end of the file", span.url)
-        first = tensor.storage_offset * itemsize
-        reach = sum((count - 1) * step for count, step in steps)
-        held = (reach + 1) * itemsize
-        mapped: mmap.mmap | bytes
-        if file is not None and held <= min(HELD, DENSE * tensor.nbytes):
-            mapped, start, file = file.read(offset + first, held), 0, None
+            file, first, end = files.get(span), span.offset + first, span.offset + source.nbytes
+            if end > file.size:
+                raise FormatError(f"a storage ends at byte {end}, behind the end of the file", span.url)
+        buffer: Any
+        watched: Source | None = None
+        if not isinstance(file, Spool) and held <= min(HELD, DENSE * tensor.nbytes):
+            buffer = file.read(first, held)
         else:
-            if file is not None:
-                file.check()
-            base = offset - offset % mmap.ALLOCATIONGRANULARITY
-            mapped = mmap.mmap(fd, offset - base + nbytes, access=mmap.ACCESS_READ, offset=base)
-            start = offset - base + first
+            file.check()
+            buffer, watched = file.map(first, held), file
+            if buffer is None:
+                buffer = stack.enter_context(Spool(file.blocks(first, held))).map(0, held)
         array: Any = np.ndarray(
             [count for count, _ in steps],
             np.dtype(f"V{itemsize}"),
-            mapped,
-            start,
-            [step * itemsize for _, step in steps],
+            buffer,
+            strides=[step * itemsize for _, step in steps],
         )
         for slab in _slabs(array):
-            if file is not None:
-                file.check()
+            if watched is not None:
+                watched.check()
             yield _resolved(np.ascontiguousarray(slab).reshape(-1).view("u1"), tensor, swap)
 
 
@@ -179,27 +173,6 @@ def _refuse_blow_up(tensor: TensorInfo, source: Storage | Derived) -> None:
             f"{source.nbytes:,}, over MAX_EXPANSION, {MAX_EXPANSION.now():,} times it"
         )
         raise MAX_EXPANDED.passed(what, tensor.nbytes, source.span.url)
-
-
-def _temporary() -> IO[bytes]:
-    """Returns a new temporary file. Raises: OutputError, as `_spooled` does, where there is no room."""
-    import tempfile
-
-    try:
-        return tempfile.TemporaryFile()
-    except OSError as error:
-        raise OutputError(f"a temporary file: {explain(error)}; TMPDIR says where they go") from error
-
-
-def _spooled(blocks: Iterator[Bytes], file: IO[bytes]) -> int:
-    """Writes blocks to a temporary file; returns its descriptor."""
-    try:
-        for block in blocks:
-            file.write(block)
-        file.flush()
-    except OSError as error:
-        raise OutputError(f"a temporary file: {explain(error)}; TMPDIR says where they go") from error
-    return file.fileno()
 
 
 def _slabs(array: Any) -> Iterator[Any]:
@@ -222,7 +195,7 @@ def _resolved(raw: Any, tensor: TensorInfo, swap: int) -> Bytes:
     if swap > 1:
         raw = raw.view(f"u{swap}").byteswap().view("u1")
     extras = tensor.extras
-    if extras is None or not (extras.conj or extras.neg):
+    if extras is None or not tensor.is_lazy:
         return bytes(raw)
     row = DTYPES[tensor.dtype]
     if row.kind == "int":

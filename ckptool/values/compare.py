@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Opaque, Storage, TensorInfo
+from ckptool.core.tensor import Opaque, TensorInfo, plain_range, whole_storage
 from ckptool.core.tree import Global, PyObject
 from ckptool.errors import UnsupportedError
 from ckptool.io.source import Files
-from ckptool.values.blocks import same_bytes, storage_blocks, tensor_blocks
+from ckptool.values.blocks import same_bytes, tensor_blocks
 from ckptool.values.codec import Bytes
 
 if TYPE_CHECKING:
@@ -56,9 +56,8 @@ def compare_bytes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
 
 def _recorded(tensor: TensorInfo) -> int | None:
     """Returns the CRC-32 that a file records of a tensor's bytes: of a storage of which it is all."""
-    source = tensor.source
-    plain = isinstance(source, Storage) and tensor.is_whole and tensor.extras is None and source.byteorder == "little"
-    return source.crc32 if plain and isinstance(source, Storage) else None
+    storage = whole_storage(tensor)
+    return None if storage is None else storage.crc32
 
 
 def compare(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
@@ -303,25 +302,14 @@ _HELD = threading.local()
 
 def is_fast(a: TensorInfo, b: TensorInfo) -> bool:
     """Returns whether `measure` can compare two tensors: plain ranges of their files, of one of the `FAST` dtypes."""
-    return a.dtype == b.dtype and a.dtype in FAST and all(_is_range(tensor) for tensor in (a, b))
-
-
-def _is_range(tensor: TensorInfo) -> bool:
-    source = tensor.source
-    plain = isinstance(source, Storage) and source.byteorder == "little" and source.span.member != "deflated"
-    return plain and tensor.extras is None and tensor.is_contiguous
+    return a.dtype == b.dtype and a.dtype in FAST and None not in (plain_range(a), plain_range(b))
 
 
 def measure(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Sums:
     """Returns the totals of two tensors that `is_fast` let pass; reads both once."""
     sums = Sums(rtol, atol)
-    _Kernel(sums, a.dtype).add(_range(a, files), _range(b, files))
+    _Kernel(sums, a.dtype).add(tensor_blocks(a, files), tensor_blocks(b, files))
     return sums
-
-
-def _range(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
-    storage: Any = tensor.source
-    return storage_blocks(storage, files, tensor.storage_offset * DTYPES[tensor.dtype].bits // 8, tensor.nbytes)
 
 
 class _Kernel:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.findings import Finding, PrefixStats, Stats, not_finite
-from ckptool.core.tensor import Opaque, Span, Storage, TensorInfo
+from ckptool.core.tensor import Opaque, Span, Storage, TensorInfo, whole_storage
 from ckptool.core.tree import Global, path_text, walk
 from ckptool.errors import FormatError, listed
 from ckptool.io import zip_read as zips
@@ -226,7 +226,7 @@ def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files)
     whole = {
         (storage.span.url, storage.span.offset): job
         for job in plan.jobs.values()
-        if isinstance(job.source, TensorInfo) and (storage := _plainly_all_of(job.source)) is not None
+        if isinstance(job.source, TensorInfo) and (storage := whole_storage(job.source)) is not None
     }
     bare = []
     for url in _urls(checkpoint):
@@ -261,16 +261,6 @@ def _urls(checkpoint: Checkpoint) -> list[str]:
         elif isinstance(node, TensorInfo):
             found.update((storage.span.url, None) for storage in node.storages())
     return [url for url in found if url]
-
-
-def _plainly_all_of(tensor: TensorInfo) -> Storage | None:
-    """Returns the zip record's storage whose bytes are just those `tensor_blocks` yields for a tensor, if there is."""
-    source = tensor.source
-    if not isinstance(source, Storage) or source.span.member is None or not tensor.is_whole:
-        return None
-    lazy = tensor.extras is not None and (tensor.extras.conj or tensor.extras.neg)
-    swapped = source.byteorder == "big" and DTYPES[tensor.dtype].swap_unit > 1
-    return None if lazy or swapped else source
 
 
 def _moved(name: str, span: Span, files: Files) -> Finding | None:

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Span, Storage, TensorInfo
+from ckptool.core.tensor import Span, TensorInfo, storage_range
 from ckptool.errors import FormatError
 from ckptool.io.source import Files
 from ckptool.values.blocks import storage_blocks, tensor_blocks
@@ -131,9 +130,8 @@ def _is_divisible(job: Job) -> bool:
     tensor = job.source
     if job.head is not None or job.checksum or not isinstance(tensor, TensorInfo):
         return False
-    lazy = tensor.extras is not None and (tensor.extras.conj or tensor.extras.neg)
-    source = tensor.source
-    return isinstance(source, Storage) and source.span.member != "deflated" and tensor.is_contiguous and not lazy
+    found = storage_range(tensor)
+    return found is not None and found[0].span.member != "deflated"
 
 
 def _join(job: Job, parts: Sequence[Found]) -> None:
@@ -209,11 +207,11 @@ class _Worker:
     def _blocks(self, source: TensorInfo | Span, start: int, nbytes: int) -> Iterator[Bytes]:
         if isinstance(source, Span):
             return self.files.blocks(source)
-        if nbytes < 0 or not isinstance(source.source, Storage):
+        found = storage_range(source)
+        if nbytes < 0 or found is None:
             return tensor_blocks(source, self.files)
-        row, storage = DTYPES[source.dtype], source.source
-        swap = row.swap_unit if storage.byteorder == "big" else 1
-        return storage_blocks(storage, self.files, source.storage_offset * row.bits // 8 + start, nbytes, swap)
+        storage, first, swap = found
+        return storage_blocks(storage, self.files, first + start, nbytes, swap)
 
 
 class _Stopped(Exception):

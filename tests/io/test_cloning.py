@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from ckptool.api import open as open_checkpoint
 from ckptool.api import remap, save
 from ckptool.io import output as outputs
+from ckptool.io import source
 from ckptool.io.output import CLONED, Output
-from ckptool.io.source import File
+from ckptool.io.source import LocalFile
 
 State = dict[str, torch.Tensor]
 
@@ -27,7 +28,7 @@ def cloned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many bytes were shared, a number for each time."""
     shared: list[int] = []
 
-    def clone(self: Output, file: File, offset: int, nbytes: int, to: int) -> bool:
+    def clone(self: Output, file: LocalFile, offset: int, nbytes: int, to: int) -> bool:
         assert offset % CLONED == nbytes % CLONED == to % CLONED == 0, "no file system takes these"
         os.pwrite(self._fd, os.pread(file.fd, nbytes, offset), to)
         shared.append(nbytes)
@@ -86,7 +87,7 @@ def test_where_it_cannot_be_done_the_bytes_are_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Callable[..., Path]
 ) -> None:
     monkeypatch.setattr(outputs, "WORTH_CLONING", CLONED)
-    monkeypatch.setattr(outputs, "_FICLONERANGE", 0)  # no file system knows this request
+    monkeypatch.setattr(source, "_FICLONERANGE", 0)  # no file system knows this request
     state = states()["one large"]
     save(open_checkpoint(saved(state)), tmp_path / "out.pth")
     assert torch.equal(torch.load(tmp_path / "out.pth")["w"], state["w"])

@@ -10,7 +10,7 @@ import pytest
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, UnreadableError
 from ckptool.io import source as files
-from ckptool.io.source import BLOCK, File, Files, same_file
+from ckptool.io.source import BLOCK, Files, LocalFile, same_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions and links of POSIX")
 
@@ -22,7 +22,7 @@ def noise(nbytes: int) -> bytes:
 def test_a_range_is_read_exactly(tmp_path: Path) -> None:
     data = noise(3 * BLOCK + 17)
     (tmp_path / "f").write_bytes(data)
-    with File(str(tmp_path / "f")) as file:
+    with LocalFile(str(tmp_path / "f")) as file:
         assert file.size == len(data)
         assert file.read(5, 100) == data[5:105]
         assert file.read(len(data), 0) == b""
@@ -32,14 +32,14 @@ def test_a_range_is_read_exactly(tmp_path: Path) -> None:
 
 def test_blocks_are_whole_until_the_last(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(2 * BLOCK + 10))
-    with File(str(tmp_path / "f")) as file:
+    with LocalFile(str(tmp_path / "f")) as file:
         assert [len(block) for block in file.blocks(3, 2 * BLOCK + 5)] == [BLOCK, BLOCK, 5]
 
 
 @pytest.mark.parametrize(("offset", "nbytes"), [(0, 11), (11, 0), (10, 1), (-1, 2), (2, -1), (1 << 62, 1)])
 def test_bytes_outside_the_file_are_a_damaged_file(offset: int, nbytes: int, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(10))
-    with File(str(tmp_path / "f")) as file:
+    with LocalFile(str(tmp_path / "f")) as file:
         with pytest.raises(FormatError, match="of a file of 10"):
             file.read(offset, nbytes)
         if nbytes > 0 and offset >= 0:
@@ -49,18 +49,18 @@ def test_bytes_outside_the_file_are_a_damaged_file(offset: int, nbytes: int, tmp
 
 def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="no such file"):
-        File(str(tmp_path / "absent"))
+        LocalFile(str(tmp_path / "absent"))
     with pytest.raises(UnreadableError, match="not a regular file"):
-        File(str(tmp_path))
+        LocalFile(str(tmp_path))
     with pytest.raises(UnreadableError):
-        File("a\0b")
+        LocalFile("a\0b")
 
 
 @posix
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it for reading would wait for a writer
     with pytest.raises(UnreadableError, match="not a regular file"):
-        File(str(tmp_path / "pipe"))
+        LocalFile(str(tmp_path / "pipe"))
 
 
 @posix
@@ -69,12 +69,12 @@ def test_a_forbidden_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"x")
     (tmp_path / "f").chmod(0)
     with pytest.raises(UnreadableError, match="denied"):
-        File(str(tmp_path / "f"))
+        LocalFile(str(tmp_path / "f"))
 
 
 def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(2 * BLOCK))
-    file = File(str(tmp_path / "f"))
+    file = LocalFile(str(tmp_path / "f"))
     blocks = file.blocks(0, 2 * BLOCK)
     next(blocks)
     os.truncate(tmp_path / "f", BLOCK + 5)
@@ -91,7 +91,7 @@ def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
 def test_a_file_that_is_no_longer_the_one_that_was_opened_is_noticed(change: str, tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"12345678")
-    with File(str(path)) as file:
+    with LocalFile(str(path)) as file:
         span = Span(str(path), 0, 8, version=file.version)
     with Files() as opened:
         assert opened.read(span) == b"12345678"

@@ -13,7 +13,7 @@ import pytest
 from ckptool import limits
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 from ckptool.io import zip_read as zips
-from ckptool.io.source import File, Files
+from ckptool.io.source import Files, LocalFile
 
 FIX = struct.Struct("<4sHHHHHHIIIHHHHHII")  # a central entry
 
@@ -30,7 +30,7 @@ def archive(content: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> byte
 def listed(tmp_path: Path) -> Callable[[bytes], dict[str, zips.Member]]:
     def read(data: bytes) -> dict[str, zips.Member]:
         (tmp_path / "a.zip").write_bytes(data)
-        with File(str(tmp_path / "a.zip")) as file:
+        with LocalFile(str(tmp_path / "a.zip")) as file:
             return zips.read_directory(file)
 
     return read
@@ -186,7 +186,7 @@ def test_an_absurd_directory_is_refused_before_it_is_read(monkeypatch: pytest.Mo
 
 def test_small_records_are_read_whole_and_large_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.zip").write_bytes(archive(CONTENT, zipfile.ZIP_DEFLATED))
-    with File(str(tmp_path / "a.zip")) as file:
+    with LocalFile(str(tmp_path / "a.zip")) as file:
         members = zips.read_directory(file)
         assert zips.read_small(file, members, "r/data.pkl", limits.MAX_PICKLE) == b"pickle"
         assert zips.read_small(file, members, "r/none", limits.MAX_PICKLE) is None

@@ -118,10 +118,10 @@ def test_records_beyond_four_gigabytes_are_laid_out_as_torch_does(
     assert theirs.get_record("data/1") == b"behind four gigabytes"
     assert theirs.get_record_offset("data/0") % 64 == 0
     assert theirs.get_record_offset("data/1") % 64 == 0
-    from ckptool.io.source import File, Files
+    from ckptool.io.source import Files, LocalFile
     from ckptool.io.zip_read import read_directory
 
-    with File(str(path)) as file, Files() as files:
+    with LocalFile(str(path)) as file, Files() as files:
         members = read_directory(file)
         assert members["archive/data/0"].span.nbytes == big
         assert files.locate(members["archive/data/0"].span).offset == theirs.get_record_offset("data/0")
