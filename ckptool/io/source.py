@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, UnreadableError, explain
 
+Bytes = bytes | memoryview
+
 BLOCK = 1 << 20
 """Bytes moved at a time: large enough that a call costs nothing, small enough to stay in the cache."""
 
