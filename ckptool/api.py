@@ -209,10 +209,9 @@ def convert(
     import importlib.util
 
     from ckptool import saving
-    from ckptool.core.dtypes import lookup
+    from ckptool.core.dtypes import COMMON_FLOATS, lookup
     from ckptool.errors import needs_torch
     from ckptool.ops.convert import convert as op
-    from ckptool.values.codec import FLOATS
 
     opened = source if isinstance(source, Checkpoint) else open(source, root=root)
     prepared, report = op(
@@ -224,7 +223,7 @@ def convert(
     if report.cast:
         cast, tensors = set(report.cast), opened.state_dict()
         dtypes = {lookup(str(dtype)).name, *(tensors[key].dtype for key in cast)}
-        if not dtypes <= FLOATS.keys() and importlib.util.find_spec("torch") is None:
+        if not dtypes <= {*COMMON_FLOATS} and importlib.util.find_spec("torch") is None:
             raise needs_torch(f"casting to {dtype}")
     options = saving.SaveOptions(to, force, in_place, map_location, max_shard_size, verify, fsync, publish)
     if publish and saving.is_sharded(to):
@@ -275,7 +274,8 @@ def diff(
             first, second, ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b, devices=devices
         )
     from ckptool import saving
-    from ckptool.values.compare import Distance, compare, compare_bytes
+    from ckptool.core.findings import Distance
+    from ckptool.values.compare import compare, compare_bytes
 
     with Files(progress) as files:
 

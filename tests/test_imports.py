@@ -82,7 +82,7 @@ READ = (
 )
 WRITE = (
     f"{READ} cli.options core.aliases formats.layout io.leftovers io.output io.zip_write pickling.dump saving values "
-    "values.blocks values.codec fcntl json mmap"
+    "values.blocks fcntl json mmap"
 )
 SAFETENSORS = (
     "core.aliases formats.flat formats.safetensors formats.safetensors_file formats.streams formats.torch_legacy "

@@ -76,6 +76,10 @@ _ROWS = (
 )
 
 DTYPES = {row.name: row for row in _ROWS}
+
+COMMON_FLOATS = ("float64", "float32", "float16", "bfloat16")
+"""The dtypes whose numbers are cast and drawn without torch."""
+
 BY_STORAGE = {row.storage: row for row in _ROWS if row.storage}
 BY_SAFETENSORS = {row.safetensors: row for row in _ROWS if row.safetensors}
 

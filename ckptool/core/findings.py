@@ -1,4 +1,4 @@
-"""What reading a checkpoint finds: statistics of its values, and damage."""
+"""What reading a checkpoint finds: statistics of its values, how far they are from others, and damage."""
 
 from __future__ import annotations
 
@@ -38,6 +38,20 @@ class PrefixStats:
     prefix: str
     tensors: int
     stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far two tensors of one shape are apart.
+
+    ``status``: ``equal`` (every element, NaN equal to NaN), ``close`` (within the tolerance) or ``differ``.
+    ``max_abs`` is the largest |a - b|, ``rel_l2`` is |a - b| / |a| over all elements; None where an element is
+    NaN or infinite on one side only, or where a is all zeros and b is not.
+    """
+
+    status: Literal["equal", "close", "differ"]
+    max_abs: float | None = 0.0
+    rel_l2: float | None = 0.0
 
 
 @dataclass(frozen=True, slots=True)

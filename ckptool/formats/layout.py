@@ -14,11 +14,10 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride, reach
 from ckptool.core.tree import nodes
 from ckptool.errors import UnsupportedError
-from ckptool.io.source import Files
+from ckptool.io.source import Bytes, Files
 from ckptool.pickling import dump as picklewriter
 from ckptool.pickling import torch_calls as rebuild
 from ckptool.values.blocks import blocks_ahead, storage_blocks
-from ckptool.values.codec import Bytes
 
 MapLocation = Callable[[str], str]
 """Maps a device tag to the one that is written."""

@@ -14,6 +14,8 @@ from typing import Protocol
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, OutputError, UnreadableError, explain
 
+Bytes = bytes | memoryview
+
 BLOCK = 1 << 20
 """Bytes moved at a time: large enough that a call costs nothing, small enough to stay in the cache."""
 

@@ -17,7 +17,7 @@ KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookk
 
 
 class Distance(Protocol):
-    """What a comparison of values answers (see `ckptool.values.compare.Distance`)."""
+    """What a comparison of values answers (see `ckptool.core.findings.Distance`)."""
 
     @property
     def status(self) -> str: ...

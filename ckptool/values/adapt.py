@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Mix, Resample, Run, TensorInfo, narrow, shaped, storage_range
 from ckptool.errors import FormatError, UnreadableError, explain
-from ckptool.io.source import BLOCK, Spool
+from ckptool.io.source import BLOCK, Bytes, Spool
 from ckptool.limits import MAX_LIST
-from ckptool.values.codec import Bytes, import_torch
 
 if TYPE_CHECKING:
     import numpy as np
 
 Blocks = Callable[[TensorInfo], Iterator[Bytes]]
-"""Gives a tensor's elements in C order, little-endian, in blocks of whole elements (`data.tensor_blocks`)."""
+"""Gives a tensor's elements in C order, little-endian, in blocks of whole elements (`tensor_blocks`)."""
 
 
 def blocks(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
@@ -166,13 +165,15 @@ def _mean(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
     """Yields the mean of a tensor's rows; summed in float64, so a million of them lose nothing."""
     import numpy as np
 
+    from ckptool.values.codec import encode
+
     tensor = source.inputs[0]
     shape = tensor.shape or ()
     total: Any = np.zeros(prod(shape[1:]), "f8")
     for group in _groups(tensor, prod(shape[1:]), read):
         total += group.sum(axis=0, dtype="f8")
     mean = total / shape[0]
-    yield _encoded(mean if tensor.dtype == "float64" else mean.astype("f4"), dtype)
+    yield encode(dtype, mean if tensor.dtype == "float64" else mean.astype("f4")).tobytes()
 
 
 def _mix(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
@@ -181,6 +182,8 @@ def _mix(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
     The weights' zeros are not multiplied with: an infinite value stays in the channels that use it.
     """
     import numpy as np
+
+    from ckptool.values.codec import encode
 
     tensor, mix = source.inputs[0], source.args
     shape, dim = tensor.shape or (), source.dim
@@ -194,7 +197,7 @@ def _mix(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
                     new[:, place] = new[:, place - 1]
                 else:
                     new[:, place] = _weighted(old, weights, mix)
-        yield _encoded(new.reshape(-1), dtype)
+        yield encode(dtype, new.reshape(-1)).tobytes()
 
 
 def _weighted(old: Any, weights: tuple[tuple[int, float], ...], mix: Mix) -> Any:
@@ -213,6 +216,8 @@ def _resample(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
     The grid is handed over with its dimensions last and its memory as it lay, as the libraries followed do, so
     that the same kernel runs and the last bit agrees.
     """
+    from ckptool.values.codec import import_torch
+
     torch = import_torch("resampling positions")
     tensor, how = source.inputs[0], source.args
     shape, size = tensor.shape or (), source.shape or ()
@@ -238,6 +243,8 @@ def _interpolated(torch: Any, values: Any, how: Resample, size: tuple[int, ...])
 
 def _groups(tensor: TensorInfo, width: int, read: Blocks) -> Iterator[np.ndarray[Any, Any]]:
     """Yields a tensor's values as arrays of several rows of ``width`` elements, about a block each."""
+    from ckptool.values.codec import decode_float
+
     nbytes = width * DTYPES[tensor.dtype].bits // 8
     pending = bytearray()
     for block in read(tensor):
@@ -249,32 +256,4 @@ def _groups(tensor: TensorInfo, width: int, read: Blocks) -> Iterator[np.ndarray
         whole = len(block) - len(block) % nbytes
         pending += block[whole:]
         if whole:
-            yield _decoded(block[:whole], tensor.dtype).reshape(-1, width)
-
-
-def _decoded(raw: Bytes, dtype: str) -> Any:
-    """Returns values as float32, float64 ones as they are."""
-    import numpy as np
-
-    if dtype == "bfloat16":
-        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-    kinds = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
-    return np.frombuffer(raw, kinds[dtype]).astype("f8" if dtype == "float64" else "f4")
-
-
-def _encoded(values: Any, dtype: str) -> bytes:
-    """Returns float32 or float64 values in a dtype, rounded to nearest even; to 16 bits by way of float32, as torch."""
-    import numpy as np
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        if dtype == "float64":
-            made: Any = values.astype("<f8")
-        elif dtype == "float16":
-            made = values.astype("<f4").astype("<f2")
-        elif dtype == "bfloat16":
-            bits = values.astype("<f4").view("<u4")
-            rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-            made = np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype("<u2")
-        else:
-            made = values.astype("<f4")
-    return bytes(made.tobytes())
+            yield decode_float(tensor.dtype, block[:whole]).reshape(-1, width)

@@ -12,9 +12,8 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo, plain_range, reach, storage_range
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError
-from ckptool.io.source import BLOCK, Files, Source, Spool
+from ckptool.io.source import BLOCK, Bytes, Files, Source, Spool
 from ckptool.limits import MAX_EXPANDED, MAX_EXPANSION
-from ckptool.values.codec import Bytes, Cast, caster, import_torch
 
 HELD = 1 << 26
 """Bytes up to which what a view looks into is read before it is gathered: a file that shrinks is then noticed, while
@@ -219,37 +218,26 @@ def _derived(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
     elif source.op == "cat":
         yield from _put_together(source, dtype, files)
     elif source.op == "draw":
-        from ckptool.values import random_init as drawn
+        from ckptool.values import random_init
 
-        yield from drawn.blocks(source.args, dtype)
+        yield from random_init.blocks(source.args, dtype)
     else:
-        from ckptool.values import adapt as adapted
+        from ckptool.values import adapt
 
-        yield from adapted.blocks(source, dtype, lambda tensor: tensor_blocks(tensor, files))
+        yield from adapt.blocks(source, dtype, lambda tensor: tensor_blocks(tensor, files))
 
 
 def _cast(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
     """Yields values converted as `torch.Tensor.to` converts them; counts what becomes infinite or NaN on the way."""
+    from ckptool.values.codec import caster
+
     tensor = source.inputs[0]
-    cast = caster(tensor.dtype, dtype) or _cast_by_torch(tensor.dtype, dtype)
+    cast = caster(tensor.dtype, dtype)
     for block in tensor_blocks(tensor, files):
         made, lost = cast(block)
         if lost:
             files.overflowed[id(source)] = files.overflowed.get(id(source), 0) + lost
         yield made
-
-
-def _cast_by_torch(old: str, new: str) -> Cast:
-    torch = import_torch(f"casting to {new}")
-    floats = DTYPES[new].kind == DTYPES[old].kind == "float"
-
-    def cast(block: Bytes) -> tuple[memoryview, int]:
-        values = torch.frombuffer(bytearray(block), dtype=getattr(torch, old))
-        made = values.to(getattr(torch, new))
-        lost = int(torch.isfinite(values.float()).sum() - torch.isfinite(made.float()).sum()) if floats else 0
-        return memoryview(made.view(torch.uint8).numpy()), lost
-
-    return cast
 
 
 def _put_together(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:

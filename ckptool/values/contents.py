@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
@@ -23,8 +24,10 @@ from ckptool.core.tree import Global, path_text, walk
 from ckptool.errors import FormatError, listed
 from ckptool.io import zip_read as zips
 from ckptool.io.source import Files
-from ckptool.values.moments import Moments
 from ckptool.values.scan import CHUNK, Job, read
+
+if TYPE_CHECKING:
+    from ckptool.values.stats import Moments
 
 Choose = Callable[[str], bool]
 
@@ -60,12 +63,12 @@ def look_into(
     found = Contents()
     plan = _Plan(lenient=check)
     if stats:
-        from ckptool.values.stats import is_measured
+        from ckptool.values.codec import has_values
 
         measured: dict[str, Job] = {}
         missed: dict[str, list[str]] = {}
         for key, tensor in chosen.items():
-            if not isinstance(tensor.source, Opaque) and is_measured(tensor.dtype):
+            if not isinstance(tensor.source, Opaque) and has_values(tensor.dtype):
                 measured[key] = plan.job(tensor)
                 measured[key].moments = True
             else:
@@ -128,6 +131,8 @@ class _Plan:
 
 def _by_prefix(moments: Mapping[str, tuple[object, Moments]]) -> list[PrefixStats]:
     """Returns the statistics below every prefix with two tensors or more, "" being all; each tie group counts once."""
+    from ckptool.values.stats import Moments
+
     sums: dict[str, Moments] = {}
     counts: dict[str, int] = {}
     seen: set[tuple[str, object]] = set()

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptool.core.tensor import Span, TensorInfo, storage_range
 from ckptool.errors import FormatError
-from ckptool.io.source import Files
+from ckptool.io.source import Bytes, Files
 from ckptool.values.blocks import storage_blocks, tensor_blocks
-from ckptool.values.codec import Bytes
 
 if TYPE_CHECKING:
     from ckptool.values.stats import Workspace
@@ -185,7 +184,7 @@ class _Worker:
             if moments is not None and self.space is not None:
                 moments.add(self.space.moments(dtype, block))
             elif job.special:
-                from ckptool.values.stats import count_special
+                from ckptool.values.codec import count_special
 
                 found = count_special(dtype, block)
                 nan, inf = nan + found[0], inf + found[1]
@@ -198,8 +197,7 @@ class _Worker:
         return moments, (nan, inf)
 
     def _measured(self, dtype: str) -> Any:
-        from ckptool.values.moments import Moments
-        from ckptool.values.stats import Workspace
+        from ckptool.values.stats import Moments, Workspace
 
         self.space = self.space or Workspace()
         return Moments()

@@ -1,4 +1,4 @@
-"""The moments of a block of elements, computed where the block lies in the cache; and its NaN and infinities alone.
+"""Statistics of numbers: of a block, computed where it lies in the cache, and put together for tensors and modules.
 
 A float of 16 or 8 bits is widened to float32, which is exact, and float32 is summed in runs of `RUN` elements whose
 sums are put together in float64: an error grows with the length of a run, not with that of the tensor. Where the mean
@@ -10,19 +10,14 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+
+import numpy as np
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.values.compare import decode
-from ckptool.values.moments import Moments
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, Any]
-
-Bytes = bytes | memoryview
+from ckptool.core.findings import Stats
+from ckptool.io.source import Bytes
+from ckptool.values.codec import FOUR_BITS, Array, decode, decode_unordered
 
 PIECE = 1 << 19
 """Elements looked at together: 2 MB as float32. Half as many fit the second-level cache, and threads wait more."""
@@ -40,18 +35,92 @@ SCALE = 700
 """The power of two they are scaled by."""
 
 
-def is_measured(dtype: str) -> bool:
-    """Returns whether `Workspace.moments` knows what the bytes of a dtype mean."""
-    row = DTYPES[dtype]
-    return row.kind in ("float", "complex", "int", "bool") and row.in_torch
+@dataclass(slots=True)
+class Moments:
+    """Counts, extremes, mean and ``spread`` (the sum of squared distances from the mean) of ``count`` finite numbers.
+
+    ``mean`` is in units of 2 ** ``exponent`` and ``spread`` in its square, so that numbers of 1e200 have a spread.
+    ``total`` is the exact sum of integers, None of anything else.
+    """
+
+    count: int = 0
+    low: int | float = 0
+    high: int | float = 0
+    mean: float = 0.0
+    spread: float = 0.0
+    zeros: int = 0
+    nan: int = 0
+    inf: int = 0
+    total: int | None = None
+    exponent: int = 0
+
+    def add(self, other: Moments) -> None:
+        """Makes these the moments of both (Chan, Golub and LeVeque 1979: nothing cancels, as in sums of squares)."""
+        self.zeros += other.zeros
+        self.nan += other.nan
+        self.inf += other.inf
+        if not other.count:
+            return
+        if not self.count:
+            self.count, self.low, self.high, self.total = other.count, other.low, other.high, other.total
+            self.mean, self.spread, self.exponent = other.mean, other.spread, other.exponent
+            return
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        exponent = max(self.exponent, other.exponent)
+        mean, spread = _scaled(self, exponent)
+        other_mean, other_spread = _scaled(other, exponent)
+        count = self.count + other.count
+        if self.total is not None and other.total is not None:
+            # Integers of 2**62 that lie close together have the same float for a mean: their sums are exact.
+            gap = (other.total * self.count - self.total * other.count) / (self.count * other.count)
+            self.total += other.total
+            self.mean = self.total / count
+        else:
+            gap = other_mean - mean
+            self.total = None
+            self.mean = mean + gap * (other.count / count)
+        self.spread = spread + other_spread + gap * gap * (self.count * (other.count / count))
+        self.count, self.exponent = count, exponent
+
+    def stats(self) -> Stats:
+        """Returns the `Stats` for these moments."""
+        if not self.count:
+            return Stats(None, None, None, None, None, self.zeros, self.nan, self.inf)
+        # + 0 makes a 0.0 of a -0.0: which of them is the smallest would depend on how the numbers were split.
+        low, high = self.low + 0, self.high + 0
+        std = None
+        if self.count > 1:
+            try:
+                std = math.ldexp(math.sqrt(self.spread / (self.count - 1)), self.exponent)
+            except OverflowError:  # half of them the largest float, half of them the smallest
+                std = None
+        mean = math.ldexp(self.mean, self.exponent) + 0
+        return Stats(mean, std, low, high, max(abs(low), abs(high)), self.zeros, self.nan, self.inf)
+
+
+def _scaled(one: Moments, exponent: int) -> tuple[float, float]:
+    """Returns (mean, spread) in units of 2 ** ``exponent``, which is no smaller than its own."""
+    down = one.exponent - exponent
+    return (one.mean, one.spread) if not down else (math.ldexp(one.mean, down), math.ldexp(one.spread, 2 * down))
+
+
+def squares(values: Array) -> float:
+    """Returns the sum of squares of float32 numbers; infinite where it is no number."""
+    whole = len(values) - len(values) % RUN
+    total = 0.0
+    if whole:
+        # A matrix product of one row by one column, many times over: the BLAS library's dot, on one thread.
+        runs = values[:whole].reshape(-1, 1, RUN)
+        total = float(np.matmul(runs, runs.reshape(-1, RUN, 1)).sum(dtype="f8"))
+    if whole < len(values):
+        total += float(np.square(values[whole:].astype("f8")).sum())
+    return total if math.isfinite(total) else math.inf
 
 
 class Workspace:
     """Memory for one thread's computations, used again for every block: fresh pages cost more than the sums."""
 
     def __init__(self) -> None:
-        import numpy as np
-
         self.floats = np.empty(PIECE, "f4")
         self.more = np.empty(PIECE, "f4")
         self.flags = np.empty(PIECE, "?")
@@ -72,74 +141,35 @@ class Workspace:
     # --- floats --------------------------------------------------------------------------------------------------
 
     def _singles(self, dtype: str, block: Bytes) -> Moments:
-        import numpy as np
-
         return self._of_floats(np.frombuffer(block, "<f4"))
 
     def _doubles(self, dtype: str, block: Bytes) -> Moments:
-        import numpy as np
-
         return self._of_floats(np.frombuffer(block, "<f8"))
 
     def _small(self, dtype: str, block: Bytes) -> Moments:
-        """Eight or four bits: looked up, two at a time."""
-        import numpy as np
-
-        table = _pairs(dtype)
-        if dtype == FOUR_BITS:
-            codes = np.frombuffer(block, "u1")
-        elif len(block) % 2:
-            last = np.array([decode(dtype, block[-1:])[0]], "f4")
-            found = self._small(dtype, block[:-1]) if len(block) > 1 else Moments()
-            found.add(self._of_floats(last))
-            return found
-        else:
-            codes = np.frombuffer(block, "<u2")
-        out = self.floats[: 2 * len(codes)]
-        np.take(table, codes, out=out.view("u8"), mode="clip")
-        return self._of_floats(out)
+        """Eight or four bits."""
+        return self._of_floats(decode_unordered(dtype, block, self.floats))
 
     def _halves(self, dtype: str, block: Bytes) -> Moments:
-        """Two elements of 16 bits are read as one word; the order of a block's elements is of no matter here."""
-        import numpy as np
-
-        if len(block) % 4:
-            found = self._halves(dtype, block[:-2]) if len(block) > 2 else Moments()
-            with np.errstate(invalid="ignore"):  # signalling NaNs
-                last = decode(dtype, block[-2:]).astype("f4")
-            found.add(self._of_floats(last))
-            return found
-        codes, words = np.frombuffer(block, "<u2"), np.frombuffer(block, "<u4")
-        half = len(words)
-        out = self.floats[: 2 * half]
-        raw = out.view("u4")
-        np.left_shift(words, 16, out=raw[:half])
-        if dtype == "bfloat16":
-            np.bitwise_and(words, 0xFFFF0000, out=raw[half:])
-        else:  # the exponent's bits moved to their place, with the sign left in its own; then its bias
-            raw[half:] = words
-            np.right_shift(out.view("i4"), 3, out=out.view("i4"))
-            np.bitwise_and(raw, 0x8FFFE000, out=raw)
-            np.multiply(out, np.float32(2.0**112), out=out)
+        """Sixteen bits, whose extremes are found among the codes."""
+        codes = np.frombuffer(block, "<u2")
         # As integers these order as they do as numbers: positive ones upwards, and negative ones downwards.
         signed = codes.view("<i2")
         top, bottom = int(codes.max()), int(codes.min())
         high, low = int(signed.max()), int(signed.min())
         infinity = 0x7F80 if dtype == "bfloat16" else 0x7C00
-        if high >= infinity or top >= 0x8000 + infinity:
-            if dtype != "bfloat16":
-                with np.errstate(invalid="ignore"):  # signalling NaNs
-                    out[:] = decode(dtype, block)
-            return self._of_floats(out)
+        finite = high < infinity and top < 0x8000 + infinity
+        values = decode_unordered(dtype, block, self.floats, finite)
+        if not finite:
+            return self._of_floats(values)
         largest = high if high >= 0 else low & 0xFFFF
         smallest = top if top >= 0x8000 else bottom
-        zeros = self._zeros(out) if bottom == 0 or low == -0x8000 else 0
-        return self._of_finite(out, _value(dtype, smallest), _value(dtype, largest), zeros)
+        low_value, high_value = decode(dtype, struct.pack("<2H", smallest, largest)).tolist()
+        zeros = self._zeros(values) if bottom == 0 or low == -0x8000 else 0
+        return self._of_finite(values, low_value, high_value, zeros)
 
     def _of_floats(self, values: Array) -> Moments:
         """Returns the moments of float32 or float64 numbers, of which some may be NaN or infinite."""
-        import numpy as np
-
         low, high = float(values.min()), float(values.max())  # NaN, if there is one
         if math.isfinite(low) and math.isfinite(high):
             return self._of_finite(values, low, high, self._zeros(values))
@@ -151,13 +181,9 @@ class Workspace:
         return found
 
     def _zeros(self, values: Array) -> int:
-        import numpy as np
-
         return int(np.count_nonzero(np.equal(values, 0, out=self.flags[: len(values)])))
 
     def _of_finite(self, values: Array, low: float, high: float, zeros: int) -> Moments:
-        import numpy as np
-
         count = len(values)
         if low == high:
             return Moments(count, low, high, low, 0.0, zeros)
@@ -177,25 +203,12 @@ class Workspace:
 
     def _sums(self, values: Array) -> tuple[float, float]:
         """Returns the sum and the sum of squares of float32 numbers."""
-        import numpy as np
-
         whole = len(values) - len(values) % RUN
-        total = squares = 0.0
-        if whole:
-            # A matrix product of one row by one column, many times over: the BLAS library's dot, on one thread.
-            runs = values[:whole].reshape(-1, 1, RUN)
-            total = float(np.matmul(runs, self.ones).sum(dtype="f8"))
-            squares = float(np.matmul(runs, runs.reshape(-1, RUN, 1)).sum(dtype="f8"))
-        if whole < len(values):
-            rest = values[whole:].astype("f8")
-            total += float(rest.sum())
-            squares += float(np.square(rest).sum())
-        return total, squares
+        total = float(np.matmul(values[:whole].reshape(-1, 1, RUN), self.ones).sum(dtype="f8")) if whole else 0.0
+        return total + float(values[whole:].sum(dtype="f8")), squares(values)
 
     def _of_doubles(self, values: Array, low: float, high: float, zeros: int) -> Moments:
         """Returns the moments of finite numbers, computed in float64 and for any magnitude."""
-        import numpy as np
-
         count, largest = len(values), max(-low, high)
         exponent = SCALE if largest > HUGE else -SCALE if largest < 1 / HUGE else 0
         wide = values.astype("f8")
@@ -210,8 +223,6 @@ class Workspace:
     # --- others --------------------------------------------------------------------------------------------------
 
     def _complex(self, dtype: str, block: Bytes) -> Moments:
-        import numpy as np
-
         values = decode(dtype, block)
         finite = np.isfinite(values)
         nan = int(np.count_nonzero(np.isnan(values)))
@@ -225,16 +236,12 @@ class Workspace:
         return found
 
     def _booleans(self, dtype: str, block: Bytes) -> Moments:
-        import numpy as np
-
         values = np.frombuffer(block, "u1")
         count, ones = len(values), int(np.count_nonzero(values))
         spread = ones * (count - ones) / count
         return Moments(count, int(ones == count), int(ones > 0), ones / count, spread, count - ones, total=ones)
 
     def _integers(self, dtype: str, block: Bytes) -> Moments:
-        import numpy as np
-
         values: Array = decode(dtype, block)
         count = len(values)
         low, high = int(values.min()), int(values.max())
@@ -255,63 +262,3 @@ class Workspace:
         spread = max(float(np.square(wide, out=wide).sum()) - rest * rest / count, 0.0)
         total = above + count * low
         return Moments(count, low, high, total / count, spread, zeros, 0, 0, total)
-
-
-FOUR_BITS = "float4_e2m1fn_x2"
-"""Two numbers per element."""
-
-
-def _value(dtype: str, code: int) -> float:
-    """Returns the number that 16 bits stand for."""
-    if dtype == "bfloat16":
-        return float(struct.unpack("<f", struct.pack("<I", code << 16))[0])
-    return float(struct.unpack("<e", struct.pack("<H", code))[0])
-
-
-@cache
-def _pairs(dtype: str) -> Array:
-    """Returns what two neighbouring codes of a small float stand for, as two float32 in eight bytes."""
-    import numpy as np
-
-    if dtype == FOUR_BITS:
-        return decode(dtype, bytes(range(256))).astype("<f4").view("u8")
-    one = decode(dtype, bytes(range(256))).astype("f4")
-    both = np.empty((256, 256, 2), "<f4")
-    both[:, :, 0], both[:, :, 1] = one, one[:, None]
-    return both.view("u8").reshape(-1)
-
-
-# --- NaN and infinities alone --------------------------------------------------------------------------------------
-
-_FIRST_SPECIAL = {
-    "float64": 0x7FF << 52, "float32": 0xFF << 23, "bfloat16": 0xFF << 7, "float16": 0x1F << 10,
-    "float8_e5m2": 0x7C, "float8_e4m3fn": 0x7F,
-}  # fmt: skip
-"""The smallest code, its sign aside, that is no number: infinity, but for float8_e4m3fn, which has none."""
-
-
-def count_special(dtype: str, block: Bytes) -> tuple[int, int]:
-    """Returns how many of a block's floats are NaN, and how many infinite; a complex number is what a component is.
-
-    Where there are none, that is two passes over integers.
-    """
-    import numpy as np
-
-    components = 2 if DTYPES[dtype].kind == "complex" else 1
-    dtype = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}.get(dtype, dtype)
-    if dtype in ("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"):
-        code = 0xFF if dtype == "float8_e8m0fnu" else 0x80
-        return int(np.count_nonzero(np.frombuffer(block, "u1") == code)), 0
-    first = _FIRST_SPECIAL.get(dtype)
-    if first is None:  # the floats of six and four bits have neither
-        return 0, 0
-    width = DTYPES[dtype].bits
-    codes = np.frombuffer(block, f"<u{width // 8}")
-    sign = 1 << (width - 1)
-    if int(codes.max()) < sign + first and int(codes.view(f"<i{width // 8}").max()) < first:
-        return 0, 0
-    sizes = (codes & codes.dtype.type(sign - 1)).reshape(-1, components)
-    if dtype == "float8_e4m3fn":
-        return int(np.count_nonzero(sizes >= first)), 0
-    nan = (sizes > first).any(axis=1)
-    return int(np.count_nonzero(nan)), int(np.count_nonzero((sizes == first).any(axis=1) & ~nan))

@@ -22,11 +22,10 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.findings import Stats
 from ckptool.errors import FormatError
 from ckptool.io.source import Files
-from ckptool.values import scan as readthrough
-from ckptool.values import stats as kernels
-from ckptool.values.moments import Moments
+from ckptool.values import scan, stats
+from ckptool.values.codec import count_special, has_values
 from ckptool.values.scan import Job, read
-from ckptool.values.stats import Workspace, count_special, is_measured
+from ckptool.values.stats import Moments, Workspace
 
 FLOATS = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
           "float8_e5m2fnuz"]  # fmt: skip
@@ -90,7 +89,7 @@ def drawn(dtype: str, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, dtype=torch.float64, generator=generator).mul(0.7).to(kind)
 
 
-SIZES = [1, 2, 3, 255, 256, 257, 1000, kernels.PIECE - 1, kernels.PIECE, kernels.PIECE + 1, 300_001]
+SIZES = [1, 2, 3, 255, 256, 257, 1000, stats.PIECE - 1, stats.PIECE, stats.PIECE + 1, 300_001]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -100,7 +99,7 @@ def test_the_figures_of_floats_are_torchs(dtype: str, size: int) -> None:
     assert_close(stats_of(tensor), expected(tensor))
 
 
-@pytest.mark.parametrize("size", [1, 2, 255, 1001, kernels.PIECE + 3])
+@pytest.mark.parametrize("size", [1, 2, 255, 1001, stats.PIECE + 3])
 @pytest.mark.parametrize("dtype", INTS)
 def test_the_figures_of_integers_are_exact(dtype: str, size: int) -> None:
     tensor = drawn(dtype, size)
@@ -205,7 +204,7 @@ def test_any_magnitude_of_float64_has_a_spread(exponent: int) -> None:
 
 
 def test_magnitudes_that_change_from_block_to_block_are_put_together() -> None:
-    size = kernels.PIECE
+    size = stats.PIECE
     big, small = np.full(size, 1e200), np.full(size, 1e-200)
     big[::2] = -1e200
     ours = of("float64", np.concatenate([small, big, small]).tobytes())
@@ -322,7 +321,7 @@ def test_what_has_no_values_is_said_and_left_out(run: Run) -> None:
     assert next(row for row in report.tensors if row.key == "quantized").stats is None
     assert any(note.startswith("no statistics of quantized tensors: quantized, ") for note in report.notes)
     assert "no statistics of quantized tensors: quantized, " in run("inspect", FIXTURES / "composite.pth", "--stats")[1]
-    assert not is_measured("float6_e2m3fn")
+    assert not has_values("float6_e2m3fn")
 
 
 def test_tied_tensors_are_read_once(saved: Saved) -> None:
@@ -398,12 +397,12 @@ def test_json_has_all_of_it_and_no_nan(saved: Saved, run: Run) -> None:
 def test_the_figures_do_not_depend_on_the_threads(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"t{number}": torch.randn(10_000 + number) for number in range(30)} | {"big": torch.randn(3_000_000)}
     path = saved(tensors)
-    monkeypatch.setattr(readthrough, "SEGMENT", 1 << 20)
-    monkeypatch.setattr(readthrough, "BATCH", 1 << 18)
+    monkeypatch.setattr(scan, "SEGMENT", 1 << 20)
+    monkeypatch.setattr(scan, "BATCH", 1 << 18)
     found = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(readthrough, "THREADS", threads)
-        monkeypatch.setattr(readthrough, "_cores", lambda: 8)
+        monkeypatch.setattr(scan, "THREADS", threads)
+        monkeypatch.setattr(scan, "_cores", lambda: 8)
         told: list[int] = []
         report = ckptool.inspect(path, stats=True, hashes=True, progress=told.append)
         assert sum(told) == sum(tensor.nbytes for tensor in tensors.values())
@@ -416,8 +415,8 @@ def test_the_figures_do_not_depend_on_the_threads(saved: Saved, monkeypatch: pyt
 def test_what_fails_in_a_thread_is_raised_where_it_was_asked_for(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved({f"t{number}": torch.randn(200_000) for number in range(10)})
     checkpoint = ckptool.open(path)
-    monkeypatch.setattr(readthrough, "BATCH", 1 << 16)
-    monkeypatch.setattr(readthrough, "_cores", lambda: 4)
+    monkeypatch.setattr(scan, "BATCH", 1 << 16)
+    monkeypatch.setattr(scan, "_cores", lambda: 4)
     with path.open("ab") as file:
         file.write(b"x")
     with pytest.raises(FormatError, match="was changed since it was opened"):
@@ -428,8 +427,8 @@ def test_an_interrupt_ends_the_threads(saved: Saved, monkeypatch: pytest.MonkeyP
     import threading
 
     path = saved({f"t{number}": torch.randn(500_000) for number in range(20)})
-    monkeypatch.setattr(readthrough, "BATCH", 1 << 16)
-    monkeypatch.setattr(readthrough, "_cores", lambda: 4)
+    monkeypatch.setattr(scan, "BATCH", 1 << 16)
+    monkeypatch.setattr(scan, "_cores", lambda: 4)
 
     def impatient(nbytes: int) -> None:
         raise KeyboardInterrupt
@@ -485,7 +484,7 @@ print(*sorted(sys.modules), file=sys.stderr)
                 "torch",
                 "ckptool.values.contents",
                 "ckptool.values.scan",
-                "ckptool.values.moments",
+                "ckptool.values.stats",
                 "ckptool.core.findings",
             },
         ),

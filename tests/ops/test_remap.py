@@ -62,8 +62,8 @@ def test_a_pure_rename_neither_decodes_nor_needs_torch(
     def never(*args: Any) -> Any:
         raise AssertionError("a rename gathers, casts or computes")
 
-    for name in ("_gathered", "_derived", "import_torch"):
-        monkeypatch.setattr(f"ckptool.values.blocks.{name}", never)
+    for name in ("blocks._gathered", "blocks._derived", "codec.import_torch"):
+        monkeypatch.setattr(f"ckptool.values.{name}", never)
     for source, suffix in (("resnet_old.pth", "pth"), ("resnet_old.safetensors", "safetensors"), ("tied.pth", "pth")):
         remap(FIXTURES / source, f"out.{suffix}", [{"add_prefix": "x."}])
 

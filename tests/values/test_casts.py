@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import ckptool
+from ckptool.core.dtypes import COMMON_FLOATS
 from ckptool.errors import FormatError
-from ckptool.values import blocks as data
-from ckptool.values.codec import FLOATS, caster
+from ckptool.values import blocks
+from ckptool.values.codec import caster, encode
 
-PAIRS = [(old, new) for old in FLOATS for new in FLOATS if old != new]
+PAIRS = [(old, new) for old in COMMON_FLOATS for new in COMMON_FLOATS if old != new]
 EDGES = [
     3.3895e38, 3.39e38, 3.4028e38, 1e39, 65504.0, 65519.9, 65520.0, 1e-40, 6e-8, 2e-8, 3.0088, -0.0, 0.0,
     1.00390625, 1.01171875, float("inf"), -float("inf"), float("nan"), -float("nan"),
@@ -34,7 +36,6 @@ def values(name: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("old", "new"), PAIRS)
 def test_a_cast_rounds_as_torch_does_and_counts_what_becomes_infinite(old: str, new: str) -> None:
     cast = caster(old, new)
-    assert cast is not None
     for tensor in values(old):
         made, lost = cast(tensor.view(torch.uint8).numpy().tobytes())
         ours = torch.frombuffer(bytearray(made) or bytearray(8), dtype=getattr(torch, new))[: len(tensor)]
@@ -45,9 +46,23 @@ def test_a_cast_rounds_as_torch_does_and_counts_what_becomes_infinite(old: str, 
 
 
 def test_other_dtypes_are_torchs_to_cast() -> None:
-    assert caster("float8_e4m3fn", "float32") is None
-    assert caster("int64", "float32") is None
-    assert caster("float32", "float32") is None
+    numbers = torch.tensor([0.3, -7.0, 500.0, 0.0])
+    for old, new in (("float8_e4m3fn", "float32"), ("float32", "float8_e5m2"), ("int64", "float32")):
+        given = numbers.to(getattr(torch, old))
+        made, lost = caster(old, new)(given.view(torch.uint8).numpy().tobytes())
+        assert bytes(made) == given.to(getattr(torch, new)).view(torch.uint8).numpy().tobytes()
+        assert lost == 0
+
+
+@pytest.mark.parametrize("dtype", COMMON_FLOATS)
+def test_rounding_is_torchs_for_every_kind_of_value(dtype: str) -> None:
+    codes = np.arange(0, 1 << 32, 65521, dtype="u4")
+    near = np.concatenate(
+        [(np.arange(1 << 16, dtype="u4") << 16) + np.uint32(tail) for tail in (0x7FFF, 0x8000, 0x8001)]
+    )
+    values = np.concatenate([codes, near]).view("f4")
+    ours = torch.frombuffer(bytearray(encode(dtype, values).tobytes()), dtype=getattr(torch, dtype))
+    torch.testing.assert_close(ours, torch.from_numpy(values).to(ours.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -55,7 +70,7 @@ def test_other_dtypes_are_torchs_to_cast() -> None:
 def test_a_large_cast_is_made_ahead_of_its_writing_and_is_the_same(
     dtype: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "COMPUTED_AHEAD", 1 << 16)
+    monkeypatch.setattr(blocks, "COMPUTED_AHEAD", 1 << 16)
     torch.manual_seed(0)
     state = {"a": torch.randn(1_300_001), "b": torch.randn(3), "c": torch.randn(600_000)}
     torch.save(state, tmp_path / "in.pth")
@@ -68,7 +83,7 @@ def test_a_large_cast_is_made_ahead_of_its_writing_and_is_the_same(
 
 
 def test_what_fails_while_it_is_made_ahead_fails_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "COMPUTED_AHEAD", 1 << 16)
+    monkeypatch.setattr(blocks, "COMPUTED_AHEAD", 1 << 16)
     torch.save({"a": torch.randn(1_300_001)}, tmp_path / "in.pth")
     opened = ckptool.open(tmp_path / "in.pth")
     os.truncate(tmp_path / "in.pth", 2_000_000)

@@ -17,14 +17,14 @@ from ckptool.core.tensor import Derived, Span, Storage, TensorInfo, contiguous_s
 from ckptool.errors import FormatError, OutputError, UnsupportedError
 from ckptool.formats import read
 from ckptool.io.source import BLOCK, Files
-from ckptool.values import blocks as data
+from ckptool.values import blocks
 
 Saved = Callable[..., Path]
 
 
 def bytes_of(tensor: TensorInfo) -> bytes:
     with Files() as files:
-        return data.read_bytes(tensor, files)
+        return blocks.read_bytes(tensor, files)
 
 
 def deflate(path: Path) -> Path:
@@ -67,10 +67,10 @@ def test_large_views_come_in_blocks_and_are_whole(rows: int, saved: Saved) -> No
     found = open_checkpoint(saved({"t": tensor.t(), "s": tensor[:, ::2], "w": tensor})).state_dict()
     for key, view in {"t": tensor.t(), "s": tensor[:, ::2], "w": tensor}.items():
         with Files() as files:
-            blocks = [bytes(block) for block in data.tensor_blocks(found[key], files)]
-        assert b"".join(blocks) == bits(view)
-        assert max(map(len, blocks)) <= BLOCK
-        assert all(len(block) % 8 == 0 for block in blocks)
+            pieces = [bytes(block) for block in blocks.tensor_blocks(found[key], files)]
+        assert b"".join(pieces) == bits(view)
+        assert max(map(len, pieces)) <= BLOCK
+        assert all(len(block) % 8 == 0 for block in pieces)
 
 
 def test_blocks_of_a_deflated_file_are_whole_elements(saved: Saved) -> None:
@@ -78,9 +78,9 @@ def test_blocks_of_a_deflated_file_are_whole_elements(saved: Saved) -> None:
     tensor = torch.randn(300_001, dtype=torch.float64)
     found = open_checkpoint(deflate(saved({"w": tensor[1:]}))).state_dict()["w"]
     with Files() as files:
-        blocks = [bytes(block) for block in data.tensor_blocks(found, files)]
-    assert all(len(block) % 8 == 0 for block in blocks)
-    assert b"".join(blocks) == bits(tensor[1:])
+        pieces = [bytes(block) for block in blocks.tensor_blocks(found, files)]
+    assert all(len(block) % 8 == 0 for block in pieces)
+    assert b"".join(pieces) == bits(tensor[1:])
 
 
 @pytest.mark.parametrize("name", ["conj_neg.pth", "big_endian.pth", "deflated.pth", "views.pth", "dtypes.pth"])
@@ -164,21 +164,21 @@ def test_same_bytes_looks_at_values_and_not_at_layout(saved: Saved) -> None:
     found = open_checkpoint(saved(tensors)).state_dict()
     deflated = open_checkpoint(deflate(saved(tensors, "other.pth"))).state_dict()
     with Files() as files:
-        assert data.same_bytes(found["a"], found["a"], files)
-        assert data.same_bytes(found["a"], found["copy"], files)
-        assert data.same_bytes(found["a"], found["turned"], files)
-        assert data.same_bytes(found["a"], deflated["turned"], files)
-        assert data.same_bytes(found["empty"], found["none"], files)
-        assert not data.same_bytes(found["a"], found["other"], files)
-        assert not data.same_bytes(found["a"], deflated["other"], files)
-        assert not data.same_bytes(found["a"], found["half"], files)
-        assert not data.same_bytes(found["a"], found["flat"], files)
+        assert blocks.same_bytes(found["a"], found["a"], files)
+        assert blocks.same_bytes(found["a"], found["copy"], files)
+        assert blocks.same_bytes(found["a"], found["turned"], files)
+        assert blocks.same_bytes(found["a"], deflated["turned"], files)
+        assert blocks.same_bytes(found["empty"], found["none"], files)
+        assert not blocks.same_bytes(found["a"], found["other"], files)
+        assert not blocks.same_bytes(found["a"], deflated["other"], files)
+        assert not blocks.same_bytes(found["a"], found["half"], files)
+        assert not blocks.same_bytes(found["a"], found["flat"], files)
 
 
 def test_conjugates_of_one_memory_are_not_the_same() -> None:
     found = open_checkpoint(FIXTURES / "conj_neg.pth").state_dict()
     with Files() as files:
-        assert not data.same_bytes(found["z"], found["conj"], files)
+        assert not blocks.same_bytes(found["z"], found["conj"], files)
 
 
 def test_a_span_beyond_its_file_is_damaged(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 import ckptool
 from ckptool.io.source import Files
-from ckptool.values import compare as gaps
-from ckptool.values import compare as values
+from ckptool.values import compare, distance
 
 Saved = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -86,15 +85,15 @@ def test_a_forged_checksum_deceives_quick_and_not_values(saved: Saved) -> None:
 def test_large_tensors_are_as_far_apart_as_float64_says(
     dtype: torch.dtype, scale: float, apart: float, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gaps, "PIECE", 1 << 15)  # several pieces
+    monkeypatch.setattr(distance, "PIECE", 1 << 15)  # several pieces
     torch.manual_seed(0)
     a = (torch.randn(150_001) * scale).to(dtype)
     b = (a.double() * (1 + apart * torch.randn(150_001))).to(dtype)
     files = saved({"w": a}, "a.pth"), saved({"w": b}, "b.pth")
     one, other = (ckptool.open(path).state_dict()["w"] for path in files)
-    assert gaps.is_fast(one, other)
+    assert distance.is_fast(one, other)
     with Files() as opened:
-        found = values.compare(one, other, opened, 1e-5, 1e-8)
+        found = compare.compare(one, other, opened, 1e-5, 1e-8)
     gap = (a.double() - b.double()).abs()
     if not gap.max():
         assert found.status == "equal"

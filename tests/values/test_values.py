@@ -16,7 +16,10 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.errors import UnsupportedError
 from ckptool.formats import read
 from ckptool.io.source import Files
-from ckptool.values.compare import compare, decode, has_values
+from ckptool.values.codec import decode, decode_unordered, has_values
+from ckptool.values.compare import compare
+
+Compare = Callable[..., Any]
 
 EIGHT_BITS = [name for name, row in DTYPES.items() if name.startswith("float8")]
 
@@ -74,13 +77,37 @@ def test_quantised_bytes_have_no_values_of_their_own() -> None:
     with pytest.raises(UnsupportedError):
         decode("qint8", b"\x00")
     assert not has_values("qint8")
-    assert not has_values("float4_e2m1fn_x2")  # two values per element
+    assert not has_values("float6_e2m3fn")
     assert has_values("float8_e5m2")
 
 
-# --- compare ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", *EIGHT_BITS, "float4_e2m1fn_x2"])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 1001])
+def test_in_any_order_the_values_are_the_same(name: str, special: bool, count: int) -> None:
+    """And two tensors come in the same order, whether they hold NaN and infinities or not."""
+    codes = np.random.default_rng(count).integers(0, 256, count * max(DTYPES[name].bits // 8, 1), "u1")
+    if not special and name in ("float16", "bfloat16"):
+        codes[1::2] &= 0xBF  # no exponent is all ones
+    out, order = np.empty(2 * count, "f4"), np.empty(2 * count, "f4")
+    ours = decode_unordered(name, codes.tobytes(), out)
+    np.testing.assert_array_equal(np.sort(ours), np.sort(decode(name, codes.tobytes()).astype("f4")))
+    if name == "float16":
+        numbered = np.arange(1, count + 1, dtype="<f2")
+        plain = decode_unordered(name, numbered.tobytes(), order).copy()
+        numbered[0] = np.inf
+        mixed = decode_unordered(name, numbered.tobytes(), out)
+        np.testing.assert_array_equal(plain[1:], mixed[1:])
 
-Compare = Callable[..., Any]
+
+def test_packed_four_bit_floats_are_equal_or_not(compared: Compare) -> None:
+    one = torch.arange(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    other = torch.arange(8, dtype=torch.uint8).flip(0).view(torch.float4_e2m1fn_x2)
+    assert compared(one, one.clone()).status == "equal"
+    assert (compared(one, other).status, compared(one, other).max_abs) == ("differ", None)
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,0 +1,204 @@
+"""How far the numbers of two tensors are apart: in float64, or in float32 where that is enough."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.findings import Distance
+from ckptool.core.tensor import TensorInfo, plain_range
+from ckptool.io.source import Bytes, Files
+from ckptool.values.blocks import tensor_blocks
+from ckptool.values.codec import Array, decode, decode_unordered
+from ckptool.values.stats import LARGE, TINY, squares
+
+SMALL = 1 << 14
+"""Elements up to which two tensors are simply compared in float64."""
+
+
+def distance(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
+    """Returns how far two tensors of one shape are apart; reads both once. Their dtypes have a number per element."""
+    sums = Sums(rtol, atol)
+    if a.numel > SMALL and is_fast(a, b):
+        _Kernel(sums, a.dtype).add(tensor_blocks(a, files), tensor_blocks(b, files))
+    else:
+        for one, other in _same_count(tensor_blocks(a, files), tensor_blocks(b, files), a.dtype, b.dtype):
+            sums.add(decode(a.dtype, one), decode(b.dtype, other))
+    return sums.distance()
+
+
+class Norm:
+    """A running L2 norm as scale * sqrt(total), so that squares of 1e200 do not overflow (LAPACK's dlassq)."""
+
+    def __init__(self) -> None:
+        self.scale = self.total = 0.0
+
+    def add(self, values: Array) -> None:
+        largest = float(values.max(initial=0.0))
+        if largest:
+            self.add_squares(float(np.square(values / largest).sum()), largest)
+
+    def add_squares(self, total: float, scale: float = 1.0) -> None:
+        """Adds ``scale**2 * total``, a sum of squares that was made elsewhere."""
+        if not total or not scale:
+            return
+        if scale > self.scale:
+            self.total, total = total, self.total
+            self.scale, scale = scale, self.scale
+        self.total += total * (scale / self.scale) ** 2
+
+    def over(self, other: Norm) -> float | None:
+        """Returns this norm over another; None over zero, or where it is beyond float64."""
+        if not self.scale:
+            return 0.0
+        if not other.scale:
+            return None
+        ratio = (self.scale / other.scale) * math.sqrt(self.total / other.total)
+        return ratio if math.isfinite(ratio) else None
+
+
+class Sums:
+    """Running totals over blocks, in float64."""
+
+    def __init__(self, rtol: float, atol: float) -> None:
+        self.rtol, self.atol = rtol, atol
+        self.equal = self.close = self.bounded = True
+        self.largest = 0.0
+        self.difference, self.norm = Norm(), Norm()
+
+    def add(self, a: Array, b: Array) -> None:
+        exact = a.dtype.kind in "iu" and b.dtype.kind in "iu"
+        if exact:
+            apart, gap = _integer_gaps(a, b)
+        else:
+            with np.errstate(invalid="ignore", over="ignore"):
+                a, b = (part if part.dtype.kind == "c" else part.astype("f8") for part in (a, b))
+                apart = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+                gap = np.where(apart, np.abs(a - b), 0.0)
+        self.equal &= not apart.any()
+        if apart.any():
+            finite = np.isfinite(gap)
+            with np.errstate(invalid="ignore", over="ignore"):
+                near = finite & (gap <= (0 if exact else self.atol + self.rtol * np.abs(b)))
+            self.close &= bool(near[apart].all())
+            self.bounded &= bool(finite.all())
+            self.largest = max(self.largest, float(gap[finite].max(initial=0.0)))
+            self.difference.add(gap[finite])
+        size = np.abs(a if a.dtype.kind == "c" else a.astype("f8"))
+        self.norm.add(size[np.isfinite(size)])
+
+    def distance(self) -> Distance:
+        status: Literal["equal", "close", "differ"] = "equal" if self.equal else "close" if self.close else "differ"
+        if not self.bounded:
+            return Distance(status, None, None)
+        return Distance(status, self.largest, self.difference.over(self.norm))
+
+
+def _integer_gaps(a: Array, b: Array) -> tuple[Any, Any]:
+    """Returns (which differ, |a - b| as float64), exact for integers of any two dtypes before the last rounding."""
+    one, other = a.astype("u8"), b.astype("u8")  # modulo 2^64 the larger minus the smaller is exact
+    negative, other_negative = a < 0, b < 0
+    larger = np.where(negative == other_negative, one >= other, other_negative)
+    gap = np.where(larger, one - other, other - one)
+    return gap > 0, gap.astype("f8")
+
+
+def _same_count(
+    first: Iterator[Bytes], second: Iterator[Bytes], dtype: str, other_dtype: str
+) -> Iterator[tuple[Bytes, Bytes]]:
+    """Yields pieces with equally many elements from two streams of whole elements."""
+    width, other_width = DTYPES[dtype].bits // 8, DTYPES[other_dtype].bits // 8
+    one: Bytes = b""
+    other: Bytes = b""
+    while True:
+        one = one or next(first, b"")
+        other = other or next(second, b"")
+        count = min(len(one) // width, len(other) // other_width)
+        if not count:
+            return
+        yield one[: count * width], other[: count * other_width]
+        one, other = one[count * width :], other[count * other_width :]
+
+
+# --- large tensors of one common dtype -----------------------------------------------------------------------------
+#
+# A difference of two 16-bit floats, or of two float32, has a relative error of 2**-24 in float32, so sums of squares
+# (in runs, put together in float64) and most decisions need no more. What does need more is computed again in float64:
+# the largest difference, a tolerance that is nearly met, and pieces with NaN, infinities or extreme magnitudes.
+
+FAST = ("bfloat16", "float16", "float32")
+"""dtypes that are exact in float32."""
+
+PIECE = 1 << 17
+"""Elements looked at together. A second thread gains little: after each of these calls it waits for Python's lock."""
+
+NEAR = 1e-5
+"""How near to the tolerance, relative to it, float32 may err."""
+
+_HELD = threading.local()
+"""The memory of a thread's kernels: touching 2 MB of new memory for every tensor takes a tenth of the time."""
+
+
+def is_fast(a: TensorInfo, b: TensorInfo) -> bool:
+    """Returns whether `_Kernel` can compare two tensors: plain ranges of their files, of one of the `FAST` dtypes."""
+    return a.dtype == b.dtype and a.dtype in FAST and None not in (plain_range(a), plain_range(b))
+
+
+class _Kernel:
+    """Memory that is used again for every piece of every tensor, and the totals it adds to."""
+
+    def __init__(self, sums: Sums, dtype: str) -> None:
+        self.sums, self.dtype = sums, dtype
+        self.width = DTYPES[dtype].bits // 8
+        if getattr(_HELD, "count", 0) != PIECE:
+            _HELD.count, _HELD.arrays = PIECE, [np.empty(PIECE, "f4") for _ in range(4)]
+        self.a, self.b, self.gap, self.room = _HELD.arrays
+
+    def add(self, first: Iterator[Bytes], second: Iterator[Bytes]) -> None:
+        """Adds two streams of blocks of equal sizes: both tensors are read from ranges of the same length."""
+        step = PIECE * self.width
+        for one, other in zip(first, second, strict=True):
+            for start in range(0, len(one), step):
+                self.piece(one[start : start + step], other[start : start + step])
+
+    def piece(self, one: Bytes, other: Bytes) -> None:
+        a, b = decode_unordered(self.dtype, one, self.a), decode_unordered(self.dtype, other, self.b)
+        gap, room = self.gap[: len(a)], self.room[: len(a)]
+        with np.errstate(invalid="ignore", over="ignore"):
+            np.subtract(a, b, out=gap)
+            np.abs(gap, out=gap)
+            largest = float(gap.max())
+            total = squares(a)
+        fits = TINY**2 < total < LARGE**2 or total == 0
+        if not (fits and (largest == 0 or TINY < largest < LARGE)):
+            self.sums.add(decode(self.dtype, one), decode(self.dtype, other))
+            return
+        sums = self.sums
+        sums.norm.add_squares(total)
+        if largest == 0:
+            return
+        sums.equal = False
+        sums.difference.add_squares(squares(gap))
+        if largest > sums.largest * (1 - NEAR):
+            at = gap >= largest * (1 - NEAR)
+            sums.largest = max(sums.largest, float(np.abs(a[at].astype("f8") - b[at].astype("f8")).max()))
+        if sums.close and largest > sums.atol * (1 - NEAR):
+            sums.close = self.is_close(a, b, gap, room)
+
+    def is_close(self, a: Array, b: Array, gap: Array, room: Array) -> bool:
+        """Returns whether every gap is within the tolerance; where float32 cannot tell, float64 does."""
+        np.abs(b, out=room)
+        room *= np.float32(self.sums.rtol)
+        room += np.float32(self.sums.atol)
+        if (gap > room * np.float32(1 + NEAR)).any():
+            return False
+        doubtful = gap > room * np.float32(1 - NEAR)
+        if not doubtful.any():
+            return True
+        one, other = a[doubtful].astype("f8"), b[doubtful].astype("f8")
+        return bool((np.abs(one - other) <= self.sums.atol + self.sums.rtol * np.abs(other)).all())
