@@ -9,13 +9,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from typing import Any
 
 from ckptool.core import keys as names
 from ckptool.errors import UsageError
 from ckptool.ops import segments
-from ckptool.ops.segments import Table, captured, filled
-from ckptool.ops.steps import Shape, Shapes, Step, advance, fits
+from ckptool.ops.steps import Shape, Shapes, Step, advance, fits, is_sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,10 @@ KINDS = {
     "chunk": ("chunk", "into", "heads", "dim"),
     "weave": ("weave", "into", "heads", "dim"),
 }
-"""What a rule in a file may be -> the fields it may have. A table of names is a rule of the kind ``table``."""
+"""The kinds of rules in a file -> the fields that each may have. A table of names is a rule of the kind ``table``."""
+
+_OPTIONAL = {("sub", "by"), ("transpose", "dims"), *((kind, "dim") for kind in KINDS), ("split", "sizes")}
+"""(kind, field) of the fields that may be left out."""
 
 PRESETS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "ddp": ({"sub": r"^(module\.)+", "by": ""},),
@@ -78,7 +81,7 @@ class Rules:
                 raise UsageError(f"a rules file knows no {', '.join(sorted(map(str, unknown)))} beside rules")
             return cls(_rule(entry) for entry in source["rules"])
         if isinstance(source, dict):
-            return cls([Rule("table", "a table of names", {"table": Table(source)})] if source else [])
+            return cls([Rule("table", "a table of names", {"table": segments.Table(source)})] if source else [])
         if isinstance(source, (list, tuple)):
             return cls(_rule(entry) for entry in source)
         raise UsageError("rules are a list of rules, of [regex, replacement] pairs, or a table of names")
@@ -139,49 +142,47 @@ def _rule(entry: Any) -> Rule:
 
 
 def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
+    """Returns the rule of an entry of a rules file. Raises: UsageError for the first field that is wrong."""
     unknown = set(entry) - set(KINDS[kind])
     if unknown:
         raise UsageError(f"a {kind} rule takes {', '.join(KINDS[kind])}, not {', '.join(sorted(unknown))}")
     args = dict(entry)
-    text = f"{kind} {entry[kind]}" + (f" -> {entry['to']}" if "to" in entry else "")
-    main = args[kind]
-    if kind in ("cat", "weave"):
-        if not (isinstance(main, list) and len(main) > 1 and all(isinstance(key, str) and key for key in main)):
-            raise UsageError(f"{text}: names the keys to put together, a list of two or more")
-        if not isinstance(args.get("into"), str):
-            raise UsageError(f"{text}: into is one name")
-    elif not isinstance(main, str) or not main:
-        raise UsageError(f"{text}: {kind} is a text that is not empty")
-    if kind in ("split", "chunk") and not (
-        isinstance(args.get("into"), list)
-        and len(args["into"]) > 1
-        and all(isinstance(key, str) for key in args["into"])
-    ):
-        raise UsageError(f"{text}: into is a list of two or more names")
-    if kind == "rename" and not isinstance(args.get("to"), str):
-        raise UsageError(f"{text}: to is a name")
+    text = f"{kind} {args[kind]}" + (f" -> {args['to']}" if "to" in args else "")
+    joins = kind in ("cat", "weave")
+    types = {**_TYPES, kind: "a list of two or more names" if joins else "a text that is not empty"}
+    types["into"] = "a text" if joins else "a list of two or more names"
+    for name in KINDS[kind]:
+        if (name in args or (kind, name) not in _OPTIONAL) and not _TESTS[types[name]](args.get(name)):
+            raise UsageError(f"{text}: {name} is {types[name]}")
+    if joins and "" in args[kind]:
+        raise UsageError(f"{text}: one of the names to put together is empty")
     if kind == "sub":
-        if not isinstance(args.setdefault("by", ""), str):
-            raise UsageError(f"{text}: by is a text")
         try:
-            args["compiled"] = re.compile(main)
-            re.sub(main, str(args.setdefault("by", "")), "")
+            args["compiled"] = re.compile(args["sub"])
+            re.sub(args["sub"], args.setdefault("by", ""), "")
         except (re.error, IndexError) as error:
             raise UsageError(f"{text}: {error}") from error
-    for name in ("dim", "heads"):
-        if name in args and type(args[name]) is not int:
-            raise UsageError(f"{text}: {name} is a whole number")
-    if kind in ("chunk", "weave") and args.get("heads", 0) < 1:
-        raise UsageError(f"{text}: heads says how many heads there are")
-    for name in ("dims", "shape", "sizes"):
-        if name in args and not (isinstance(args[name], list) and all(type(number) is int for number in args[name])):
-            raise UsageError(f"{text}: {name} is a list of whole numbers")
-    for name, needed in (("dims", "permute"), ("shape", "reshape")):
-        if kind == needed and name not in args:
-            raise UsageError(f"{text}: {name} is missing")
     if kind == "transpose" and len(args.get("dims", (0, 1))) != 2:
         raise UsageError(f"{text}: dims are the two to swap; permute takes all of them")
     return Rule(kind, text, args)
+
+
+_TYPES = {
+    "to": "a text", "by": "a text", "dim": "a whole number", "heads": "a whole number above 0",
+    "dims": "a list of whole numbers", "shape": "a list of whole numbers", "sizes": "a list of whole numbers",
+}  # fmt: skip
+"""What each field of a rule must be, in the words of `_TESTS`."""
+
+_TESTS: Mapping[str, Callable[[Any], bool]] = {
+    "a text": lambda value: isinstance(value, str),
+    "a text that is not empty": lambda value: isinstance(value, str) and value != "",
+    "a whole number": lambda value: type(value) is int,
+    "a whole number above 0": lambda value: type(value) is int and value > 0,
+    "a list of whole numbers": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
+    "a list of two or more names": lambda value: (
+        isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
+    ),
+}
 
 
 def parse_option(kind: str, text: str) -> Rules:
@@ -205,9 +206,10 @@ def parse_option(kind: str, text: str) -> Rules:
     return Rules.parse([{kind: text}])
 
 
-# --- what rules mean for given keys ------------------------------------------------------------------------------
+# --- the steps of a rule for given keys --------------------------------------------------------------------------
 
 Planner = Callable[[Rule, Shapes, list[str]], list[Step]]
+"""Returns the steps of a rule for keys of these shapes, and adds to the list what the rule cannot do."""
 
 
 def _plan_rename(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
@@ -232,8 +234,8 @@ def _renamer(rule: Rule) -> Callable[[str], str]:
 
 
 def _plan_drop(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
-    gone = tuple(key for key in current if names.matches(rule.args["drop"], key))
-    return [Step("drop", gone)] if gone else []
+    dropped = tuple(key for key in current if names.matches(rule.args["drop"], key))
+    return [Step("drop", dropped)] if dropped else []
 
 
 def _plan_permute(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
@@ -241,25 +243,21 @@ def _plan_permute(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step
     for key, shape in current.items():
         if not names.matches(rule.args[rule.kind], key):
             continue
-        rank = None if shape is None else len(shape)
-        dims = rule.args.get("dims", [0, 1] if rank == 2 else None)
-        order = None
-        if rank is not None and dims is not None and all(-rank <= axis < rank for axis in dims):
-            order = [axis % rank for axis in dims]
-            if rule.kind == "transpose":
-                order = _swapped(rank, *order)
-        if rank is None or order is None or sorted(order) != list(range(rank)):
-            troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, which dims {dims} does not fit")
+        order = list(range(len(shape or ())))
+        dims = rule.args.get("dims", [0, 1] if len(order) == 2 else None)
+        chosen = [_from_front(dim, shape) for dim in dims or ()]
+        if rule.kind == "permute":
+            order = chosen
+        elif set(chosen) <= set(order):
+            order = [dict(zip(chosen, reversed(chosen), strict=True)).get(dim, dim) for dim in order]
         else:
-            steps.append(Step("permute", (key,), (key,), {"dims": order}))
+            order = chosen
+        step = Step("permute", (key,), (key,), {"dims": order})
+        if dims is not None and _is_possible(step, [shape]):
+            steps.append(step)
+        else:
+            troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, which dims {dims} does not fit")
     return steps
-
-
-def _swapped(rank: int, one: int, other: int) -> list[int]:
-    """Returns the order of dimensions that `torch.transpose` of these two gives."""
-    order = list(range(rank))
-    order[one], order[other] = order[other], order[one]
-    return order
 
 
 def _plan_reshape(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
@@ -267,85 +265,87 @@ def _plan_reshape(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step
     for key, shape in current.items():
         if not names.matches(rule.args["reshape"], key):
             continue
-        to = list(rule.args["shape"])
-        total = prod(shape or ())
+        to, total = list(rule.args["shape"]), prod(shape or ())
         if to.count(-1) == 1 and (rest := prod(size for size in to if size != -1)) and total % rest == 0:
             to[to.index(-1)] = total // rest
         step = Step("reshape", (key,), (key,), {"from": list(shape or ()), "to": to})
-        if any(size < 0 for size in to) or not fits(step, [shape]):
-            troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, which {rule.args['shape']} does not hold")
-        else:
+        if _is_possible(step, [shape]):
             steps.append(step)
+        else:
+            troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, which {rule.args['shape']} does not hold")
     return steps
 
 
 def _plan_split(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
     steps = []
     pattern = segments.compiled(rule.args[rule.kind])
+    into = [segments.replacement(name, pattern.captures) for name in rule.args["into"]]
+    dim, heads, parts = rule.args.get("dim", 0), rule.args.get("heads"), len(into)
     for key, shape in current.items():
-        found = captured(pattern, key.split(".")) if key.count(".") == len(pattern) - 1 else None
-        if found is None:
+        if pattern.captured(key) is None:
             continue
-        into = tuple(filled(name, *found) for name in rule.args["into"])
-        dim, parts = rule.args.get("dim", 0), len(into)
-        size = shape[dim] if shape is not None and -len(shape) <= dim < len(shape) else None
-        sizes = rule.args.get("sizes")
-        if rule.kind == "chunk":
-            heads = rule.args["heads"]
-            args = {"dim": dim, "heads": heads, "parts": parts}
-            even = size is not None and size % (heads * parts) == 0
+        args: dict[str, Any] = {"dim": _from_front(dim, shape)}
+        if heads is None:
+            size = sum(_sizes([shape], args["dim"]))
+            even = [size // parts] * parts if size % parts == 0 else []
+            args["sizes"] = rule.args.get("sizes", even)
         else:
-            if sizes is None and size is not None and size % parts == 0:
-                sizes = [size // parts] * parts
-            args = {"dim": dim, "sizes": sizes}
-            even = sizes is not None and len(sizes) == parts and sum(sizes) == size and min(sizes) >= 0
-        if not even or shape is None:
-            what = f"{rule.args['heads']} heads of {parts}" if rule.kind == "chunk" else f"{sizes or parts} pieces"
+            args |= {"heads": heads, "parts": parts}
+        step = Step(rule.kind, (key,), tuple(pattern.substitute(name, key) for name in into), args)
+        if _is_possible(step, [shape]):
+            steps.append(step)
+        else:
+            what = f"{rule.args.get('sizes', parts)} pieces" if heads is None else f"{heads} heads of {parts}"
             troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, dim {dim} is not {what}")
-        else:
-            args["dim"] = dim % len(shape)
-            steps.append(Step(rule.kind, (key,), into, args))
     return steps
 
 
 def _plan_cat(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
-    """Puts together the keys that share what the names in the list capture."""
+    """Puts together the keys that agree in what the names in the rule's list capture."""
     patterns = [segments.compiled(name) for name in rule.args[rule.kind]]
-    groups: dict[object, dict[int, tuple[str, Any]]] = {}
+    into = segments.replacement(rule.args["into"], patterns[0].captures)
+    dim, heads = rule.args.get("dim", 0), rule.args.get("heads")
+    groups: dict[object, dict[int, str]] = {}
     for key in current:
         for number, pattern in enumerate(patterns):
-            found = captured(pattern, key.split(".")) if key.count(".") == len(pattern) - 1 else None
-            if found is not None:
-                identity = (tuple(found[0]), tuple(sorted(found[1].items())))
-                groups.setdefault(identity, {})[number] = (key, found)
+            captured = pattern.captured(key)
+            if captured is not None:
+                pairs = sorted(zip(pattern.captures, captured, strict=True), key=itemgetter(0))
+                groups.setdefault(tuple(pairs), {})[number] = key
     steps = []
     for members in groups.values():
-        keys = [members[number][0] for number in sorted(members)]
-        if len(members) < len(patterns):
+        keys = [members[number] for number in sorted(members)]
+        shapes = [current[key] for key in keys]
+        if len(keys) < len(patterns):
             troubles.append(f"{rule.text}: only {', '.join(keys)} of {len(patterns)} are there")
             continue
         if len(set(keys)) < len(keys):
             troubles.append(f"{rule.text}: {keys[0]} cannot be put together with itself")
             continue
-        into = filled(rule.args["into"], *members[0][1])
-        dim = rule.args.get("dim", 0)
-        shapes = [current[key] for key in keys]
-        if any(shape is None or not -len(shape) <= dim < len(shape) for shape in shapes):
-            troubles.append(f"{rule.text}: {', '.join(keys)} cannot be put together along dim {dim}")
-            continue
-        solid = [shape for shape in shapes if shape is not None]
-        dim %= len(solid[0])
-        if len({(*shape[:dim], *shape[dim + 1 :]) for shape in solid}) > 1:
-            troubles.append(f"{rule.text}: {', '.join(keys)} have shapes {', '.join(map(_dims, shapes))}")
-            continue
-        args: dict[str, Any] = {"dim": dim, "sizes": [shape[dim] for shape in solid]}
-        if rule.kind == "weave":
-            args = {"dim": dim, "heads": rule.args["heads"], "parts": len(keys)}
-            if len(set(solid)) > 1 or solid[0][dim] % rule.args["heads"]:
-                troubles.append(f"{rule.text}: {', '.join(keys)} are not {rule.args['heads']} heads each")
-                continue
-        steps.append(Step(rule.kind, tuple(keys), (into,), args))
+        args: dict[str, Any] = {"dim": _from_front(dim, shapes[0])}
+        args |= {"sizes": _sizes(shapes, args["dim"])} if heads is None else {"heads": heads, "parts": len(keys)}
+        step = Step(rule.kind, tuple(keys), (patterns[0].substitute(into, keys[0]),), args)
+        if _is_possible(step, shapes):
+            steps.append(step)
+        else:
+            what = f"dim {dim}" if heads is None else f"dim {dim} in {heads} heads each"
+            shown = ", ".join(map(_dims, shapes))
+            troubles.append(f"{rule.text}: {', '.join(keys)} have shapes {shown}: they do not fit along {what}")
     return steps
+
+
+def _from_front(dim: int, shape: Shape | None) -> int:
+    """Returns a dimension counted from the front; as it is where the shape has no such dimension."""
+    return dim + len(shape) if shape and -len(shape) <= dim < 0 else dim
+
+
+def _sizes(shapes: Sequence[Shape | None], dim: int) -> list[int]:
+    """Returns the size of each shape along ``dim``; none for a shape without that dimension."""
+    return [shape[dim] for shape in shapes if shape and 0 <= dim < len(shape)]
+
+
+def _is_possible(step: Step, shapes: Sequence[Shape | None]) -> bool:
+    return is_sound(step) and fits(step, shapes)
 
 
 def _dims(shape: Shape | None) -> str:
@@ -354,12 +354,9 @@ def _dims(shape: Shape | None) -> str:
 
 _PLANNERS: Mapping[str, Planner] = {
     **dict.fromkeys(("strip_prefix", "add_prefix", "rename", "sub"), _plan_rename),
+    **dict.fromkeys(("transpose", "permute"), _plan_permute),
+    **dict.fromkeys(("split", "chunk"), _plan_split),
+    **dict.fromkeys(("cat", "weave"), _plan_cat),
     "drop": _plan_drop,
-    "transpose": _plan_permute,
-    "permute": _plan_permute,
     "reshape": _plan_reshape,
-    "split": _plan_split,
-    "chunk": _plan_split,
-    "cat": _plan_cat,
-    "weave": _plan_cat,
 }

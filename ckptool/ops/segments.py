@@ -1,216 +1,160 @@
-"""Names by whole segments: patterns with ``{i}`` and ``*``, what these capture, and tables of names."""
+"""Patterns for whole segments of keys: ``{i}`` and ``*``, what these capture, and tables of old and new names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptool.errors import UsageError
 from ckptool.ops.steps import Step
 
-Pattern = list[re.Pattern[str]]
-"""The regular expression of each segment."""
+_CAPTURE = re.compile(r"(\*|\{\w+\})")
 
-_Line = tuple[int, Pattern, tuple[re.Pattern[str], str] | None]
-"""A line of a table: its number, its pattern, and what `_simple` makes of it."""
 
-_CAPTURE = r"\*|\{\w+\}"
+class Pattern(NamedTuple):
+    """The regular expression for consecutive segments of a key, each with a "." after it (the last one too).
+
+    ``captures``: what each group of ``regex`` stands for, ``*`` or ``{name}``. ``literal``: the longest text that
+    every key which matches contains; looking for it first is faster than the regular expression.
+    """
+
+    regex: re.Pattern[str]
+    captures: Sequence[str]
+    literal: str
+
+    def captured(self, key: str) -> tuple[str, ...] | None:
+        """Returns what each capture stands for in a key of which all segments match; None for any other key."""
+        match = self.regex.fullmatch(f"{key}.") if self.literal in key else None
+        return None if match is None else match.groups()
+
+    def substitute(self, replacement: str, key: str) -> str:
+        """Returns a key with a `replacement` for each run of segments that matches."""
+        return self.regex.sub(replacement, f"{key}.")[:-1]
+
+
+@lru_cache(maxsize=512)
+def compiled(text: str) -> Pattern:
+    """Returns the pattern in which ``*`` and ``{name}`` each stand for one or more characters of one segment.
+
+    A name that was captured before stands for the same text. Raises: UsageError for a name twice in one segment.
+    """
+    captures: list[str] = []
+    regex = r"(?<![^.])"
+    for segment in text.split("."):
+        first = len(captures)
+        regex += "(?>"  # atomic: else a long key could be matched in a great number of ways, tried one after the other
+        for number, piece in enumerate(_CAPTURE.split(segment)):
+            if number % 2 == 0:
+                regex += re.escape(piece)
+            elif piece == "*" or piece not in captures:
+                captures.append(piece)
+                regex += f"(?P<c{len(captures)}>[^.]+)"
+            elif piece in captures[first:]:
+                raise UsageError(f"{text!r}: {piece} is in one segment twice")
+            else:
+                regex += f"(?P=c{captures.index(piece) + 1})"
+        regex += r"\.)"
+    literals = (part for piece in _CAPTURE.split(text)[::2] for part in piece.split("."))
+    return Pattern(re.compile(regex), captures, max(literals, key=len))
+
+
+def replacement(new: str, captures: Sequence[str]) -> str:
+    """Returns what `Pattern.substitute` puts in place of a match: ``new``, with what was captured filled in.
+
+    Raises: UsageError if ``new`` has other captures than those.
+    """
+    stars = (number for number, capture in enumerate(captures, 1) if capture == "*")
+
+    def group(match: re.Match[str]) -> str:
+        same = (number for number, capture in enumerate(captures, 1) if capture == match[0])
+        number = next(stars if match[0] == "*" else same, None)
+        if number is None:
+            what = "more *" if match[0] == "*" else match[0]
+            raise UsageError(f"the new name {new!r} has {what}, which the old name has not")
+        return f"\\g<{number}>"
+
+    return _CAPTURE.sub(group, new.replace("\\", "\\\\")) + "." if new else ""
 
 
 def renamer(old: str, new: str) -> Callable[[str], str]:
-    """Returns the function from a key to its name with every run of whole segments that fits ``old`` made ``new``."""
-    literal = max(_compiled(old)[1], key=len)
-    simple = _simple(old, new)
-    if simple is None:
-        return lambda key: _by_segments(old, new, key) if literal in key else key
-    substitute, template = simple[0].sub, simple[1]
-    return lambda key: substitute(template, key) if literal in key else key
+    """Returns the function from a key to the key with every run of whole segments that matches ``old`` made ``new``.
+
+    Raises: UsageError if ``new`` has captures that ``old`` has not.
+    """
+    pattern = compiled(old)
+    substitute, literal, filled = pattern.regex.sub, pattern.literal, replacement(new, pattern.captures)
+    return lambda key: substitute(filled, f"{key}.")[:-1] if literal in key else key
+
+
+class _Line(NamedTuple):
+    """A line of a table with captures: its number, the pattern of the old name, `replacement` (None: drop the key)."""
+
+    number: int
+    old: Pattern
+    new: str | None
 
 
 class Table:
-    """A table of old to new names, each key looked up once: names may be swapped, and no line sees what another made.
+    """A table of old to new names. Each key is looked up once, so names may be swapped.
 
     ``{}``, ``{name}`` and ``*`` stand for one segment, or part of one; None for a new name drops the key. A name
-    spelled out goes before a pattern, and of patterns the first that fits. Lines cost nothing per key: patterns are
-    found by the segments that they spell out. Raises: UsageError for what is no such table.
+    without captures goes before a pattern, and of patterns the first that matches. The cost per key does not grow
+    with the number of lines: the segments without captures are looked up in a dict.
+    Raises: UsageError for what is no such table.
     """
 
     def __init__(self, lines: Mapping[Any, Any]) -> None:
         self.texts: list[str] = []
-        self._old: list[str] = []
-        self._new: list[str | None] = []
-        self._exact: dict[str, int] = {}
-        # number of segments -> positions of those spelled out -> these segments -> lines
+        self._exact: dict[str, tuple[int, str | None]] = {}
+        # number of segments -> positions of those without captures -> these segments -> lines
         self._frames: dict[int, dict[tuple[int, ...], dict[tuple[str, ...], list[_Line]]]] = {}
         for old, new in lines.items():
-            self._add(old, new)
+            if not isinstance(old, str) or not old or not (new is None or isinstance(new, str)):
+                raise UsageError(f"the table maps {old!r} to {new!r}, which is no name")
+            self._add(old.replace("{}", "*"), None if new is None else new.replace("{}", "*"))
+            self.texts.append(f"drop {old}" if new is None else f"rename {old} -> {new}")
 
-    def _add(self, old: Any, new: Any) -> None:
-        if not isinstance(old, str) or not old or not (new is None or isinstance(new, str)):
-            raise UsageError(f"the table maps {old!r} to {new!r}, which is no name")
-        number = len(self.texts)
-        self.texts.append(f"drop {old}" if new is None else f"rename {old} -> {new}")
-        self._old.append(old.replace("{}", "*"))
-        self._new.append(new and new.replace("{}", "*"))
-        _refuse_unknown(self._old[-1], self._new[-1] or "")
-        parts = self._old[-1].split(".")
-        places = tuple(at for at, part in enumerate(parts) if not re.search(_CAPTURE, part))
-        if len(places) == len(parts):
-            self._exact[self._old[-1]] = number
-        else:
-            frame = self._frames.setdefault(len(parts), {}).setdefault(places, {})
-            line = number, compiled(self._old[-1]), _simple(self._old[-1], self._new[-1] or "")
-            frame.setdefault(tuple(parts[at] for at in places), []).append(line)
+    def _add(self, old: str, new: str | None) -> None:
+        number, parts = len(self.texts), old.split(".")
+        positions = tuple(at for at, part in enumerate(parts) if not _CAPTURE.search(part))
+        if len(positions) == len(parts):
+            replacement(new or "", ())
+            self._exact[old] = number, new
+            return
+        pattern = compiled(old)
+        line = _Line(number, pattern, None if new is None else replacement(new, pattern.captures))
+        frame = self._frames.setdefault(len(parts), {}).setdefault(positions, {})
+        frame.setdefault(tuple(parts[at] for at in positions), []).append(line)
 
     def plan(self, keys: Iterable[str]) -> tuple[list[Step], list[str]]:
-        """Returns (the steps for these keys, the lines that fit none of them)."""
+        """Returns (the steps for these keys, the lines that match none of them)."""
         used: set[int] = set()
-        gone, old, new = [], [], []
+        dropped, old, new = [], [], []
         for key in keys:
-            number, made = self._look_up(key)
-            if number is None:
+            found = self._exact.get(key) or self._look_up(key)
+            if found is None:
                 continue
-            used.add(number)
-            if made is None:
-                gone.append(key)
-            elif made != key:
+            used.add(found[0])
+            if found[1] is None:
+                dropped.append(key)
+            elif found[1] != key:
                 old.append(key)
-                new.append(made)
-        steps = [Step("drop", tuple(gone))] if gone else []
+                new.append(found[1])
+        steps = [Step("drop", tuple(dropped))] if dropped else []
         steps += [Step("rename", tuple(old), tuple(new))] if old else []
         return steps, [text for number, text in enumerate(self.texts) if number not in used]
 
-    def _look_up(self, key: str) -> tuple[int | None, str | None]:
-        """Returns (the line that a key fits, what it makes of the key); (None, None) if it fits none."""
-        exact = self._exact.get(key)
-        if exact is not None:
-            return exact, self._new[exact]
+    def _look_up(self, key: str) -> tuple[int, str | None] | None:
+        """Returns (number of the first line with captures that matches a key, the new name); None if none does."""
         if not self._frames:
-            return None, None
+            return None
         parts = key.split(".")
         likely: list[_Line] = []
-        for places, frame in self._frames.get(len(parts), {}).items():
-            likely += frame.get(tuple([parts[at] for at in places]), ())
-        for number, pattern, simple in sorted(likely, key=lambda line: line[0]) if len(likely) > 1 else likely:
-            new = self._new[number]
-            if simple is not None and new is not None:
-                if simple[0].fullmatch(key):
-                    return number, simple[0].sub(simple[1], key)
-                continue
-            found = captured(pattern, parts)
-            if found is not None:
-                return number, None if new is None else filled(new, *found)
-        return None, None
-
-
-def _refuse_unknown(old: str, new: str) -> None:
-    """Raises UsageError for a new name that has captures which the old one has not."""
-    have = re.findall(_CAPTURE, old)
-    filled(new, ["x"] * have.count("*"), {name[1:-1]: "x" for name in have if name != "*"})
-
-
-@lru_cache(maxsize=512)
-def _simple(old: str, new: str) -> tuple[re.Pattern[str], str] | None:
-    """Returns (regular expression, replacement) that do what `_by_segments` does; None where none does.
-
-    That is where a segment could be captured in more than one way, or a run of segments is taken out.
-    """
-    segments = old.split(".")
-    captures = [re.findall(_CAPTURE, segment) for segment in segments]
-    found = [capture for some in captures for capture in some]
-    named = [capture for capture in found if capture != "*"]
-    if not new or max(map(len, captures)) > 1 or len(set(named)) < len(named):
+        for positions, frame in self._frames.get(len(parts), {}).items():
+            likely += frame.get(tuple([parts[at] for at in positions]), ())
+        for number, old, new in sorted(likely) if len(likely) > 1 else likely:
+            if old.captured(key) is not None:
+                return number, None if new is None else old.substitute(new, key)
         return None
-    numbers = {capture: number for number, capture in enumerate(found, 1) if capture != "*"}
-    stars = [number for number, capture in enumerate(found, 1) if capture == "*"]
-    wanted = re.findall(_CAPTURE, new)
-    if wanted.count("*") > len(stars) or any(name not in numbers for name in wanted if name != "*"):
-        return None  # `filled` says what is wrong, where a key fits
-    upcoming = iter(stars)
-    template = re.sub(
-        _CAPTURE,
-        lambda match: f"\\g<{next(upcoming) if match[0] == '*' else numbers[match[0]]}>",
-        new.replace("\\", "\\\\"),
-    )
-    regex = r"\.".join(_segment(segment).pattern for segment in segments)
-    return re.compile(rf"(?<![^.]){regex}(?![^.])"), template
-
-
-def _by_segments(old: str, new: str, key: str) -> str:
-    """Returns a key with every run of whole segments that fits ``old`` replaced by ``new``."""
-    pattern, literals = _compiled(old)
-    if not all(part in key for part in literals):
-        return key
-    segments = key.split(".")
-    made: list[str] = []
-    position = 0
-    while position < len(segments):
-        found = captured(pattern, segments[position : position + len(pattern)])
-        if found is None:
-            made.append(segments[position])
-            position += 1
-        else:
-            text = filled(new, *found)
-            made += text.split(".") if text else []
-            position += len(pattern)
-    return ".".join(made)
-
-
-def compiled(text: str) -> Pattern:
-    """Returns the pattern of each segment. Raises: UsageError for a name twice in one segment."""
-    return [_segment(part) for part in text.split(".")]
-
-
-@lru_cache(maxsize=512)
-def _compiled(text: str) -> tuple[Pattern, list[str]]:
-    """Returns (the pattern of each segment, texts that a key must contain to fit at all)."""
-    return compiled(text), re.split(rf"{_CAPTURE}|\.", text)
-
-
-def _segment(text: str) -> re.Pattern[str]:
-    """Returns the pattern of one segment, in which ``*`` and ``{name}`` each capture one or more characters."""
-    pieces = re.split(rf"({_CAPTURE})", text)
-    regex = "".join(
-        "([^.]+)" if piece == "*" else f"(?P<_{piece[1:-1]}>[^.]+)" if piece.startswith("{") else re.escape(piece)
-        for piece in pieces
-    )
-    try:
-        return re.compile(regex)
-    except re.error as error:
-        raise UsageError(f"{text!r}: {error}") from error
-
-
-def captured(pattern: Pattern, segments: Sequence[str]) -> tuple[list[str], dict[str, str]] | None:
-    """Returns (what each ``*`` stands for, what each name stands for), or None if the segments do not fit."""
-    if len(segments) < len(pattern):
-        return None
-    stars: list[str] = []
-    named: dict[str, str] = {}
-    for one, segment in zip(pattern, segments, strict=True):
-        match = one.fullmatch(segment)
-        if match is None:
-            return None
-        positions = set(one.groupindex.values())
-        stars += [text for number, text in enumerate(match.groups(), 1) if number not in positions]
-        for name, text in match.groupdict().items():
-            if named.setdefault(name[1:], text) != text:
-                return None
-    return stars, named
-
-
-def filled(template: str, stars: Sequence[str], named: Mapping[str, str]) -> str:
-    """Returns a name with what was captured in place of its ``*`` and ``{name}``. Raises: UsageError for others."""
-    left = list(stars)
-
-    def fill(match: re.Match[str]) -> str:
-        if match[0] == "*":
-            if not left:
-                raise UsageError(f"{template!r} has more * than what it renames")
-            return left.pop(0)
-        if match[0][1:-1] not in named:
-            raise UsageError(f"{template!r} has {match[0]}, which what it renames has not")
-        return named[match[0][1:-1]]
-
-    return re.sub(_CAPTURE, fill, template)
