@@ -7,8 +7,8 @@ it is written, from a closed set of operations; an `Opaque` one is a tensor that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
@@ -263,6 +263,20 @@ class TensorInfo(Leaf):
         conj = (self.extras.conj, self.extras.neg) if self.extras else (False, False)
         return id(self.source), self.dtype, self.shape, self.stride, self.storage_offset, conj
 
+    def strided(self, shape: Sequence[int], stride: Sequence[int], skip: int = 0) -> TensorInfo:
+        """Returns a view as `torch.as_strided` does, ``skip`` elements behind this tensor's own offset."""
+        offset = self.storage_offset + skip
+        return replace(self, shape=tuple(shape), stride=tuple(stride), storage_offset=offset)
+
+    def narrow(self, dim: int, start: int, length: int) -> TensorInfo:
+        """Returns a view of some indices of one dimension, as `torch.narrow` does."""
+        shape = self.shape or ()
+        return self.strided((*shape[:dim], length, *shape[dim + 1 :]), self.stride, start * self.stride[dim])
+
+    def copied(self, shape: tuple[int, ...] | None = None) -> TensorInfo:
+        """Returns the elements in C order in storage of their own, under another shape if one is given."""
+        return lazy(self.dtype, shape if shape is not None else self.shape or (), Derived("copy", (self,)))
+
 
 def is_countable(shape: tuple[int, ...]) -> bool:
     """Returns whether a shape is within `MAX_DIMS` and `MAX_NUMEL`; cheap for any sizes that are not negative."""
@@ -286,6 +300,18 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
         stride.append(step)
         step *= max(size, 1)
     return tuple(reversed(stride))
+
+
+def lazy(dtype: str, shape: tuple[int, ...], source: Derived) -> TensorInfo:
+    """Returns the tensor whose values a `Derived` computes: C order, storage of its own."""
+    return TensorInfo(dtype, shape, contiguous_stride(shape), 0, source)
+
+
+def cat(tensors: Sequence[TensorInfo], dim: int) -> TensorInfo:
+    """Returns tensors joined along a dimension, as `torch.cat` does."""
+    first = tensors[0].shape or ()
+    shape = (*first[:dim], sum((tensor.shape or ())[dim] for tensor in tensors), *first[dim + 1 :])
+    return lazy(tensors[0].dtype, shape, Derived("cat", tuple(tensors), dim))
 
 
 FORMS = 256

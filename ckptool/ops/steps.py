@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Derived, Opaque, TensorInfo, contiguous_stride, is_countable
+from ckptool.core.tensor import Opaque, TensorInfo, cat, is_countable
 from ckptool.errors import UnsupportedError, UsageError
 
 Shape = tuple[int, ...]
@@ -276,24 +276,23 @@ def _views(step: Step, inputs: Sequence[TensorInfo]) -> list[TensorInfo]:
     first, args = inputs[0], step.args
     shape = first.shape or ()
     if step.op == "permute":
-        return [_own(_view(first, [shape[a] for a in args["dims"]], [first.stride[a] for a in args["dims"]]))]
+        return [first.strided([shape[a] for a in args["dims"]], [first.stride[a] for a in args["dims"]]).copied()]
     if step.op == "reshape":
-        return [_own(first, tuple(args["to"]))]
+        return [first.copied(tuple(args["to"]))]
     dim = args["dim"]
     if step.op == "split":
         pieces, start = [], 0
         for size in args["sizes"]:
-            cut = [*shape[:dim], size, *shape[dim + 1 :]]
-            pieces.append(_own(_view(first, cut, first.stride, start * first.stride[dim])))
+            pieces.append(first.narrow(dim, start, size).copied())
             start += size
         return pieces
     if step.op == "cat":
-        return [_cat(inputs, dim)]
+        return [cat(inputs, dim)]
     if step.op == "chunk":
         return _chunks(first, dim, args["heads"], args["parts"])
     by_head = (*shape[:dim], args["heads"], shape[dim] // args["heads"], *shape[dim + 1 :])
-    woven = _cat([_own(tensor, by_head) for tensor in inputs], dim + 1)
-    return [_own(woven, (*shape[:dim], shape[dim] * args["parts"], *shape[dim + 1 :]))]
+    woven = cat([tensor.copied(by_head) for tensor in inputs], dim + 1)
+    return [woven.copied((*shape[:dim], shape[dim] * args["parts"], *shape[dim + 1 :]))]
 
 
 def _chunks(tensor: TensorInfo, dim: int, heads: int, parts: int) -> list[TensorInfo]:
@@ -302,22 +301,4 @@ def _chunks(tensor: TensorInfo, dim: int, heads: int, parts: int) -> list[Tensor
     cut = [*shape[:dim], heads, rest, *shape[dim + 1 :]]
     stride = [*tensor.stride[:dim], parts * rest * step, step, *tensor.stride[dim + 1 :]]
     flat = (*shape[:dim], heads * rest, *shape[dim + 1 :])
-    return [_own(_view(tensor, cut, stride, number * rest * step), flat) for number in range(parts)]
-
-
-def _view(tensor: TensorInfo, shape: Sequence[int], stride: Sequence[int], offset: int = 0) -> TensorInfo:
-    return replace(tensor, shape=tuple(shape), stride=tuple(stride), storage_offset=tensor.storage_offset + offset)
-
-
-def _own(tensor: TensorInfo, shape: tuple[int, ...] | None = None) -> TensorInfo:
-    """Returns a tensor's elements in C order in memory of their own, under another shape if one is given."""
-    shape = shape if shape is not None else tensor.shape or ()
-    return TensorInfo(tensor.dtype, shape, contiguous_stride(shape), 0, Derived("copy", (tensor,)))
-
-
-def _cat(inputs: Sequence[TensorInfo], dim: int) -> TensorInfo:
-    shape = inputs[0].shape or ()
-    total = sum((tensor.shape or ())[dim] for tensor in inputs)
-    whole = (*shape[:dim], total, *shape[dim + 1 :])
-    source = Derived("cat", tuple(inputs), dim)
-    return TensorInfo(inputs[0].dtype, whole, contiguous_stride(whole), 0, source)
+    return [tensor.strided(cut, stride, number * rest * step).copied(flat) for number in range(parts)]
