@@ -137,7 +137,8 @@ class LoadPartialReport:
         mode, unless they are put in eval mode. Raises: UsageError before touching any.
         """
         if specs or not self.frozen:
-            found = handover.freeze_of_model(model, specs or ["loaded"], handover.names_of(model, self.loaded))
+            parameters, loaded = handover.live_parameters(model), handover.names_of(model, self.loaded)
+            found = handover.frozen(specs or ["loaded"], parameters, loaded, live=True)
         else:
             found = handover.names_of(model, self.frozen) or self.frozen
         self.frozen[:] = handover.freeze_model(model, found)
