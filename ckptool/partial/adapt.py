@@ -64,7 +64,7 @@ class Adapting:
     def file(self, path: str) -> Any:
         """Returns the content of a file."""
         if self._read is None:
-            raise UsageError(f"{path}: there is nobody to read it")
+            raise UsageError(f"{path}: it cannot be read without a function `read`")
         if path not in self._files:
             self._files[path] = self._read(path)
         return self._files[path]
@@ -144,13 +144,29 @@ class _Adaptation:
             self.refuse("the target is on meta and has no values to keep: name another fill")
         return self.target
 
-    def mean_row(self) -> TensorInfo:
-        return self.computed("mean", self.source, (1, *self.old[1:]))
+    def mean(self, dim: int) -> TensorInfo:
+        """Returns the mean of the source along a dimension, which then has size 1."""
+        shape = (*self.old[:dim], 1, *self.old[dim + 1 :])
+        if dim == 0:
+            return self.computed("mean", self.source, shape)
+        mix = Mix((tuple((index, 1.0) for index in range(self.old[dim])),), float(self.old[dim]))
+        return self.computed("mix", self.source, shape, dim, mix)
+
+    def filling(self, dim: int, start: int, count: int) -> TensorInfo:
+        """Returns the values for ``count`` indices of a dimension from ``start``, for which the source has none."""
+        if self.fill == "keep":
+            return self.kept().narrow(dim, start, count)
+        shape = (*self.new[:dim], count, *self.new[dim + 1 :])
+        if self.fill == "zero":
+            return self.zeros(shape)
+        mean = self.mean(dim)
+        return mean.strided(shape, (*mean.stride[:dim], 0, *mean.stride[dim + 1 :]))
 
     def same_rank(self, least: int = 0) -> None:
         """Refuses shapes of different numbers of dimensions, or of fewer than ``least``."""
         if len(self.old) != len(self.new) or len(self.old) < least:
-            self.refuse("it takes two of the same number of dimensions" + (f", {least} or more" if least > 1 else ""))
+            more = f", {least} or more" if least > 1 else ""
+            self.refuse(f"source and target must have the same number of dimensions{more}")
 
     def only_changes(self, dim: int) -> None:
         """Refuses shapes that differ in another dimension than ``dim``."""
@@ -172,7 +188,7 @@ class _Adaptation:
             common = min(self.old[0], count)
             parts = [self.cast(self.source.narrow(0, 0, common))]
             if common < count:
-                parts.append(self.filling(common, count))
+                parts.append(self.filling(0, common, count - common))
             detail = f"rows 0 to {common - 1} from the source" + self.filled(count - common)
             return _joined(parts, 0), detail + (
                 f", {self.old[0] - common} of its rows left out" * (common < self.old[0])
@@ -188,7 +204,7 @@ class _Adaptation:
         if left and self.fill == "zero":
             self.zeros((1, *self.new[1:]))
         elif left:
-            inputs.append(self.kept() if self.fill == "keep" else self.mean_row())
+            inputs.append(self.kept() if self.fill == "keep" else self.mean(0))
             filler = 1
         tensor = self.picked(inputs, picks, (filler, self.fill == "keep"), self.target.dtype)
         detail = f"{count - left} rows from the source {'by token' if self.adapter.get('tokens') else 'as selected'}"
@@ -210,16 +226,6 @@ class _Adaptation:
             old, new = (vocabulary.tokens(self.file(path), path) for path in paths)
             return vocabulary.matched(old, new, self.old[0], self.new[0], *paths)
         return None
-
-    def filling(self, start: int, stop: int) -> TensorInfo:
-        """Returns the values of the rows ``start`` to ``stop``, for which the source has none."""
-        if self.fill == "keep":
-            return self.kept().narrow(0, start, stop - start)
-        shape = (stop - start, *self.new[1:])
-        if self.fill == "zero":
-            return self.zeros(shape)
-        row = self.mean_row()
-        return replace(row, shape=shape, stride=(0, *row.stride[1:]))
 
     def filled(self, count: int) -> str:
         return f", {count} {self.filler('rows')}" if count else ""
@@ -307,18 +313,10 @@ class _Adaptation:
             self.refuse(f"the map names channel {max(chosen)}, the source has 0 to {self.old[1] - 1}")
         if max(chosen) < 0:
             self.refuse("the map takes nothing from the source")
-        one = (self.old[0], 1, *self.old[2:])
-        parts = []
-        for number, channel in enumerate(chosen):
-            if channel >= 0:
-                parts.append(self.cast(self.source.narrow(1, channel, 1)))
-            elif self.fill == "keep":
-                parts.append(self.kept().narrow(1, number, 1))
-            elif self.fill == "zero":
-                parts.append(self.zeros(one))
-            else:
-                mix = Mix((tuple((old, 1.0) for old in range(self.old[1])),), float(self.old[1]))
-                parts.append(self.computed("mix", self.source, one, 1, mix))
+        parts = [
+            self.cast(self.source.narrow(1, channel, 1)) if channel >= 0 else self.filling(1, number, 1)
+            for number, channel in enumerate(chosen)
+        ]
         channels = ",".join("-" if channel < 0 else str(channel) for channel in chosen)
         return _joined(parts, 1), f"channels {channels}" + (f"; - is {self.filler('channels')}" if -1 in chosen else "")
 

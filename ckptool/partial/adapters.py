@@ -34,13 +34,13 @@ class Adapter:
         return bool({"select", "tokens", "to", "map"} & {name for name, _ in self.options})
 
 
-def _one_of(*words: str) -> tuple[str, Callable[[str], Any]]:
+def _one_of(*names: str) -> tuple[str, Callable[[str], Any]]:
     def check(text: str) -> str:
-        if text not in words:
+        if text not in names:
             raise ValueError
         return text
 
-    return "|".join(words), check
+    return "|".join(names), check
 
 
 def _size(text: str) -> Shape:
@@ -131,7 +131,7 @@ def parse(text: str) -> Adapter:
     if len({"select", "tokens"} & options.keys()) > 1 or len({"", "map"} & options.keys()) > 1:
         raise UsageError(f"{text!r}: {' and '.join(option or 'a method' for option in options)} exclude each other")
     if name == "in-chans" and "fill" in options and "map" not in options:
-        raise UsageError(f"{text!r}: fill goes with map, whose - it stands for")
+        raise UsageError(f"{text!r}: fill needs map: it fills the channels marked -")
     if options.get("mode") == "linear" and {"grid", "window", "to", "antialias", "layout"} & options.keys():
         raise UsageError(f"{text!r}: mode=linear is along one line, without a grid and without antialias")
     return Adapter(name, text, tuple(options.items()))

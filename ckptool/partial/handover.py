@@ -292,8 +292,8 @@ def names_of(model: Any, keys: Collection[str]) -> list[str]:
     own = dict(model.named_parameters(remove_duplicate=False))
     wanted = {unwrapped(key) for key in keys}
     state = model.state_dict(keep_vars=True)
-    meant = {id(value) for key, value in state.items() if unwrapped(key) in wanted}
-    return [name for name, value in own.items() if id(value) in meant or unwrapped(name) in wanted]
+    values = {id(value) for key, value in state.items() if unwrapped(key) in wanted}
+    return [name for name, value in own.items() if id(value) in values or unwrapped(name) in wanted]
 
 
 def moving_of_model(model: Any) -> list[str]:
