@@ -387,13 +387,13 @@ def plan_partial(
     for checkpoint in (opened, into):
         if checkpoint is not None:
             checkpoint.require_whole()
-    wishes = op.Wishes(
+    options = op.Options(
         [(pattern, adapters.parse(text)) for pattern, text in _pairs(adapt)], _pairs(init), _texts(init_preset), seed,
         _texts(freeze), new_lr_mult, weight_decay, optimizer, include, exclude, strip_prefix, add_prefix,
     )  # fmt: skip
     with Files() as files:
         planned, report = op.load_partial(
-            opened, into, wishes, same=partial(same_bytes, files=files), read=read_object, classes=classes,
+            opened, into, options, same=partial(same_bytes, files=files), read=read_object, classes=classes,
             origins=origins,
         )  # fmt: skip
     if classes is not None:

@@ -19,14 +19,18 @@ from torch.nn import functional
 from ckptool.api import open as open_checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.io.source import Files
-from ckptool.partial.adapt import adapt
-from ckptool.partial.adapters import parse
+from ckptool.partial.adapt import Adapted, Adapting
+from ckptool.partial.adapters import Adapter, parse
 from ckptool.values import adapt as adapted
 from ckptool.values import blocks as data
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def adapt(adapter: Adapter, source: TensorInfo, target: TensorInfo, key: str, read: Any = None) -> Adapted:
+    return Adapting(read).adapt(adapter, source, target, key)
 
 
 def plan(text: str, source: torch.Tensor, target: torch.Tensor, read: Any = adapted.read_object) -> TensorInfo:

@@ -1,7 +1,7 @@
-"""Tensors of the target's shape made of the source's values: what `--adapt KEYGLOB=ADAPTER` may name.
+"""Tensors of the target's shape, made from the source's values: the adapters of `--adapt KEYGLOB=ADAPTER`.
 
-Nothing is computed here: the result is a view, a copy or a `Derived` that `ckptool.values.adapt` works out while it is
-written. Each adapter says what it decided; what it would have to guess it refuses, naming the option that tells it.
+Nothing is computed here. The result is a `Derived` tensor, which `ckptool.values.adapt` computes while it is written.
+Each adapter reports what it decided, and refuses an ambiguous case with the option that resolves it.
 """
 
 from __future__ import annotations
@@ -31,26 +31,29 @@ from ckptool.core.tensor import (
 )
 from ckptool.errors import UnsupportedError, UsageError
 from ckptool.partial import grids, vocabulary
-from ckptool.partial.adapters import Adapter
+from ckptool.partial.adapters import Adapter, Unclear
 
 Shape = tuple[int, ...]
 
 Read = Callable[[str], Any]
-"""Gives what a file named in an adapter holds: the value if it is JSON, else its text (see `adapted.read_object`)."""
+"""Returns the content of a file that an adapter names: the value if it is JSON, else the text."""
 
 COMPUTED = frozenset({"float64", "float32", "float16", "bfloat16"})
-"""Dtypes that are computed with. Any other is copied, or refused."""
+"""Dtypes that adapters can calculate with. Values of any other dtype can only be copied."""
 
 
 class Adapted(NamedTuple):
-    """A tensor of the target's shape and dtype, and for people what was decided."""
+    """A tensor of the target's shape and dtype, and a description of what was decided."""
 
     tensor: TensorInfo
     detail: str
 
 
 class Adapting:
-    """Adapts one tensor after another; the same adaptation of the same memory stays one memory (tied weights)."""
+    """Adapts tensors one by one; the same adapter on the same source and target gives the same storage (tied weights).
+
+    ``read`` returns the content of a file that an adapter names; each file is read once.
+    """
 
     def __init__(self, read: Read | None = None) -> None:
         self._read = read
@@ -58,48 +61,42 @@ class Adapting:
         self._made: dict[object, tuple[Adapted, TensorInfo, TensorInfo]] = {}
 
     def adapt(self, adapter: Adapter, source: TensorInfo, target: TensorInfo, key: str) -> Adapted:
-        """Returns the source's values in the target's shape, dtype and place; reads no tensor data.
+        """Returns the source's values with the target's shape, dtype and device; reads no tensor data.
 
-        Raises: UsageError where shapes do not fit the adapter or leave a choice, UnsupportedError for tensors
-        that are not plain or not numbers it can compute with. Each names the key and both shapes.
+        Raises: UsageError if the shapes do not fit the adapter or are ambiguous, UnsupportedError for tensors that
+        are not dense or have a dtype it cannot calculate with. Each message names the key and both shapes.
         """
         identity = adapter, source.view, target.view
-        if identity not in self._made:  # with its tensors, whose ids are in their views
+        if identity not in self._made:
             here = source if target.kind == "meta" else _located(source, target.location)
-            made = _Job(adapter, here, target, key, self.file).made()
-            self._made[identity] = made, source, target
-        found = self._made[identity][0]
+            made = _Adaptation(adapter, here, target, key, self.file).made()
+            self._made[identity] = made, source, target  # `view` has ids in it, so both tensors must stay alive
+        tensor, detail = self._made[identity][0]
         extras = replace(target.extras, conj=False, neg=False) if target.extras else None
-        mine = replace(
-            found.tensor, requires_grad=target.requires_grad, is_parameter=target.is_parameter, extras=extras
-        )
-        return Adapted(mine, found.detail)
+        tensor = replace(tensor, requires_grad=target.requires_grad, is_parameter=target.is_parameter, extras=extras)
+        return Adapted(tensor, detail)
 
     def file(self, path: str) -> Any:
-        """Returns what a file holds; each is read once."""
+        """Returns the content of a file."""
         if self._read is None:
-            raise UsageError(f"{path}: there is nobody to read it")
+            raise UsageError(f"{path}: it cannot be read without a function `read`")
         if path not in self._files:
             self._files[path] = self._read(path)
         return self._files[path]
 
 
-def adapt(adapter: Adapter, source: TensorInfo, target: TensorInfo, key: str, read: Read | None = None) -> Adapted:
-    """Returns one tensor adapted, see `Adapting.adapt`."""
-    return Adapting(read).adapt(adapter, source, target, key)
-
-
-def dims(shape: Shape | None) -> str:
+def dims(shape: Sequence[int] | None) -> str:
     """Returns a shape as it is printed: ``64x3x7x7``."""
     return "none" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
-class _Job:
-    """One adaptation: an adapter, the tensor that is offered, and the one whose place it takes."""
+class _Adaptation:
+    """One adapter applied to one pair of tensors: ``old`` and ``new`` are the shapes of source and target."""
 
     def __init__(self, adapter: Adapter, source: TensorInfo, target: TensorInfo, key: str, file: Read) -> None:
         self.adapter, self.source, self.target, self.key, self.file = adapter, source, target, key, file
         self.old, self.new = source.shape or (), target.shape or ()
+        self.fill = adapter.get("fill", "keep")
 
     def what(self) -> str:
         return f"{self.key}: {self.adapter.text} cannot make {dims(self.target.shape)} of {dims(self.source.shape)}"
@@ -119,18 +116,21 @@ class _Job:
         if 0 in self.old or 0 in self.new:
             self.refuse("one of them is empty")
         if self.old == self.new and not self.adapter.rearranges:
-            return Adapted(_own(self.cast(self.source)), "copied: the shapes agree")
+            return Adapted(_contiguous(self.cast(self.source)), "copied: the shapes agree")
         make = {
             "rows": self.rows, "crop": self.crop, "pos-embed": self.pos_embed, "rel-pos": self.rel_pos,
             "in-chans": self.in_chans, "inflate": self.inflate,
         }[self.adapter.name]  # fmt: skip
-        tensor, detail = make()
-        return Adapted(shaped(_own(tensor), self.new), detail)
+        try:
+            tensor, detail = make()
+        except Unclear as error:
+            self.refuse(str(error))
+        return Adapted(shaped(_contiguous(tensor), self.new), detail)
 
-    # pieces
+    # parts of the result
 
     def cast(self, tensor: TensorInfo) -> TensorInfo:
-        """Returns a piece of the source in the target's dtype."""
+        """Returns a part of the source, cast to the target's dtype."""
         old, new = tensor.dtype, self.target.dtype
         if old == new:
             return tensor
@@ -139,7 +139,7 @@ class _Job:
         return computed(new, tensor.shape or (), Derived("cast", (tensor,)))
 
     def computed(self, op: Any, tensor: TensorInfo, shape: Shape, dim: int = 0, args: Any = None) -> TensorInfo:
-        """Returns values to compute of a piece of the source, in the target's dtype."""
+        """Returns what an operation makes of a part of the source, in the target's dtype."""
         others = {tensor.dtype, self.target.dtype} - COMPUTED
         if others:
             self.unsupported(
@@ -150,54 +150,80 @@ class _Job:
     def zeros(self, shape: Shape) -> TensorInfo:
         if DTYPES[self.target.dtype].kind not in ("float", "int", "bool", "complex") or "e8m0" in self.target.dtype:
             self.unsupported(f"{self.target.dtype} has no zero")
-        source = Derived("take", (self.source,), 0, shape, (Run(-1, 0, shape[0]),))  # the input says where it lives
+        source = Derived("take", (self.source,), 0, shape, (Run(-1, 0, shape[0]),))  # the input gives the device
         return computed(self.target.dtype, shape, source)
 
     def kept(self) -> TensorInfo:
-        """Returns the target, where some of its own values stay."""
+        """Returns the target, of which some values are kept."""
         if self.target.kind == "meta":
             self.refuse("the target is on meta and has no values to keep: name another fill")
         return self.target
 
-    def mean_row(self) -> TensorInfo:
-        return self.computed("mean", self.source, (1, *self.old[1:]))
+    def mean(self, dim: int) -> TensorInfo:
+        """Returns the mean of the source along a dimension, which then has size 1."""
+        shape = (*self.old[:dim], 1, *self.old[dim + 1 :])
+        if dim == 0:
+            return self.computed("mean", self.source, shape)
+        mix = Mix((tuple((index, 1.0) for index in range(self.old[dim])),), float(self.old[dim]))
+        return self.computed("mix", self.source, shape, dim, mix)
 
-    def inner(self, dim: int) -> None:
+    def filling(self, dim: int, start: int, count: int) -> TensorInfo:
+        """Returns the values for ``count`` indices of a dimension from ``start``, for which the source has none."""
+        if self.fill == "keep":
+            return narrow(self.kept(), dim, start, count)
+        shape = (*self.new[:dim], count, *self.new[dim + 1 :])
+        if self.fill == "zero":
+            return self.zeros(shape)
+        mean = self.mean(dim)
+        return view(mean, shape, (*mean.stride[:dim], 0, *mean.stride[dim + 1 :]))
+
+    def same_rank(self, least: int = 0) -> None:
+        """Refuses shapes of different numbers of dimensions, or of fewer than ``least``."""
+        if len(self.old) != len(self.new) or len(self.old) < least:
+            more = f", {least} or more" if least > 1 else ""
+            self.refuse(f"source and target must have the same number of dimensions{more}")
+
+    def only_changes(self, dim: int) -> None:
         """Refuses shapes that differ in another dimension than ``dim``."""
-        if len(self.old) != len(self.new) or len(self.old) <= dim:
-            self.refuse(f"it takes two of the same number of dimensions, {dim + 1} or more")
+        self.same_rank(dim + 1)
         if (*self.old[:dim], *self.old[dim + 1 :]) != (*self.new[:dim], *self.new[dim + 1 :]):
             self.refuse(f"it changes dimension {dim}, and others differ too")
+
+    def filler(self, unit: str) -> str:
+        """Returns a description of the values that do not come from the source."""
+        return {"keep": "the target's own", "zero": "zero", "mean": f"the mean of the source's {unit}"}[self.fill]
 
     # adapters
 
     def rows(self) -> tuple[TensorInfo, str]:
-        self.inner(0)
-        fill, count = self.adapter.get("fill", "keep"), self.new[0]
+        self.only_changes(0)
+        count = self.new[0]
         picks = self.picks()
         if picks is None:
             common = min(self.old[0], count)
             parts = [self.cast(narrow(self.source, 0, 0, common))]
             if common < count:
-                parts.append(self.filling(fill, common, count))
-            detail = f"rows 0 to {common - 1} from the source" + self.filled(fill, count - common)
-            return _cat(parts, 0), detail + (f", {self.old[0] - common} of its rows left out" * (common < self.old[0]))
+                parts.append(self.filling(0, common, count - common))
+            detail = f"rows 0 to {common - 1} from the source" + self.filled(count - common)
+            return _joined(parts, 0), detail + (
+                f", {self.old[0] - common} of its rows left out" * (common < self.old[0])
+            )
         inputs = [self.source]
-        number = -1
+        filler = -1
         left = picks.count(-1)
-        if self.source.dtype != self.target.dtype:  # picked first: a cast is then of many rows at a time
+        if self.source.dtype != self.target.dtype:  # rows are picked before the cast, which is then of many at a time
             wanted = [pick for pick in picks if pick >= 0]
             inputs = [self.cast(self.picked(inputs, wanted, (-1, False), self.source.dtype))]
-            place = count_from(0)
-            picks = [next(place) if pick >= 0 else -1 for pick in picks]
-        if left and fill == "zero":
+            numbers = count_from(0)
+            picks = [next(numbers) if pick >= 0 else -1 for pick in picks]
+        if left and self.fill == "zero":
             self.zeros((1, *self.new[1:]))
         elif left:
-            inputs.append(self.kept() if fill == "keep" else self.mean_row())
-            number = 1
-        tensor = self.picked(inputs, picks, (number, fill == "keep"), self.target.dtype)
+            inputs.append(self.kept() if self.fill == "keep" else self.mean(0))
+            filler = 1
+        tensor = self.picked(inputs, picks, (filler, self.fill == "keep"), self.target.dtype)
         detail = f"{count - left} rows from the source {'by token' if self.adapter.get('tokens') else 'as selected'}"
-        return tensor, detail + self.filled(fill, left)
+        return tensor, detail + self.filled(left)
 
     def picked(
         self, inputs: Sequence[TensorInfo], picks: Sequence[int], fill: tuple[int, bool], dtype: str
@@ -208,66 +234,42 @@ class _Job:
         return computed(dtype, shape, Derived("take", tuple(inputs), 0, shape, runs))
 
     def picks(self) -> list[int] | None:
-        """Returns for each row of the target the source's row that it takes, -1 for none; None without a list."""
-        try:
-            if path := self.adapter.get("select"):
-                return vocabulary.selected(self.file(path), self.old[0], self.new[0], path)
-            if paths := self.adapter.get("tokens"):
-                old, new = (vocabulary.tokens(self.file(path), path) for path in paths)
-                return vocabulary.matched(old, new, self.old[0], self.new[0], *paths)
-        except vocabulary.Unclear as error:
-            self.refuse(str(error))
+        """Returns the source's row for each row of the target, -1 for none; None without select or tokens."""
+        if path := self.adapter.get("select"):
+            return vocabulary.selected(self.file(path), self.old[0], self.new[0], path)
+        if paths := self.adapter.get("tokens"):
+            old, new = (vocabulary.tokens(self.file(path), path) for path in paths)
+            return vocabulary.matched(old, new, self.old[0], self.new[0], *paths)
         return None
 
-    def filling(self, fill: str, start: int, stop: int) -> TensorInfo:
-        """Returns what stands in rows ``start`` to ``stop`` that no row of the source takes."""
-        if fill == "keep":
-            return narrow(self.kept(), 0, start, stop - start)
-        shape = (stop - start, *self.new[1:])
-        if fill == "zero":
-            return self.zeros(shape)
-        row = self.mean_row()
-        return replace(row, shape=shape, stride=(0, *row.stride[1:]))
-
-    def filled(self, fill: str, count: int) -> str:
-        words = {"keep": "the target's own", "zero": "zero", "mean": "the mean of the source's rows"}[fill]
-        return f", {count} {words}" if count else ""
+    def filled(self, count: int) -> str:
+        return f", {count} {self.filler('rows')}" if count else ""
 
     def crop(self) -> tuple[TensorInfo, str]:
-        if len(self.old) != len(self.new) or not self.old:
-            self.refuse("it takes two of the same number of dimensions")
-        fill = self.adapter.get("fill", "keep")
+        self.same_rank(1)
         box = tuple(map(min, zip(self.old, self.new, strict=True)))
         made = self.cast(view(self.source, box))
         for dim in range(len(box) - 1, -1, -1):  # what is missing along each dimension, innermost first
             missing = self.new[dim] - box[dim]
             if missing:
                 shape = (*box[:dim], missing, *self.new[dim + 1 :])
-                kept = fill == "keep"
-                rest = view(narrow(self.kept(), dim, box[dim], missing), shape) if kept else self.zeros(shape)
-                made = _cat([made, rest], dim)
-        return made, f"the box {dims(box)} from the source" + self.filled(fill, prod(self.new) - prod(box))
+                if self.fill == "keep":
+                    rest = view(narrow(self.kept(), dim, box[dim], missing), shape)
+                else:
+                    rest = self.zeros(shape)
+                made = cat([made, rest], dim)
+        return made, f"the box {dims(box)} from the source" + self.filled(prod(self.new) - prod(box))
 
     def pos_embed(self) -> tuple[TensorInfo, str]:
-        if len(self.old) != len(self.new):
-            self.refuse("it takes two of the same number of dimensions")
-        try:
-            found = grids.positions(self.old, self.new, dict(self.adapter.options))
-        except grids.Unclear as error:
-            self.refuse(str(error))
-        return self.resampled(found, antialias=True)
+        self.same_rank()
+        return self.resampled(grids.positions(self.old, self.new, dict(self.adapter.options)), antialias=True)
 
     def rel_pos(self) -> tuple[TensorInfo, str]:
-        if len(self.old) != len(self.new):
-            self.refuse("it takes two of the same number of dimensions")
-        try:
-            found = grids.biases(self.old, self.new, dict(self.adapter.options))
-        except grids.Unclear as error:
-            self.refuse(str(error))
-        return self.resampled(found, antialias=False)
+        self.same_rank()
+        return self.resampled(grids.biases(self.old, self.new, dict(self.adapter.options)), antialias=False)
 
     def resampled(self, found: grids.Grids, antialias: bool) -> tuple[TensorInfo, str]:
-        """Returns the grid resampled, and before or behind it the other positions as they are."""
+        """Returns the table with its grid resampled and the positions before and behind the grid unchanged."""
         mode = self.adapter.get("mode", "bicubic")
         antialias = self.adapter.get("antialias", antialias) and mode != "linear"
         source = self.source
@@ -279,7 +281,7 @@ class _Job:
             size = (*self.old[:dim], *found.new, *self.old[dim + 1 :])
             axes = tuple(range(dim, dim + len(found.old)))
         if found.old == found.new:
-            made = _own(self.cast(grid))
+            made = _contiguous(self.cast(grid))
         else:
             made = self.computed("resample", grid, size, 0, Resample(axes, mode, antialias))
         detail = f"{dims(found.old)} to {dims(found.new)}, {mode}" + ", antialias" * antialias
@@ -292,13 +294,13 @@ class _Job:
         if found.behind:
             parts.append(self.cast(narrow(source, dim, self.old[dim] - found.behind, found.behind)))
         others = found.before + found.behind
-        word = "prefix token" if found.before else "extra row"
-        return _cat(parts, dim), detail + (f", {others} {word}{'s' * (others > 1)} as before" if others else "")
+        noun = "prefix token" if found.before else "extra row"
+        return _joined(parts, dim), detail + (f", {others} {noun}{'s' * (others > 1)} as before" if others else "")
 
     def in_chans(self) -> tuple[TensorInfo, str]:
         if len(self.old) < 3:
             self.refuse("it takes convolution kernels: output channels x input channels x size")
-        self.inner(1)
+        self.only_changes(1)
         old, new = self.old[1], self.new[1]
         if (chosen := self.adapter.get("map")) is not None:
             return self.mapped(chosen)
@@ -309,35 +311,25 @@ class _Job:
             scale = old / new
             mix = Mix(tuple(((channel % old, scale),) for channel in range(new)))
             detail = f"channels 0 to {min(old, new) - 1} repeated, times {old}/{new}"
-        else:  # each the sum / new: the mean times old / new
+        else:  # mean: each new channel is the sum of the old ones / new, so activations keep their scale
             mix = Mix((tuple((channel, 1.0) for channel in range(old)),) * new, float(new))
             detail = f"the sum of {old} channels" + (f" / {new} in each" if new > 1 else "")
         return self.computed("mix", self.source, self.new, 1, mix), detail
 
     def mapped(self, chosen: Sequence[int]) -> tuple[TensorInfo, str]:
-        """Returns a kernel with each channel the one that the map names; nothing is rescaled."""
+        """Returns a kernel whose channels are those that ``map`` lists; nothing is rescaled."""
         if len(chosen) != self.new[1]:
             self.refuse(f"the map has {len(chosen)} channels, the target {self.new[1]}")
         if max(chosen) >= self.old[1]:
             self.refuse(f"the map names channel {max(chosen)}, the source has 0 to {self.old[1] - 1}")
         if max(chosen) < 0:
             self.refuse("the map takes nothing from the source")
-        fill = self.adapter.get("fill", "keep")
-        one = (self.old[0], 1, *self.old[2:])
-        parts = []
-        for place, channel in enumerate(chosen):
-            if channel >= 0:
-                parts.append(self.cast(narrow(self.source, 1, channel, 1)))
-            elif fill == "keep":
-                parts.append(narrow(self.kept(), 1, place, 1))
-            elif fill == "zero":
-                parts.append(self.zeros(one))
-            else:
-                mix = Mix((tuple((old, 1.0) for old in range(self.old[1])),), float(self.old[1]))
-                parts.append(self.computed("mix", self.source, one, 1, mix))
-        words = ",".join("-" if channel < 0 else str(channel) for channel in chosen)
-        what = {"keep": "the target's own", "zero": "zero", "mean": "the mean of the source's channels"}[fill]
-        return _cat(parts, 1), f"channels {words}" + (f"; - is {what}" if -1 in chosen else "")
+        parts = [
+            self.cast(narrow(self.source, 1, channel, 1)) if channel >= 0 else self.filling(1, number, 1)
+            for number, channel in enumerate(chosen)
+        ]
+        channels = ",".join("-" if channel < 0 else str(channel) for channel in chosen)
+        return _joined(parts, 1), f"channels {channels}" + (f"; - is {self.filler('channels')}" if -1 in chosen else "")
 
     def inflate(self) -> tuple[TensorInfo, str]:
         if len(self.old) != 4 or len(self.new) != 5 or self.old != (*self.new[:2], *self.new[3:]):
@@ -349,28 +341,23 @@ class _Job:
             mix = Mix((((0, 1.0),),) * depth, float(depth))
             return self.computed("mix", flat, self.new, 2, mix), f"repeated {depth} times, / {depth}"
         middle = depth // 2
-        parts = [self.cast(flat)]
-        for count, where in ((middle, 0), (depth - 1 - middle, len(parts) + bool(middle))):
-            if count:
-                parts.insert(where, self.zeros((*self.old[:2], count, *self.old[2:])))
-        return _cat(parts, 2), f"slice {middle} of {depth}, the others zero"
+        zeros = [self.zeros((*self.old[:2], n, *self.old[2:])) if n else None for n in (middle, depth - 1 - middle)]
+        parts = [part for part in (zeros[0], self.cast(flat), zeros[1]) if part is not None]
+        return _joined(parts, 2), f"slice {middle} of {depth}, the others zero"
 
 
-# --- views -------------------------------------------------------------------------------------------------------
-
-
-def _own(tensor: TensorInfo) -> TensorInfo:
-    """Returns a tensor's elements in C order in memory of their own."""
+def _contiguous(tensor: TensorInfo) -> TensorInfo:
+    """Returns a tensor's elements in C order in storage of their own."""
     return tensor if isinstance(tensor.source, Derived) and tensor.is_whole else copied(tensor)
 
 
-def _cat(parts: Sequence[TensorInfo], dim: int) -> TensorInfo:
-    """Returns tensors put together along a dimension; a single one as it is."""
-    return _own(parts[0]) if len(parts) == 1 else cat(parts, dim)
+def _joined(parts: Sequence[TensorInfo], dim: int) -> TensorInfo:
+    """Returns tensors joined along a dimension; a single one as it is."""
+    return cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _located(tensor: TensorInfo, location: str) -> TensorInfo:
-    """Returns a tensor whose memory, or the first it is computed from, is tagged with another device."""
+    """Returns a tensor with another device tag on its storage, or on that of the first input it is computed from."""
     source = tensor.source
     if tensor.location == location:
         return tensor

@@ -1,7 +1,4 @@
-"""How adapters of shapes that differ are written: ``name[:option=value,...]`` for the keys that a pattern fits.
-
-What each of them makes is in `ckptool.partial.adapt`.
-"""
+"""The syntax of adapters for shapes that differ: ``name[:option=value,...]``. What they do is in `partial.adapt`."""
 
 from __future__ import annotations
 
@@ -15,9 +12,13 @@ from ckptool.errors import UsageError
 Shape = tuple[int, ...]
 
 
+class Unclear(ValueError):
+    """Shapes or a file do not say, or say twice, what goes where; the message names what to add."""
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter as the user wrote it (``text``), its name, and its options."""
+    """A parsed adapter: ``text`` is what the user wrote."""
 
     name: str
     text: str
@@ -29,17 +30,17 @@ class Adapter:
 
     @property
     def rearranges(self) -> bool:
-        """Returns whether it has work where the shapes agree: rows by a list or by token, a grid to become, a map."""
+        """Returns whether it changes tensors whose shapes agree: chosen rows, a new grid, a channel map."""
         return bool({"select", "tokens", "to", "map"} & {name for name, _ in self.options})
 
 
-def _one_of(*words: str) -> tuple[str, Callable[[str], Any]]:
+def _one_of(*names: str) -> tuple[str, Callable[[str], Any]]:
     def check(text: str) -> str:
-        if text not in words:
+        if text not in names:
             raise ValueError
         return text
 
-    return "|".join(words), check
+    return "|".join(names), check
 
 
 def _size(text: str) -> Shape:
@@ -70,15 +71,11 @@ def _two_paths(text: str) -> tuple[str, str]:
     return old, new
 
 
-def _truth(text: str) -> bool:
-    return {"true": True, "false": False}[text]
-
-
 _FILL = {"fill": _one_of("keep", "zero", "mean")}
 _RESAMPLING: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "to": ("HxW", _size),
     "mode": _one_of("bicubic", "bilinear", "linear"),
-    "antialias": ("true|false", _truth),
+    "antialias": ("true|false", {"true": True, "false": False}.__getitem__),
 }
 
 ADAPTERS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {
@@ -89,12 +86,12 @@ ADAPTERS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "in-chans": {"": _one_of("mean", "repeat", "sum"), "map": ("0,1,-", _channels), **_FILL},
     "inflate": {"": _one_of("mean", "center")},
 }
-"""Each adapter -> the options it has, with what an option takes; "" is the one that is written without a name."""
+"""{adapter: {option: (what it takes, parser)}}; the option "" is written without a name."""
 
 
 def usage() -> str:
-    """Returns what `parse` accepts, one line."""
-    return ", ".join(_usage(name) for name in ADAPTERS)
+    """Returns the syntax of all adapters in one line."""
+    return ", ".join(map(_usage, ADAPTERS))
 
 
 def _usage(name: str) -> str:
@@ -103,7 +100,7 @@ def _usage(name: str) -> str:
 
 
 def parse(text: str) -> Adapter:
-    """Returns the adapter that ``name[:option=value,...]`` says. Raises: UsageError naming what is accepted.
+    """Returns the adapter that ``name[:option=value,...]`` describes. Raises: UsageError naming what is accepted.
 
     >>> parse("pos-embed:prefix=1,mode=bilinear").options, parse("in-chans:map=2,1,-,fill=zero").options
     ((('prefix', 1), ('mode', 'bilinear')), (('map', (2, 1, -1)), ('fill', 'zero')))
@@ -117,7 +114,7 @@ def parse(text: str) -> Adapter:
     for item in rest.split(",") if colon else ():
         option, equals, value = item.partition("=")
         if not (equals and option):
-            if last in ("map", "tokens"):  # their values have commas of their own
+            if last in ("map", "tokens"):  # the values of these two contain commas
                 written[last] += f",{item}"
                 continue
             option, value = "", item
@@ -134,7 +131,7 @@ def parse(text: str) -> Adapter:
     if len({"select", "tokens"} & options.keys()) > 1 or len({"", "map"} & options.keys()) > 1:
         raise UsageError(f"{text!r}: {' and '.join(option or 'a method' for option in options)} exclude each other")
     if name == "in-chans" and "fill" in options and "map" not in options:
-        raise UsageError(f"{text!r}: fill goes with map, whose - it stands for")
+        raise UsageError(f"{text!r}: fill needs map: it fills the channels marked -")
     if options.get("mode") == "linear" and {"grid", "window", "to", "antialias", "layout"} & options.keys():
         raise UsageError(f"{text!r}: mode=linear is along one line, without a grid and without antialias")
     return Adapter(name, text, tuple(options.items()))

@@ -1,32 +1,30 @@
-"""Grids of positions, read from shapes: which part of a position table is a grid, and of what size.
+"""Which part of a position table is a grid, and of what size, read from shapes alone.
 
-A count of rows rarely says how many of them are a grid. What can be read in one way only is taken; anything
-else is refused, with the readings and the option that decides.
+A number of rows rarely says how many of them are a grid. If there is exactly one possibility it is taken; otherwise the
+table is refused, with the possibilities and the option that decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isqrt, prod
 from typing import Any, NamedTuple
+
+from ckptool.partial.adapters import Unclear
 
 Shape = tuple[int, ...]
 
 PREFIXES = (0, 1, 2)
-"""Tokens before the grid: none, a class token, or one of distillation too (DeiT)."""
+"""Tokens before the grid: none, a class token, or a distillation token too (DeiT)."""
 
 EXTRAS = (0, 3)
 """Rows behind a bias table's grid: none, or the three of a class token (BEiT: to it, from it, with itself)."""
 
 
-class Unclear(ValueError):
-    """The shapes can be read in no way, or in several; the message says what to name."""
-
-
 class Grids(NamedTuple):
-    """Where a position table's grid is: along ``dim``, ``before`` and ``behind`` rows aside, ``old`` becomes ``new``.
+    """The grids of two tables: along ``dim``, without ``before`` and ``behind`` rows, ``old`` becomes ``new``.
 
-    ``dim`` is None where the dimensions ``axes`` of the tensor are the grid.
+    ``dim`` is None if the dimensions ``axes`` of the tensor are the grid.
     """
 
     dim: int | None
@@ -47,13 +45,9 @@ def positions(old: Shape, new: Shape, options: Mapping[str, Any]) -> Grids:
     prefix = options.get("prefix")
     if options.get("mode") == "linear":
         return _line(dim, prefix or 0, 0, old, new)
-    grid, to = options.get("grid"), options.get("to")
-    tried: list[int] = [prefix] if prefix is not None else []
-    if not tried:
-        named = [count - prod(size) for count, size in ((old[dim], grid), (new[dim], to)) if size]
-        tried = list(dict.fromkeys(named)) or list(PREFIXES)
-    readings = {number: (_rest(old[dim] - number, grid), _rest(new[dim] - number, to)) for number in tried}
-    number, first, second = _only(readings, "prefix", (old[dim], new[dim]), "prefix=N, grid=HxW and to=HxW", _rest)
+    sizes = options.get("grid"), options.get("to")
+    counts = old[dim], new[dim]
+    number, first, second = _only(counts, sizes, prefix, PREFIXES, _grid, "prefix", "prefix=N, grid=HxW and to=HxW")
     return Grids(dim, number, 0, first, second)
 
 
@@ -76,12 +70,8 @@ def biases(old: Shape, new: Shape, options: Mapping[str, Any]) -> Grids:
     extra = options.get("extra")
     if options.get("mode") == "linear":
         return _line(0, 0, extra or 0, old, new)
-    tried = [extra] if extra is not None else []
-    if not tried:
-        named = [count - prod(size) for count, size in ((old[0], window), (new[0], to)) if size]
-        tried = list(dict.fromkeys(named)) or list(EXTRAS)
-    readings = {number: (_odd(old[0] - number, window), _odd(new[0] - number, to)) for number in tried}
-    number, first, second = _only(readings, "extra", (old[0], new[0]), "extra=N, window=HxW and to=HxW", _odd)
+    counts = old[0], new[0]
+    number, first, second = _only(counts, (window, to), extra, EXTRAS, _odd, "extra", "extra=N, window=HxW and to=HxW")
     return Grids(0, 0, number, first, second)
 
 
@@ -102,24 +92,26 @@ def _line(dim: int, before: int, behind: int, old: Shape, new: Shape) -> Grids:
 def _images(old: Shape, new: Shape, options: Mapping[str, Any]) -> Grids:
     if options.get("mode") == "linear" or options.get("prefix"):
         raise Unclear("a table of four dimensions is a grid: mode=linear and prefix are not for it")
-    fitting = {"nhwc": (1, 2), "nchw": (2, 3)}
-    fitting = {
-        name: axes for name, axes in fitting.items()
+    fitting = [
+        axes for name, axes in (("nhwc", (1, 2)), ("nchw", (2, 3)))
         if options.get("layout", name) == name
         and all(old[axis] == new[axis] for axis in range(4) if axis not in axes)
-        and options.get("grid", (old[axes[0]], old[axes[1]])) == (old[axes[0]], old[axes[1]])
-        and options.get("to", (new[axes[0]], new[axes[1]])) == (new[axes[0]], new[axes[1]])
-    }  # fmt: skip
+        and options.get("grid", _sizes(old, axes)) == _sizes(old, axes)
+        and options.get("to", _sizes(new, axes)) == _sizes(new, axes)
+    ]  # fmt: skip
     if old[0] != new[0] or not fitting:
         raise Unclear("neither NxHxWxC nor NxCxHxW has the other dimensions equal, and the grids named")
     if len(fitting) > 1:
         raise Unclear("it may be NxHxWxC or NxCxHxW: say layout=nhwc or layout=nchw")
-    axes = next(iter(fitting.values()))
-    return Grids(None, 0, 0, tuple(old[axis] for axis in axes), tuple(new[axis] for axis in axes), axes)
+    return Grids(None, 0, 0, _sizes(old, fitting[0]), _sizes(new, fitting[0]), fitting[0])
 
 
-def _rest(count: int, size: Shape | None) -> Shape | None:
-    """Returns the grid of so many positions: the named one, else a square; None if it is not one."""
+def _sizes(shape: Shape, axes: Shape) -> Shape:
+    return tuple(shape[axis] for axis in axes)
+
+
+def _grid(count: int, size: Shape | None) -> Shape | None:
+    """Returns the grid of this many positions: the given size, else a square; None if they are not a grid."""
     if count < 1:
         return None
     side = isqrt(count)
@@ -128,30 +120,36 @@ def _rest(count: int, size: Shape | None) -> Shape | None:
 
 
 def _odd(count: int, size: Shape | None) -> Shape | None:
-    found = _rest(count, size)
+    found = _grid(count, size)
     return found if found and all(side % 2 for side in found) else None
 
 
 def _only(
-    readings: Mapping[int, tuple[Shape | None, Shape | None]],
-    word: str,
-    counts: tuple[int, int],
+    counts: Sequence[int],
+    sizes: Sequence[Shape | None],
+    given: int | None,
+    usual: Sequence[int],
+    grid: Callable[[int, Shape | None], Shape | None],
+    name: str,
     options: str,
-    alone: Any,
 ) -> tuple[int, Shape, Shape]:
-    """Returns the one reading that gives both sides a grid. Raises: Unclear with what each side could be."""
-    found = [(number, one, other) for number, (one, other) in readings.items() if one and other]
+    """Returns (rows that are no grid, grid of the source, grid of the target). Raises: Unclear with all possibilities.
+
+    The number of other rows is the ``given`` one; else what the given ``sizes`` leave; else one of the ``usual``.
+    """
+    left = [count - prod(size) for count, size in zip(counts, sizes, strict=True) if size]
+    tried = [given] if given is not None else list(dict.fromkeys(left)) or usual
+    pairs = [[grid(count - number, size) for count, size in zip(counts, sizes, strict=True)] for number in tried]
+    found = [(number, old, new) for number, (old, new) in zip(tried, pairs, strict=True) if old and new]
     if len(found) == 1:
         return found[0]
     if found:
-        raise Unclear(f"it can be read with {_or(f'{word}={number}' for number, _, _ in found)}: say {options}")
+        raise Unclear(f"it can be read with {_or(f'{name}={number}' for number, _, _ in found)}: say {options}")
     sides = []
-    for side, place in (("source", 0), ("target", 1)):
-        sizes = [(number, reading[place]) for number, reading in readings.items()]
-        known = [f"{number} + {size[0]}x{size[1]}" for number, size in sizes if size]
-        sides.append(f"the {side}'s {counts[place]} {f'can be {_or(known)}' if known else 'fit no such grid'}")
-    tried = _or(str(number) for number in readings)
-    raise Unclear(f"with {word} {tried}, {' and '.join(sides)}: say {options}")
+    for side, count, grids in zip(("source", "target"), counts, zip(*pairs, strict=True), strict=True):
+        known = [f"{number} + {size[0]}x{size[1]}" for number, size in zip(tried, grids, strict=True) if size]
+        sides.append(f"the {side}'s {count} {f'can be {_or(known)}' if known else 'fit no such grid'}")
+    raise Unclear(f"with {name} {_or(map(str, tried))}, {' and '.join(sides)}: say {options}")
 
 
 def _or(items: Iterable[str]) -> str:

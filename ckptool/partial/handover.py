@@ -1,7 +1,7 @@
-"""What training gets after a partial load: which parameters stand still, and who learns at which rate.
+"""Frozen parameters and optimizer parameter groups for fine-tuning after a partial load.
 
-Everything is said with the names of `model.named_parameters()`. A parameter of several names (tied weights) is a list
-of them, the first of which is the one that torch gives it.
+All names are those of `model.named_parameters()`. A parameter is a list of its names: tied weights have several, of
+which the first is the one that torch gives it.
 """
 
 from __future__ import annotations
@@ -18,61 +18,48 @@ from ckptool.core.keys import unwrap_all, unwrapped
 from ckptool.core.tensor import TensorInfo
 from ckptool.errors import UsageError, listed
 
-SCHEMA = 1
-"""Version of the document that `document` makes."""
-
 When = Literal["always", "a mask", "beside weight_u"]
 
 BUFFERS: tuple[tuple[str, When, str], ...] = (
-    ("running_mean", "always", "BatchNorm, InstanceNorm"),
-    ("running_var", "always", "BatchNorm, InstanceNorm"),
+    ("running_mean running_var", "always", "BatchNorm, InstanceNorm"),
     ("num_batches_tracked", "always", "BatchNorm: an integer, but a float in files that were cast as a whole"),
     ("inv_freq", "always", "rotary positions of transformers"),
     ("freqs_cis", "always", "rotary positions of Llama's own code, complex"),
-    ("cos_cached", "always", "rotary positions of transformers up to 4.43"),
-    ("sin_cached", "always", "rotary positions of transformers up to 4.43"),
+    ("cos_cached sin_cached", "always", "rotary positions of transformers up to 4.43"),
     ("position_ids", "always", "BERT and its kin up to transformers 4.30"),
     ("relative_position_index", "always", "Swin, BEiT"),
     ("relative_coords_table", "always", "Swin v2: coordinates in log space"),
     ("attn_mask", "always", "Swin: its shifted windows"),
-    ("masked_bias", "always", "GPT-2 of transformers: the number that masks"),
-    ("bias", "a mask", "GPT-2 of transformers, nanoGPT: what is in the past"),
-    ("mask", "a mask", "minGPT: what is in the past"),
+    ("masked_bias", "always", "GPT-2 of transformers: the value of masked positions"),
+    ("bias", "a mask", "GPT-2 of transformers, nanoGPT: the causal mask"),
+    ("mask", "a mask", "minGPT: the causal mask"),
     ("weight_u", "always", "torch.nn.utils.spectral_norm: a singular vector"),
-    ("weight_v", "beside weight_u", "the same; without it a parameter of weight_norm"),
-    ("_u", "always", "torch.nn.utils.parametrizations.spectral_norm"),
-    ("_v", "always", "torch.nn.utils.parametrizations.spectral_norm"),
-    ("pixel_mean", "always", "detectron2, SAM: the input's normalisation"),
-    ("pixel_std", "always", "detectron2, SAM: the input's normalisation"),
-    ("anchor_grid", "always", "YOLOv5"),
-    ("anchors", "always", "YOLOv5"),
+    ("weight_v", "beside weight_u", "the same; without weight_u it is a parameter of weight_norm"),
+    ("_u _v", "always", "torch.nn.utils.parametrizations.spectral_norm"),
+    ("pixel_mean pixel_std", "always", "detectron2, SAM: the input's normalisation"),
+    ("anchor_grid anchors", "always", "YOLOv5"),
 )
-"""(last segment, when, where it is from): floats in a state_dict that nobody trains. A mask is 1 x 1 x n x n.
+"""(last segments, when, origin) of buffers with a float dtype. A mask is 1 x 1 x n x n.
 
-Only what is a buffer wherever it occurs. A parameter held for a buffer would silently never be trained; a buffer held
-for a parameter (``pe`` of torch's tutorial) is a name that `named_parameters()` does not have, and so is noticed.
+Only names that are buffers wherever they occur. A parameter mistaken for a buffer would silently never be trained; a
+buffer mistaken for a parameter (``pe`` of torch's tutorial) is noticed: `named_parameters()` does not have its name.
 """
 
-_BUFFERS = {name: when for name, when, _ in BUFFERS}
+_BUFFERS = {name: when for names, when, _ in BUFFERS for name in names.split()}
 
 
 # --- which tensors are parameters --------------------------------------------------------------------------------
 
 
-def by_name(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Returns whether parameters must be told from buffers by name: nothing in the file says which are."""
-    return not any(tensor.is_parameter or tensor.requires_grad for tensor in tensors.values())
-
-
 def parameters(tensors: Mapping[str, TensorInfo]) -> list[list[str]]:
     """Returns the names of each parameter, tied ones together, in the target's order.
 
-    Whole models say what is a parameter; of a state_dict it is told by name and dtype (see `by_name`, `BUFFERS`).
+    A whole model says which tensors are parameters. A state_dict does not, so name and dtype decide (see `BUFFERS`).
     """
-    told = by_name(tensors)
+    marked = any(tensor.is_parameter or tensor.requires_grad for tensor in tensors.values())
     found: dict[object, list[str]] = {}
     for key, tensor in tensors.items():
-        if _like_a_parameter(key, tensor, tensors) if told else tensor.is_parameter or tensor.requires_grad:
+        if (tensor.is_parameter or tensor.requires_grad) if marked else _like_a_parameter(key, tensor, tensors):
             found.setdefault(tensor.view if tensor.numel else key, []).append(key)
     return list(found.values())
 
@@ -89,9 +76,9 @@ def _like_a_parameter(key: str, tensor: TensorInfo, tensors: Mapping[str, Tensor
 
 
 def in_name_order(names: Sequence[str]) -> bool:
-    """Returns whether names stand sorted, as safetensors writes them: then their order is not the model's.
+    """Returns whether names are sorted, as safetensors writes them: then their order is not the model's.
 
-    Runs are sorted one by one where dtypes are mixed. Names that differ in numbers only are in order either way.
+    safetensors sorts within each dtype, so few descents are allowed. Names that differ only in numbers prove nothing.
     """
     descents = sum(one > other for one, other in pairwise(names))
     if len(names) < 4 or descents * 16 > len(names):
@@ -110,10 +97,10 @@ def _is_number(segment: str) -> bool:
 
 
 def blocks(names: Iterable[str]) -> dict[str, list[str]]:
-    """Returns {block: names in it}, in the order of first names; what stands in no block is left out.
+    """Returns {block: names in it}, in the order of first names; names outside any block are left out.
 
-    A block is a name up to its first segment that is a whole number, wrapper prefixes looked through:
-    ``layers.0``, ``layer1.0``, ``encoder.layer.7``.
+    A block is a name, without wrapper prefixes, up to its first segment that is a whole number: ``layers.0``,
+    ``layer1.0``, ``encoder.layer.7``.
     """
     found: dict[str, list[str]] = {}
     for plain, name in unwrap_all(names).items():
@@ -124,7 +111,7 @@ def blocks(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-# --- what stands still -------------------------------------------------------------------------------------------
+# --- frozen parameters -------------------------------------------------------------------------------------------
 
 
 def frozen(
@@ -132,10 +119,10 @@ def frozen(
 ) -> list[str]:
     """Returns the names of all parameters that are frozen, in the order of ``parameters``.
 
-    A spec is ``loaded`` (every parameter of which a name is in ``loaded``), ``first:N`` (the first N `blocks` and all
-    that stands before the end of the Nth: stems, embeddings), or a pattern on names. Tied names freeze together.
-    ``live``: the order is a model's, and not a file's that may be sorted.
-    Raises: UsageError for a spec that fits no parameter, for blocks the model does not have or a file does not order.
+    A spec is ``loaded`` (every parameter with a name in ``loaded``), ``first:N`` (the first N `blocks` and everything
+    before the end of the Nth: stems, embeddings), or a pattern on names. Tied names freeze together.
+    ``live``: the order is a model's, not that of a file, which may be sorted.
+    Raises: UsageError for a spec that fits no parameter, for more blocks than there are, for ``first:N`` if sorted.
     """
     chosen: set[int] = set()
     unused = []
@@ -175,35 +162,38 @@ def _first(spec: str, names: Sequence[str], live: bool) -> set[int]:
 
 
 def moving_batch_norms(tensors: Mapping[str, TensorInfo], frozen: Collection[str]) -> list[str]:
-    """Returns the modules whose weight stands still while their running statistics move, unless put in eval mode.
+    """Returns the norms whose weight is frozen but whose running statistics are still updated, unless in eval mode.
 
-    A norm without a weight counts as frozen where all parameters of the nearest module around it that has any are.
+    A norm without a weight counts as frozen if all parameters of the nearest enclosing module that has any are.
     """
-    still = set(frozen)
     names = [name for names in parameters(tensors) for name in names]
-    paths = dict.fromkeys(
-        key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] in ("running_mean", "running_var")
-    )
-    return [path for path in paths if _stands_still(path, tensors, names, still)]
+    split = [key.rpartition(".") for key in tensors]
+    paths = dict.fromkeys(path for path, _, last in split if last in ("running_mean", "running_var"))
+    return _moving(paths, tensors, names, set(frozen))
 
 
-def _stands_still(path: str, tensors: Mapping[str, TensorInfo], names: Sequence[str], still: Collection[str]) -> bool:
-    weight = f"{path}.weight" if path else "weight"
-    if weight in tensors:
-        return weight in still  # a buffer of that name (FrozenBatchNorm2d) is not among the frozen, nor does it move
-    around: list[str] = []
-    while path and not around:
-        path = path.rpartition(".")[0]
-        around = [name for name in names if name.startswith(f"{path}." if path else "")]
-    return bool(around) and all(name in still for name in around)
+def _moving(paths: Iterable[str], tensors: Collection[str], names: Sequence[str], frozen: Collection[str]) -> list[str]:
+    """Returns the frozen ones of the norms at ``paths``; ``names`` are those of all parameters."""
+
+    def is_frozen(path: str) -> bool:
+        weight = f"{path}.weight" if path else "weight"
+        if weight in tensors:
+            return weight in frozen  # FrozenBatchNorm2d's weight is a buffer, so never in frozen: it updates nothing
+        around: list[str] = []
+        while path and not around:
+            path = path.rpartition(".")[0]
+            around = [name for name in names if name.startswith(f"{path}." if path else "")]
+        return bool(around) and all(name in frozen for name in around)
+
+    return [path for path in paths if is_frozen(path)]
 
 
-# --- who learns at which rate ------------------------------------------------------------------------------------
+# --- parameter groups ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parameters that an optimizer treats alike. ``lr_mult`` is relative to the learning rate of what was loaded."""
+    """Parameters with the same hyperparameters. ``lr_mult`` is relative to the learning rate of loaded parameters."""
 
     name: str
     params: list[str]
@@ -222,11 +212,11 @@ def groups(
 ) -> list[Group]:
     """Returns the parameter groups: loaded and new, each with and without weight decay; empty ones are left out.
 
-    No decay for biases and whatever has one dimension or none (the scales of norms); embeddings, position tables and
-    class tokens keep it. Frozen parameters are in no group; a tied one is there once, under its first name.
-    ``tensors`` are asked for their ``shape`` only: `TensorInfo`, or live parameters.
+    Biases and tensors of under two dimensions (scales of norms) have no decay; embeddings, position tables and class
+    tokens have. Frozen parameters are in no group; a tied one is in one group once, under its first name.
+    Of ``tensors`` only the ``shape`` is used: `TensorInfo`, or live parameters.
     """
-    known, still = set(loaded), set(frozen)
+    known, skipped = set(loaded), set(frozen)
     made = {
         (old, decays): Group(
             ("loaded" if old else "new") + ("" if decays else "_no_decay"),
@@ -238,7 +228,7 @@ def groups(
         for decays in (True, False)
     }
     for names in parameters:
-        if not still.intersection(names):
+        if not skipped.intersection(names):
             made[bool(known.intersection(names)), _decays(names[0], _shape(tensors[names[0]]))].params.append(names[0])
     return [group for group in made.values() if group.params]
 
@@ -257,27 +247,17 @@ def _shape(tensor: Any) -> Sequence[int] | None:
 
 
 def check(groups: Sequence[Group], frozen: Collection[str], parameters: Sequence[Sequence[str]]) -> None:
-    """Raises RuntimeError unless each parameter is frozen or in exactly one group: our own promise, not the user's."""
-    still = set(frozen)
-    placed = Counter(name for group in groups for name in group.params)
-    placed.update(names[0] for names in parameters if still.intersection(names))
-    wrong = placed.keys() ^ {names[0] for names in parameters}
-    wrong |= {name for name, times in placed.items() if times > 1}
+    """Raises RuntimeError unless each parameter is frozen or in exactly one group, which `groups` guarantees."""
+    skipped = set(frozen)
+    counts = Counter(name for group in groups for name in group.params)
+    counts.update(names[0] for names in parameters if skipped.intersection(names))
+    wrong = counts.keys() ^ {names[0] for names in parameters}
+    wrong |= {name for name, times in counts.items() if times > 1}
     if wrong:
         raise RuntimeError(f"parameter groups are not disjoint and covering: {listed(sorted(wrong))}")
 
 
-def document(groups: Sequence[Group], frozen: Sequence[str], parameters: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Returns what ``--groups-out`` writes: groups, every frozen name, and {other name: first name} of tied ones."""
-    rows = [
-        {"name": group.name, "params": group.params, "lr_mult": group.lr_mult, "weight_decay": group.weight_decay}
-        for group in groups
-    ]
-    tied = {name: names[0] for names in parameters for name in names[1:]}
-    return {"schema": SCHEMA, "groups": rows, "frozen": list(frozen), "tied": tied}
-
-
-# --- the same for a live model, of which only `named_parameters` is known ------------------------------------------
+# --- live models ---------------------------------------------------------------------------------------------------
 
 
 def live_parameters(model: Any) -> list[list[str]]:
@@ -288,89 +268,58 @@ def live_parameters(model: Any) -> list[list[str]]:
     return list(found.values())
 
 
-def freeze_of_model(model: Any, specs: Sequence[str], loaded: Collection[str]) -> list[str]:
-    """Returns what `frozen` does, of a live nn.Module: nothing is changed yet."""
-    return frozen(specs, live_parameters(model), loaded, live=True)
-
-
 def freeze_model(model: Any, frozen: Collection[str]) -> list[str]:
-    """Returns the names of the parameters that got ``requires_grad = False``, other names of tied ones included.
+    """Returns the names of the parameters that got ``requires_grad = False``, all names of tied ones included.
 
-    Gradients they had are dropped, or the next step would still move them. Raises: UsageError before touching any.
+    Their gradients are dropped: the next optimizer step would use them. Raises: UsageError before touching any.
     """
     live = dict(model.named_parameters(remove_duplicate=False))
-    wanted = _known(frozen, live)
-    still = {id(live[name]) for name in wanted}
-    for parameter in live.values():
-        if id(parameter) in still:
-            parameter.requires_grad = False
-            parameter.grad = None
-    return [name for name, parameter in live.items() if id(parameter) in still]
-
-
-def names_of(model: Any, keys: Collection[str]) -> list[str]:
-    """Returns what `named_parameters` calls the keys of a state_dict: wrapped since, or renamed by its hooks."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {unwrapped(key) for key in keys}
-    state = model.state_dict(keep_vars=True)
-    meant = {id(value) for key, value in state.items() if unwrapped(key) in wanted}
-    return [name for name, value in own.items() if id(value) in meant or unwrapped(name) in wanted]
-
-
-def moving_of_model(model: Any) -> list[str]:
-    """Returns what `moving_batch_norms` does, of a live nn.Module and what of it needs no gradient."""
-    modules = dict(model.named_modules())
-    return [
-        path
-        for path, module in modules.items()
-        if getattr(module, "running_mean", None) is not None and _is_still(path, modules)
-    ]
-
-
-def _is_still(path: str, modules: Mapping[str, Any]) -> bool:
-    weight = getattr(modules[path], "weight", None)
-    if weight is not None:
-        return _has_weight(modules[path]) and not weight.requires_grad
-    around: list[Any] = []
-    while path and not around:
-        path = path.rpartition(".")[0]
-        around = list(modules[path].parameters())
-    return bool(around) and not any(parameter.requires_grad for parameter in around)
-
-
-def _has_weight(module: Any) -> bool:
-    """Returns whether a module's weight is a parameter: that of FrozenBatchNorm2d is a buffer, and it does not move."""
-    return any(name == "weight" for name, _ in module.named_parameters(recurse=False))
-
-
-def _known(names: Collection[str], live: Mapping[str, Any]) -> list[str]:
-    unknown = [name for name in names if name not in live]
+    unknown = [name for name in frozen if name not in live]
     if unknown:
         plain = {unwrapped(name) for name in live}
         hint = " (wrapped since?)" if all(unwrapped(name) in plain for name in unknown) else ""
         raise UsageError(f"the model has no parameter {listed(unknown, 20)}{hint}")
-    return list(names)
+    chosen = {id(live[name]) for name in frozen}
+    for parameter in live.values():
+        if id(parameter) in chosen:
+            parameter.requires_grad = False
+            parameter.grad = None
+    return [name for name, parameter in live.items() if id(parameter) in chosen]
+
+
+def names_of(model: Any, keys: Collection[str]) -> list[str]:
+    """Returns the `named_parameters` of keys of a state_dict, even if the model was wrapped since or a hook renames."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {unwrapped(key) for key in keys}
+    state = model.state_dict(keep_vars=True)
+    values = {id(value) for key, value in state.items() if unwrapped(key) in wanted}
+    return [name for name, value in own.items() if id(value) in values or unwrapped(name) in wanted]
+
+
+def moving_of_model(model: Any) -> list[str]:
+    """Returns what `moving_batch_norms` does, of a live nn.Module whose frozen parameters require no gradient."""
+    live = dict(model.named_parameters(remove_duplicate=False))
+    norms = {
+        path: getattr(module, "weight", None) is not None
+        for path, module in model.named_modules()
+        if getattr(module, "running_mean", None) is not None
+    }
+    weights = {f"{path}.weight" if path else "weight" for path, has_weight in norms.items() if has_weight}
+    return _moving(norms, weights, list(live), {name for name, value in live.items() if not value.requires_grad})
 
 
 def model_groups(
-    model: Any,
-    loaded: Collection[str],
-    frozen: Collection[str] = (),
-    *,
-    lr: float,
-    new_lr_mult: float = 10.0,
-    weight_decay: float = 0.0,
+    model: Any, loaded: Collection[str], *, lr: float, new_lr_mult: float = 10.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Returns `groups` as an optimizer of torch takes them: ``torch.optim.AdamW(model_groups(model, ...))``.
 
-    Each parameter is there once. Left out are the ``frozen`` and all that need no gradient.
-    Raises: UsageError for unknown names, and if nothing is left to train.
+    Each parameter that requires a gradient is in one group once. Raises: UsageError if there is none.
     """
     live = dict(model.named_parameters(remove_duplicate=False))
     named = live_parameters(model)
-    still = [*_known(frozen, live), *(names[0] for names in named if not live[names[0]].requires_grad)]
-    made = groups(named, loaded, still, live, new_lr_mult=new_lr_mult, weight_decay=weight_decay)
-    check(made, still, named)
+    frozen = [names[0] for names in named if not live[names[0]].requires_grad]
+    made = groups(named, loaded, frozen, live, new_lr_mult=new_lr_mult, weight_decay=weight_decay)
+    check(made, frozen, named)
     if not made:
         raise UsageError(f"nothing is left to train: all {len(named)} parameters are frozen")
     return [

@@ -1,7 +1,7 @@
-"""What layer a key belongs to, read from its name, its siblings and their shapes; and how torch would initialise it.
+"""Which kind of layer a tensor belongs to, by its name, its siblings and their shapes; and torch's default init of it.
 
-The rules are those of torch's own ``reset_parameters`` (torch 2.13, ``torch/nn/modules``). What they are is known;
-which layer a tensor is of must be read, and is read only where one reading is left:
+The init rules are those of ``reset_parameters`` (torch 2.13, ``torch/nn/modules``). The kind of layer must be inferred,
+and is used only if there is one possibility:
 
     weight 2-D, bias of its first size      Linear            weight 2-D, no bias, named an embedding   Embedding
     weight 3-D to 5-D, bias 1-D or none     Conv, transposed  weight 2-D, no bias, any other name       Linear
@@ -10,7 +10,7 @@ which layer a tensor is of must be read, and is read only where one reading is l
     in_proj_weight, q_proj_weight ...       MultiheadAttention, and its out_proj.bias
     gamma and beta of one shape             norm
 
-Not in a file, and therefore not honoured: Embedding's ``padding_idx``, whose row torch sets to zero.
+Embedding's ``padding_idx``, whose row torch sets to zero, is not in a file and is therefore ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a tensor is to its layer: ``name`` as presets call it (``conv weight``), ``rule`` torch's own init of it."""
+    """The role of a tensor in its layer, as presets name it (``conv weight``); ``rule`` is torch's default init."""
 
     name: str
     rule: str
@@ -54,8 +54,17 @@ _KINDS = {
     "transposed": "Conv1D",
 }
 _CLASSES = {name: kind for kind, names in _KINDS.items() for name in names.split()}
+_FIXED = {
+    "norm": ("ones", "zeros"),
+    "batchnorm": ("ones", "zeros"),
+    "transposed": ("normal(0,0.02)", "zeros"),
+    "embedding": ("normal(0,1)", ""),
+    "prelu": ("constant(0.25)", ""),
+}
+"""{kind: init of (weight, bias)} where it does not depend on the shape; "" where there is no such parameter."""
+
 _UNREAD = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "MultiheadAttention"}
-"""Classes whose keys say enough."""
+"""Classes whose roles follow from the keys alone."""
 
 _RNN = re.compile(r"(weight|bias)_(ih|hh|hr)((?:_l\d+(?:_reverse)?)?)")
 _ATTENTION = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
@@ -78,13 +87,16 @@ def fans(shape: Shape) -> tuple[int, int] | None:
 
 
 def read(key: str, tensors: Tensors, classes: Mapping[str, str] | None = None) -> Role | None:
-    """Returns what the tensor at ``key`` is to its layer; None where more than one reading is left, or none.
+    """Returns the role of the tensor at ``key`` in its layer; None if it is ambiguous or unknown.
 
-    ``classes`` are {module path: class name}, where they are known. A class of torch.nn decides; any other is read
-    like a file without classes.
+    ``classes`` is {module path: class name}, if known. A class of torch.nn decides; any other class is ignored.
     """
-    module, _, name = key.rpartition(".")
-    below = f"{module}." if module else ""
+    module, dot, name = key.rpartition(".")
+
+    def beside(name: str) -> Shape | None:
+        tensor = tensors.get(f"{module}{dot}{name}")
+        return None if tensor is None else tensor.shape
+
     shape = tensors[key].shape
     if shape is None:
         return None
@@ -94,16 +106,19 @@ def read(key: str, tensors: Tensors, classes: Mapping[str, str] | None = None) -
         return Role(name.replace("_", " "), "zeros" if name == "running_mean" else "ones")
     recurrent = _RNN.fullmatch(name)
     if recurrent:
-        return _recurrent(recurrent, below, tensors)
+        part, _, layer = recurrent.groups()
+        # An LSTM with a projection has its hidden size in weight_hr, all others in weight_hh.
+        hidden = beside(f"weight_hr{layer}") or beside(f"weight_hh{layer}")
+        return Role(f"rnn {part}", _uniform(hidden[1])) if hidden and len(hidden) == 2 else None
     if name in _ATTENTION and len(shape) == 2:
         return Role("attention weight", "xavier_uniform")
-    attention = any(f"{below}{one}" in tensors for one in ("in_proj_weight", "q_proj_weight"))
+    attention = any(f"{module}{dot}{one}" in tensors for one in ("in_proj_weight", "q_proj_weight"))
     if name == "in_proj_bias" and attention:
         return Role("attention bias", "zeros")
     if name in ("bias_k", "bias_v") and attention and len(shape) > 1:
         return Role("attention weight", "xavier_normal")
     pair = {"gamma": "beta", "beta": "gamma"}.get(name)  # TensorFlow's names, in BERT files of 2018
-    if pair and _shape(tensors, f"{below}{pair}") == shape:
+    if pair and beside(pair) == shape:
         return Role("norm weight", "ones") if name == "gamma" else Role("norm bias", "zeros")
     if name not in ("weight", "bias"):
         return None
@@ -113,55 +128,40 @@ def read(key: str, tensors: Tensors, classes: Mapping[str, str] | None = None) -
     known = (classes or {}).get(module)
     if known in _UNREAD:
         return None
-    weight = _shape(tensors, f"{below}weight")
-    kind = _CLASSES.get(known or "") or _kind(module, weight, _shape(tensors, f"{below}bias"), below, tensors)
+    weight = beside("weight")
+    kind = _CLASSES.get(known or "")
+    if not kind and any(f"{module}{dot}running_{one}" in tensors for one in ("mean", "var")):
+        kind = "batchnorm"
+    kind = kind or _kind(_last_name(module), weight, beside("bias"))
     return _role(kind, name, weight) if kind else None
 
 
-def _shape(tensors: Tensors, key: str) -> Shape | None:
-    tensor = tensors.get(key)
-    return tensor.shape if tensor is not None else None
-
-
-def _recurrent(match: re.Match[str], below: str, tensors: Tensors) -> Role | None:
-    """An LSTM with a projection has its hidden size in ``weight_hr``, where the others have it in ``weight_hh``."""
-    part, _, layer = match.groups()
-    found = _shape(tensors, f"{below}weight_hr{layer}") or _shape(tensors, f"{below}weight_hh{layer}")
-    if found is None or len(found) != 2:
+def _kind(name: str, weight: Shape | None, bias: Shape | None) -> str | None:
+    """Returns the kind of layer that a weight and a bias of these shapes belong to; ``name`` is the module's."""
+    if not weight:
         return None
-    return Role(f"rnn {part}", _uniform(found[1]))
-
-
-def _kind(module: str, weight: Shape | None, bias: Shape | None, below: str, tensors: Tensors) -> str | None:
-    if f"{below}running_mean" in tensors or f"{below}running_var" in tensors:
-        return "batchnorm"
-    if weight is None or not weight:
-        return None
-    name = _last_name(module)
     if bias is not None and bias == weight:
         return "norm"
     if len(weight) == 1:
-        return "norm" if bias is None and _NORM.search(name) else None  # or a PReLU, a scale, a gate ...
+        return "norm" if bias is None and _NORM.search(name) else None  # else a PReLU, a scale, a gate ...
     if len(weight) == 2:
         if bias is None:
             return "embedding" if _names_embedding(name) else "linear"
-        return "linear" if bias == weight[:1] else None  # (in, out): somebody's own transposed layer
+        return "linear" if bias == weight[:1] else None  # else a custom layer with a transposed weight (in, out)
     if len(weight) > 5 or (bias is not None and len(bias) != 1):
         return None
     if "bilinear" in name.lower() and len(weight) == 3:
         return "bilinear"
-    fits = bias is None or bias == weight[:1] or (weight[1] and bias[0] % weight[1] == 0)  # the latter: transposed
+    transposed = bias is not None and weight[1] and bias[0] % weight[1] == 0
+    fits = bias is None or bias == weight[:1] or transposed
     return "conv" if fits else None
 
 
 def _role(kind: str, part: str, weight: Shape | None) -> Role | None:
     name = f"{kind} {part}"
-    if kind in ("norm", "batchnorm"):
-        return Role(name, "ones" if part == "weight" else "zeros")
-    if kind == "transposed":
-        return Role(name, "normal(0,0.02)" if part == "weight" else "zeros")
-    if kind in ("embedding", "prelu"):
-        return Role(name, "normal(0,1)" if kind == "embedding" else "constant(0.25)") if part == "weight" else None
+    if kind in _FIXED:
+        rule = _FIXED[kind][part == "bias"]
+        return Role(name, rule) if rule else None
     found = fans(weight) if weight else None
     if weight is None or found is None:
         return None
@@ -177,15 +177,15 @@ def _uniform(size: int) -> str:
 
 
 def _last_name(module: str) -> str:
-    """Returns the name closest to the tensor that is no number: a list of embeddings numbers them."""
+    """Returns the last segment of a module's path that is not a number, such as an index in a ModuleList."""
     segments = [one for one in unwrapped(f"{module}.x").split(".")[:-1] if not one.isdigit()]
     return segments[-1] if segments else ""
 
 
 def _names_embedding(name: str) -> bool:
-    """Returns whether a module is named an embedding: ``embed_tokens``, ``wte``, ``tok_embeddings``, ``tokens``.
+    """Returns whether a module is named like an embedding: ``embed_tokens``, ``wte``, ``tok_embeddings``, ``tokens``.
 
-    Not ``embed_out`` and ``token_proj``: layers behind one, or in front.
+    Not ``embed_out`` and ``token_proj``, which are layers after or before an embedding.
     """
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_")
-    return bool(_EMBEDDING & {*words} or words[-1] in _POSITIONS) and not _NO_EMBEDDING & {*words}
+    parts = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_")
+    return bool(_EMBEDDING & {*parts} or parts[-1] in _POSITIONS) and not _NO_EMBEDDING & {*parts}

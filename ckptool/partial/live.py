@@ -1,10 +1,12 @@
-"""A live model as a checkpoint, and a planned checkpoint copied into it; torch is imported inside functions."""
+"""Turns a live model into a checkpoint, and copies a planned checkpoint into it. Functions import torch themselves."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ckptool.core import keys as names
@@ -20,7 +22,7 @@ from ckptool.values.torch_bridge import to_torch
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 EXTRA_STATE = "_extra_state"
-"""Last segment of the key under which `Module.get_extra_state` stands in a state_dict."""
+"""Last segment of the state_dict key with the result of `Module.get_extra_state`."""
 
 
 def refuse_no_module(model: Any) -> Any:
@@ -32,10 +34,10 @@ def refuse_no_module(model: Any) -> Any:
 
 
 def checkpoint_of(model: Any, source: Mapping[str, TensorInfo] | None = None) -> Checkpoint:
-    """Returns a model's state_dict as a checkpoint whose tensors stay where they are, on whatever device.
+    """Returns a model's state_dict as a checkpoint; the tensors are not copied and stay on their devices.
 
-    ``source`` are the tensors to be loaded, by the keys they will be matched by: a parameter that is not yet
-    initialised (`torch.nn.LazyLinear`) takes its shape from there. Raises: UsageError for what is no module.
+    ``source`` is {unwrapped key: tensor to load}: an uninitialised parameter (`torch.nn.LazyLinear`) takes its shape
+    from there. Raises: UsageError for anything but a torch.nn.Module.
     """
     torch = refuse_no_module(model)
     state = model.state_dict(keep_vars=True)
@@ -54,9 +56,9 @@ def checkpoint_of(model: Any, source: Mapping[str, TensorInfo] | None = None) ->
 
 
 def classes_of(model: Any) -> dict[str, str]:
-    """Returns {module path: class name}, of a class derived from one of torch.nn that one's name.
+    """Returns {module path: class name}; a class derived from one of torch.nn or transformers has that one's name.
 
-    Anybody else's class of a name that torch has too is not torch's, and goes by its full name.
+    Any other class has its full name, so it is never mistaken for a class of torch with the same name.
     """
     found = {}
     for path, module in model.named_modules():
@@ -67,7 +69,7 @@ def classes_of(model: Any) -> dict[str, str]:
 
 
 class _Reading:
-    """From live values to a checkpoint's nodes; one object, and one memory, stay one."""
+    """Turns live values into the nodes of a checkpoint; shared objects and shared memory stay shared."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -75,7 +77,7 @@ class _Reading:
         self.made: dict[int, Any] = {}
 
     def node(self, value: Any) -> Any:
-        """Returns a tensor's `TensorInfo`, an extra state's tree; a stand-in for an object of any other class."""
+        """Returns a `TensorInfo` for a tensor, a tree for plain extra state, a stand-in for any other object."""
         if id(value) not in self.made:
             self.made[id(value)] = self._node(value)
         return self.made[id(value)]
@@ -93,57 +95,54 @@ class _Reading:
         return Global.named(type(value).__module__, type(value).__qualname__)()
 
     def lazy(self, value: Any, offered: TensorInfo | None, module: Any, name: str) -> Any:
-        """Returns a parameter that has no shape yet with the shape of what it is offered, if its layer allows that."""
+        """Returns an uninitialised parameter with the shape of the offered tensor, if its layer allows that shape."""
         if offered is None or offered.shape is None or not _allows(module, name, offered.shape):
             return Global.named("torch.nn.parameter", type(value).__name__)()
-        dtype = str(value.dtype).removeprefix("torch.")
-        shape, nbytes = offered.shape, nbytes_of(dtype, offered.numel)
-        storage = Storage(Span("", 0, nbytes, memory=_uninitialised), dtype, str(value.device))
-        parameter = isinstance(value, self.torch.nn.Parameter)
-        return TensorInfo(dtype, shape, contiguous_stride(shape), 0, storage, value.requires_grad, parameter)
+        dtype = _name(value.dtype)
+        span = Span("", 0, nbytes_of(dtype, offered.numel), memory=_uninitialised)
+        storage = Storage(span, dtype, str(value.device))
+        return self._info(value, offered.shape, contiguous_stride(offered.shape), 0, storage)
 
     def tensor(self, value: Any) -> TensorInfo:
-        torch = self.torch
-        parameter = isinstance(value, torch.nn.Parameter)
-        dtype = str(value.dtype).removeprefix("torch.")
-        kind = _kind(torch, value)
-        shape = None if value.is_nested else tuple(value.shape)
+        """Returns the `TensorInfo` of a live tensor, whose bytes are copied only when they are read."""
+        kind = _kind(self.torch, value)
         if kind != "dense":
-            opaque = Opaque(kind, Global.named("torch", "Tensor")())
-            return TensorInfo(dtype, shape, (), 0, opaque, value.requires_grad, parameter)
+            shape = None if value.is_nested else tuple(value.shape)
+            return self._info(value, shape, (), 0, Opaque(kind, Global.named("torch", "Tensor")()))
         untyped = value.untyped_storage()
-        place = str(untyped.device), untyped.data_ptr() or id(value)
-        if place not in self.storages:
-            typed = dtype if DTYPES[dtype].storage else None
-            span = Span("", 0, untyped.nbytes(), memory=_Memory(torch, untyped))
-            self.storages[place] = Storage(span, typed, str(untyped.device))
-        extras = Extras(bool(value.is_conj()), bool(value.is_neg())) if value.is_conj() or value.is_neg() else None
-        return TensorInfo(
-            dtype, shape, tuple(value.stride()), value.storage_offset(), self.storages[place], value.requires_grad,
-            parameter, extras,
-        )  # fmt: skip
+        address = str(untyped.device), untyped.data_ptr() or id(value)
+        if address not in self.storages:
+            dtype = _name(value.dtype)
+            span = Span("", 0, untyped.nbytes(), memory=partial(_bytes_of, self.torch, untyped))
+            self.storages[address] = Storage(span, dtype if DTYPES[dtype].storage else None, str(untyped.device))
+        made = self._info(value, tuple(value.shape), value.stride(), value.storage_offset(), self.storages[address])
+        conj, neg = bool(value.is_conj()), bool(value.is_neg())
+        return replace(made, extras=Extras(conj, neg)) if conj or neg else made
+
+    def _info(self, value: Any, shape: Any, stride: Any, offset: int, source: Storage | Opaque) -> TensorInfo:
+        parameter = isinstance(value, self.torch.nn.Parameter)
+        return TensorInfo(_name(value.dtype), shape, tuple(stride), offset, source, value.requires_grad, parameter)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kind(torch: Any, value: Any) -> str:
-    """Returns ``dense``, or what kind of `Opaque` a tensor is."""
+    """Returns ``dense``, or the kind of `Opaque` that a tensor is."""
     if value.is_quantized:
         return "quantized"
     if value.is_nested:
         return "nested_strided" if value.layout == torch.strided else "nested_jagged"
-    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(value) or isinstance(value, _dtensors(torch)):
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):  # DTensor is one
         return "subclass"
     if value.layout != torch.strided:
-        return str(value.layout).removeprefix("torch.")
+        return _name(value.layout)
     return "meta" if value.is_meta else "dense"
 
 
-def _dtensors(torch: Any) -> tuple[Any, ...]:
-    made = getattr(getattr(getattr(torch, "distributed", None), "tensor", None), "DTensor", None)
-    return () if made is None else (made,)
-
-
 def _allows(module: Any, name: str, shape: tuple[int, ...]) -> bool:
-    """Returns whether a lazy layer, which knows its output and its kernel, can get a parameter of this shape."""
+    """Returns whether a lazy layer, whose output size and kernel are fixed, can take a parameter of this shape."""
     outputs = getattr(module, "out_features", None) or getattr(module, "out_channels", None)
     if not isinstance(outputs, int) or name not in ("weight", "bias"):
         return True
@@ -155,16 +154,9 @@ def _allows(module: Any, name: str, shape: tuple[int, ...]) -> bool:
     return (shape[1] * module.groups if getattr(module, "transposed", False) else shape[0]) == outputs
 
 
-class _Memory:
-    """The bytes of a storage; copied from its device only when asked for."""
-
-    def __init__(self, torch: Any, untyped: Any) -> None:
-        self.torch, self.untyped = torch, untyped
-
-    def __call__(self) -> memoryview:
-        untyped = self.untyped.cpu()
-        flat = self.torch.empty(0, dtype=self.torch.uint8).set_(untyped)
-        return memoryview(flat.numpy())
+def _bytes_of(torch: Any, untyped: Any) -> memoryview:
+    """Returns the bytes of a storage, copied from its device if that is not the CPU."""
+    return memoryview(torch.empty(0, dtype=torch.uint8).set_(untyped.cpu()).numpy())
 
 
 def _uninitialised() -> memoryview:
@@ -172,7 +164,7 @@ def _uninitialised() -> memoryview:
 
 
 def offered(source: Checkpoint, strip: str | None, add: str | None) -> dict[str, TensorInfo]:
-    """Returns a source's tensors by the keys that they are matched by."""
+    """Returns a source's tensors by the keys under which they are compared with the target's."""
     tensors = source.state_dict()
     return {plain: tensors[key] for plain, key in names.plain_keys(tensors, strip, add, source.url).items()}
 
@@ -180,10 +172,10 @@ def offered(source: Checkpoint, strip: str | None, add: str | None) -> dict[str,
 def extra_states(
     target: Checkpoint, source: Checkpoint, chosen: Callable[[str], bool], strip: str | None, add: str | None
 ) -> dict[str, tuple[str, Any]]:
-    """Returns {key: (the source's key, tree)} of the extra states that a source has for a model's modules.
+    """Returns {key: (the source's key, tree)} of a source's extra states for the modules of a model.
 
-    Those that need a class which was not imported are left out, and so stay the model's; tensors of one shape and
-    dtype too, which are loaded like any other.
+    States that need a class of the file are left out, so the model keeps its own; so are tensors of the same shape and
+    dtype, which are loaded like any other.
     """
     theirs = {
         names.replace_prefix(names.unwrapped(key), strip, add): (key, value)
@@ -191,7 +183,7 @@ def extra_states(
     }
     found = {}
     for key, (_, own) in target.entries().items():
-        if key.rpartition(".")[2] != EXTRA_STATE or names.unwrapped(key) not in theirs or not chosen(key):
+        if not _is_extra(key) or names.unwrapped(key) not in theirs or not chosen(key):
             continue
         name, value = theirs[names.unwrapped(key)]
         both = isinstance(own, TensorInfo) and isinstance(value, TensorInfo)
@@ -202,6 +194,10 @@ def extra_states(
     return found
 
 
+def _is_extra(key: str) -> bool:
+    return key.rpartition(".")[2] == EXTRA_STATE
+
+
 def _is_foreign(node: object) -> bool:
     return isinstance(node, (PyObject, Global)) and node.qualname != "OrderedDict" and node.module != "torch"
 
@@ -210,11 +206,11 @@ def _is_foreign(node: object) -> bool:
 
 
 def copy_into(model: Any, planned: Checkpoint, keys: Iterable[str], map_location: Any, assign: bool) -> dict[str, int]:
-    """Copies the planned values of ``keys`` into a model, in place; with ``assign`` the tensors become the model's.
+    """Copies the planned values of ``keys`` into a model in place, or with ``assign`` makes the tensors the model's.
 
-    Everything is read and computed before the first parameter is touched, so it holds the loaded tensors once.
-    Returns {key: finite values that a cast made infinite}. Raises: what reading raises; UsageError for what stays, or
-    cannot be filled, on meta, and for an extra state that its module refuses.
+    Everything is read and computed before the first parameter changes, so the loaded tensors are in memory once more.
+    Returns {key: finite values that a cast made infinite}. Raises: what reading raises; UsageError for tensors that
+    stay, or cannot be filled, on meta, and for an extra state that its module refuses.
     """
     torch = import_torch("loading into a model")
     own = model.state_dict(keep_vars=True)
@@ -229,22 +225,22 @@ def copy_into(model: Any, planned: Checkpoint, keys: Iterable[str], map_location
             for key, node in wanted.items()
             if isinstance(node, TensorInfo) and id(node.source) in files.overflowed
         }
-    states = {key: values.pop(key) for key in list(values) if key.rpartition(".")[2] == EXTRA_STATE}
+    states = {key: values.pop(key) for key in list(values) if _is_extra(key)}
     _set_states(model, own, states)
     made: dict[int, Any] = {}
     for key, value in values.items():
         old = own[key]
-        if assign and id(old) not in made:  # names of one tensor stay names of one
+        if assign and id(old) not in made:  # tied names get the same object
             moved = value.detach() if map_location is not None or old.is_meta else value.detach().to(old.device)
             parameter = isinstance(old, torch.nn.Parameter)
             made[id(old)] = torch.nn.Parameter(moved, requires_grad=old.requires_grad) if parameter else moved
         values[key] = made[id(old)] if assign else value.detach()
     state: Any = OrderedDict()
     for key, old in own.items():
-        # The model's own go along, which copies nothing: hooks and quantised modules want all their keys.
+        # The model's own values are passed too, which copies nothing: hooks and quantised modules need all keys.
         if key in values:
             state[key] = values[key]
-        elif key.rpartition(".")[2] != EXTRA_STATE and not torch.nn.parameter.is_lazy(old):
+        elif not _is_extra(key) and not torch.nn.parameter.is_lazy(old):
             state[key] = made.get(id(old), old)
     state._metadata = getattr(own, "_metadata", {})
     result = model.load_state_dict(state, strict=False, assign=assign)
@@ -254,11 +250,13 @@ def copy_into(model: Any, planned: Checkpoint, keys: Iterable[str], map_location
 
 
 def _refuse_meta(model: Any, own: Mapping[str, Any], wanted: Mapping[str, Any], assign: bool) -> None:
-    """Raises UsageError if values are meant for a tensor on meta, which holds none, or if one would stay there."""
+    """Raises UsageError for tensors on meta, which have no storage, that cannot be filled or would stay there."""
     if not assign:
         lacking = [key for key in wanted if getattr(own[key], "is_meta", False)]
         if lacking:
-            raise UsageError(f"on meta, where nothing can be copied to: {listed(lacking)}; assign=True replaces them")
+            raise UsageError(
+                f"on meta, which has no storage to copy into: {listed(lacking)}; assign=True replaces them"
+            )
     filled = {id(own[key]) for key in wanted}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     stay = [name for name, value in tensors if value.is_meta and id(value) not in filled and name not in wanted]
@@ -267,7 +265,7 @@ def _refuse_meta(model: Any, own: Mapping[str, Any], wanted: Mapping[str, Any], 
 
 
 def _set_states(model: Any, own: Mapping[str, Any], states: dict[str, Any]) -> None:
-    """Hands extra states to their modules; if one refuses its own, the others get back what they had."""
+    """Calls `set_extra_state` of the modules; if one raises, those called before get their old state back."""
     modules = dict(model.named_modules(remove_duplicate=False))
     done: list[tuple[Any, Any]] = []
     for key, value in states.items():
@@ -277,7 +275,7 @@ def _set_states(model: Any, own: Mapping[str, Any], states: dict[str, Any]) -> N
         done.append((module, own[key]))
         try:
             module.set_extra_state(value)
-        except Exception as error:  # the module's own code: whatever it raises, the others get back what they had
+        except Exception as error:  # the module's own code may raise anything
             for other, old in reversed(done):
                 with suppress(Exception):
                     other.set_extra_state(old)
@@ -285,21 +283,19 @@ def _set_states(model: Any, own: Mapping[str, Any], states: dict[str, Any]) -> N
 
 
 def _put(torch: Any, model: Any, pairs: Mapping[str, tuple[Any, Any]], assign: bool) -> None:
-    """Fills tensors that a hook gives another name in the state_dict, so that `load_state_dict` does not know them."""
-    where: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    """Fills tensors that `load_state_dict` does not know, since a hook renames them in the state_dict."""
+    owners: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, value in held.items():
-                where.setdefault(id(value), []).append((held, name))
-    lost = [key for key, (old, _) in pairs.items() if id(old) not in where]
-    for key, (old, value) in pairs.items():
-        if key in lost:
-            continue
+        for slots in (module._parameters, module._buffers):
+            for name, value in slots.items():
+                owners.setdefault(id(value), []).append((slots, name))
+    for old, value in pairs.values():
         if assign:
-            for held, name in where[id(old)]:
-                held[name] = value
-        else:
+            for slots, name in owners.get(id(old), ()):
+                slots[name] = value
+        elif id(old) in owners:
             with torch.no_grad():
                 old.copy_(value)
+    lost = [key for key, (old, _) in pairs.items() if id(old) not in owners]
     if lost:
-        raise UnsupportedError(f"the model names {listed(lost)} in its state_dict, and does not take it back")
+        raise UnsupportedError(f"in the model's state_dict, but it cannot load them: {listed(lost)}")

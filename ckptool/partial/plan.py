@@ -1,7 +1,7 @@
-"""What of a checkpoint fits a changed model: loaded, adapted, or initialised on purpose, with a reason for every key.
+"""Plans a partial load into a changed model: each key is loaded, adapted, initialised or kept, with a reason.
 
-The plan is `filter`'s matching, and then, in this order: adapters for shapes that differ, ties, rules for what is
-not loaded. Nothing is read or computed here but headers: the values are `Derived` leaves of the new checkpoint.
+First come the matches of `filter`, then adapters for shapes that differ, ties, and init rules for what is not loaded.
+Only headers are read, and nothing is computed: values are `Derived` leaves of the new checkpoint.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ckptool.partial.handover import Group
 
 @dataclass(frozen=True, slots=True)
 class LoadPartialReport:
-    """``rows``: one per key of the target, then one per key of the source that found no place (see `filter.Row`).
+    """``rows``: one per key of the target, then one per unused key of the source (see `filter.Row`).
 
     ``loaded_fraction`` is the share of the target's elements (counters aside) that have the source's values.
-    ``frozen``: parameters that are not to be trained; ``moving``: BatchNorm layers among them whose running
-    statistics still move in train mode. ``groups``: the parameters that are trained, loaded and new ones apart;
+    ``frozen``: parameters that are not to be trained; ``moving``: frozen BatchNorm layers whose running statistics
+    are still updated in train mode. ``groups``: the trained parameters, loaded and new ones apart;
     ``tied``: other names of parameters that are listed under their first.
     """
 
@@ -51,7 +51,7 @@ class LoadPartialReport:
     tied: dict[str, str] = field(default_factory=dict)
 
     def keys(self, *reasons: str) -> list[str]:
-        """Returns the keys that have one of these reasons."""
+        """Returns the keys with one of these reasons."""
         return [row.key for row in self.rows if row.reason in reasons]
 
     @property
@@ -61,7 +61,7 @@ class LoadPartialReport:
 
     @property
     def missing(self) -> list[str]:
-        """Returns the target's keys that the source lacks, and that no rule initialises."""
+        """Returns the target's keys that are neither in the source nor initialised by a rule."""
         return self.keys("missing")
 
     @property
@@ -71,26 +71,26 @@ class LoadPartialReport:
 
     @property
     def mismatched(self) -> list[str]:
-        """Returns the keys whose shapes differ, and which keep the target's values."""
+        """Returns the keys whose shapes differ; they keep the target's values."""
         return self.keys("mismatched")
 
     @property
     def initialised(self) -> list[str]:
-        """Returns the keys whose values a rule made."""
+        """Returns the keys that a rule initialised."""
         return self.keys("initialised")
 
     @property
     def written(self) -> list[str]:
-        """Returns the target's keys whose values are not its own any more."""
+        """Returns the target's keys whose values were replaced."""
         return self.keys(*LOADED, "initialised")
 
     def not_strict(self) -> list[str]:
-        """Returns what ``strict`` refuses, a phrase each: ``2 missing``."""
+        """Returns the counts that ``strict`` refuses: ``2 missing``."""
         bad = ("missing", "unexpected", "mismatched")
         return [f"{self.counts[reason]} {reason}" for reason in bad if self.counts.get(reason)]
 
     def with_sources(self, origins: Mapping[str, str]) -> LoadPartialReport:
-        """Returns the report with the source's keys as its file has them, before rules renamed them."""
+        """Returns the report with the source's keys as in its file: {key after renaming: key in the file}."""
         rows = []
         for row in self.rows:
             key = row.source or (row.key if row.reason == "unexpected" else None)
@@ -99,7 +99,7 @@ class LoadPartialReport:
         return replace(self, rows=rows)
 
     def with_states(self, states: Mapping[str, str]) -> LoadPartialReport:
-        """Returns the report with these extra states of modules loaded: {key: the source's key}."""
+        """Returns the report with the extra states of modules that are loaded: {key: the source's key}."""
         theirs = set(states.values())
         rows: list[Row] = []
         seen: set[str] = set()
@@ -108,7 +108,7 @@ class LoadPartialReport:
                 seen.add(row.key)
                 row = replace(row, reason="loaded", source=states[row.key], detail="extra state")
             elif row.key in theirs and row.shape is None:
-                continue  # the source's own row, which says that it is not taken
+                continue  # the row of the source's key, whose reason is that it is not taken
             rows.append(row)
         return replace(self, rows=rows, counts=counts_of(rows))
 
@@ -118,7 +118,7 @@ class LoadPartialReport:
         return replace(self, notes=[*self.notes, f"values no longer finite: {text}"]) if overflowed else self
 
     def summary(self) -> str:
-        """Returns one line of counts, a line for each key that was not plainly loaded, then hint and notes."""
+        """Returns a line of counts, a line for each key that was not loaded as it is, then the hint and the notes."""
         counts = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
         lines = [f"{100 * self.loaded_fraction:.1f} % of parameters loaded: {counts}"] if self.sources else [counts]
         for row in self.rows:
@@ -132,12 +132,13 @@ class LoadPartialReport:
     def freeze(self, model: Any, *specs: str) -> list[str]:
         """Sets ``requires_grad`` to False on the model's frozen parameters, and returns their names.
 
-        ``specs`` as in `load_partial`'s ``freeze``; without any, those that were planned with, else ``loaded``.
-        ``frozen`` and ``moving`` say so afterwards: BatchNorm layers go on moving their running statistics in train
-        mode, unless they are put in eval mode. Raises: UsageError before touching any.
+        ``specs`` as in `load_partial`'s ``freeze``; by default those of the plan, else ``loaded``. ``frozen`` and
+        ``moving`` of the report are updated: put the layers in ``moving`` in eval mode, or their running statistics
+        change in training. Raises: UsageError before touching any.
         """
         if specs or not self.frozen:
-            found = handover.freeze_of_model(model, specs or ["loaded"], handover.names_of(model, self.loaded))
+            parameters, loaded = handover.live_parameters(model), handover.names_of(model, self.loaded)
+            found = handover.frozen(specs or ["loaded"], parameters, loaded, live=True)
         else:
             found = handover.names_of(model, self.frozen) or self.frozen
         self.frozen[:] = handover.freeze_model(model, found)
@@ -149,8 +150,8 @@ class LoadPartialReport:
     ) -> list[dict[str, Any]]:
         """Returns parameter groups for an optimizer: loaded and new parameters, with and without weight decay.
 
-        New parameters learn at ``lr * new_lr_mult``. Biases and norms (parameters of under two dimensions) get no
-        decay. A parameter that requires no gradient is in no group; any other is in exactly one.
+        New parameters have the learning rate ``lr * new_lr_mult``. Biases and norms (parameters of under two
+        dimensions) get no decay. A parameter that requires no gradient is in no group; any other is in exactly one.
         """
         loaded = handover.names_of(model, self.loaded)
         return handover.model_groups(model, loaded, lr=lr, new_lr_mult=new_lr_mult, weight_decay=weight_decay)
@@ -167,8 +168,8 @@ def counts_of(rows: Sequence[Row]) -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What is asked for beside the matching itself. Pairs are (key pattern, what for the keys that fit it)."""
+class Options:
+    """Options of a partial load. Pairs are (key pattern, what to do with the keys that it fits)."""
 
     adapt: Sequence[tuple[str, Adapter]] = ()
     init: Sequence[tuple[str, str]] = ()
@@ -187,30 +188,31 @@ class Wishes:
 def load_partial(
     source: Checkpoint | None,
     target: Checkpoint,
-    wishes: Wishes,
+    options: Options,
     *,
     same: Same,
     read: Callable[[str], Any] | None = None,
     classes: Mapping[str, str] | None = None,
     origins: Mapping[str, str] | None = None,
 ) -> tuple[Checkpoint, LoadPartialReport]:
-    """Returns (checkpoint, report): the target with what fits taken from ``source``, and the rest as wished.
+    """Returns (checkpoint, report): the target with what fits loaded from ``source``, the rest as the options say.
 
-    ``same`` is asked whether two tensors hold the same bytes, ``read`` for the content of a file that an adapter
-    names. ``classes`` says which class each module of the target is of, ``origins`` what the keys of a renamed
-    source were called in its file. Raises: UsageError with all that forbids going on, NoTensorsError, CollisionError.
+    ``same`` returns whether two tensors hold the same bytes, ``read`` the content of a file that an adapter names.
+    ``classes`` is {module path of the target: class name}, ``origins`` {renamed key of the source: key in its file}.
+    Raises: UsageError with all problems at once, NoTensorsError, CollisionError.
     """
     for checkpoint in (source, target):
         if checkpoint is not None and not checkpoint.state_dict():
             raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
-    plan = _Plan(source, target, wishes, classes if classes is not None else module_classes(target))
+    plan = _Plan(source, target, options, classes if classes is not None else module_classes(target))
     plan.match()
     plan.adapt(read)
     plan.tie(same)
     plan.initialise()
-    plan.refuse()
-    merged, report = plan.result(False, [*wishes.include, *wishes.exclude])
-    return plan.handed_over(merged, report, origins or {})
+    if plan.problems:
+        raise UsageError("; ".join(plan.problems), target.url)
+    merged, report = plan.result(False, [*options.include, *options.exclude])
+    return plan.finished(merged, report, origins or {})
 
 
 def module_classes(checkpoint: Checkpoint) -> dict[str, str]:
@@ -221,13 +223,13 @@ def module_classes(checkpoint: Checkpoint) -> dict[str, str]:
     found = {}
     for prefix, module in modules.walk_modules(node):
         known = module.module.startswith(("torch.nn.", "transformers."))
-        # Somebody's own class of a name that torch has too is not torch's.
+        # Other classes get their full name: they may have the same name as one of torch.
         found[prefix.removesuffix(".")] = module.qualname if known else f"{module.module}.{module.qualname}"
     return found
 
 
 def unwritable(checkpoint: Checkpoint) -> list[str]:
-    """Returns the keys of a live model's state_dict that no file can hold, each with what it is."""
+    """Returns the keys of a live model's state_dict that cannot be written to a file, with the kind of each."""
     found = []
     for key, (_, value) in checkpoint.entries().items():
         for node in nodes(value):
@@ -242,26 +244,24 @@ _LAZY = ("UninitializedParameter", "UninitializedBuffer")
 
 
 class _Plan(Merge):
-    """`filter`'s matching, and what comes on top of it."""
+    """`filter`'s matches, then adapters, init rules, parameter groups and optimizer state."""
 
     def __init__(
-        self, source: Checkpoint | None, target: Checkpoint, wishes: Wishes, classes: Mapping[str, str]
+        self, source: Checkpoint | None, target: Checkpoint, options: Options, classes: Mapping[str, str]
     ) -> None:
-        chosen = names.chooser(wishes.include, wishes.exclude)
+        chosen = names.chooser(options.include, options.exclude)
         sources = [] if source is None else [source]
-        super().__init__(sources, target, wishes.strip_prefix, wishes.add_prefix, chosen, True)
-        self.source, self.wishes, self.classes = source, wishes, classes
+        super().__init__(sources, target, options.strip_prefix, options.add_prefix, chosen, True)
+        self.source, self.options, self.classes = source, options, classes
         self.notes: list[str] = []
-        self.troubles: list[str] = []
+        self.problems: list[str] = []
         self.refused_keys: set[str] = set()
-        self.plainly: set[str] = set()
 
     def adapt(self, read: Callable[[str], Any] | None) -> None:
-        """Gives the source's values another shape where an adapter was named for the key."""
-        self.plainly = set(self.taken)
+        """Applies the adapters to the keys that they were named for."""
         adapting = Adapting(read)
         for key, row in self.rows.items():
-            adapter = next((made for pattern, made in reversed(self.wishes.adapt) if names.fits(pattern, key)), None)
+            adapter = next((made for pattern, made in reversed(self.options.adapt) if names.fits(pattern, key)), None)
             if adapter is None or row.source is None or not self.chosen(key):
                 continue
             if row.reason != "mismatched" and not adapter.rearranges:
@@ -270,11 +270,10 @@ class _Plan(Merge):
             try:
                 made, detail = adapting.adapt(adapter, offered, self.tensors[key], key)
             except (UsageError, UnsupportedError) as error:
-                self.troubles.append(error.message)
+                self.problems.append(error.message)
                 self.refused_keys.add(key)
                 continue
             self.taken[key] = made
-            self.plainly.discard(key)
             source_dtype = offered.dtype if offered.dtype != made.dtype else None
             self.rows[key] = replace(
                 row, reason="adapted", source_shape=dims(offered), dtype=made.dtype, source_dtype=source_dtype,
@@ -282,16 +281,16 @@ class _Plan(Merge):
             )  # fmt: skip
         self.notes += [
             f"--adapt {pattern} fits no key"
-            for pattern in names.unused_patterns([pattern for pattern, _ in self.wishes.adapt], self.tensors)
+            for pattern in names.unused_patterns([pattern for pattern, _ in self.options.adapt], self.tensors)
         ]
 
     def fits(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
-        """Returns what `filter` says, and True for a tensor on meta: a place of the same shape without values."""
+        """Returns `filter`'s answer, or True for a tensor on meta of the same shape, which has no values to compare."""
         on_meta = tensor.kind == "meta" and offered.form == ("dense", tensor.shape)
         return on_meta or super().fits(key, offered, tensor)
 
     def tied(self) -> list[list[str]]:
-        """Returns the groups of the target's keys that are one tensor, of those on meta too, which share no memory."""
+        """Returns the target's keys in groups of tied ones, tensors on meta included, which share no storage."""
         groups: dict[int, list[str]] = {}
         for key, tensor in self.tensors.items():
             if tensor.kind == "meta":
@@ -299,7 +298,7 @@ class _Plan(Merge):
         return [*super().tied(), *(keys for keys in groups.values() if len(keys) > 1)]
 
     def tie(self, same: Same) -> None:
-        """Ties as `filter` does; a name of a tensor that was adapted is no longer one whose shape differs."""
+        """Ties as `filter` does; a mismatched key that is tied to an adapted one has its values now."""
         super().tie(same)
         adapted = {self.taken[key].view for key, row in self.rows.items() if row.reason == "adapted"}
         for key, row in self.rows.items():
@@ -308,23 +307,16 @@ class _Plan(Merge):
                 self.rows[key] = replace(row, reason="tied", detail=detail)
 
     def initialise(self) -> None:
-        """Makes the values of what was not loaded, by the rules that were given for it; the rest keeps its own."""
+        """Applies the init rules to the keys that were not loaded; keys without a rule keep the target's values."""
         wanted = [key for key in self.tensors if key not in self.taken and key not in self.refused_keys]
-        wishes = self.wishes
-        made, unused, troubles = initplan.plan(
-            wishes.init, wishes.presets, self.tensors, wanted, wishes.seed, self.classes
-        )
+        init, presets, seed = self.options.init, self.options.presets, self.options.seed
+        made, unused, problems = initplan.plan(init, presets, self.tensors, wanted, seed, self.classes)
         for key, (tensor, rule) in made.items():
             row = self.rows[key]
             self.made[key] = tensor
             self.rows[key] = replace(row, reason="initialised", dtype=tensor.dtype, detail=rule)
         self.notes += [f"--init {pattern} fits no key that was not loaded" for pattern in unused]
-        self.troubles += troubles
-
-    def refuse(self) -> None:
-        """Raises UsageError with all that forbids going on."""
-        if self.troubles:
-            raise UsageError("; ".join(self.troubles), self.target.url)
+        self.problems += problems
 
     def _others(self) -> list[Row]:
         rows = super()._others()
@@ -337,17 +329,17 @@ class _Plan(Merge):
             for row in rows
         ]
 
-    def handed_over(
+    def finished(
         self, merged: Checkpoint, report: FilterReport, origins: Mapping[str, str]
     ) -> tuple[Checkpoint, LoadPartialReport]:
-        """Returns the checkpoint and the report with what training needs to know, and the optimizer if wished."""
-        wishes = self.wishes
+        """Returns (checkpoint, report) with frozen parameters, parameter groups and the optimizer state asked for."""
+        options = self.options
         loaded = {key for key in self.tensors if self.rows[key].reason in LOADED}
         parameters = handover.parameters(self.tensors)
         live = self.target.format == "model" or modules.is_module(self.target.at(self.target.root))
-        frozen = handover.frozen(wishes.freeze, parameters, loaded, live=live)
+        frozen = handover.frozen(options.freeze, parameters, loaded, live=live)
         groups = handover.groups(
-            parameters, loaded, frozen, self.tensors, new_lr_mult=wishes.new_lr_mult, weight_decay=wishes.weight_decay
+            parameters, loaded, frozen, self.tensors, new_lr_mult=options.new_lr_mult, weight_decay=options.weight_decay
         )
         handover.check(groups, frozen, parameters)
         merged, notes = self._optimizer(merged)
@@ -360,20 +352,19 @@ class _Plan(Merge):
             notes.append(f"frozen, though not all of their values are the source's: {listed(adapted)}")
         made = LoadPartialReport(
             rows, counts_of(rows), None, report.loaded_fraction, report.hint, report.target, report.sources,
-            [*report.notes, *self.notes, *notes], wishes.seed, frozen,
+            [*report.notes, *self.notes, *notes], options.seed, frozen,
             handover.moving_batch_norms(self.tensors, frozen), groups, tied,
         )  # fmt: skip
         return merged, made.with_sources(origins)
 
     def _optimizer(self, merged: Checkpoint) -> tuple[Checkpoint, list[str]]:
-        wish = self.wishes.optimizer
-        if wish == "drop":
+        if self.options.optimizer == "drop":
             merged, paths = resume.without_optimizers(merged)
             return merged, [f"dropped: {path_text(path)}" for path in paths]
-        if wish == "remap":
+        if self.options.optimizer == "remap":
             if self.source is None:
                 raise UsageError("--optimizer remap needs a SOURCE that has one")
-            matches = {key: str(self.rows[key].source) for key in self.tensors if key in self.plainly}
-            renewed = {key: row.source for key, row in self.rows.items() if row.source and key not in self.plainly}
+            matches = {key: str(row.source) for key, row in self.rows.items() if row.reason in ("loaded", "cast")}
+            renewed = {key: row.source for key, row in self.rows.items() if row.source and key not in matches}
             return resume.carried(self.source, self.target, merged, matches, renewed)
         return merged, [] if self.source is None else resume.left_behind(self.source)

@@ -1,7 +1,7 @@
-"""The optimizer of a training checkpoint, carried over to a changed model: the state of what was kept, and no more.
+"""Optimizer state of a training checkpoint, carried over to a changed model (`--optimizer remap`, `drop`).
 
-torch saves an optimizer's state by position, and loads it by position without a word about names: a state that is one
-off is loaded too. So positions are given names only where that leaves no doubt, and anything else is refused.
+torch saves and loads an optimizer's state by position and does not check names: a state that is off by one is loaded
+too. Positions are therefore mapped to names only where there is one possibility; else the state is refused.
 Source: ``Optimizer.state_dict`` and ``load_state_dict`` (torch 2.13).
 """
 
@@ -20,36 +20,30 @@ from ckptool.errors import UnsupportedError, UsageError, listed
 from ckptool.partial import handover
 
 INSTEAD = "--optimizer drop leaves it out"
-"""What can be done in every case."""
+"""The way out of every refusal."""
 
 NAMES = "torch 2.6 and later save names with it if the optimizer was given model.named_parameters()"
-"""What would have helped."""
+"""How to avoid the refusal in future checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A parameter's place in an optimizer: ``ident`` is what its group calls it, ``names`` those in the state_dict."""
+    """A parameter of an optimizer: ``ident`` is its position or name in the group, ``names`` its state_dict keys."""
 
     ident: Any
     group: int
     names: tuple[str, ...]
 
 
-# --- finding and placing -----------------------------------------------------------------------------------------
+# --- in the checkpoint's tree ------------------------------------------------------------------------------------
 
 
 def find(checkpoint: Checkpoint) -> list[Path]:
     """Returns the paths of all optimizer states outside the weights, in the file's order."""
     root = checkpoint.root
-
-    def closed(node: Any) -> bool:
-        return optimizers.is_optimizer(node) or modules.is_module(node)
-
-    return [
-        path
-        for path, node in walk(checkpoint.tree, closed=closed)
-        if path and optimizers.is_optimizer(node) and not (root and path[: len(root)] == root)
-    ]
+    nodes = walk(checkpoint.tree, closed=lambda node: optimizers.is_optimizer(node) or modules.is_module(node))
+    found = (path for path, node in nodes if path and optimizers.is_optimizer(node))
+    return [path for path in found if not (root and path[: len(root)] == root)]
 
 
 def without_optimizers(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Path]]:
@@ -61,22 +55,27 @@ def without_optimizers(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Path]]:
 
 
 def _removed(checkpoint: Checkpoint, path: Path) -> Any:
+    """Returns the tree without the node at ``path``, or with None there if removing it could break something."""
     *above, last = path
-    holder = checkpoint.at(tuple(above))
-    mapping = as_mapping(holder)
+    parent = checkpoint.at(tuple(above))
+    mapping = as_mapping(parent)
     made: Any
     if mapping is not None and last in mapping:
-        kept = {name: value for name, value in mapping.items() if name != last}
-        made = holder.with_mapping(kept, holder.state) if isinstance(holder, PyObject) else kept
-    elif isinstance(holder, (list, tuple)) and tuple(above) != checkpoint.root[: len(above)]:
-        made = type(holder)(value for at, value in enumerate(holder) if at != last)
-    else:  # a list whose positions lead to the weights, or an object whose class may count on the attribute
+        made = _with_content(parent, {name: value for name, value in mapping.items() if name != last})
+    elif isinstance(parent, (list, tuple)) and tuple(above) != checkpoint.root[: len(above)]:
+        made = type(parent)(value for at, value in enumerate(parent) if at != last)
+    else:  # a list in which the weights would move to another position, or an attribute that its class may need
         return replaced(checkpoint.tree, path, None)
     return replaced(checkpoint.tree, tuple(above), made)
 
 
+def _with_content(mapping: Any, content: dict[Any, Any]) -> Any:
+    """Returns a dict, or the stand-in of a dict subclass, with other content."""
+    return mapping.with_mapping(content, mapping.state) if isinstance(mapping, PyObject) else content
+
+
 def left_behind(source: Checkpoint, carried: Sequence[Path] = ()) -> list[str]:
-    """Returns a line that names what stands beside the source's weights and is not taken; none if nothing does."""
+    """Returns a note that lists the entries beside the source's weights that are not taken; [] if there are none."""
     above = source.root[:-1]
     taken = {path[len(above)] for path in carried if path[: len(above)] == above}
     names = [
@@ -88,10 +87,10 @@ def left_behind(source: Checkpoint, carried: Sequence[Path] = ()) -> list[str]:
 
 
 def placed(merged: Checkpoint, entries: Mapping[Path, Any]) -> Checkpoint:
-    """Returns the checkpoint with optimizer states beside its weights; ``entries`` are by path from that level.
+    """Returns the checkpoint with optimizer states beside its weights: {path from that level: state}.
 
     A bare state_dict becomes ``{"state_dict": ...}`` first. An entry of the same name is replaced.
-    Raises: UnsupportedError if the weights do not stand in a dict.
+    Raises: UnsupportedError if the weights are not in a dict.
     """
     if not merged.root:
         merged = replace(merged, tree={"state_dict": merged.tree}, root=("state_dict",))
@@ -99,26 +98,25 @@ def placed(merged: Checkpoint, entries: Mapping[Path, Any]) -> Checkpoint:
     beside: dict[Any, Any] = {}
     for path, node in entries.items():
         beside[path[0]] = _grown(beside.get(path[0]), path[1:], node)
-    holder = merged.at(above)
-    mapping = as_mapping(holder)
+    parent = merged.at(above)
+    mapping = as_mapping(parent)
     if mapping is None or merged.root[-1] in beside:
         where = path_text(merged.root)
         raise UnsupportedError(
-            f"no place for {listed(map(key_text, beside))} beside the weights at {where}", merged.url
+            f"cannot add {listed(map(key_text, beside))} beside the weights at {where}: not a dict, or the same name",
+            merged.url,
         )
-    content = {**mapping, **beside}
-    made = holder.with_mapping(content, holder.state) if isinstance(holder, PyObject) else content
-    return replace(merged, tree=replaced(merged.tree, above, made))
+    return replace(merged, tree=replaced(merged.tree, above, _with_content(parent, {**mapping, **beside})))
 
 
 def _grown(node: Any, path: Path, value: Any) -> Any:
-    """Returns the containers on the way to an optimizer, without what else they held: lists, or dicts."""
+    """Returns ``node`` (None: nothing yet) with ``value`` at ``path``; new containers are lists or dicts."""
     if not path:
         return value
     if path[0] == len(node or ()) and not isinstance(node, dict):
         return [*(node or ()), _grown(None, path[1:], value)]
-    held = dict(enumerate(node)) if isinstance(node, list) else node or {}
-    return {**held, path[0]: _grown(held.get(path[0]), path[1:], value)}
+    known = dict(enumerate(node)) if isinstance(node, list) else node or {}
+    return {**known, path[0]: _grown(known.get(path[0]), path[1:], value)}
 
 
 # --- carrying ----------------------------------------------------------------------------------------------------
@@ -131,42 +129,32 @@ def carried(
     matches: Mapping[str, str],
     renewed: Mapping[str, str] | None = None,
 ) -> tuple[Checkpoint, list[str]]:
-    """Returns (``merged`` with the source's optimizers beside its weights, notes): `carry`, then `placed`."""
-    entries, notes = carry(source, target, matches, renewed)
-    made = placed(merged, entries)
-    level = made.root[:-1]
-    new = [(*level, *path) for path in entries]
-    stay = [path_text(path) for path in find(made) if path not in new]
-    return made, notes + ([f"stays as it was in {target.url}: {listed(stay)}"] if stay else [])
+    """Returns (``merged`` with the source's optimizers, for the target's parameters, beside its weights; notes).
 
-
-def carry(
-    source: Checkpoint, target: Checkpoint, matches: Mapping[str, str], renewed: Mapping[str, str] | None = None
-) -> tuple[dict[Path, Any], list[str]]:
-    """Returns ({path from the level of the weights: optimizer state for the target's parameters}, notes).
-
-    ``matches`` are {target key: source key} of the tensors that have the source's values; where shapes differ, and for
-    the keys of ``renewed`` (same parameter, other values), the place in a group is kept and the state is not.
-    A parameter without state gets a fresh one in its first step, as torch does. All hyper-parameters are the same
-    objects. Raises: UsageError where it is in doubt which state is whose.
+    ``matches`` is {target key: source key} of the tensors that have the source's values. A parameter of another shape,
+    or whose key is in ``renewed`` (same parameter, other values), stays in its group without state; torch makes a new
+    state in its first step. Hyperparameters are the same objects. Raises: UsageError if it is unclear which state
+    belongs to which parameter.
     """
     paths = find(source)
     if not paths:
         raise UsageError("no optimizer state in it that --optimizer remap could carry", source.url)
-    level = len(source.root[:-1])
-    entries: dict[Path, Any] = {}
-    notes: list[str] = []
-    for path in paths:
-        where = path_text(path)
-        one = _Carrying(source, target, matches, renewed or {}, where, len(paths))
-        inner = path[level:] if path[:level] == source.root[:level] else path
-        entries[inner] = one.carry(source.at(path))
-        notes += one.notes
-    return entries, notes + left_behind(source, paths)
+    above = source.root[:-1]
+    remapping = _Remapping(source, target, matches, renewed or {}, len(paths))
+    entries = {path[len(above) :] if path[: len(above)] == above else path: remapping.remapped(path) for path in paths}
+    made = placed(merged, entries)
+    new = [(*made.root[:-1], *path) for path in entries]
+    stay = [path_text(path) for path in find(made) if path not in new]
+    notes = remapping.notes + left_behind(source, paths)
+    return made, notes + ([f"unchanged from {target.url}: {listed(stay)}"] if stay else [])
 
 
-class _Carrying:
-    """One optimizer on its way to the target."""
+Member = tuple[tuple[str, ...], _Slot | None]
+"""A parameter of the target in a group: its names, and its slot in the source's optimizer if it has one."""
+
+
+class _Remapping:
+    """Maps optimizers from the source's parameters (``old``) to the target's (``new``), one by one."""
 
     def __init__(
         self,
@@ -174,21 +162,25 @@ class _Carrying:
         target: Checkpoint,
         matches: Mapping[str, str],
         renewed: Mapping[str, str],
-        where: str,
         optimizers: int,
     ) -> None:
-        self.url, self.where, self.optimizers = source.url, where, optimizers
+        self.source, self.matches, self.renewed, self.optimizers = source, matches, renewed, optimizers
         self.old, self.new = source.state_dict(), target.state_dict()
-        self.theirs = [tuple(names) for names in handover.parameters(self.old)]
-        self.ours = [tuple(names) for names in handover.parameters(self.new)]
-        self.matches, self.renewed = matches, renewed
+        self.old_names = [tuple(names) for names in handover.parameters(self.old)]
+        self.new_names = [tuple(names) for names in handover.parameters(self.new)]
+        self.where = ""
         self.notes: list[str] = []
 
     def refuse(self, why: str) -> UsageError:
-        return UsageError(f"{self.where}: {why}; {INSTEAD}", self.url)
+        return UsageError(f"{self.where}: {why}; {INSTEAD}", self.source.url)
 
-    def carry(self, node: Any) -> Any:
-        """Returns the optimizer's state for the target's parameters."""
+    def note(self, text: str, at: int | None = None) -> None:
+        self.notes.insert(len(self.notes) if at is None else at, f"{self.where}: {text}")
+
+    def remapped(self, path: Path) -> Any:
+        """Returns the state_dict of the source's optimizer at ``path`` for the target's parameters."""
+        self.where, first = path_text(path), len(self.notes)
+        node = self.source.at(path)
         content = as_mapping(node) or {}
         kind, _ = optimizers.describe(content)
         state, groups = as_mapping(content["state"]), content["param_groups"]
@@ -202,38 +194,40 @@ class _Carrying:
         slots = self._slots(groups, state)
         self._check_shapes(slots, state)
         members = self._members(slots, len(groups))
-        made_groups, made_state = self._made(groups, state, slots, members)
+        made_groups, made_state = self._made(groups, state, slots, members, first)
         made = replaced(node, ("param_groups",), made_groups)
-        kept = content["state"]
-        if isinstance(kept, PyObject):
-            return replaced(made, ("state",), kept.with_mapping(made_state, kept.state))
-        return replaced(made, ("state",), made_state)
+        return replaced(made, ("state",), _with_content(content["state"], made_state))
 
     def _slots(self, groups: Sequence[Any], state: Mapping[Any, Any]) -> list[_Slot]:
-        """Returns whose places they are: by the names a group has, or by counting."""
+        """Returns the optimizer's parameters in its order: by the names that its groups give, else by position."""
         idents = [(ident, at) for at, group in enumerate(groups) for ident in group["params"]]
         if {type(ident) for ident, _ in idents} not in ({int}, {str}):
             raise self.refuse("its parameters go neither by position nor by name")
         named: list[Any] = []
         for group in groups:
-            found = group.get("param_names")
+            given = group.get("param_names")
             by_key = all(isinstance(ident, str) for ident in group["params"])
-            named += group["params"] if by_key else found if isinstance(found, list) else []
+            named += group["params"] if by_key else given if isinstance(given, list) else []
         if named and len(named) == len(idents) and all(isinstance(name, str) for name in named):
             return self._by_name(idents, named)
-        if len(idents) != len(self.theirs):
+        if len(idents) != len(self.old_names):
             raise self.refuse(
-                f"a state of {len(idents)} parameters by position, and the weights have {len(self.theirs)}: which is "
-                f"whose cannot be told (some were frozen, or not saved). {NAMES}"
+                f"a state of {len(idents)} parameters by position, and the weights have {len(self.old_names)}: it is "
+                f"unclear which state is whose (some were frozen, or not saved). {NAMES}"
             )
-        order = list(range(len(idents)))
+        order: list[int] | None = list(range(len(idents)))
         if len(groups) > 1:
-            order = self._interleaved(groups, state)
-        return [_Slot(ident, at, self.theirs[number]) for (ident, at), number in zip(idents, order, strict=True)]
+            shapes = [[state_shape(state.get(ident)) for ident in group["params"]] for group in groups]
+            order = interleaved(shapes, [self.old[names[0]].shape for names in self.old_names])
+        if order is None:
+            raise self.refuse(
+                f"{len(groups)} groups of parameters by position, and shapes do not tell which is whose. {NAMES}"
+            )
+        return [_Slot(ident, at, self.old_names[number]) for (ident, at), number in zip(idents, order, strict=True)]
 
     def _by_name(self, idents: Sequence[tuple[Any, int]], named: Sequence[str]) -> list[_Slot]:
         plain = unwrap_all(self.old)
-        groups = {name: names for names in self.theirs for name in names}
+        groups = {name: names for names in self.old_names for name in names}
         keys = {name: plain.get(own, own) for own, name in unwrap_all(dict.fromkeys(named)).items()}
         slots = [
             _Slot(ident, at, groups.get(keys[name], (keys[name],)))
@@ -243,18 +237,8 @@ class _Carrying:
             raise self.refuse(f"it is of other parameters than the weights: {listed(named, 3)}")
         return slots
 
-    def _interleaved(self, groups: Sequence[Any], state: Mapping[Any, Any]) -> list[int]:
-        """Returns the parameter of each place, where groups took them in turn and shapes tell them apart."""
-        seen = [[state_shape(state.get(ident)) for ident in group["params"]] for group in groups]
-        found = interleaved(seen, [self.old[names[0]].shape for names in self.theirs])
-        if found is None:
-            raise self.refuse(
-                f"{len(groups)} groups of parameters by position, and shapes do not tell which is whose. {NAMES}"
-            )
-        return found
-
     def _check_shapes(self, slots: Sequence[_Slot], state: Mapping[Any, Any]) -> None:
-        """Refuses a state whose tensors are not of the shapes of the parameters they would belong to."""
+        """Refuses a state whose tensors do not have the shapes of their parameters."""
         for slot in slots:
             tensor = self.old.get(slot.names[0])
             shape = state_shape(state.get(slot.ident))
@@ -266,19 +250,18 @@ class _Carrying:
                     f"{list(tensor.shape or ())}: its parameters are in another order, or not one by one"
                 )
 
-    def _members(self, slots: Sequence[_Slot], count: int) -> list[list[tuple[tuple[str, ...], _Slot | None]]]:
-        """Returns (names in the target, its place in the source) for each parameter of each group, in order."""
+    def _members(self, slots: Sequence[_Slot], count: int) -> list[list[Member]]:
+        """Returns the target's parameters in each group, in order."""
         by_key = {name: slot for slot in slots for name in slot.names}
-        members: list[list[tuple[tuple[str, ...], _Slot | None]]] = [[] for _ in range(count)]
-        known = {name for names in self.theirs for name in names}
+        members: list[list[Member]] = [[] for _ in range(count)]
+        known = {name for names in self.old_names for name in names}
         fresh, outside = [], []
-        for names in self.ours:
-            asked = [self.matches[name] for name in names if name in self.matches]
-            asked += [self.renewed[name] for name in names if name in self.renewed]
-            slot = next((by_key[key] for key in asked if key in by_key), None)
+        for names in self.new_names:
+            keys = [sources[name] for sources in (self.matches, self.renewed) for name in names if name in sources]
+            slot = next((by_key[key] for key in keys if key in by_key), None)
             if slot is not None:
                 members[slot.group].append((names, slot))
-            elif any(key in known for key in asked):
+            elif any(key in known for key in keys):
                 outside.append(names[0])
             else:
                 fresh.append(names[0])
@@ -289,95 +272,100 @@ class _Carrying:
                 f"new parameters, and {some} they could join: {listed(fresh)}. Carry it into the model without them, "
                 "and let add_param_group add them in training"
             )
-        if not any(slot for group in members for _, slot in group):
-            raise self.refuse("no parameter of the target is among its own")
+        used = {id(slot) for group in members for _, slot in group if slot}
+        if not used:
+            raise self.refuse("none of its parameters is in the target")
         self._check_order(slots, members, bool(fresh))
         if outside:
-            self.notes.append(f"{self.where}: not among its parameters before, nor now: {listed(outside)}")
-        met = {id(slot) for group in members for _, slot in group}
-        gone = [slot.names[0] for slot in slots if id(slot) not in met]
-        if gone:
-            self.notes.append(f"{self.where}: gone with their parameters: {listed(gone)}")
+            self.note(f"not in the source's optimizer, so not in this one: {listed(outside)}")
+        dropped = [slot.names[0] for slot in slots if id(slot) not in used]
+        if dropped:
+            self.note(f"state dropped, no such parameter in the target: {listed(dropped)}")
         return members
 
-    def _check_order(self, slots: Sequence[_Slot], members: list[list[Any]], fresh: bool) -> None:
-        """Sees to it that positions are those that the target's training script will give.
+    def _check_order(self, slots: Sequence[_Slot], members: list[list[Member]], fresh: bool) -> None:
+        """Sorts positions into the order in which the target's training script will list the parameters.
 
-        A script that walked through the source's model in order will do so with the target's. One that took
-        parameters in an order of its own (names tell) keeps that order.
+        A script that listed the source model's parameters in the model's order will do the same with the target's.
+        One that had its own order, which names reveal, is expected to keep that order.
         """
         if all(isinstance(slot.ident, str) for slot in slots):
             return
-        at = {names: number for number, names in enumerate(self.theirs)}
-        walks = [[at[slot.names] for _, slot in held if slot is not None and slot.names in at] for held in members]
-        if any(walk != sorted(walk) for walk in walks) and handover.in_name_order([names[0] for names in self.ours]):
+        at = {names: number for number, names in enumerate(self.old_names)}
+        orders = [[at[slot.names] for _, slot in group if slot is not None and slot.names in at] for group in members]
+        if any(order != sorted(order) for order in orders) and handover.in_name_order(
+            [names[0] for names in self.new_names]
+        ):
             raise self.refuse(
                 "it goes by position, and the target's keys are in alphabetical order, which is not the model's: "
                 "take a target that torch saved"
             )
-        for group, held in enumerate(members):
-            mine = [slot for slot in slots if slot.group == group and slot.names in at]
+        for number, group in enumerate(members):
+            mine = [slot for slot in slots if slot.group == number and slot.names in at]
             order = [at[slot.names] for slot in mine]
             if order == sorted(order):
                 continue
             if fresh:
-                raise self.refuse("its parameters are in an order of their own, in which new ones have no place")
+                raise self.refuse("its parameters are in a custom order, which does not say where new ones go")
             rank = {id(slot): number for number, slot in enumerate(mine)}
-            held.sort(key=lambda member: rank[id(member[1])])
+            group.sort(key=lambda member: rank[id(member[1])])
 
     def _made(
-        self, groups: Sequence[Any], state: Mapping[Any, Any], slots: Sequence[_Slot], members: Sequence[Sequence[Any]]
+        self,
+        groups: Sequence[Any],
+        state: Mapping[Any, Any],
+        slots: Sequence[_Slot],
+        members: list[list[Member]],
+        first: int,
     ) -> tuple[list[Any], dict[Any, Any]]:
         """Returns the groups and the state under the target's positions, or names."""
         by_key = all(isinstance(slot.ident, str) for slot in slots)
         made_groups: list[Any] = []
         made_state: dict[Any, Any] = {}
         used: set[int] = set()
-        bare: list[str] = []
+        fresh: list[str] = []
         count = 0
-        for number, (group, held) in enumerate(zip(groups, members, strict=True)):
+        for number, (group, kept) in enumerate(zip(groups, members, strict=True)):
             idents: list[Any] = []
-            for names, slot in held:
+            for names, slot in kept:
                 idents.append(names[0] if by_key else count)
                 count += 1
                 if slot is None or not self._fits(names, slot):
-                    bare.append(names[0])
+                    fresh.append(names[0])
                 elif slot.ident in state:
-                    # Weights that are tied no more need a state each: torch changes it in place.
-                    found = state[slot.ident]
-                    made_state[idents[-1]] = _own(found) if id(slot) in used else found
+                    # Weights that are no longer tied need a state each: torch updates it in place.
+                    entry = state[slot.ident]
+                    made_state[idents[-1]] = _copied(entry) if id(slot) in used else entry
                     used.add(id(slot))
-            new = {"params": idents, "param_names": [names[0] for names, _ in held]}
+            new = {"params": idents, "param_names": [names[0] for names, _ in kept]}
             made_groups.append({name: new.get(name, value) for name, value in group.items()})
             if group["params"] and not idents:
-                self.notes.append(f"{self.where}: group {number} has no parameter left")
-        told = [f"{self.where}: the state of {len(made_state)} of {count} parameters is carried"]
-        if bare:
-            told.append(f"{self.where}: begins afresh for {listed(bare)}")
-        self.notes[:0] = told
+                self.note(f"group {number} has no parameter left")
+        self.note(f"the state of {len(made_state)} of {count} parameters is carried", first)
+        if fresh:
+            self.note(f"starts without state: {listed(fresh)}", first + 1)
         known = {slot.ident for slot in slots}
         made_state.update({key: value for key, value in state.items() if key not in known})  # of no parameter
         return made_groups, made_state
 
     def _fits(self, names: Sequence[str], slot: _Slot) -> bool:
-        """Returns whether a parameter has the source's values, element for element where the state has them."""
+        """Returns whether the state of a slot fits a parameter: same shape, and the values were not rearranged."""
         for name in names:
             key = self.matches.get(name)
             if key in slot.names and self.new[name].shape == self.old[key].shape:
-                return not isinstance(self.old[key].source, Derived)  # transposed by rules, and its state is not
+                return not isinstance(self.old[key].source, Derived)  # rules transposed it, but not its state
         return False
 
 
-def _own(entry: Any) -> Any:
-    """Returns a parameter's state with its tensors in memory of their own."""
-    made = entry
+def _copied(entry: Any) -> Any:
+    """Returns a parameter's state with its tensors in storage of their own."""
     for name, value in (as_mapping(entry) or {}).items():
         if isinstance(value, TensorInfo) and not isinstance(value.source, Opaque):
-            made = replaced(made, (name,), copied(value))
-    return made
+            entry = replaced(entry, (name,), copied(value))
+    return entry
 
 
-# --- whose an optimizer's states are -------------------------------------------------------------------------------
+# --- which state belongs to which parameter ------------------------------------------------------------------------
 
 Shape = tuple[int, ...]
 
@@ -388,11 +376,11 @@ PER_ELEMENT = frozenset({
 """Names of the state tensors of torch's optimizers that have their parameter's shape, where they are tensors."""
 
 MAX_WAYS = 2_000
-"""Ways to put groups together that are followed at a time; with more of them the shapes say too little anyway."""
+"""Most states of `interleaved` at a time: with more, the shapes are too alike to decide anything."""
 
 
-def state_shape(entry: Any) -> tuple[int, ...] | None:
-    """Returns the shape of the parameter that a state belongs to; None where the state does not say."""
+def state_shape(entry: Any) -> Shape | None:
+    """Returns the shape of the parameter that a state belongs to; None if no tensor in it has that shape."""
     for name, value in (as_mapping(entry) or {}).items():
         if name in PER_ELEMENT and isinstance(value, TensorInfo):
             return value.shape
@@ -400,32 +388,31 @@ def state_shape(entry: Any) -> tuple[int, ...] | None:
 
 
 def interleaved(groups: Sequence[Sequence[Shape | None]], whole: Sequence[Shape | None]) -> list[int] | None:
-    """Returns the position in ``whole`` of each place of the groups; None unless there is exactly one way.
+    """Returns the position in ``whole`` of each member of the groups, or None unless exactly one assignment fits.
 
-    Each group is a part of ``whole`` in its order, all of them together are ``whole``; None among a group's shapes
-    stands for any. Groups by position are like that: decay and no decay, backbone and head.
+    Each group is a subsequence of ``whole``, and together they are all of it; a shape of None in a group fits any.
+    Groups by position are like that: decay and no decay, backbone and head.
 
     >>> interleaved([[(2, 2), (3, 2)], [(2,), (3,)]], [(2, 2), (2,), (3, 2), (3,)])
     [0, 2, 1, 3]
     """
-    # For each step: how far every group has got -> (ways to get there, the group that was taken last).
-    steps: list[dict[tuple[int, ...], tuple[int, int]]] = [{(0,) * len(groups): (1, -1)}]
+    # {members used of each group: (number of ways to get here, the groups taken from in the last of them, as a chain)}
+    reached: dict[Shape, tuple[int, Any]] = {(0,) * len(groups): (1, None)}
     for shape in whole:
-        after: dict[tuple[int, ...], tuple[int, int]] = {}
-        for reached, (ways, _) in steps[-1].items():
+        after: dict[Shape, tuple[int, Any]] = {}
+        for counts, (ways, chain) in reached.items():
             for at, group in enumerate(groups):
-                if reached[at] < len(group) and group[reached[at]] in (shape, None):
-                    nearer = (*reached[:at], reached[at] + 1, *reached[at + 1 :])
-                    after[nearer] = (ways + after.get(nearer, (0, 0))[0], at)
+                if counts[at] < len(group) and group[counts[at]] in (shape, None):
+                    more = (*counts[:at], counts[at] + 1, *counts[at + 1 :])
+                    after[more] = (ways + after.get(more, (0, None))[0], (at, chain))
         if len(after) > MAX_WAYS:
             return None
-        steps.append(after)
-    reached = tuple(map(len, groups))
-    if steps[-1].get(reached, (0, 0))[0] != 1:
+        reached = after
+    ways, chain = reached.get(tuple(map(len, groups)), (0, None))
+    if ways != 1:
         return None
-    found: list[list[int]] = [[] for _ in groups]
+    positions: list[list[int]] = [[] for _ in groups]
     for number in reversed(range(len(whole))):
-        at = steps[number + 1][reached][1]
-        found[at].insert(0, number)
-        reached = (*reached[:at], reached[at] - 1, *reached[at + 1 :])
-    return [number for group in found for number in group]
+        at, chain = chain
+        positions[at].insert(0, number)
+    return [number for group in positions for number in group]

@@ -1,25 +1,25 @@
-"""Which row of an old table belongs in which row of a new one: by a list of indices, or by the tokens of two
-vocabularies. Works on what the files hold, and reads none."""
+"""Which row of an old table each row of a new one takes: by a list of indices, or by the tokens of two vocabularies.
+
+Works on the contents of files; reads none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from ckptool.errors import listed
+from ckptool.partial.adapters import Unclear
 
 Tokens = list[tuple[str, int]]
 """Tokens and their rows, in the file's order."""
 
 
-class Unclear(ValueError):
-    """A file does not say, or says twice, which row is meant."""
-
-
 def selected(content: Any, old: int, new: int, where: str) -> list[int]:
-    """Returns for each of ``new`` rows the index, of ``old`` rows, that a file gives it; -1 for none. Raises: Unclear.
+    """Returns the old row that a file gives each of ``new`` rows, -1 for none. Raises: Unclear.
 
-    The file is a JSON list of integers (null and -1: none), or one integer per line.
+    The file is a JSON list of integers (null and -1: none), or one integer per line. ``old`` is the source's row count.
     """
     if isinstance(content, str):
         try:
@@ -41,9 +41,9 @@ def selected(content: Any, old: int, new: int, where: str) -> list[int]:
 
 
 def tokens(content: Any, where: str) -> Tokens:
-    """Returns the tokens and rows that a vocabulary file lists. Raises: Unclear.
+    """Returns the tokens and rows in a vocabulary file. Raises: Unclear.
 
-    It may be {token: row} (vocab.json), a list of tokens or of [token, score], text with a token per line
+    The file may be {token: row} (vocab.json), a list of tokens or of [token, score], text with a token per line
     (vocab.txt), or a Hugging Face tokenizer.json: its model's vocabulary and its added tokens.
     """
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -55,8 +55,7 @@ def tokens(content: Any, where: str) -> Tokens:
         found = dict.fromkeys([*tokens(content["model"].get("vocab"), where), *extra])
         return _checked(list(found), where)
     if isinstance(content, str):
-        content = content.removesuffix("\n").split("\n")
-        content = [line.removesuffix("\r") for line in content]
+        content = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")]
     if isinstance(content, list):
         content = [entry[0] if isinstance(entry, list) and len(entry) == 2 else entry for entry in content]
         return _checked([(token, row) for row, token in enumerate(content)], where)
@@ -73,7 +72,7 @@ def _checked(found: Tokens, where: str) -> Tokens:
 
 
 def matched(old: Tokens, new: Tokens, old_rows: int, new_rows: int, old_name: str, new_name: str) -> list[int]:
-    """Returns for each of ``new_rows`` rows the old row of the same token; -1 for none. Raises: Unclear.
+    """Returns the old row of the same token for each of ``new_rows`` rows, -1 for none. Raises: Unclear.
 
     Tables may have more rows than tokens (padding), never fewer.
     """
@@ -102,23 +101,15 @@ def matched(old: Tokens, new: Tokens, old_rows: int, new_rows: int, old_name: st
 
 
 def runs(picks: Sequence[int], fill: tuple[int, bool]) -> Iterator[tuple[int, int, int]]:
-    """Yields (input, first row, count) for stretches of consecutive rows of one input.
+    """Yields (input, first row, count) for each run of consecutive rows of one input.
 
-    Input 0 is the source. ``fill`` is the input that rows without a source take, and whether they take its row of
-    the same place; the other kind has one row only.
+    Input 0 is the source. ``fill`` is (the input for rows without a source, whether that input has one row per target
+    row); if it has not, it has a single row, which they all take.
     """
-    number, placed = fill
-    start = 0
-    for place in range(1, len(picks) + 1):
-        first = picks[start]
-        if (
-            place < len(picks)
-            and (first < 0) == (picks[place] < 0)
-            and (first < 0 or picks[place] == first + place - start)
-        ):
-            continue
-        if first >= 0:
-            yield 0, first, place - start
-        else:
-            yield number, start if placed else 0, place - start
-        start = place
+    number, by_row = fill
+    done = 0
+    for _, run in groupby(enumerate(picks), lambda item: -1 if item[1] < 0 else item[1] - item[0] + len(picks)):
+        count = sum(1 for _ in run)
+        first = picks[done]
+        yield (0, first, count) if first >= 0 else (number, done if by_row else 0, count)
+        done += count

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from adapting import adapt
 
 from ckptool.core.tensor import (
     Derived,
@@ -21,7 +22,7 @@ from ckptool.core.tensor import (
 )
 from ckptool.core.tree import PyObject
 from ckptool.errors import CkptoolError, UnsupportedError, UsageError
-from ckptool.partial.adapt import Adapted, Adapting, adapt
+from ckptool.partial.adapt import Adapted, Adapting
 from ckptool.partial.adapters import ADAPTERS, parse, parse_option, usage
 
 

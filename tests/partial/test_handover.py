@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import ckptool
+from ckptool.cli.load_partial import groups_document
 from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride
 from ckptool.errors import UsageError
 from ckptool.partial import handover
@@ -82,7 +83,6 @@ def test_parameters_are_those_of_the_live_model_in_its_order_and_tied_ones_toget
     assert [names[0] for names in found] == [name for name, _ in net.named_parameters()]
     assert ["embed.weight", "out.weight"] in found
     assert found == handover.live_parameters(net)
-    assert handover.by_name(tensors) is not whole
 
 
 def test_a_whole_model_says_itself_what_is_a_parameter(saved: Saved) -> None:
@@ -137,7 +137,7 @@ def test_a_block_is_a_name_up_to_its_first_whole_number() -> None:
 
 def frozen(net: nn.Module, *specs: str, loaded: tuple[str, ...] = ()) -> list[str]:
     made = handover.frozen(specs, handover.parameters(infos_of(net)), loaded)
-    assert made == handover.freeze_of_model(net, specs, loaded)
+    assert made == handover.frozen(specs, handover.live_parameters(net), loaded, live=True)
     return made
 
 
@@ -280,12 +280,11 @@ def test_groups_that_overlap_or_leave_something_out_are_our_own_mistake() -> Non
             handover.check(groups, still, parameters)
 
 
-def test_the_document_is_json_that_builds_an_optimizer_by_hand(net: Net) -> None:
-    tensors = infos_of(net)
-    parameters = handover.parameters(tensors)
-    still = handover.frozen(["stem.*", "out.weight"], parameters, ())
-    made = handover.groups(parameters, ["layer1.0.0.weight"], still, tensors, weight_decay=0.1)
-    read = json.loads(json.dumps(handover.document(made, still, parameters)))
+def test_a_report_in_json_builds_an_optimizer_by_hand(net: Net, saved: Saved) -> None:
+    target = ckptool.open(saved(net.state_dict(), "target.pth"))
+    source = ckptool.open(saved({"layer1.0.0.weight": torch.ones(4, 4)}, "source.pth"))
+    _, report = ckptool.plan_partial(source, target, freeze=["stem.*", "out.weight"], weight_decay=0.1)
+    read = json.loads(json.dumps(groups_document(report)))
     assert list(read) == ["schema", "groups", "frozen", "tied"]
     assert read["schema"] == 1
     assert read["frozen"] == ["embed.weight", "out.weight", "stem.weight", "stem.bias"]
@@ -317,7 +316,7 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
 
 def test_after_one_step_only_what_should_move_has_moved(net: Net) -> None:
     loaded = [key for key in net.state_dict() if not key.startswith("head")]
-    still = handover.freeze_model(net, handover.freeze_of_model(net, ["loaded"], loaded))
+    still = handover.freeze_model(net, handover.frozen(["loaded"], handover.live_parameters(net), loaded, live=True))
     assert set(still) == {name for name, _ in net.named_parameters(remove_duplicate=False)} - {
         "head.weight", "head.bias",
     }  # fmt: skip
@@ -338,9 +337,10 @@ def test_without_freezing_everything_is_in_a_group_once_and_moves(net: Net) -> N
     assert moved >= {"head.weight", "embed.weight", "out.weight", "stem.weight", "layer1.0.0.weight"}
 
 
-def test_groups_leave_out_the_frozen_that_are_named_and_those_that_need_no_gradient(net: Net) -> None:
+def test_groups_leave_out_what_was_frozen_and_what_requires_no_gradient(net: Net) -> None:
     net.stem.requires_grad_(False)
-    groups = handover.model_groups(net, (), ["out.weight"], lr=0.1)
+    handover.freeze_model(net, ["out.weight"])
+    groups = handover.model_groups(net, (), lr=0.1)
     held = {id(one) for group in groups for one in group["params"]}
     assert not held & {id(net.stem.weight), id(net.stem.bias), id(net.embed.weight)}
     assert len(held) == len(list(net.parameters())) - 3
@@ -359,7 +359,7 @@ def test_names_the_model_lacks_are_all_named_and_nothing_is_touched(net: Net) ->
     with pytest.raises(UsageError, match=r"no parameter fc.weight, fc.bias$"):
         handover.freeze_model(net, ["stem.weight", "fc.weight", "fc.bias"])
     with pytest.raises(UsageError, match=r"module.stem.weight \(wrapped since\?\)"):
-        handover.model_groups(net, (), ["module.stem.weight"], lr=0.1)
+        handover.freeze_model(net, ["module.stem.weight"])
     assert all(one.requires_grad for one in net.parameters())
 
 

@@ -145,7 +145,7 @@ def test_with_a_new_head_the_state_of_the_rest_goes_on(kind: str, saved: Saved) 
     assert list(loaded) == ["state_dict", "optimizer"]
     assert notes == [
         "optimizer: the state of 6 of 8 parameters is carried",
-        "optimizer: begins afresh for head.weight, head.bias",
+        "optimizer: starts without state: head.weight, head.bias",
         f"not taken from {source.url}: epoch",
     ]
 
@@ -178,14 +178,14 @@ def test_parameters_that_are_gone_take_their_state_with_them(saved: Saved) -> No
     fresh = Net()
     loaded, notes = resumed(source, opened(saved, fresh))
     goes_on(loaded, fresh, adamw, states(net, optimizer), BODY | {"head.weight", "head.bias"})
-    assert "optimizer: gone with their parameters: adapter.weight, adapter.bias" in notes
+    assert "optimizer: state dropped, no such parameter in the target: adapter.weight, adapter.bias" in notes
 
 
 def test_hyper_parameters_pass_through_as_the_same_objects(saved: Saved) -> None:
     source, _ = trained(saved, Net())
     target = opened(saved, Net(classes=7))
-    entries, _ = resume.carry(source, target, *fitting(source, target))
-    old, new = source.tree["optimizer"], entries[("optimizer",)]
+    made, _ = resume.carried(source, target, target, *fitting(source, target))
+    old, new = source.tree["optimizer"], made.tree["optimizer"]
     assert list(new) == list(old)
     (before,), (after,) = old["param_groups"], new["param_groups"]
     assert list(after) == list(before)
@@ -206,9 +206,9 @@ def test_weights_of_the_same_name_that_were_not_loaded_get_no_state(saved: Saved
 def test_an_adapted_parameter_has_another_shape_and_gets_no_state(saved: Saved) -> None:
     source, _ = trained(saved, Net())
     target = opened(saved, Net(classes=7))
-    entries, notes = resume.carry(source, target, {key: key for key in target.state_dict()})
-    assert list(entries[("optimizer",)]["state"]) == [0, 1, 2, 3, 4, 5]
-    assert "optimizer: begins afresh for head.weight, head.bias" in notes
+    made, notes = resume.carried(source, target, target, {key: key for key in target.state_dict()})
+    assert list(made.tree["optimizer"]["state"]) == [0, 1, 2, 3, 4, 5]
+    assert "optimizer: starts without state: head.weight, head.bias" in notes
 
 
 def test_renamed_and_wrapped_keys_carry_their_state(saved: Saved) -> None:
@@ -218,8 +218,8 @@ def test_renamed_and_wrapped_keys_carry_their_state(saved: Saved) -> None:
     wrapped.add_module("module", Net())
     target = opened(saved, wrapped)
     matches = {key: key.removeprefix("module.") for key in target.state_dict()}
-    entries, _ = resume.carry(source, target, matches)
-    assert entries[("optimizer",)]["state"] == source.tree["optimizer"]["state"]
+    made, _ = resume.carried(source, target, target, matches)
+    assert made.tree["optimizer"]["state"] == source.tree["optimizer"]["state"]
 
 
 @pytest.mark.parametrize("key", ["a.weight", "stem.weight"])
@@ -227,9 +227,9 @@ def test_what_rules_transposed_gets_no_state_square_or_not(key: str, saved: Save
     net: nn.Module = Same() if key == "a.weight" else Net()
     source, _ = trained(saved, net)
     turned, _ = ckptool.remap(source, [{"transpose": key}])
-    entries, notes = resume.carry(turned, turned, {name: name for name in turned.state_dict()})
-    assert 0 not in entries[("optimizer",)]["state"]
-    assert f"optimizer: begins afresh for {key}" in notes
+    made, notes = resume.carried(turned, turned, turned, {name: name for name in turned.state_dict()})
+    assert 0 not in made.tree["optimizer"]["state"]
+    assert f"optimizer: starts without state: {key}" in notes
 
 
 # --- several groups ----------------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def test_weights_tied_since_take_the_state_of_the_first_name(saved: Saved) -> No
     source, optimizer = trained(saved, net)
     loaded, notes = resumed(source, opened(saved, fresh))
     goes_on(loaded, fresh, adamw, states(net, optimizer), {"embed.weight", "body.weight", "body.bias"})
-    assert "optimizer: gone with their parameters: out.weight" in notes
+    assert "optimizer: state dropped, no such parameter in the target: out.weight" in notes
 
 
 # --- which parameters an optimizer has ---------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_an_optimizer_of_a_part_with_names_stays_one_of_that_part(saved: Saved) 
         "norm.weight", "norm.bias", "adapter.weight", "adapter.bias", "body.weight", "body.bias",
         "head.weight", "head.bias",
     ]  # fmt: skip
-    assert "optimizer: not among its parameters before, nor now: stem.weight, stem.bias" in notes
+    assert "optimizer: not in the source's optimizer, so not in this one: stem.weight, stem.bias" in notes
     fresh.load_state_dict(loaded["state_dict"])
     after = make(fresh)
     after.load_state_dict(loaded["optimizer"])
@@ -431,7 +431,7 @@ def test_parameters_in_an_order_of_their_own_keep_it_if_names_tell_and_nothing_i
     source, optimizer = trained(saved, net, backwards)
     loaded, _ = resumed(source, opened(saved, fresh))
     goes_on(loaded, fresh, backwards, states(net, optimizer), BODY)
-    with pytest.raises(UsageError, match="an order of their own"):
+    with pytest.raises(UsageError, match="in a custom order"):
         resumed(source, opened(saved, Net(extra=True)))
 
 
@@ -445,8 +445,8 @@ def test_states_by_name_need_no_counting(saved: Saved) -> None:
     found["param_groups"][0]["params"] = names
     source = ckptool.open(saved({"model": net.state_dict(), "optimizer": found}))
     target = opened(saved, Net(classes=7, extra=True))
-    entries, _ = resume.carry(source, target, *fitting(source, target))
-    made = entries[("optimizer",)]
+    whole, _ = resume.carried(source, target, target, *fitting(source, target))
+    made = whole.tree["optimizer"]
     assert made["param_groups"][0]["params"] == [
         "norm.weight", "norm.bias", "adapter.weight", "adapter.bias", "body.weight", "body.bias",
         "head.weight", "head.bias",
@@ -510,7 +510,7 @@ def test_an_optimizer_of_the_target_under_another_name_is_said_to_stay(saved: Sa
     target = ckptool.open(saved({"model": fresh.state_dict(), "optim": adamw(fresh).state_dict()}, "target.pth"))
     loaded, notes = resumed(source, target)
     assert list(loaded) == ["model", "optim", "optimizer"]
-    assert notes[-1] == f"stays as it was in {target.url}: optim"
+    assert notes[-1] == f"unchanged from {target.url}: optim"
 
 
 def test_lists_and_deeper_places_are_kept(saved: Saved) -> None:
@@ -523,13 +523,11 @@ def test_lists_and_deeper_places_are_kept(saved: Saved) -> None:
     target = opened(saved, Net(classes=7))
     for whole, path in ((lightning, ("optimizer_states", 0)), (deep, ("training", "optim"))):
         source = ckptool.open(saved(whole, "source.pth"))
-        entries, _ = resume.carry(source, target, *fitting(source, target))
-        assert list(entries) == [path]
-        made = resume.placed(target, entries)
+        made, _ = resume.carried(source, target, target, *fitting(source, target))
         assert list(made.tree) == ["state_dict", path[0]]
         assert made.root == ("state_dict",)
         assert made.state_dict() == target.state_dict()
-        assert made.at(path) is entries[path]
+        assert made.at(path)["state"][0] is source.at((*source.root[:-1], *path))["state"][0]
     assert resume.left_behind(ckptool.open(saved(lightning))) == [
         f"not taken from {saved(lightning)}: optimizer_states, global_step"
     ]
@@ -559,7 +557,7 @@ def test_two_optimizers_of_one_model_are_carried_by_name_but_take_nothing_new(sa
 def test_weights_in_a_list_have_no_beside(saved: Saved) -> None:
     source, _ = trained(saved, Net())
     target = ckptool.open(saved([Net().state_dict()], "target.pth"), root=(0,))
-    with pytest.raises(UnsupportedError, match="no place for optimizer beside the weights at 0"):
+    with pytest.raises(UnsupportedError, match="cannot add optimizer beside the weights at 0"):
         resumed(source, target)
 
 

@@ -22,7 +22,7 @@ from ckptool.api import save
 from ckptool.core.tensor import TensorInfo
 from ckptool.errors import DependencyError, FormatError, UnreadableError
 from ckptool.io.source import BLOCK, Files
-from ckptool.partial.adapt import Adapting, adapt
+from ckptool.partial.adapt import Adapting
 from ckptool.partial.adapters import parse
 from ckptool.values import blocks
 from ckptool.values.adapt import read_object
@@ -93,7 +93,7 @@ def test_any_order_of_rows_of_a_large_table_is_taken_with_little_memory(kind: st
             for name in old.namelist():
                 new.writestr(name, old.read(name))
         offered = open_checkpoint("packed.pth").state_dict()["w"]
-        tensor = adapt(parse("rows:select=x"), offered, tensor, "w", lambda _: picks).tensor
+        tensor = Adapting(lambda _: picks).adapt(parse("rows:select=x"), offered, tensor, "w").tensor
     if kind == "cast":
         import_torch("")  # not counted
     wanted = source[picks].float()
@@ -306,12 +306,12 @@ class Blocked:
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
 import ckptool
-from ckptool.partial.adapt import adapt
+from ckptool.partial.adapt import Adapting
 from ckptool.partial.adapters import parse
 source, target = (ckptool.open(name) for name in ("source.pth", "target.pth"))
 old, new = (checkpoint.state_dict()["w"] for checkpoint in (source, target))
 read = lambda path: list(range(len(range((new.shape or ())[0]))))
-ckptool.save(target.with_state_dict({"w": adapt(parse(sys.argv[1]), old, new, "w", read).tensor}), "out.pth")
+ckptool.save(target.with_state_dict({"w": Adapting(read).adapt(parse(sys.argv[1]), old, new, "w").tensor}), "out.pth")
 """
 
 
