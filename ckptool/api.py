@@ -353,9 +353,9 @@ def plan_partial(
     as `filter` does, after ``rules`` (see `remap`); values are cast to the target's dtypes. ``adapt`` {key pattern:
     adapter} for shapes that differ (``"rows"``, ``"pos-embed"``, see README), ``init`` {key pattern: rule} for what
     is not loaded (``"kaiming_normal(mode=fan_out)"``, the methods of torch.nn.init); of patterns that fit a key the
-    last counts. ``init_preset`` names recipes for whole models. The same ``seed`` gives the same values on every
-    machine. ``freeze``: ``loaded``, ``first:N``, key patterns. ``optimizer``: ``drop``, or ``remap`` to carry the
-    source's optimizer state. ``source`` None initialises only.
+    last counts. ``init_preset`` names recipes for whole models. The same ``seed`` gives the same values on one
+    version of numpy. ``freeze``: ``loaded``, ``first:N``, key patterns. ``optimizer``: ``drop``, or ``remap`` to carry
+    the source's optimizer state. ``source`` None initialises only.
 
     Nothing is written: hand the checkpoint to `save`. Reads headers only, except where tied names are compared.
     Raises: what `open` raises, UsageError with all that forbids the plan, NoTensorsError, CollisionError.

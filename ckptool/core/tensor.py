@@ -129,7 +129,8 @@ class Draw:
         orthogonal    gain                sparse    zeros in each column, std of the others
         dirac         groups              eye
 
-    ``seed`` and ``key`` name the stream of random numbers: the same stream, numbers and shape give the same bytes.
+    ``seed`` and ``key`` name the stream of random numbers: the same stream, numbers and shape give the same bytes
+    with one version of numpy.
     """
 
     kind: DrawKind

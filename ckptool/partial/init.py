@@ -272,7 +272,7 @@ _MAX = {"float16": 65504.0, "bfloat16": (2 - 2**-7) * 2.0**127, "float32": (2 - 
         "float64": (2 - 2**-52) * 2.0**1023}  # fmt: skip
 
 _REACH = 9.0
-"""Standard deviations that no drawn normal reaches: its 53 bits end at 8.3."""
+"""Standard deviations beyond which a normal comes once in 10^18 numbers."""
 
 
 def check_dtype(draw: Draw, method: str, dtype: str) -> None:

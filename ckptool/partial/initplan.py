@@ -43,6 +43,12 @@ def plan(
     return order, names.unused_patterns(dict.fromkeys(pattern for pattern, _ in rules), asked), planner.complaints()
 
 
+def is_random(tensor: TensorInfo) -> bool:
+    """Returns whether the values that `plan` made hang on the seed: not constants, nor ones at fixed places."""
+    source = tensor.source
+    return isinstance(source, Derived) and source.args.kind not in ("constant", "eye", "dirac")
+
+
 class _Plan:
     """The choice of a rule for every tensor, one group of tied names at a time."""
 

@@ -33,7 +33,8 @@ class LoadPartialReport:
     ``loaded_fraction`` is the share of the target's elements (counters aside) that have the source's values.
     ``frozen``: parameters that are not to be trained; ``moving``: frozen BatchNorm layers whose running statistics
     are still updated in train mode. ``groups``: the trained parameters, loaded and new ones apart;
-    ``tied``: other names of parameters that are listed under their first.
+    ``tied``: other names of parameters that are listed under their first. ``numpy``: the version with which ``seed``
+    gives these values, where random numbers were drawn.
     """
 
     rows: list[Row]
@@ -45,6 +46,7 @@ class LoadPartialReport:
     sources: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seed: int = 0
+    numpy: str | None = None
     frozen: list[str] = field(default_factory=list)
     moving: list[str] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
@@ -256,6 +258,7 @@ class _Plan(Merge):
         self.notes: list[str] = []
         self.problems: list[str] = []
         self.refused_keys: set[str] = set()
+        self.numpy: str | None = None
 
     def adapt(self, read: Callable[[str], Any] | None) -> None:
         """Applies the adapters to the keys that they were named for."""
@@ -315,6 +318,10 @@ class _Plan(Merge):
             row = self.rows[key]
             self.made[key] = tensor
             self.rows[key] = replace(row, reason="initialised", dtype=tensor.dtype, detail=rule)
+        if any(initplan.is_random(tensor) for tensor, _ in made.values()):
+            import numpy
+
+            self.numpy = numpy.__version__
         self.notes += [f"--init {pattern} fits no key that was not loaded" for pattern in unused]
         self.problems += problems
 
@@ -352,7 +359,7 @@ class _Plan(Merge):
             notes.append(f"frozen, though not all of their values are the source's: {listed(adapted)}")
         made = LoadPartialReport(
             rows, counts_of(rows), None, report.loaded_fraction, report.hint, report.target, report.sources,
-            [*report.notes, *self.notes, *notes], options.seed, frozen,
+            [*report.notes, *self.notes, *notes], options.seed, self.numpy, frozen,
             handover.moving_batch_norms(self.tensors, frozen), groups, tied,
         )  # fmt: skip
         return merged, made.with_sources(origins)

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import ckptool
 from ckptool.core.tensor import Derived, Draw, Opaque, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.core.tree import PyObject
 from ckptool.errors import UsageError
@@ -19,7 +21,7 @@ from ckptool.partial import layers
 from ckptool.partial.init import METHODS, calculate_gain, check_dtype, parse, parse_option, usage
 from ckptool.partial.initplan import Made, plan
 from ckptool.partial.presets import PRESETS, described
-from ckptool.values import random_init as drawn
+from ckptool.values import random_init
 
 
 def infos(state: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
@@ -39,7 +41,7 @@ def shaped(**shapes: tuple[int, ...]) -> dict[str, TensorInfo]:
 def values(tensor: TensorInfo) -> torch.Tensor:
     assert isinstance(tensor.source, Derived)
     assert tensor.shape is not None
-    data = bytearray(b"".join(drawn.blocks(tensor.source.args, tensor.dtype)))
+    data = bytearray(b"".join(random_init.blocks(tensor.source.args, tensor.dtype)))
     return torch.frombuffer(data, dtype=getattr(torch, tensor.dtype)).reshape(tensor.shape)
 
 
@@ -468,6 +470,16 @@ def test_a_made_tensor_is_what_the_old_one_was() -> None:
     assert (made.dtype, made.shape, made.stride, made.storage_offset) == ("bfloat16", (4, 6), (6, 1), 0)
     assert (made.is_parameter, made.requires_grad, made.is_whole, made.kind) == (True, True, True, "dense")
     assert made.source.args == Draw("normal", (0.0, 1.0), (4, 6), 3, "w")  # type: ignore[union-attr]
+
+
+def test_the_report_names_the_version_of_numpy_where_random_numbers_were_drawn() -> None:
+    torch.save({"w": torch.zeros(4, 4), "b": torch.zeros(4)}, "target.pth")
+
+    def version(**init: str) -> str | None:
+        return ckptool.plan_partial(None, "target.pth", init=init)[1].numpy
+
+    assert version(w="normal") == version(w="orthogonal", b="zeros") == np.__version__
+    assert version(b="zeros") is version(w="eye") is None
 
 
 def test_adding_a_key_changes_no_other() -> None:

@@ -1,9 +1,8 @@
-"""Drawn values: the distributions of torch.nn.init on big tensors, and the same bytes on every machine, for ever."""
+"""Drawn values: the distributions of torch.nn.init on big tensors, and the same bytes for the same seed."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import subprocess
 import sys
 import tracemalloc
@@ -19,15 +18,14 @@ from ckptool.core.tensor import Draw
 from ckptool.errors import UnsupportedError
 from ckptool.io.source import BLOCK
 from ckptool.partial.init import parse
-from ckptool.values import quantiles
-from ckptool.values import random_init as drawn
+from ckptool.values import random_init
 
 BIG = (1 << 20,)
 
 
 def made(rule: str, shape: tuple[int, ...], dtype: str = "float64", seed: int = 0, key: str = "w") -> torch.Tensor:
     draw = parse(rule).draw(shape, seed, key)
-    data = bytearray(b"".join(drawn.blocks(draw, dtype)))
+    data = bytearray(b"".join(random_init.blocks(draw, dtype)))
     return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(shape) if data else torch.empty(shape)
 
 
@@ -47,36 +45,43 @@ def normal_cdf(values: Any) -> Any:
 
 # --- the same bytes ----------------------------------------------------------------------------------------------
 
-GOLDEN = {
-    # What these rules give is promised: a change here breaks every recorded seed.
-    ("normal(0,1)", (1000,), "float64", 0, "fc.weight"): "bd3761cb7858565e",
-    ("normal(0,0.02)", (300, 200), "float32", 0, "fc.weight"): "f6f9043a8977b441",
-    ("normal(0,0.02)", (300, 200), "bfloat16", 1, "fc.weight"): "a9822ce86336d41d",
-    ("uniform(-0.1,0.3)", (64, 3, 7, 7), "float16", 7, "conv1.weight"): "bba89864b92d7fd1",
-    ("kaiming_uniform(a=sqrt(5))", (64, 3, 7, 7), "float32", 0, "conv1.weight"): "8246f02a144fdb89",
-    ("trunc_normal(std=0.02,a=-0.04,b=0.04)", (300, 200), "float32", 0, "w"): "f434b7cd017f11d2",
-    ("trunc_normal(0,1,3,9)", (1000,), "float64", 0, "w"): "2d48afd039562e8f",
-    ("orthogonal(gain=tanh)", (20, 3, 5), "float64", 0, "w"): "db031116eb890ef0",
-    ("orthogonal", (100, 70), "float32", 2**40, "w"): "9a981789df1f85fd",
-    ("sparse(0.3)", (50, 40), "float32", 0, "w"): "2ee009f8750cef2d",
-    ("dirac(groups=2)", (6, 4, 3, 3), "bfloat16", 0, "w"): "04981bd45ad0f3e8",
-    ("normal", (100_000,), "float32", -1, "ключ\udc80"): "b197304f156167ee",
-}
+RECORDED = "2.4.6", "88184f737f99590e"
+"""A version of numpy, and what it makes of these rules. The last digits of orthogonal are the processor's too."""
+
+RULES_OF_SEEDS = [
+    ("normal(0,1)", (1000,), "float64", 0, "fc.weight"),
+    ("normal(0,0.02)", (300, 200), "bfloat16", 1, "fc.weight"),
+    ("uniform(-0.1,0.3)", (64, 3, 7, 7), "float16", 7, "conv1.weight"),
+    ("kaiming_uniform(a=sqrt(5))", (64, 3, 7, 7), "float32", 0, "conv1.weight"),
+    ("trunc_normal(std=0.02,a=-0.04,b=0.04)", (300, 200), "float32", 2**40, "w"),
+    ("sparse(0.3)", (50, 40), "float32", 0, "w"),
+    ("dirac(groups=2)", (6, 4, 3, 3), "bfloat16", 0, "w"),
+    ("normal", (100_000,), "float32", -1, "ключ\udc80"),
+]
 
 
-@pytest.mark.parametrize(("case", "digest"), GOLDEN.items(), ids=[str(case[0]) for case in GOLDEN])
-def test_the_bytes_of_a_seed_are_fixed_for_ever(case: tuple[Any, ...], digest: str) -> None:
-    rule, shape, dtype, seed, key = case
-    found = sha256(b"".join(drawn.blocks(parse(rule).draw(shape, seed, key), dtype))).hexdigest()
-    assert found[:16] == digest
+@pytest.mark.skipif(np.__version__ != RECORDED[0], reason="recorded with another numpy")
+def test_the_bytes_of_a_seed_are_fixed_for_a_version_of_numpy() -> None:
+    digest = sha256()
+    for rule, shape, dtype, seed, key in RULES_OF_SEEDS:
+        for block in random_init.blocks(parse(rule).draw(shape, seed, key), dtype):
+            digest.update(block)
+    assert digest.hexdigest()[:16] == RECORDED[1]
 
 
-@pytest.mark.parametrize("rule", ["normal", "trunc_normal", "sparse(0.5)", "orthogonal", "uniform"])
+@pytest.mark.parametrize("rule", ["normal", "trunc_normal", "trunc_normal(a=1,b=2)", "sparse(0.5)", "orthogonal",
+                                  "uniform", "eye", "dirac"])  # fmt: skip
+def test_the_same_seed_gives_the_same_values_again(rule: str) -> None:
+    shape = (30, 30, 1) if rule == "dirac" else (30, 30)
+    assert torch.equal(made(rule, shape, seed=3), made(rule, shape, seed=3))
+
+
+@pytest.mark.parametrize("rule", ["normal", "trunc_normal", "trunc_normal(a=-0.3,b=0.2)",
+                                  "trunc_normal(a=2,b=9)", "sparse(0.5)", "orthogonal", "uniform"])  # fmt: skip
 def test_how_much_is_computed_at_a_time_does_not_matter(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = made(rule, (300, 170))
-    monkeypatch.setattr(drawn, "CHUNK", 1000)
-    monkeypatch.setattr(drawn, "PANEL", 7)
-    monkeypatch.setattr(drawn, "BLOCK", 24_000)
+    monkeypatch.setattr(random_init, "CHUNK", 1000)
+    monkeypatch.setattr(random_init, "BLOCK", 24_000)
     assert torch.equal(made(rule, (300, 170)), first)
 
 
@@ -89,18 +94,17 @@ def test_each_key_and_each_seed_has_a_stream_of_its_own() -> None:
 
 def test_a_wider_dtype_only_has_more_digits() -> None:
     exact = made("normal(0,0.02)", BIG)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "float16", "bfloat16"):
         assert torch.equal(made("normal(0,0.02)", BIG, dtype), exact.float().to(getattr(torch, dtype)))
-    assert torch.equal(made("normal(0,0.02)", BIG, "float16"), torch.from_numpy(exact.numpy().astype(np.float16)))
 
 
 def test_torch_is_not_needed() -> None:
     script = """
 import sys
-from ckptool.values import random_init as drawn
+from ckptool.values import random_init
 from ckptool.partial.init import parse
 for rule in ("normal", "orthogonal", "sparse(0.1)"):
-    list(drawn.blocks(parse(rule).draw((9, 9), 0, "w"), "bfloat16"))
+    list(random_init.blocks(parse(rule).draw((9, 9), 0, "w"), "bfloat16"))
 print("torch" in sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -114,7 +118,7 @@ def test_blocks_are_of_whole_elements_and_memory_stays_at_a_few_of_them() -> Non
     ):  # fmt: skip
         tracemalloc.start()
         total = 0
-        for block in drawn.blocks(parse(rule).draw(shape, 0, "w"), "float32"):
+        for block in random_init.blocks(parse(rule).draw(shape, 0, "w"), "float32"):
             assert len(block) <= BLOCK
             assert len(block) % 4 == 0
             total += len(block)
@@ -125,34 +129,6 @@ def test_blocks_are_of_whole_elements_and_memory_stays_at_a_few_of_them() -> Non
 
 
 # --- the distributions -------------------------------------------------------------------------------------------
-
-
-def test_logarithms_are_right_to_the_last_digit_but_one() -> None:
-    values = np.concatenate([2.0 ** -np.linspace(0.001, 1000, 100_000), 1 - 2.0 ** -np.arange(1.0, 53)])
-    mine, theirs = quantiles.logarithm(values.copy()), np.log(values)
-    assert float(np.abs(mine / theirs - 1).max()) < 3e-16
-
-
-def test_quantiles_are_those_of_the_standard_library() -> None:
-    words = drawn._Normals(drawn._stream(Draw("normal", (0, 1), (1,))))
-    centred = words.centred(20_000)
-    found = np.empty(20_000)
-    quantiles.quantiles(centred, 0.5 - np.abs(centred), found)
-    exact = [math.copysign(statistics.NormalDist().inv_cdf(0.5 - abs(q)), q) for q in centred.tolist()]
-    assert np.allclose(found, exact, rtol=1e-14, atol=1e-16)
-
-
-def test_quantiles_far_out_undo_the_probability() -> None:
-    places = np.array([-0.1, -1.0, -2.0, -5.0, -7.3, -8.3, -20.0, -36.0])
-    least = np.array([quantiles.probability(float(place)) for place in places])
-    found = np.empty(len(places))
-    quantiles.quantiles(least - 0.5, least.copy(), found)
-    assert np.allclose(found, places, rtol=1e-14)
-
-
-@pytest.mark.parametrize("x", [0.0, 0.3, -0.3, 1.0, -2.0, 5.0, -10.0, 20.0, -37.0, 37.5, -50.0, 50.0])
-def test_probabilities_are_those_of_erfc(x: float) -> None:
-    assert quantiles.probability(x) == pytest.approx(math.erfc(-x / math.sqrt(2)) / 2, rel=1e-13)
 
 
 def test_normals_are_normal() -> None:
@@ -189,18 +165,19 @@ def test_uniforms_are_uniform_and_stay_below_their_end(dtype: str, a: float, b: 
 @pytest.mark.parametrize(
     ("mean", "std", "a", "b"),
     [(0, 1, -2, 2), (0, 0.02, -2, 2), (0, 0.02, -0.04, 0.04), (1, 2, 0, 5), (0, 1, 2, 3), (0, 1, -9, -4),
-     (5, 1, -40, 0), (0, 1, 6, 30), (0, 1, 0, 40)],
+     (5, 1, -40, 0), (0, 1, 6, 30), (0, 1, 0, 40), (0, 1, 36, 40), (0, 1, -0.3, 0.2), (0, 1, 0.1, 0.2), (0, 1, 0.7, 99),
+     (0, 1, -1e300, 1e300), (0, 1, 20, 20.0001), (3, 1e-3, 2.999999, 3)],
 )  # fmt: skip
 def test_truncated_normals_are_those_between_their_ends(mean: float, std: float, a: float, b: float) -> None:
-    values = made(f"trunc_normal({mean},{std},{a},{b})", (1 << 18,))
+    values = made(f"trunc_normal({mean},{std},{a},{b})", (1 << 18,), seed=1)
     assert a <= values.min().item()
     assert values.max().item() <= b
     alpha, beta = (a - mean) / std, (b - mean) / std
     flip = -1 if alpha > 0 else 1  # above the mean probabilities lose their digits, in the judge too
     low, high = sorted((flip * alpha, flip * beta))
-    first, last = (math.erfc(-x / math.sqrt(2)) / 2 for x in (low, high))
+    below = np.vectorize(lambda x: math.erfc(-x / math.sqrt(2)) / 2)  # torch's is 0 far out
     standard = torch.clamp(flip * (values - mean) / std, low, high)
-    assert distance(standard, lambda x: (normal_cdf(x) - first) / (last - first)) < 1.7
+    assert distance(standard, lambda x: (below(x) - below(low)) / (below(high) - below(low))) < 1.7
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -311,10 +288,10 @@ def test_constants_are_of_every_dtype(dtype: str) -> None:
 @pytest.mark.parametrize("rule", ["normal", "xavier_uniform", "orthogonal", "sparse(0.5)", "eye", "zeros"])
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
 def test_empty_tensors_have_no_bytes(rule: str, shape: tuple[int, int]) -> None:
-    assert list(drawn.blocks(parse(rule).draw(shape, 0, "w"), "float32")) == []
+    assert list(random_init.blocks(parse(rule).draw(shape, 0, "w"), "float32")) == []
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64", "qint8"])
 def test_dtypes_without_such_numbers_are_refused(dtype: str) -> None:
     with pytest.raises(UnsupportedError, match=dtype):
-        list(drawn.blocks(Draw("constant", (0.0,), (3,)), dtype))
+        list(random_init.blocks(Draw("constant", (0.0,), (3,)), dtype))
