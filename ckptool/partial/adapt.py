@@ -32,6 +32,7 @@ from ckptool.core.tensor import (
 from ckptool.errors import UnsupportedError, UsageError
 from ckptool.partial import grids, vocabulary
 from ckptool.partial.adapters import Adapter
+from ckptool.text import dims
 
 Shape = tuple[int, ...]
 
@@ -89,11 +90,6 @@ def adapt(adapter: Adapter, source: TensorInfo, target: TensorInfo, key: str, re
     return Adapting(read).adapt(adapter, source, target, key)
 
 
-def dims(shape: Shape | None) -> str:
-    """Returns a shape as it is printed: ``64x3x7x7``."""
-    return "none" if shape is None else "x".join(map(str, shape)) or "scalar"
-
-
 class _Job:
     """One adaptation: an adapter, the tensor that is offered, and the one whose place it takes."""
 
@@ -102,7 +98,8 @@ class _Job:
         self.old, self.new = source.shape or (), target.shape or ()
 
     def what(self) -> str:
-        return f"{self.key}: {self.adapter.text} cannot make {dims(self.target.shape)} of {dims(self.source.shape)}"
+        new, old = (dims(tensor.shape, none="none") for tensor in (self.target, self.source))
+        return f"{self.key}: {self.adapter.text} cannot make {new} of {old}"
 
     def refuse(self, why: str) -> NoReturn:
         raise UsageError(f"{self.what()}: {why}")
