@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptool import formats
-from ckptool.core import modules, roots
-from ckptool.core.checkpoint import Checkpoint, detached
+from ckptool.core import roots
+from ckptool.core.checkpoint import Checkpoint, detached, set_realise
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import Path, children, key_text, ordered_dict, path_text, replaced
+from ckptool.core.tree import Path, children, key_text, path_text, replaced
 from ckptool.errors import CkptoolError, StrictError, UsageError
 from ckptool.limits import limited
 
@@ -450,32 +450,15 @@ def _texts(given: str | Sequence[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def _to_torch(self: Checkpoint, map_location: Any = None, *, only_root: bool = False) -> Any:
-    """Returns the tree with real tensors, as torch.load would; with ``only_root``, {key: tensor} of the weights.
-
-    ``map_location`` is what `torch.load` takes: a string, a torch.device, a dict or a callable. Tied tensors
-    and views share memory. An nn.Module whose class was not imported becomes its state_dict.
-    Raises: DependencyError without torch; UnsupportedError for a tensor only its own class can rebuild.
-    """
+def _realise(tree: Any, map_location: Any, module_state_dict: Callable[[Any], Any]) -> Any:
     from ckptool.io.source import Files
-    from ckptool.values import torch_bridge as real
+    from ckptool.values import torch_bridge
 
-    self.require_whole()
-    tree = self.tree
-    if only_root:
-        entries = {key: value for key, (_, value) in self.entries().items()}
-        tree = detached(entries) if modules.is_module(self.at(self.root)) else entries
     with Files() as files:
-        return real.to_torch(tree, files, map_location, _module_state_dict)
+        return torch_bridge.to_torch(tree, files, map_location, module_state_dict)
 
 
-def _module_state_dict(node: Any) -> Any:
-    if not modules.is_module(node):
-        return None
-    return ordered_dict(detached(modules.state_dict(node)), modules.metadata(node))
-
-
-Checkpoint.to_torch = _to_torch
+set_realise(_realise)
 
 
 def __getattr__(name: str) -> Any:

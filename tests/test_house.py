@@ -18,7 +18,7 @@ import ckptool.formats
 PACKAGE = Path(ckptool.formats.__file__).parents[1]
 
 FLOORS = {
-    "errors": 0, "limits": 1, "core": 2, "pickling": 3, "io": 3, "values": 4, "formats": 5, "ops": 5,
+    "errors": 0, "text": 0, "limits": 1, "core": 2, "pickling": 3, "io": 3, "values": 4, "formats": 5, "ops": 5,
     "partial": 6, "saving": 6, "api": 7, "__init__": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
 """What a room may see: itself, and all that stands on a lower floor; not its neighbours on its own floor."""

@@ -74,7 +74,7 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 BEGIN = "cli cli.app cli.render cli.signals errors click contextlib dataclasses re signal typing"
 CORE = (
     f"{BEGIN} typer limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
-    "core.tensor core.tree cli.progress fnmatch math"
+    "core.tensor core.tree core.versions cli.progress text fnmatch math"
 )
 READ = (
     f"{CORE} api core.roots formats io io.source io.zip_read pickling pickling.guard pickling.load "
@@ -95,7 +95,7 @@ PARTIAL = (
     "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "
     "partial.layers partial.plan partial.presets partial.resume partial.vocabulary values.adapt tempfile"
 )
-RULES = "core.versions ops.maps ops.remap ops.rules ops.segments ops.steps"
+RULES = "ops.maps ops.remap ops.rules ops.segments ops.steps"
 
 ALLOWED: dict[str, tuple[list[object], str]] = {
     "--version": (["--version"], "cli"),

@@ -14,6 +14,7 @@ from ckptool.cli.progress import bar
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.ops.convert import ConvertReport
+from ckptool.text import plural, size
 
 SUFFIX = {"torch": ".pth", "torch-legacy": ".legacy.pth", "safetensors": ".safetensors", "npz": ".npz", "sharded": ""}
 """What the output's name ends with where none is given, by format."""
@@ -98,7 +99,7 @@ def command(
         render.print_json(document)
     elif len(reports) > 1:
         state = " (dry run), about" if dry_run else ","
-        render.show([f"{len(reports)} converted{state} {render.size(sum(report.nbytes for report in reports))}"])
+        render.show([f"{len(reports)} converted{state} {size(sum(report.nbytes for report in reports))}"])
     return 0
 
 
@@ -112,12 +113,12 @@ def beside(source: str, to: str) -> str:
 
 def _lines(report: ConvertReport, dry_run: bool) -> list[str]:
     state = " (dry run)" if dry_run else ""
-    text = f"{report.output}{state}: {render.plural(report.tensors, 'tensor')}, {'about ' if dry_run else ''}"
-    text += f"{render.size(report.nbytes)}{', verified' if report.verified else ''}"
-    lines = [["cast", render.plural(len(report.cast), "tensor")]] if report.cast else []
+    text = f"{report.output}{state}: {plural(report.tensors, 'tensor')}, {'about ' if dry_run else ''}"
+    text += f"{size(report.nbytes)}{', verified' if report.verified else ''}"
+    lines = [["cast", plural(len(report.cast), "tensor")]] if report.cast else []
     lost = sum(report.overflowed.values())
     if lost:
-        lines.append(["overflow", f"{render.plural(lost, 'value')} no longer finite: {', '.join(report.overflowed)}"])
+        lines.append(["overflow", f"{plural(lost, 'value')} no longer finite: {', '.join(report.overflowed)}"])
     lines += [["untied", ", ".join(report.untied)]] if report.untied else []
     lines += [["left out", ", ".join(report.left_out)]] if report.left_out else []
     lines += [["note", note] for note in report.notes]

@@ -11,6 +11,7 @@ from ckptool.cli.progress import bar
 from ckptool.core import keys
 from ckptool.errors import UsageError
 from ckptool.ops.diff import KINDS, DiffReport, volume
+from ckptool.text import dims
 
 
 def command(
@@ -137,11 +138,11 @@ def _notes(report: DiffReport) -> list[str]:
 
 
 def _tensor(report: DiffReport, key: str) -> str:
-    return f"{render.dims(report.shapes[key])}  {report.dtypes[key]}"
+    return f"{dims(report.shapes[key])}  {report.dtypes[key]}"
 
 
 def _text(value: Any) -> str:
-    return render.dims(value)
+    return dims(value)
 
 
 def _distance(row: Any) -> str:

@@ -10,6 +10,7 @@ from ckptool import saving
 from ckptool.cli import options, plans, render
 from ckptool.errors import UsageError
 from ckptool.ops.filter import FilterReport
+from ckptool.text import percent
 
 
 def command(
@@ -85,7 +86,7 @@ def _lines(report: FilterReport, output: str | None, dry_run: bool, failed: list
     total = sum(1 for row in report.rows if row.reason != "unexpected" and row.shape is not None)
     parts = []
     if report.target:
-        loaded = f"{report.loaded} loaded ({render.percent(report.loaded_fraction)} of parameters)"
+        loaded = f"{report.loaded} loaded ({percent(report.loaded_fraction)} of parameters)"
         parts.append(loaded)
         parts += [f"of them {counts[reason]} {reason}" for reason in ("tied", "cast") if counts.get(reason)]
         lacking = [f"{counts[reason]} {reason}" for reason in ("mismatched", "missing") if counts.get(reason)]

@@ -14,6 +14,7 @@ from ckptool.cli.progress import bar
 from ckptool.core import keys
 from ckptool.errors import CkptoolError, UsageError
 from ckptool.ops.inspect import Beside, InspectReport, TensorRow, volume
+from ckptool.text import count, dims, plural, size
 
 if TYPE_CHECKING:
     from ckptool.core.findings import Check, PrefixStats, Stats
@@ -138,7 +139,7 @@ def _summary(report: InspectReport) -> list[str]:
     """Returns the lines above the keys: the file, its weights, what stands beside them, what is worth a word."""
     foreign = [tag for tag in report.devices if tag not in ("cpu", "meta")]
     origin = f", written from {', '.join(foreign)}" if foreign else ""
-    head = f"{render.safe(report.path)}   {report.format}, {render.size(report.nbytes)}{origin}"
+    head = f"{render.safe(report.path)}   {report.format}, {size(report.nbytes)}{origin}"
     lines = [["weights", _weights(report)], *([["hash", report.hash]] if report.hash else [])]
     for label, texts in (
         ("beside them", [_beside(item) for item in report.beside]),
@@ -150,18 +151,18 @@ def _summary(report: InspectReport) -> list[str]:
 
 
 def _beside(item: Beside) -> str:
-    return f"{item.path}: {item.text}" + (f", {render.size(item.nbytes)}" if item.nbytes is not None else "")
+    return f"{item.path}: {item.text}" + (f", {size(item.nbytes)}" if item.nbytes is not None else "")
 
 
 def _weights(report: InspectReport) -> str:
     kinds = report.dtypes.items()
     if len(report.dtypes) == 1:
-        sizes = f"{render.size(report.tensor_nbytes)} {next(iter(report.dtypes))}"
+        sizes = f"{size(report.tensor_nbytes)} {next(iter(report.dtypes))}"
     else:
-        sizes = " + ".join(f"{render.size(nbytes)} {dtype} ({number})" for dtype, (number, nbytes) in kinds)
+        sizes = " + ".join(f"{size(nbytes)} {dtype} ({number})" for dtype, (number, nbytes) in kinds)
     return (
-        f"{report.root or 'the top'}: {render.plural(len(report.tensors), 'tensor')}, "
-        f"{render.count(report.parameters)} parameters, {sizes}"
+        f"{report.root or 'the top'}: {plural(len(report.tensors), 'tensor')}, "
+        f"{count(report.parameters)} parameters, {sizes}"
         + (f", every key under {report.prefix}" if report.prefix else "")
     )
 
@@ -180,9 +181,7 @@ def _notes(report: InspectReport) -> list[str]:
     if len(report.tied) > 20:
         found.append(f"tied: {len(report.tied) - 20} more groups (--json has all)")
     if report.stored_nbytes > report.used_nbytes:
-        found.append(
-            f"storages take {render.size(report.stored_nbytes)}, tensors use {render.size(report.used_nbytes)}"
-        )
+        found.append(f"storages take {size(report.stored_nbytes)}, tensors use {size(report.used_nbytes)}")
     if len(report.devices) > 1:
         found.append("devices: " + ", ".join(f"{tag} {number}" for tag, number in report.devices.items()))
     if report.empty:
@@ -190,7 +189,7 @@ def _notes(report: InspectReport) -> list[str]:
     if any(report.counters.values()):
         present, absent = report.counters["present"], report.counters["absent"]
         text = f"num_batches_tracked: {present} present" if present else "num_batches_tracked: none"
-        found.append(text + (f", absent in {render.plural(absent, 'BatchNorm layer')}" if absent else ""))
+        found.append(text + (f", absent in {plural(absent, 'BatchNorm layer')}" if absent else ""))
     if report.loose:
         found.append(f"not in the state_dict: {', '.join(report.loose)}")
     return found + _foreign_names(report.unsafe) + list(report.notes)
@@ -212,7 +211,7 @@ def _folded(rows: list[TensorRow], prefix: str) -> list[str]:
         row = rows[members[0]]
         times = f"{len(members)} x " if len(members) > 1 else ""
         total = sum(rows[member].nbytes for member in members)
-        lines.append([name, times + render.dims(row.shape), _dtype(row), render.size(total)])
+        lines.append([name, times + dims(row.shape), _dtype(row), size(total)])
     return render.aligned(lines)
 
 
@@ -223,7 +222,7 @@ def _dtype(row: TensorRow) -> str:
 def _flat(rows: list[TensorRow]) -> list[str]:
     return render.aligned(
         [
-            [row.key, render.dims(row.shape), _dtype(row), render.size(row.nbytes),
+            [row.key, dims(row.shape), _dtype(row), size(row.nbytes),
              f"= {row.tied_to}" if row.tied_to else ""]
             for row in rows
         ]
@@ -232,7 +231,7 @@ def _flat(rows: list[TensorRow]) -> list[str]:
 
 def _valued(rows: list[TensorRow], stats: bool) -> list[str]:
     """Returns one line per tensor with what its bytes say."""
-    lines = [[row.key, render.dims(row.shape), _dtype(row)] for row in rows]
+    lines = [[row.key, dims(row.shape), _dtype(row)] for row in rows]
     if stats:
         head = ["", "", "", *_HEADS]
         lines = [head, *([*line, *_figures(row.stats)] for line, row in zip(lines, rows, strict=True))]
@@ -267,7 +266,7 @@ def _checked(check: "Check") -> list[str]:
     lines += [["unchecked", "", text] for text in check.unchecked]
     if not any(line[1] for line in lines):
         lines = [[line[0], line[2]] for line in lines]
-    head = f"check: {render.plural(len(check.findings), 'finding')}" if check.findings else "check: nothing found"
+    head = f"check: {plural(len(check.findings), 'finding')}" if check.findings else "check: nothing found"
     return [head, *render.aligned(lines)]
 
 
@@ -278,8 +277,8 @@ def _summed(rows: list[TensorRow], depth: int, prefix: str, below: "list[PrefixS
         name = ".".join(parts) if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
         groups.setdefault(name, []).append(row)
     lines = [
-        [name, render.plural(len(members), "tensor"), f"{render.count(sum(map(_numel, members)))} elements",
-         render.size(sum(row.nbytes for row in members))]
+        [name, plural(len(members), "tensor"), f"{count(sum(map(_numel, members)))} elements",
+         size(sum(row.nbytes for row in members))]
         for name, members in groups.items()
     ]  # fmt: skip
     if below is not None:

@@ -18,6 +18,7 @@ from ckptool.errors import UsageError, listed
 from ckptool.partial import adapters, presets
 from ckptool.partial import init as init_rules
 from ckptool.partial.plan import LoadPartialReport, unwritable
+from ckptool.text import percent, plural
 
 Texts = list[str] | None
 
@@ -214,7 +215,7 @@ def _lines(
     total = sum(1 for row in report.rows if row.reason != "unexpected" and row.shape is not None)
     parts = [f"{total} tensors"]
     if report.sources:
-        parts = [f"{len(report.loaded)} loaded ({render.percent(report.loaded_fraction)} of parameters)"]
+        parts = [f"{len(report.loaded)} loaded ({percent(report.loaded_fraction)} of parameters)"]
         among = [f"{counts[name]} {name}" for name in ("tied", "cast", "adapted") if counts.get(name)]
         parts += [f"of them {' and '.join(among)}"] if among else []
     parts += [f"{counts['initialised']} initialised (seed {report.seed})"] if counts.get("initialised") else []
@@ -234,7 +235,7 @@ def _lines(
         lines += render.aligned([["batchnorm", text]])
     if groups:
         lines += render.aligned(
-            [["group", group.name, f"{render.plural(len(group.params), 'parameter')}, learning rate "
+            [["group", group.name, f"{plural(len(group.params), 'parameter')}, learning rate "
               f"x{group.lr_mult:g}, weight decay {group.weight_decay:g}"] for group in report.groups]
         )  # fmt: skip
     lines += render.aligned([["note", text] for text in report.notes])

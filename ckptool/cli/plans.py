@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ckptool.cli import render
 from ckptool.core import keys
 from ckptool.errors import UsageError
 from ckptool.ops.filter import LOADED, FilterReport, Row
+from ckptool.text import dims, percent
 
 if TYPE_CHECKING:
     from ckptool.partial.plan import LoadPartialReport
@@ -36,7 +36,7 @@ def failed(
     if report.target and report.sources and not report.loaded:
         found.append("no key of the source fits")
     if least is not None and report.loaded_fraction < least:
-        share, wanted = render.percent(report.loaded_fraction), render.percent(least)
+        share, wanted = percent(report.loaded_fraction), percent(least)
         found.append(f"{share} of the parameters loaded, --min-loaded wants {wanted}")
     rows: dict[str, Row] = {}
     for row in report.rows:  # the target's come first, and count
@@ -83,16 +83,16 @@ def rows_of(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[li
 
 def _text(row: Row) -> str:
     if row.shape is None and row.dtype is None:
-        theirs = f"source {render.dims(row.source_shape)}  " if row.source_shape is not None else ""
+        theirs = f"source {dims(row.source_shape)}  " if row.source_shape is not None else ""
         return theirs + (row.detail or "")
-    shape = render.dims(row.shape)
+    shape = dims(row.shape)
     where = f"  in {row.file}" if row.file else ""
     detail = f"  {row.detail}" if row.detail else ""
     if row.reason == "mismatched":
-        return f"target {shape}, source {render.dims(row.source_shape)}{detail}{where}"
+        return f"target {shape}, source {dims(row.source_shape)}{detail}{where}"
     if row.reason == "adapted":
         before = f"{row.source_dtype} -> {row.dtype}  " if row.source_dtype else ""
-        return f"{render.dims(row.source_shape)} -> {shape}  {before}{row.detail}{where}"
+        return f"{dims(row.source_shape)} -> {shape}  {before}{row.detail}{where}"
     if row.reason == "cast":
         before = f"{row.source_dtype} -> " if row.source_dtype else ""
         return f"{shape}  {before}{row.dtype}{detail}{where}"

@@ -16,6 +16,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.rules import PRESETS, Rules, parse_option
+from ckptool.text import plural
 
 RULES = ("strip_prefix", "add_prefix", "rename", "sub", "drop", "preset", "rules")
 """Options that are rules; they apply in the order in which they are written."""
@@ -126,7 +127,7 @@ def _in_order(order: Sequence[str], given: dict[str, list[str]]) -> Rules:
 def _lines(report: RemapReport, output: str | None, dry_run: bool) -> list[str]:
     renamed = sum(row.op == "rename" and row.old != [row.new] for row in report.map)
     made = sum(row.op != "rename" for row in report.map)
-    parts = [render.plural(len(report.map), "key"), f"{renamed:,} renamed"]
+    parts = [plural(len(report.map), "key"), f"{renamed:,} renamed"]
     parts += [f"{made:,} computed"] if made else []
     parts += [f"{len(report.dropped):,} dropped"] if report.dropped else []
     state = " (dry run)" if dry_run and output else ""
@@ -160,6 +161,5 @@ def _renamed(report: RemapReport) -> list[list[str]]:
         apart = ".".join(old), ".".join(new)
         counts[apart] = counts.get(apart, 0) + 1
     return [
-        [old or "(nothing)", "->", new or "(nothing)", render.plural(count, "key")]
-        for (old, new), count in counts.items()
+        [old or "(nothing)", "->", new or "(nothing)", plural(count, "key")] for (old, new), count in counts.items()
     ]

@@ -38,47 +38,6 @@ def safe(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-@functools.lru_cache(maxsize=4096)
-def size(nbytes: float) -> str:
-    """Returns bytes in decimal units: ``512 B``, ``37.6 kB``, ``4.32 GB``."""
-    return _scaled(nbytes, ("B", "kB", "MB", "GB", "TB", "PB"))
-
-
-def count(number: float) -> str:
-    """Returns a count in thousands, millions ...: ``512``, ``11.7 M``."""
-    return _scaled(number, ("", "k", "M", "B", "T")).rstrip()
-
-
-def _scaled(value: float, units: Sequence[str]) -> str:
-    if value < 1000:
-        return f"{value:.0f} {units[0]}"
-    for unit in units[1:]:
-        value /= 1000
-        if value < 999.5 or unit == units[-1]:
-            break
-    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
-
-
-def plural(number: int, noun: str) -> str:
-    """Returns ``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def dims(shape: Sequence[int] | None) -> str:
-    """Returns a shape as people write it: ``64x3x7x7``, ``scalar``; ``nested`` where it has none."""
-    if shape is None:
-        return "nested"
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def percent(fraction: float) -> str:
-    """Returns a share that reads 100 % only when it is."""
-    text = f"{100 * fraction:.1f}"
-    if text == "100.0" and fraction < 1:
-        text = "99.9"
-    return f"{text.removesuffix('.0') if fraction in (0, 1) else text} %"
-
-
 WIDEST = 400
 """Places a cell may take of its column: a longer one sticks out, or one key of a megabyte would pad all other lines."""
 

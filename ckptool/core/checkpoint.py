@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from types import NoneType
-from typing import Any, ClassVar
+from typing import Any
 
 from ckptool.core import modules
-from ckptool.core.keys import EMA, is_counter
+from ckptool.core.keys import EMA
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import Opaque, TensorInfo
 from ckptool.core.tree import (
@@ -30,12 +30,12 @@ from ckptool.core.tree import (
     children,
     key_text,
     least_to_refuse,
-    ordered_dict,
     path_text,
     refuse_key,
     replaced,
     walk,
 )
+from ckptool.core.versions import versioned, without_lost_counters
 from ckptool.errors import CollisionError, FormatError, IncompleteError, UnsupportedError
 from ckptool.limits import MAX_KEY, MAX_KEYS
 
@@ -59,9 +59,6 @@ class Checkpoint:
     problems: tuple[str, ...] = ()
     broken: bool = False
     _cache: dict[Path, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    to_torch: ClassVar[Callable[..., Any]]
-    """Returns the tree with real tensors (see `ckptool.api`, which the package binds here)."""
 
     def require_whole(self) -> None:
         """Raises IncompleteError if tensors are missing from a sharded checkpoint: nothing may be built on it."""
@@ -144,6 +141,22 @@ class Checkpoint:
                 groups.setdefault(tensor.view, []).append(key)
         return [keys for keys in groups.values() if len(keys) > 1]
 
+    def to_torch(self, map_location: Any = None, *, only_root: bool = False) -> Any:
+        """Returns the tree with real tensors, as torch.load would; with ``only_root``, {key: tensor} of the weights.
+
+        ``map_location`` is what `torch.load` takes: a string, a torch.device, a dict or a callable. Tied tensors
+        and views share memory. An nn.Module whose class was not imported becomes its state_dict.
+        Raises: DependencyError without torch; UnsupportedError for a tensor only its own class can rebuild.
+        """
+        if _realise is None:
+            raise UnsupportedError("nothing that makes real tensors was set; `import ckptool` sets it")
+        self.require_whole()
+        tree = self.tree
+        if only_root:
+            entries = {key: value for key, (_, value) in self.entries().items()}
+            tree = detached(entries) if modules.is_module(self.at(self.root)) else entries
+        return _realise(tree, map_location, _module_state_dict)
+
     def with_state_dict(self, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
         """Returns a checkpoint with these tensors at root; all else is the same objects.
 
@@ -154,13 +167,13 @@ class Checkpoint:
         node = self.at(self.root)
         old = self.entries()
         if modules.is_module(node):
-            made: Any = ordered_dict(detached(tensors), modules.metadata(node))
-            made.state = _pruned_state(made.state, {}, old, tensors)
+            made: Any = versioned(detached(tensors), node)
+            made.state = without_lost_counters(made, old, tensors)
         elif is_flat(node):
             names = {key: path[0] for key, (path, _) in old.items()}
             mapping = _merged(old, names, tensors)
             if isinstance(node, PyObject):
-                made = node.with_mapping(mapping, _pruned_state(node.state, names, old, tensors))
+                made = node.with_mapping(mapping, without_lost_counters(node, old, tensors))
             else:
                 made = mapping
         else:
@@ -173,6 +186,24 @@ class Checkpoint:
                 if tensor is not old[key][1]:
                     made = _with_tensor(made, old[key][0], tensor, self.url)
         return replace(self, tree=replaced(self.tree, self.root, made))
+
+
+Realise = Callable[[Any, Any, Callable[[Any], Any]], Any]
+"""(tree, map_location, what gives the state_dict of a module stand-in) -> the tree with real tensors."""
+
+
+_realise: Realise | None = None
+
+
+def set_realise(realise: Realise) -> None:
+    """Sets what `Checkpoint.to_torch` calls: core reads no bytes, so `ckptool.api` hands it in."""
+    global _realise
+    _realise = realise
+
+
+def _module_state_dict(node: Any) -> Any:
+    """Returns the state_dict of an nn.Module stand-in, None for anything else."""
+    return versioned(detached(modules.state_dict(node)), node) if modules.is_module(node) else None
 
 
 def detached(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,19 +296,3 @@ def _merged(
         for key in others.get(anchor, ()):
             mapping[names[key]] = old[key][1]
     return mapping
-
-
-def _pruned_state(state: Any, names: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> Any:
-    """Returns a state_dict's state with ``_metadata`` fit for the keys that are left.
-
-    BatchNorm's version 2 promises a ``num_batches_tracked``; where that key was dropped the module's entry
-    goes too, or a strict `load_state_dict` would call it missing.
-    """
-    versions = as_mapping(state.get("_metadata")) if isinstance(state, dict) else None
-    if not versions:
-        return state
-    gone = {key.rpartition(".")[0] for key in old if is_counter(key) and key not in new}
-    if not gone & versions.keys():
-        return state
-    kept = {name: entry for name, entry in versions.items() if name not in gone}
-    return {**state, "_metadata": ordered_dict(kept)}

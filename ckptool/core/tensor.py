@@ -14,8 +14,8 @@ from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 from ckptool.core import dtypes
-from ckptool.core.tree import Leaf, PyObject, parts
-from ckptool.errors import FormatError
+from ckptool.core.tree import Leaf, PyObject, brief, parts
+from ckptool.errors import FormatError, IncompleteError
 from ckptool.limits import MAX_DIMS, MAX_NUMEL
 
 T = TypeVar("T")
@@ -73,12 +73,13 @@ class Derived:
     """Values computed while writing, which lie in C order in memory of their own.
 
     ``cast``: the input's, converted to the tensor's dtype. ``copy``: the input's as they are (the shape may
-    differ). ``cat``: the inputs', put together along the dimension ``dim``. ``draw``: no inputs; ``args`` is the
-    `Draw` that says which numbers, ``shape`` theirs. Any other is an adapter's (``take``, ``mean``,
+    differ). ``cat``: the inputs', put together along the dimension ``dim``. ``chunks``: the inputs are boxes of it,
+    which begin at the indices ``args`` (see `chunks`). ``draw``: no inputs; ``args`` is the `Draw` that says which
+    numbers, ``shape`` theirs. Any other is an adapter's (``take``, ``mean``,
     ``mix``, ``resample``): values of ``shape`` computed from whole inputs, see `ckptool.values.adapt`.
     """
 
-    op: Literal["cast", "copy", "cat", "draw", "take", "mean", "mix", "resample"]
+    op: Literal["cast", "copy", "cat", "chunks", "draw", "take", "mean", "mix", "resample"]
     inputs: tuple[TensorInfo, ...]
     dim: int = 0
     shape: tuple[int, ...] | None = None
@@ -361,6 +362,60 @@ def cat(tensors: Sequence[TensorInfo], dim: int) -> TensorInfo:
     shape = tensors[0].shape or ()
     total = sum((tensor.shape or ())[dim] for tensor in tensors)
     return computed(tensors[0].dtype, (*shape[:dim], total, *shape[dim + 1 :]), Derived("cat", tuple(tensors), dim))
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...], "TensorInfo"]
+"""A part of a tensor: where it begins and its size along every dimension, and the tensor that holds its elements."""
+
+
+def chunks(dtype: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> TensorInfo:
+    """Returns one tensor that lies in several places: the boxes may come in any order, and leave nothing out.
+
+    Raises: FormatError for boxes that overlap, reach outside, or hold other tensors than they say; IncompleteError
+    where a part of the tensor is in none of them.
+    """
+    for offsets, sizes, tensor in boxes:
+        if (tensor.dtype, tensor.shape) != (dtype, sizes) or isinstance(tensor.source, Opaque):
+            raise FormatError(
+                f"a part of {brief(sizes)} of a {dtype} tensor is held by a {tensor.kind} {tensor.dtype} tensor of "
+                f"shape {brief(tensor.shape)}"
+            )
+        if not len(offsets) == len(sizes) == len(shape) or any(
+            not 0 <= at <= at + size <= whole for at, size, whole in zip(offsets, sizes, shape, strict=True)
+        ):
+            raise FormatError(
+                f"a part of {brief(sizes)} at {brief(offsets)} reaches outside a tensor of shape {brief(shape)}"
+            )
+    filled = [box for box in boxes if box[2].numel]
+    _refuse_overlaps(filled, len(shape))
+    missing = prod(shape) - sum(tensor.numel for _, _, tensor in filled)
+    if missing:
+        raise IncompleteError(f"{missing:,} elements of a tensor of shape {brief(shape)} are in none of its parts")
+    inputs = tuple(tensor for _, _, tensor in filled)
+    return computed(dtype, shape, Derived("chunks", inputs, shape=shape, args=tuple(box[0] for box in filled)))
+
+
+def _refuse_overlaps(boxes: Sequence[Box], dims: int) -> None:
+    """Raises FormatError if two boxes share elements.
+
+    They are looked at along the dimension where most of them begin at an index of their own, and each is compared
+    with those that have not ended there: few, as tensors are cut.
+    """
+    if len(boxes) > 1 and not dims:
+        raise FormatError("a scalar has several parts")
+    along = max(range(dims), key=lambda dim: len({offsets[dim] for offsets, _, _ in boxes}), default=0)
+    begun: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box[0][along : along + 1]):
+        offsets, sizes, _ = box
+        begun = [old for old in begun if old[0][along] + old[1][along] > offsets[along]]
+        for other, extent, _ in begun:
+            if all(
+                at < start + count and start < at + size
+                for at, size, start, count in zip(offsets, sizes, other, extent, strict=True)
+            ):
+                one, two = f"{brief(sizes)} at {brief(offsets)}", f"{brief(extent)} at {brief(other)}"
+                raise FormatError(f"two parts of a tensor overlap: {one}, {two}")
+        begun.append(box)
 
 
 def storage_range(tensor: TensorInfo) -> tuple[Storage, int, int] | None:

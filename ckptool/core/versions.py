@@ -1,12 +1,14 @@
-"""What becomes of ``_metadata``, the modules' versions on a state_dict, when the keys below the modules move."""
+"""``_metadata``, the modules' versions on a state_dict: read, written, and carried along when keys move or go."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ckptool.core.tree import PyObject, as_mapping
+from ckptool.core import modules
+from ckptool.core.keys import is_counter
+from ckptool.core.tree import PyObject, as_mapping, ordered_dict
 from ckptool.limits import MAX_MODULE_DEPTH
 
 Moves = dict[str, list[str]]
@@ -29,6 +31,32 @@ def versions_of(node: Any) -> dict[Any, Any] | None:
     """Returns the ``_metadata`` of a state_dict, {module path: {"version": n}}; None for a dict without."""
     state = node.state if isinstance(node, PyObject) else None
     return as_mapping(state.get("_metadata")) if isinstance(state, dict) else None
+
+
+def with_versions(state: Any, versions: dict[Any, Any]) -> dict[Any, Any]:
+    """Returns a state_dict's state with this ``_metadata`` in it."""
+    return {**(state or {}), "_metadata": ordered_dict(versions)}
+
+
+def versioned(mapping: dict[Any, Any], node: Any) -> PyObject:
+    """Returns an OrderedDict with the ``_metadata`` of ``node``: a state_dict, or a module that would make one."""
+    if modules.is_module(node):
+        return ordered_dict(mapping, modules.metadata(node))
+    state = getattr(node, "state", None)
+    return ordered_dict(mapping, state.get("_metadata") if isinstance(state, dict) else None)
+
+
+def without_lost_counters(node: Any, old: Iterable[str], new: Container[str]) -> Any:
+    """Returns a state_dict's state with ``_metadata`` fit for the keys that are left.
+
+    BatchNorm's version 2 promises a ``num_batches_tracked``; where that key was dropped the module's entry
+    goes too, or a strict `load_state_dict` would call it missing.
+    """
+    versions = versions_of(node)
+    gone = {key.rpartition(".")[0] for key in old if is_counter(key) and key not in new} if versions else set()
+    if not versions or not gone & versions.keys():
+        return node.state
+    return with_versions(node.state, {name: entry for name, entry in versions.items() if name not in gone})
 
 
 def moved(versions: Mapping[Any, Any], pairs: Iterable[tuple[str, str]]) -> Moved:

@@ -11,8 +11,8 @@ Source: ``numpy/lib/_format_impl.py`` and ``numpy/lib/_npyio_impl.py`` (`NpzFile
 from __future__ import annotations
 
 import struct
-import zipfile
 from collections.abc import Mapping
+from itertools import chain
 
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from ckptool.formats import flat
 from ckptool.formats.layout import MapLocation
 from ckptool.io.output import Output
 from ckptool.io.source import Files
+from ckptool.io.zip_write import ZipWriter
 from ckptool.values.blocks import tensor_blocks
 
 NAME = "npz"
@@ -39,8 +40,8 @@ DESCR = {
 }  # fmt: skip
 """torch's dtype -> numpy's; numpy lacks all others."""
 
-EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The time stamp of every member, the earliest a zip can say: the bytes must not depend on when they were written."""
+FIRST_DAY = (1 << 5) + 1
+"""Every member's date, 1 January 1980, the earliest a zip can say: the bytes must not depend on the time of writing."""
 
 
 def write(
@@ -52,16 +53,12 @@ def write(
     """
     tensors, heads = _headed(checkpoint)
     output.reserve(_nbytes(tensors, heads))
-    with zipfile.ZipFile(_Sink(output), "w", zipfile.ZIP_STORED) as archive:
-        for name, tensor in tensors.items():
-            member = zipfile.ZipInfo(f"{name}.npy", EPOCH)
-            member.create_system = 3  # Unix, on every system
-            member.external_attr = 0o600 << 16
-            # 64-bit sizes even for a small member, as numpy does: what follows one may be far, and readers are alike.
-            with archive.open(member, "w", force_zip64=True) as record:
-                record.write(heads[name])
-                for block in tensor_blocks(tensor, files):
-                    record.write(block)
+    archive = ZipWriter(output, date=FIRST_DAY)
+    for name, tensor in tensors.items():
+        head = heads[name]
+        blocks = chain((head,), tensor_blocks(tensor, files))
+        archive.add_blocks(f"{name}.npy", len(head) + tensor.nbytes, blocks, None)
+    archive.close()
     return _left_out(checkpoint, tensors)
 
 
@@ -85,23 +82,6 @@ def _nbytes(tensors: Mapping[str, TensorInfo], heads: Mapping[str, bytes]) -> in
 def _left_out(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     untied = (f"untied: {alias} = {kept}" for alias, kept in aliases.ties(tensors).items())
     return (*flat.left_out(checkpoint), *untied)
-
-
-class _Sink:
-    """An output as `zipfile` needs it: without a position, so that it writes in one pass."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-
-    def write(self, data: bytes | memoryview) -> int:
-        self._output.write(data)
-        return memoryview(data).nbytes
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def _npy_header(tensor: TensorInfo) -> bytes:

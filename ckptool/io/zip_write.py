@@ -1,4 +1,4 @@
-"""A zip archive byte for byte as torch's own writer makes it, in one pass.
+"""A zip archive byte for byte as torch's own writer makes it, in one pass; other formats' archives are laid out alike.
 
 Every record is stored, begins its payload on a multiple of 64 (an ``FB`` extra field pads the local header),
 has zeros for sizes in front and a descriptor behind. With that layout torch can compute where each storage
@@ -52,11 +52,15 @@ class Record(NamedTuple):
 
 
 class ZipWriter:
-    """Writes records below ``root/``; `close` writes the directory."""
+    """Writes records, below ``root/`` if there is a root; `close` writes the directory.
 
-    def __init__(self, output: Output, root: str) -> None:
+    ``date`` is what every record says of its time, as MS-DOS has it: 0, which is no day at all, in torch's archives.
+    """
+
+    def __init__(self, output: Output, root: str = "", date: int = 0) -> None:
         self.output = output
-        self.root = root
+        self.root = f"{root}/" if root else ""
+        self.date = date
         self.entries: list[bytes] = []
         self._thread: ThreadPoolExecutor | None = None
 
@@ -64,7 +68,7 @@ class ZipWriter:
         """Writes a small record; with ``like`` it ends where `CLONED` divides the distance to it, if padding can."""
         padding = 0
         if like is not None:
-            end = self.output.position + 34 + len(f"{self.root}/{name}".encode())
+            end = self.output.position + 34 + len(f"{self.root}{name}".encode())
             end += -end % ALIGNMENT + len(data) + 16
             padding = (like - end) % CLONED if (like - end) % ALIGNMENT == 0 else 0
         self.add_blocks(name, len(data), (data,), None, padding)
@@ -91,14 +95,14 @@ class ZipWriter:
     def _begin(self, name: str, nbytes: int, more: int = 0) -> tuple[bytes, int]:
         """Writes a record's local header, with ``more`` padding; returns its name and where it began."""
         start = self.output.position
-        full = f"{self.root}/{name}".encode()
+        full = f"{self.root}{name}".encode()
         big, far = nbytes >= _FAR, start >= _FAR
         extra = b""
         if big or far:
             values = [nbytes, 0] * big + [start] * far
             extra = struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values)
         padding = -(start + 30 + len(full) + len(extra) + 4) % ALIGNMENT + more
-        self.output.write(_local(full, nbytes, padding, extra) + b"Z" * padding)
+        self.output.write(_local(full, nbytes, padding, self.date, extra) + b"Z" * padding)
         return full, start
 
     def add_blocks(
@@ -143,8 +147,8 @@ class ZipWriter:
         size = min(nbytes, _FAR)
         self.entries.append(
             _ENTRY.pack(
-                b"PK\x01\x02", 0, 0, _FLAGS if nbytes else _EMPTY, 0, 0, 0, crc, size, size, len(full), len(wide),
-                0, 0, 0, 0, min(start, _FAR),
+                b"PK\x01\x02", 0, 0, _FLAGS if nbytes else _EMPTY, 0, 0, self.date, crc, size, size,
+                len(full), len(wide), 0, 0, 0, 0, min(start, _FAR),
             ) + full + wide
         )  # fmt: skip
 
@@ -163,11 +167,9 @@ class ZipWriter:
         region = first._replace(member=None, nbytes=payload + last.span.nbytes - first.offset)
         self.output.copy(files, region)
         for record in records[: count - 1]:
-            name = f"{self.root}/{prefix}{record.name}".encode()
+            name = f"{self.root}{prefix}{record.name}".encode()
             self._note(name, record.span.nbytes, record.crc32, record.span.offset + shift)
-        self._finish(
-            f"{self.root}/{prefix}{last.name}".encode(), last.span.nbytes, last.crc32, last.span.offset + shift
-        )
+        self._finish(f"{self.root}{prefix}{last.name}".encode(), last.span.nbytes, last.crc32, last.span.offset + shift)
         if self.output.position - start != end - start:
             raise RuntimeError(f"{count} records came to {self.output.position - start} bytes, not {end - start}")
         return count
@@ -181,7 +183,7 @@ class ZipWriter:
         shift = start - records[0].span.offset if records else 1
         if shift % ALIGNMENT:
             return 0, start
-        root = f"{self.root}/{prefix}".encode()
+        root = f"{self.root}{prefix}".encode()
         there = _Window(files.get(records[0].span))
         behind = b""
         count = 0
@@ -192,7 +194,7 @@ class ZipWriter:
                 break
             name = root + record.name.encode()
             padding = -(position + 34 + len(name)) % ALIGNMENT
-            if not there.holds(behind + _local(name, span.nbytes, padding), span.offset - len(behind)):
+            if not there.holds(behind + _local(name, span.nbytes, padding, self.date), span.offset - len(behind)):
                 break
             behind = _DESCRIPTOR.pack(b"PK\x07\x08", record.crc32, span.nbytes, span.nbytes) if span.nbytes else b""
             position += 34 + len(name) + padding + span.nbytes + len(behind)
@@ -217,10 +219,10 @@ class ZipWriter:
         )  # fmt: skip
 
 
-def _local(name: bytes, nbytes: int, padding: int, extra: bytes = b"") -> bytes:
+def _local(name: bytes, nbytes: int, padding: int, date: int, extra: bytes = b"") -> bytes:
     """Returns a local header up to the letters that pad it."""
     flags = _FLAGS if nbytes else _EMPTY
-    fixed = _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(name), len(extra) + 4 + padding)
+    fixed = _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, date, 0, 0, 0, len(name), len(extra) + 4 + padding)
     return fixed + name + extra + _PADDING.pack(b"FB", padding)
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptool.core import keys as names
-from ckptool.core import modules
 from ckptool.core.aliases import RESERVED
 from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
-from ckptool.core.tree import as_mapping, ordered_dict, path_text
+from ckptool.core.tree import as_mapping, path_text
+from ckptool.core.versions import versioned
 from ckptool.errors import NoTensorsError, UsageError
 from ckptool.ops.diff import no_tensors
 from ckptool.ops.filter import root_notes
@@ -117,14 +117,9 @@ def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tup
         mapping = as_mapping(node) or {}
         left += [path_text((*checkpoint.root[:depth], name)) for name in mapping if name != step]
         node = checkpoint.at(checkpoint.root[: depth + 1])
-    if modules.is_module(node):
-        versions: Any = modules.metadata(node)
-    else:
-        state = getattr(node, "state", None)
-        versions = state.get("_metadata") if isinstance(state, dict) else None
     others = {key: value for key, (_, value) in checkpoint.entries().items() if not isinstance(value, TensorInfo)}
     left += list(others)
-    return replace(checkpoint, tree=ordered_dict(detached(tensors), versions), root=()), left
+    return replace(checkpoint, tree=versioned(detached(tensors), node), root=()), left
 
 
 def _scalars(checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
 from ckptool.core.tree import as_mapping, ordered_dict, path_text, walk
+from ckptool.core.versions import versioned
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
 from ckptool.ops.diff import no_tensors
 
@@ -297,13 +298,8 @@ class Merge:
     def _only_matched(self) -> Checkpoint:
         taken = {key: self.taken[key] for key in self.tensors if key in self.taken}
         node = self.target.at(self.target.root)
-        if modules.is_module(node):
-            versions: Any = modules.metadata(node)
-        else:
-            state = getattr(node, "state", None)
-            versions = state.get("_metadata") if isinstance(state, dict) else None
         whole: dict[Any, Any] = dict(self.tensors)
-        bare = replace(self.target, tree=ordered_dict(whole, versions), root=(), metadata={})
+        bare = replace(self.target, tree=versioned(whole, node), root=(), metadata={})
         if not taken:
             return replace(bare, tree=ordered_dict({}))
         return bare.with_state_dict(taken)

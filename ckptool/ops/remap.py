@@ -12,8 +12,8 @@ from ckptool.core import modules, optimizers
 from ckptool.core.checkpoint import Checkpoint, detached, is_flat
 from ckptool.core.keys import is_counter
 from ckptool.core.tensor import Opaque, TensorInfo
-from ckptool.core.tree import Path, PyObject, as_mapping, ordered_dict, replaced, walk
-from ckptool.core.versions import Moved, moved, restored, versions_of
+from ckptool.core.tree import Path, PyObject, as_mapping, replaced, walk
+from ckptool.core.versions import Moved, moved, restored, versioned, versions_of, with_versions
 from ckptool.errors import CollisionError, NoTensorsError, UsageError, listed
 from ckptool.ops import maps
 from ckptool.ops.diff import no_tensors
@@ -129,7 +129,7 @@ def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
     values = {key: value for key, (_, value) in checkpoint.entries().items()}
     if modules.is_module(node):
         values = detached(values)
-        return ordered_dict(values, modules.metadata(node)), values
+        return versioned(values, node), values
     return (node if is_flat(node) else None), values
 
 
@@ -308,7 +308,7 @@ def _with_content(checkpoint: Checkpoint, node: Any, done: _Done, follow: Moved 
         for path in {key.rpartition(".")[0] for key in done.dropped if is_counter(key)}:
             for new in follow.paths.get(path, ()):
                 versions.pop(new, None)
-        state = {**state, "_metadata": ordered_dict(versions)}
+        state = with_versions(state, versions)
     return replace(checkpoint, tree=replaced(checkpoint.tree, checkpoint.root, node.with_mapping(content, state)))
 
 

@@ -32,6 +32,7 @@ from ckptool.core.tensor import (
 from ckptool.errors import UnsupportedError, UsageError
 from ckptool.partial import grids, vocabulary
 from ckptool.partial.adapters import Adapter, Unclear
+from ckptool.text import dims
 
 Shape = tuple[int, ...]
 
@@ -85,11 +86,6 @@ class Adapting:
         return self._files[path]
 
 
-def dims(shape: Sequence[int] | None) -> str:
-    """Returns a shape as it is printed: ``64x3x7x7``."""
-    return "none" if shape is None else "x".join(map(str, shape)) or "scalar"
-
-
 class _Adaptation:
     """One adapter applied to one pair of tensors: ``old`` and ``new`` are the shapes of source and target."""
 
@@ -99,7 +95,8 @@ class _Adaptation:
         self.fill = adapter.get("fill", "keep")
 
     def what(self) -> str:
-        return f"{self.key}: {self.adapter.text} cannot make {dims(self.target.shape)} of {dims(self.source.shape)}"
+        new, old = (dims(tensor.shape, none="none") for tensor in (self.target, self.source))
+        return f"{self.key}: {self.adapter.text} cannot make {new} of {old}"
 
     def refuse(self, why: str) -> NoReturn:
         raise UsageError(f"{self.what()}: {why}")

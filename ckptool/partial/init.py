@@ -18,6 +18,7 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Draw, DrawKind
 from ckptool.errors import UsageError
 from ckptool.partial.layers import Shape, fans
+from ckptool.text import dims
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +207,10 @@ def _check_interval(method: str, args: list[Any], text: str) -> None:
 Resolved = tuple[DrawKind, tuple[float, ...]]
 
 
-def dims(shape: Shape) -> str:
-    """Returns a shape as it is printed: ``64x3x7x7``."""
-    return "x".join(map(str, shape)) or "a scalar"
-
-
 def _fans(init: Init, shape: Shape) -> tuple[int, int]:
     found = fans(shape)
     if found is None:
-        raise UsageError(f"{init.method} needs two dimensions or more, and it is {dims(shape)}")
+        raise UsageError(f"{init.method} needs two dimensions or more, and it is {dims(shape, 'a scalar')}")
     return found if 0 not in shape else (1, 1)
 
 
@@ -241,7 +237,7 @@ def _orthogonal(init: Init, shape: Shape) -> Resolved:
 
 def _two(init: Init, shape: Shape) -> Resolved:
     if len(shape) != 2:
-        raise UsageError(f"{init.method} needs two dimensions, and it is {dims(shape)}")
+        raise UsageError(f"{init.method} needs two dimensions, and it is {dims(shape, 'a scalar')}")
     if init.method == "eye":
         return "eye", ()
     sparsity, std = init.args
@@ -251,9 +247,11 @@ def _two(init: Init, shape: Shape) -> Resolved:
 def _dirac(init: Init, shape: Shape) -> Resolved:
     groups = init.args[0]
     if len(shape) not in (3, 4, 5):
-        raise UsageError(f"dirac needs three to five dimensions, and it is {dims(shape)}")
+        raise UsageError(f"dirac needs three to five dimensions, and it is {dims(shape, 'a scalar')}")
     if shape[0] % groups:
-        raise UsageError(f"dirac needs a first size that is a multiple of groups={groups}, and it is {dims(shape)}")
+        raise UsageError(
+            f"dirac needs a first size that is a multiple of groups={groups}, and it is {dims(shape, 'a scalar')}"
+        )
     return "dirac", init.args
 
 

@@ -21,9 +21,9 @@ from ckptool.ops.diff import no_tensors
 from ckptool.ops.filter import LOADED, FilterReport, Merge, Row, Same, dims
 from ckptool.partial import handover, initplan, resume
 from ckptool.partial.adapt import Adapting
-from ckptool.partial.adapt import dims as dims_text
 from ckptool.partial.adapters import Adapter
 from ckptool.partial.handover import Group
+from ckptool.text import dims as dims_text
 
 
 @dataclass(frozen=True, slots=True)

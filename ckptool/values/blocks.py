@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo, plain_range, reach, storage_range
+from ckptool.core.tensor import Box, Derived, Opaque, Span, Storage, TensorInfo, plain_range, reach, storage_range
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.io.source import BLOCK, Bytes, Files, Source, Spool
@@ -215,8 +216,8 @@ def _derived(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
         yield from _cast(source, dtype, files)
     elif source.op == "copy":
         yield from tensor_blocks(source.inputs[0], files)
-    elif source.op == "cat":
-        yield from _put_together(source, dtype, files)
+    elif source.op in ("cat", "chunks"):
+        yield from _put_together(_boxes(source), DTYPES[dtype].bits, files)
     elif source.op == "draw":
         from ckptool.values import random_init
 
@@ -240,24 +241,38 @@ def _cast(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
         yield made
 
 
-def _put_together(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
-    """Yields tensors put together along a dimension: a row of each in turn, for every index before that dimension."""
-    shapes = [tensor.shape or () for tensor in source.inputs]
-    rounds = prod(shapes[0][: source.dim])
-    if rounds == 1:
-        for tensor in source.inputs:
-            yield from tensor_blocks(tensor, files)
+def _boxes(source: Derived) -> list[Box]:
+    """Returns the parts of a tensor that have elements: those of ``chunks``, or of ``cat`` in a row."""
+    offsets = source.args
+    if source.op == "cat":
+        ends = accumulate(((tensor.shape or ())[source.dim] for tensor in source.inputs), initial=0)
+        before, behind = (0,) * source.dim, (0,) * (len(source.inputs[0].shape or ()) - source.dim - 1)
+        offsets = [(*before, end, *behind) for end in ends][:-1]
+    places = zip(offsets, source.inputs, strict=True)
+    return [(place, tensor.shape or (), tensor) for place, tensor in places if tensor.numel]
+
+
+def _put_together(boxes: Sequence[Box], bits: int, files: Files) -> Iterator[Bytes]:
+    """Yields a tensor that lies in boxes: each is read in its own C order, as far as the whole's order is in it."""
+    if len(boxes) == 1:
+        yield from tensor_blocks(boxes[0][2], files)
         return
-    rows = [DTYPES[dtype].bits * prod(shape[source.dim :]) // 8 for shape in shapes]
-    streams = [_Stream(tensor_blocks(tensor, files)) for tensor in source.inputs]
     pending = bytearray()
-    for _ in range(rounds):
-        for stream, nbytes in zip(streams, rows, strict=True):
-            pending += stream.take(nbytes)
-        if len(pending) >= BLOCK:
-            yield bytes(pending)
-            pending.clear()
-    yield bytes(pending)
+    parts = [(offsets, sizes, _Stream(tensor_blocks(tensor, files))) for offsets, sizes, tensor in boxes]
+    for stream, nbytes in _turns(_order(parts, 0, bits)) if parts else ():
+        left = nbytes
+        while left:
+            piece = stream.some(left)
+            left -= len(piece)
+            if len(piece) >= BLOCK and not pending:
+                yield piece
+                continue
+            pending += piece
+            if len(pending) >= BLOCK:
+                yield bytes(pending)
+                pending.clear()
+    if pending:
+        yield bytes(pending)
 
 
 class _Stream:
@@ -267,15 +282,45 @@ class _Stream:
         self.blocks = blocks
         self.rest: Bytes = b""
 
-    def take(self, nbytes: int) -> bytes:
-        """Returns the next bytes, exactly as many."""
-        taken = bytearray()
-        while len(taken) < nbytes:
-            self.rest = self.rest or next(self.blocks)
-            piece = self.rest[: nbytes - len(taken)]
-            taken += piece
-            self.rest = self.rest[len(piece) :]
-        return bytes(taken)
+    def some(self, most: int) -> Bytes:
+        """Returns the next bytes, one at least; valid until more are asked for."""
+        self.rest = self.rest or next(self.blocks)
+        piece = self.rest[:most]
+        self.rest = self.rest[len(piece) :]
+        return piece
+
+
+_Part = tuple[tuple[int, ...], tuple[int, ...], _Stream]
+_Order = list[tuple[int, "_Stream | _Order"]]
+"""What is read in turn: (bytes, of a stream), or (times, an order of its own)."""
+
+
+def _order(parts: Sequence[_Part], dim: int, bits: int) -> _Order:
+    """Returns how parts that fill a box follow each other from one dimension on: cut where one begins or ends."""
+    cuts = sorted({edge for at, sizes, _ in parts for edge in (at[dim], at[dim] + sizes[dim])})
+    waiting = sorted(parts, key=lambda part: part[0][dim], reverse=True)
+    begun: list[_Part] = []
+    found: _Order = []
+    for low, high in pairwise(cuts):
+        begun = [part for part in begun if part[0][dim] + part[1][dim] > low]
+        while waiting and waiting[-1][0][dim] == low:
+            begun.append(waiting.pop())
+        if len(begun) == 1:
+            ((_, sizes, stream),) = begun
+            found.append(((high - low) * prod(sizes[dim + 1 :]) * bits // 8, stream))
+        else:
+            found.append((high - low, _order(begun, dim + 1, bits)))
+    return found
+
+
+def _turns(order: _Order) -> Iterator[tuple[_Stream, int]]:
+    """Yields (stream, bytes to take of it) in the order of the whole."""
+    for count, what in order:
+        if isinstance(what, _Stream):
+            yield what, count
+        else:
+            for _ in range(count):
+                yield from _turns(what)
 
 
 def read_bytes(tensor: TensorInfo, files: Files) -> bytes:

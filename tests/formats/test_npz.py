@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def test_an_archive_is_sound_for_other_readers_of_zips(tmp_path: Path) -> None:
         assert archive.testzip() is None  # checksums
         for member in archive.infolist():
             assert member.compress_type == zipfile.ZIP_STORED
-            assert member.date_time == npz.EPOCH
+            assert member.date_time == (1980, 1, 1, 0, 0, 0)
             head = archive.read(member)
             version, (size,) = head[6:8], struct.unpack_from("<H", head, 8)
             assert (version, (10 + size) % 64, head[10 + size - 1]) == (b"\x01\x00", 0, ord("\n"))
@@ -158,7 +159,8 @@ class SparseOutputAt(SparseOutput):
 def test_members_and_archives_over_four_gigabytes_are_read_by_numpy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zipfile, "crc32", lambda data, crc=0: 0)  # 5 GB of zeros: their checksum is not the point
+    for module in (zlib, zipfile):  # 5 GB of zeros: their checksum is not the point
+        monkeypatch.setattr(module, "crc32", lambda data, crc=0: 0)
     sizes = {"small": (3,), "huge": (5 << 28,), "behind": (2, 2)}
     tree = {name: info("float32", shape) for name, shape in sizes.items()}
     with SparseOutputAt(tmp_path / "huge.npz") as output:

@@ -1,0 +1,45 @@
+"""Sizes, shapes and counts as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+
+@lru_cache(maxsize=4096)
+def size(nbytes: float) -> str:
+    """Returns bytes in decimal units: ``512 B``, ``37.6 kB``, ``4.32 GB``."""
+    return _scaled(nbytes, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def count(number: float) -> str:
+    """Returns a count in thousands, millions ...: ``512``, ``11.7 M``."""
+    return _scaled(number, ("", "k", "M", "B", "T")).rstrip()
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    if value < 1000:
+        return f"{value:.0f} {units[0]}"
+    for unit in units[1:]:
+        value /= 1000
+        if value < 999.5 or unit == units[-1]:
+            break
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Returns ``1 tensor``, ``2 tensors``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def dims(shape: Sequence[int] | None, scalar: str = "scalar", none: str = "nested") -> str:
+    """Returns a shape: ``64x3x7x7``; ``scalar`` without dimensions, ``none`` where there is no shape."""
+    return none if shape is None else "x".join(map(str, shape)) or scalar
+
+
+def percent(fraction: float) -> str:
+    """Returns a share that reads 100 % only when it is."""
+    text = f"{100 * fraction:.1f}"
+    if text == "100.0" and fraction < 1:
+        text = "99.9"
+    return f"{text.removesuffix('.0') if fraction in (0, 1) else text} %"
