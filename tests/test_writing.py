@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import soak
 import torch
-from oracles import FIXTURES, Run, Saved, content
+from oracles import FIXTURES, Run, Saved, content, thinned
 from safetensors.torch import load_file, save_file
 
 import ckptool
@@ -85,17 +85,19 @@ def soaked(*args: object) -> dict[str, int]:
     return found
 
 
+@thinned(3)
 @pytest.mark.parametrize("case", soak.CASES)
-def test_killed_before_any_call_to_the_system_it_is_the_old_or_the_new(case: str) -> None:
-    seen = soaked("points", case, "SIGKILL", 6 if "shards" in case else 2)
+def test_killed_before_any_call_to_the_system_it_is_the_old_or_the_new(case: str, step: int) -> None:
+    seen = soaked("points", case, "SIGKILL", step * (6 if "shards" in case else 2))
     assert seen["old"] > 5
     assert bool(seen["between"]) == ("shards" in case)
 
 
+@thinned(3)
 @pytest.mark.parametrize("case", ["over", "shards", "shards-over"])
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
-def test_a_signal_before_any_call_to_the_system_leaves_nothing(number: str, case: str) -> None:
-    seen = soaked("points", case, number, 5 if "shards" in case else 2)
+def test_a_signal_before_any_call_to_the_system_leaves_nothing(number: str, case: str, step: int) -> None:
+    seen = soaked("points", case, number, step * (5 if "shards" in case else 2))
     assert seen["old"] > 5
     assert seen["between"] == 0
 
@@ -105,9 +107,10 @@ def test_of_runs_that_write_one_output_at_once_one_wins_whole(case: str) -> None
     assert soaked("together", case, 4)
 
 
-@pytest.mark.parametrize(("case", "step"), [("new", 1), ("over", 1), ("shards", 2), ("shards-over", 4)])
-def test_of_two_runs_that_meet_at_any_call_to_the_system_one_wins_whole(case: str, step: int) -> None:
-    seen = soaked("meets", case, step)
+@thinned(5)
+@pytest.mark.parametrize(("case", "every"), [("new", 1), ("over", 1), ("shards", 2), ("shards-over", 4)])
+def test_of_two_runs_that_meet_at_any_call_to_the_system_one_wins_whole(case: str, every: int, step: int) -> None:
+    seen = soaked("meets", case, every * step)
     assert seen["first"]
     assert seen["second"]
 
