@@ -134,6 +134,7 @@ def test_a_run_does_not_look_again_at_what_another_may_be_replacing(run: Run, mo
     assert "2 tensors" in out
 
 
+@pytest.mark.slow
 def test_eight_processes_convert_into_one_directory(saved: Saved) -> None:
     paths = [saved({"w": torch.arange(50.0) + number}, f"{number}.pth") for number in range(16)]
     code = "import sys; from ckptool.cli import main; sys.exit(main(sys.argv[1:]))"
