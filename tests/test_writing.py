@@ -85,19 +85,17 @@ def soaked(*args: object) -> dict[str, int]:
     return found
 
 
-@thinned(3)
 @pytest.mark.parametrize("case", soak.CASES)
-def test_killed_before_any_call_to_the_system_it_is_the_old_or_the_new(case: str, step: int) -> None:
-    seen = soaked("points", case, "SIGKILL", step * (6 if "shards" in case else 2))
+def test_killed_before_any_call_to_the_system_it_is_the_old_or_the_new(case: str) -> None:
+    seen = soaked("points", case, "SIGKILL", 6 if "shards" in case else 2)
     assert seen["old"] > 5
     assert bool(seen["between"]) == ("shards" in case)
 
 
-@thinned(3)
 @pytest.mark.parametrize("case", ["over", "shards", "shards-over"])
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
-def test_a_signal_before_any_call_to_the_system_leaves_nothing(number: str, case: str, step: int) -> None:
-    seen = soaked("points", case, number, step * (5 if "shards" in case else 2))
+def test_a_signal_before_any_call_to_the_system_leaves_nothing(number: str, case: str) -> None:
+    seen = soaked("points", case, number, 5 if "shards" in case else 2)
     assert seen["old"] > 5
     assert seen["between"] == 0
 
