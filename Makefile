@@ -1,6 +1,7 @@
 # make            lint, types and tests
 # make demo       the main job on the fixtures, from nothing
-# make test       the tests, on all cores (at most 8)
+# make test       the tests, on all cores (at most 8), without the slow ones
+# make test-all   the slow ones too, as CI runs them
 # make soak       runs that are killed at every moment, and at once, for two minutes (SOAK=3600: for an hour)
 # make load       what is too large for the suite: a million keys, 10,000 shards (LOAD='keys shards' chooses)
 # make fuzz       bytes at random against every command, for a minute (FUZZ='--seconds 600': for ten)
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 FIXTURES := fixtures
 
-.PHONY: all demo test lint types smoke golden fixtures fuzz soak load bench bench-full clean
+.PHONY: all demo test test-all lint types smoke golden fixtures fuzz soak load bench bench-full clean
 all: lint types test
 
 # The tool alone: no torch, seconds to install.
@@ -36,8 +37,13 @@ demo: $(VENV)/.tool
 	@echo
 	$(BIN)/ckptool diff merged.pth $(FIXTURES)/resnet_old.pth --values; test $$? -eq 1
 
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/.dev
+	$(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

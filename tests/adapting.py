@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pytest
+import record
 import torch
 from oracles import bits
-from torch import nn
-from torch.nn import functional
 
 from ckptool.api import open as open_checkpoint
 from ckptool.core.tensor import TensorInfo
@@ -23,6 +18,8 @@ from ckptool.partial.adapt import Adapted, Adapting
 from ckptool.partial.adapters import Adapter, parse
 from ckptool.values import adapt as adapted
 from ckptool.values import blocks as data
+
+RECORDED = record.recorded()
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,24 +52,27 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one.dtype, one.shape) == (other.dtype, other.shape) and bits(one) == bits(other)
 
 
-# --- other people's code, one function at a time ------------------------------------------------------------------
+# --- other people's code -------------------------------------------------------------------------------------------
 
 
-def theirs(package: str, path: str, name: str) -> Callable[..., Any]:
-    """A function of an installed package, taken out of its file: importing timm needs torchvision."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{package} is not installed")
-    text = (Path(spec.origin).parent / path).read_text()
-    found = next(node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef) and node.name == name)
-    found.decorator_list = []
-    module = ast.Module([ast.parse("from __future__ import annotations").body[0], found], [])
-    names: dict[str, Any] = {
-        "torch": torch, "nn": nn, "F": functional, "math": math, "torch_int": int, "is_exporting": lambda: False
-    }  # fmt: skip
-    exec(compile(ast.fix_missing_locations(module), path, "exec"), names)
-    function: Callable[..., Any] = names[name]
-    return function
+def says_the_same(case: record.Case, name: str, live: record.Case, rtol: float = 0.0) -> None:
+    """Compares with what the case's library said when it was recorded, and where it is installed with itself.
+
+    torch may round the last bit otherwise on another processor; the library itself is met to the last bit, but for
+    ``rtol``.
+    """
+    source, target = case.tensors()
+    atol = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[case.dtype]
+    close = {"rtol": 4 * torch.finfo(case.dtype).eps, "atol": atol}
+    torch.testing.assert_close(result(case.text, source, target), RECORDED[name], **close)
+    if not record.installed(case.function[0]):
+        return
+    source, target = live.tensors(numbers)
+    found, wanted = result(live.text, source, target), live.said(source, target)
+    if rtol:
+        torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-6)
+    else:
+        assert same(found, wanted)
 
 
 # --- references by hand ------------------------------------------------------------------------------------------

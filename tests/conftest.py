@@ -16,7 +16,7 @@ from ckptool.cli import main
 if "PYTEST_XDIST_WORKER" in os.environ:  # every worker has a core of its own: threads would only be in each other's way
     torch.set_num_threads(1)
 
-sys.path.insert(0, str(FIXTURES))  # make.py: its models are the live ones that pickled ones are compared with
+sys.path.insert(0, str(FIXTURES))  # make.py and record.py
 
 
 @pytest.fixture(autouse=True)

@@ -68,9 +68,15 @@ def module_truth() -> dict[str, torch.Tensor]:
 # --- other people's files ---------------------------------------------------------------------------------------------
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
+FOLDERS = [folder for folder in (FIXTURES, SAMPLES) if (folder / "expected.json").exists()]
+"""Where files lie of which `expected.json` says what is in them: ours, and many more where they are beside us."""
+
 EXPECTED: dict[str, Any] = {}
-if (SAMPLES / "expected.json").exists():
-    EXPECTED = json.loads((SAMPLES / "expected.json").read_text())["samples"]
+PLACES: dict[str, Path] = {}
+for folder in FOLDERS:
+    listed = json.loads((folder / "expected.json").read_text())["samples"]
+    EXPECTED |= listed
+    PLACES |= {name: folder / name for name in listed}
 
 READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded")
 # Words that the refusal must have: a format is refused by its name.
@@ -81,3 +87,10 @@ REFUSED = {
 GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]
 BAD = [name for name, sample in EXPECTED.items() if sample["format"] == "bad" or sample.get("invalid")]
 OTHERS = [name for name, sample in EXPECTED.items() if sample["format"] in REFUSED]
+MALICIOUS = [name for name in EXPECTED if name.endswith("malicious.pt")]  # torch.load would run them
+VERSIONS = {
+    name: sample["metadata"] for name, sample in EXPECTED.items() if name.startswith("module") and "metadata" in sample
+}
+listed = json.loads((FIXTURES / "expected.json").read_text())["versions"]
+VERSIONS |= listed
+PLACES |= {name: FIXTURES / name for name in listed}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -31,6 +32,12 @@ CANARY = "CKPTOOL_CANARY_EXECUTED"
 def content() -> dict[str, bytes | None]:
     """All that the current directory holds: files with their bytes, directories with None."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+def thinned(step: int) -> pytest.MarkDecorator:
+    """For a test that goes over many inputs of one kind: every ``step``-th of them, and all where slow tests run."""
+    steps = [pytest.param(step, id=f"1 of {step}"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("step", steps)
 
 
 def load(path: Path | str) -> State:

@@ -15,6 +15,7 @@ RUNNER = FIXTURES.parent / "bench" / "run.py"
 TINY = ["--mb", "1", "--keys", "20", "--rounds", "1"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_every_job_and_leaves_only_its_json(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import FIXTURES, Run, library_takes
+from oracles import FIXTURES, Run, library_takes, thinned
 
 import ckptool
 from ckptool import formats
@@ -71,12 +71,13 @@ def places(kind: str, data: bytes) -> list[int]:
 # --- cut off ---------------------------------------------------------------------------------------------------------
 
 
+@thinned(5)
 @pytest.mark.parametrize("kind", samples.SAMPLES)
-def test_cut_at_any_byte_it_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+def test_cut_at_any_byte_it_is_refused_in_one_line(kind: str, step: int, tmp_path: Path) -> None:
     data = samples.SAMPLES[kind]()
     work = tmp_path / "input"
     work.mkdir()
-    for end in places(kind, data):
+    for end in places(kind, data)[::step]:
         if kind == "pickle" and not data[:end]:
             continue
         path = samples.place(data[:end], work)
@@ -145,14 +146,15 @@ def test_a_shard_cut_anywhere_is_refused_by_its_name(name: str, tmp_path: Path) 
 # --- one byte changed ------------------------------------------------------------------------------------------------
 
 
+@thinned(7)
 @pytest.mark.parametrize("kind", samples.SAMPLES)
-def test_any_byte_changed_gives_a_right_answer_or_one_line(kind: str, tmp_path: Path) -> None:
+def test_any_byte_changed_gives_a_right_answer_or_one_line(kind: str, step: int, tmp_path: Path) -> None:
     """Every 16th is held to commands and torch.load, by ``python -m tests.fuzz --every`` each to all of them."""
     data = samples.SAMPLES[kind]()
     work = tmp_path / "input"
     work.mkdir()
     read = 0
-    for position in places(kind, data):
+    for position in places(kind, data)[::step]:
         changed = bytearray(data)
         changed[position] ^= 1 << position % 8
         path = samples.place(bytes(changed), work)
@@ -167,10 +169,11 @@ def test_any_byte_changed_gives_a_right_answer_or_one_line(kind: str, tmp_path: 
     assert read
 
 
+@thinned(3)
 @pytest.mark.parametrize("kind", samples.SAMPLES)
-def test_every_command_bears_a_changed_byte(kind: str, hold: Callable[[bytes], bool]) -> None:
+def test_every_command_bears_a_changed_byte(kind: str, step: int, hold: Callable[[bytes], bool]) -> None:
     data = samples.SAMPLES[kind]()
-    for position in range(3, len(data), max(1, len(data) // 12)):
+    for position in range(3, len(data), max(1, step * len(data) // 12)):
         for value in (0, 0xFF):
             hold(data[:position] + bytes([value]) + data[position + 1 :])
 
@@ -182,13 +185,14 @@ NUMBERS = [*(struct.pack("<H", value) for value in (0, 1, 0x7FFF, 0xFFFF)),
            *(struct.pack("<Q", value) for value in (0, 1, (1 << 63) - 1, (1 << 64) - 1))]  # fmt: skip
 
 
+@thinned(3)
 @pytest.mark.parametrize("kind", samples.SAMPLES)
-def test_changes_at_random_give_a_right_answer_or_one_line(kind: str, hold: Callable[[bytes], bool]) -> None:
+def test_changes_at_random_give_a_right_answer_or_one_line(kind: str, step: int, hold: Callable[[bytes], bool]) -> None:
     data = samples.SAMPLES[kind]()
     piece = st.one_of(st.sampled_from(NUMBERS), st.binary(max_size=6))
     change = st.tuples(st.integers(0, len(data)), st.integers(0, 12), piece)
 
-    @at_random(25)
+    @at_random(25 // step)
     @given(st.lists(change, min_size=1, max_size=3))
     def changed(changes: list[tuple[int, int, bytes]]) -> None:
         made = data
@@ -239,9 +243,12 @@ REFUSED = ("no tensors at the top", "two keys read")
 """What may be said of a tree that torch has written."""
 
 
+@thinned(3)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_any_tree_reads_as_torch_reads_it(legacy: bool, hold: Callable[[bytes], bool], tmp_path: Path) -> None:
-    @at_random(30)
+def test_any_tree_reads_as_torch_reads_it(
+    legacy: bool, step: int, hold: Callable[[bytes], bool], tmp_path: Path
+) -> None:
+    @at_random(30 // step)
     @given(st.dictionaries(NAMES, TREES, max_size=5))
     def read(tree: dict[Any, Any]) -> None:
         made = io.BytesIO()
@@ -389,14 +396,14 @@ def deflates_to_the_same(one: Path, other: Path, name: str) -> bool:
         return False
 
 
+@thinned(3)
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_a_changed_byte_in_any_record_is_found(name: str, tmp_path: Path, run: Run) -> None:
+def test_a_changed_byte_in_any_record_is_found(name: str, step: int, tmp_path: Path, run: Run) -> None:
     data = (FIXTURES / name).read_bytes()
     with zipfile.ZipFile(FIXTURES / name) as archive:
         records = [info for info in archive.infolist() if "/data/" in info.filename and info.compress_size]
     path = tmp_path / "rotten.pth"
-    step = max(1, len(records) // 6)
-    for number, info in enumerate(records[::step]):
+    for number, info in enumerate(records[:: max(1, step * len(records) // 6)]):
         lengths = struct.unpack_from("<HH", data, info.header_offset + 26)
         start = info.header_offset + 30 + sum(lengths)
         for place in {0, info.compress_size // 2, info.compress_size - 1}:
@@ -535,22 +542,25 @@ def local_headers(data: bytes) -> list[range]:
     return [range(at, at + 30 + sum(struct.unpack_from("<HH", data, at + 26))) for at in starts]
 
 
+@thinned(11)
 @pytest.mark.parametrize("kind", ZIPS)
-def test_any_bit_changed_in_a_local_header_gives_the_true_bytes_or_none(kind: str, tmp_path: Path) -> None:
+def test_any_bit_changed_in_a_local_header_gives_the_true_bytes_or_none(kind: str, step: int, tmp_path: Path) -> None:
     """Once a longer name moved a tensor, as it does for torch.load: other bytes, and not a word."""
     data, path = ZIPS[kind](), tmp_path / "x.pth"
     path.write_bytes(data)
     true, refused = judge.tensors(path), 0
     assert true
-    for header in local_headers(data):
-        for position in header:
-            for bit in range(8) if position < header.start + 30 else [position % 8]:
-                changed = bytearray(data)
-                changed[position] ^= 1 << bit
-                path.write_bytes(changed)
-                found = judge.tensors(path)
-                assert found in (None, true), (position - header.start, bit)
-                refused += found is None
+    places = [
+        (header, position, bit) for header in local_headers(data) for position in header
+        for bit in (range(8) if position < header.start + 30 else [position % 8])
+    ]  # fmt: skip
+    for header, position, bit in places[::step]:
+        changed = bytearray(data)
+        changed[position] ^= 1 << bit
+        path.write_bytes(changed)
+        found = judge.tensors(path)
+        assert found in (None, true), (position - header.start, bit)
+        refused += found is None
     assert refused
 
 

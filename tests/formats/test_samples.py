@@ -1,4 +1,4 @@
-"""Files that other people's tools made, with what is truly in them; skipped where they are absent."""
+"""Files that other people's tools made, with what is truly in them: those beside this repository, and the fixtures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everything import BAD, EXPECTED, GOOD, OTHERS, REFUSED, SAMPLES
+from everything import BAD, EXPECTED, FOLDERS, GOOD, MALICIOUS, OTHERS, PLACES, REFUSED, SAMPLES, VERSIONS
+from oracles import FIXTURES
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
@@ -21,11 +22,9 @@ from ckptool.formats import read
 from ckptool.io.source import Files
 from ckptool.values import blocks as data
 
-pytestmark = pytest.mark.skipif(not EXPECTED, reason="the samples are not beside this repository")
-
 
 def opened(name: str) -> Checkpoint:
-    return read(str(SAMPLES / name))
+    return read(str(PLACES[name]))
 
 
 def found_tensors(checkpoint: Checkpoint) -> dict[tuple[Any, ...], TensorInfo]:
@@ -94,7 +93,7 @@ def test_every_tensor_is_the_one_that_was_saved(name: str) -> None:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_rewritten_every_tensor_is_still_the_one_that_was_saved(name: str, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(SAMPLES / name)
+    checkpoint = open_checkpoint(PLACES[name])
     if checkpoint.broken:
         pytest.skip("a part is missing")
     before = {path: tensor for path, tensor in found_tensors(checkpoint).items() if tensor.kind == "dense"}
@@ -105,11 +104,11 @@ def test_rewritten_every_tensor_is_still_the_one_that_was_saved(name: str, tmp_p
         assert digest(after[path]) == digest(tensor)
 
 
-@pytest.mark.parametrize("name", [name for name in GOOD if "metadata" in EXPECTED[name] and name.startswith("module")])
+@pytest.mark.parametrize("name", VERSIONS)
 def test_the_versions_of_a_models_modules_are_torchs(name: str) -> None:
     top = next(node for _, node in walk(opened(name).tree) if modules.is_module(node))
     found = {key: dict(entry) for key, entry in (as_mapping(modules.metadata(top)) or {}).items()}
-    assert found == EXPECTED[name]["metadata"]
+    assert found == VERSIONS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if EXPECTED[name]["format"] == "safetensors"])
@@ -117,18 +116,19 @@ def test_metadata_is_there_word_for_word(name: str) -> None:
     assert dict(opened(name).metadata) == (EXPECTED[name]["metadata"] or {})
 
 
-def test_an_inconsistent_index_is_told_in_full() -> None:
-    said = "\n".join(opened("hf_inconsistent").problems)
-    assert opened("hf_inconsistent").broken
-    problems = EXPECTED["hf_inconsistent"]["problems"]
+@pytest.mark.parametrize("name", [name for name in GOOD if "problems" in EXPECTED[name]])
+def test_an_inconsistent_index_is_told_in_full(name: str) -> None:
+    said = "\n".join(opened(name).problems)
+    assert opened(name).broken
+    problems = EXPECTED[name]["problems"]
     for kind in ("in_shard_not_index", "in_index_not_shard", "missing_shard"):
-        assert all(name in said for name in problems[kind]), kind
+        assert all(part in said for part in problems[kind]), kind
     assert "total_size" in said
 
 
-@pytest.mark.parametrize("name", [name for name in BAD if not name.endswith("malicious.pt")])
+@pytest.mark.parametrize("name", [name for name in BAD if name not in MALICIOUS])
 def test_a_bad_file_is_an_error_that_names_it(name: str) -> None:
-    if not (SAMPLES / name).exists():
+    if not PLACES[name].exists():
         pytest.skip("too large to be kept")
     with pytest.raises(FormatError, match=Path(name).name):
         opened(name)
@@ -140,16 +140,18 @@ def test_another_format_is_refused_by_its_name(name: str) -> None:
         opened(name)
 
 
-def test_a_malicious_file_is_read_and_its_call_is_named() -> None:
-    checkpoint = opened("bad/malicious.pt")
+@pytest.mark.parametrize("name", MALICIOUS)
+def test_a_malicious_file_is_read_and_its_call_is_named(name: str) -> None:
+    checkpoint = opened(name)
     assert any(qualname == "mkdir" for _, qualname in checkpoint.names)
     found = found_tensors(checkpoint)
-    for want in EXPECTED["bad/malicious.pt"]["tensors"]:
+    for want in EXPECTED[name]["tensors"]:
         assert_tensor(next(tensor for path, tensor in found.items() if path[-1] == want["key"]), want)
 
 
-def test_every_file_of_the_samples_is_read_or_refused_without_a_crash() -> None:
-    for path in sorted(SAMPLES.rglob("*")):
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_file_of_the_samples_is_read_or_refused_without_a_crash(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
         if path.is_file():
             try:
                 checkpoint = open_checkpoint(path)
@@ -162,6 +164,10 @@ def test_every_file_of_the_samples_is_read_or_refused_without_a_crash() -> None:
             assert str(path.parent) in said
 
 
-def test_metadata_of_a_state_dict_is_kept() -> None:
-    assert "_metadata" in attributes(opened("zip/basic.pt").tree)
-    assert "_metadata" not in attributes(opened("zip/plain_dict.pt").tree)
+@pytest.mark.parametrize(
+    ("folder", "state_dict", "plain"),
+    [(FIXTURES, "resnet_new.pth", "resnet_old.pth"), (SAMPLES, "zip/basic.pt", "zip/plain_dict.pt")][: len(FOLDERS)],
+)
+def test_metadata_of_a_state_dict_is_kept(folder: Path, state_dict: str, plain: str) -> None:
+    assert "_metadata" in attributes(read(str(folder / state_dict)).tree)
+    assert "_metadata" not in attributes(read(str(folder / plain)).tree)

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import record
 import torch
 from converting import assert_same_state
-from everything import EVERY, GOOD, NOT_IN_SAFETENSORS, SAMPLES, TORCH, at_root, truth
+from everything import EVERY, GOOD, MALICIOUS, NOT_IN_SAFETENSORS, PLACES, TORCH, at_root, truth
 from oracles import (
     FIXTURES,
     Run,
@@ -176,7 +177,7 @@ def test_npz_is_what_numpy_reads(convert: Callable[..., Any], saved: Saved) -> N
 
 def sample_state(name: str) -> State:
     """The weights of a sample that bare formats can hold, as torch or safetensors reads them; skips where none can."""
-    path = SAMPLES / name
+    path = PLACES[name]
     opened = ckptool.open(path)
     if opened.broken:
         pytest.skip("a part is missing")
@@ -204,12 +205,11 @@ def holdable_tensor(tensor: torch.Tensor) -> bool:
     return plain and tensor.dtype not in (torch.complex128, torch.complex32) and "bits" not in str(tensor.dtype)
 
 
-@pytest.mark.skipif(not GOOD, reason="the samples are not beside this repository")
 @pytest.mark.parametrize("way", ["safetensors", "sharded"])
-@pytest.mark.parametrize("name", [name for name in GOOD if not name.startswith("bad/")])  # torch.load would run them
+@pytest.mark.parametrize("name", [name for name in GOOD if name not in MALICIOUS])
 def test_a_sample_goes_there_and_comes_back(name: str, way: str, convert: Callable[..., Any], saved: Saved) -> None:
     expected = sample_state(name)
-    source: Path = SAMPLES / name
+    source = PLACES[name]
     if set(expected) != set(ckptool.open(source).state_dict()):
         source = saved(expected)
     half = max(sum(tensor.nbytes for tensor in expected.values()) // 2, 64)
@@ -224,10 +224,31 @@ def test_a_sample_goes_there_and_comes_back(name: str, way: str, convert: Callab
 
 
 @pytest.mark.parametrize("tied", [True, False])
+def test_what_transformers_wrote_is_read_and_laid_out_alike(
+    tied: bool, convert: Callable[..., Any], saved: Saved
+) -> None:
+    theirs = FIXTURES / "oracles" / ("llama_tied" if tied else "llama")
+    keys = json.loads((theirs / "state_dict.json").read_text())
+    convert(theirs, "-o", "back.pth")
+    back, shards = load("back.pth"), sorted(theirs.glob("*.safetensors"))
+    expected = {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
+    assert {key: bits(tensor) for key, tensor in back.items()} == {key: bits(t) for key, t in expected.items()}
+    assert {key: list(tensor.shape) for key, tensor in back.items()} == {key: keys[key] for key in back}
+    assert set(keys) - set(back) == ({"lm_head.weight"} if tied else set())
+    in_order = saved({key: expected[key] for key in keys if key in expected})
+    convert(in_order, "--to", "sharded", "-o", "again", "--max-shard-size", "2KB")
+    assert [path.name for path in sorted(Path("again").glob("*.safetensors"))] == [shard.name for shard in shards]
+    maps = [json.loads((place / "model.safetensors.index.json").read_text()) for place in (theirs, Path("again"))]
+    assert maps[0]["weight_map"] == maps[1]["weight_map"]
+
+
+@pytest.mark.skipif(not record.installed("transformers"), reason="what it wrote is compared with above")
+@pytest.mark.parametrize("tied", [True, False])
 def test_transformers_loads_what_was_converted_to_shards(
     tied: bool, convert: Callable[..., Any], saved: Saved, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=tied,

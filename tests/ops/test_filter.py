@@ -144,8 +144,8 @@ def test_only_matched_writes_just_what_fits_in_the_targets_order(run: Run) -> No
 
 def test_only_matched_of_a_training_checkpoint_is_a_bare_state_dict(run: Run) -> None:
     assert run("filter", "--match", FIXTURES / "resnet_nested.pth", FULL, "-o", "part.pth", "--only-matched")[0] == 0
-    part = load("part.pth")
-    assert_equal_values(part, {name: tensor for name, tensor in load(FULL).items() if name in load(OLD)})
+    part, old = load("part.pth"), load(OLD)
+    assert_equal_values(part, {name: tensor for name, tensor in load(FULL).items() if name in old})
 
 
 def test_only_matched_without_counters_still_loads_strictly(run: Run) -> None:

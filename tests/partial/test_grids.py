@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 import pytest
+import record
 import torch
-from adapting import numbers, resized, result, same, theirs, weights
+from adapting import numbers, resized, result, same, says_the_same, weights
 
 # --- positions ---------------------------------------------------------------------------------------------------
 
@@ -85,55 +86,11 @@ def test_golden_numbers_of_timm_are_met(
     torch.testing.assert_close(found[step // 2 :: step][:6], torch.tensor(golden), rtol=2e-5, atol=2e-6)
 
 
-# --- timm and transformers, where they are installed --------------------------------------------------------------
+# --- timm and transformers, as recorded, and where they are installed -------------------------------------------------
+
+LIVE = {**record.positions(768), **record.tables()}
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "prefix"),
-    [((14, 14), (24, 24), 1), ((14, 14), (24, 24), 2), ((24, 24), (14, 14), 1), ((16, 16), (12, 18), 0)],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_positions_equal_timms_to_the_last_bit(
-    old: tuple[int, int], new: tuple[int, int], prefix: int, dtype: torch.dtype
-) -> None:
-    resample = theirs("timm", "layers/pos_embed.py", "resample_abs_pos_embed")
-    source = numbers(1, prefix + math.prod(old), 768).to(dtype)
-    target = torch.zeros(1, prefix + math.prod(new), 768, dtype=dtype)
-    text = f"pos-embed:prefix={prefix},to={new[0]}x{new[1]}"
-    assert same(result(text, source, target), resample(source, list(new), num_prefix_tokens=prefix))
-    plainly = resample(source, list(new), num_prefix_tokens=prefix, interpolation="bilinear", antialias=False)
-    assert same(result(f"{text},mode=bilinear,antialias=false", source, target), plainly)
-
-
-def test_position_grids_equal_timms_to_the_last_bit() -> None:
-    resample = theirs("timm", "layers/pos_embed.py", "resample_abs_pos_embed_nhwc")
-    source = numbers(1, 64, 64, 32)
-    assert same(result("pos-embed", source, torch.zeros(1, 32, 48, 32)), resample(source, [32, 48]).contiguous())
-
-
-@pytest.mark.parametrize(("family", "prefix"), [("vit", 1), ("dinov2", 1), ("deit", 2)])
-def test_positions_without_antialias_equal_transformers_to_the_last_bit(family: str, prefix: int) -> None:
-    interpolate = theirs("transformers", f"models/{family}/modeling_{family}.py", "interpolate_pos_encoding")
-    source, target = numbers(1, 196 + prefix, 768), torch.zeros(1, 576 + prefix, 768)
-
-    class Model:
-        position_embeddings = source
-        patch_size = 16
-
-        class patch_embeddings:
-            patch_size = (16, 16)
-
-    wanted = interpolate(Model, target, 384, 384)
-    assert same(result("pos-embed:antialias=false", source, target), wanted)
-
-
-def test_bias_tables_equal_swins_and_levits_to_the_last_bit() -> None:
-    simple = theirs("timm", "layers/pos_embed_rel.py", "resize_rel_pos_bias_table_simple")
-    levit = theirs("timm", "layers/pos_embed_rel.py", "resize_rel_pos_bias_table_levit")
-    for extra in (0, 3):
-        source, target = numbers(169 + extra, 3), torch.zeros(529 + extra, 3)
-        assert same(result("rel-pos", source, target), simple(source, (12, 12), (529 + extra, 3)).contiguous())
-    source, target = numbers(169, 3), torch.zeros(529, 3)
-    assert same(result("rel-pos:antialias=true", source, target), levit(source, (529, 3)).contiguous())
-    source, target = numbers(3, 13, 13), torch.zeros(3, 23, 19)
-    assert same(result("rel-pos", source, target), simple(source, (12, 10), (3, 23, 19)).contiguous())
+@pytest.mark.parametrize("name", LIVE)
+def test_grids_equal_those_of_timm_and_transformers(name: str) -> None:
+    says_the_same(record.small()[name], name, LIVE[name])
