@@ -88,13 +88,13 @@ SAFETENSORS = (
     "formats.torch_zip json"
 )
 TORCH = "formats.torch_zip"
-MERGE = "ops ops.diff ops.filter"
-INSPECT = "cli.inspect core.pickled_names ops ops.inspect"
+MERGE = "ops ops.filter ops.notes"
+INSPECT = "cli.inspect core.pickled_names ops ops.inspect ops.notes"
 PARTIAL = (
     "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "
     "partial.layers partial.plan partial.presets partial.resume partial.vocabulary values.adapt tempfile"
 )
-RULES = "ops.maps ops.remap ops.rules ops.segments ops.steps"
+RULES = "ops ops.maps ops.notes ops.remap ops.rules ops.segments ops.steps"
 
 ALLOWED: dict[str, tuple[list[object], str]] = {
     "--version": (["--version"], "cli"),
@@ -106,17 +106,17 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
         f"{READ} {TORCH} {INSPECT} formats.streams formats.torch_legacy",
     ),
     "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} {INSPECT}"),
-    "diff": (["diff", OLD, FULL], f"{READ} {TORCH} cli.diff ops ops.diff"),
-    "diff safetensors": (["diff", SAFE, FULL], f"{READ} {SAFETENSORS} cli.diff ops ops.diff"),
+    "diff": (["diff", OLD, FULL], f"{READ} {TORCH} cli.diff ops ops.diff ops.notes"),
+    "diff safetensors": (["diff", SAFE, FULL], f"{READ} {SAFETENSORS} cli.diff ops ops.diff ops.notes"),
     "filter": (
         ["filter", "--match", FULL, OLD, "-o", "out.pth"],
         f"{WRITE} {TORCH} {MERGE} cli.filter cli.plans",
     ),
     "convert": (
         ["convert", SAFE, "-o", "out.pth"],
-        f"{WRITE} {TORCH} {SAFETENSORS} {MERGE} cli.convert ops.convert",
+        f"{WRITE} {TORCH} {SAFETENSORS} cli.convert ops ops.convert ops.notes",
     ),
-    "remap": (["remap", OLD, "--add-prefix", "x.", "-o", "out.pth"], f"{WRITE} {TORCH} {MERGE} {RULES} cli.remap"),
+    "remap": (["remap", OLD, "--add-prefix", "x.", "-o", "out.pth"], f"{WRITE} {TORCH} {RULES} cli.remap"),
     "load-partial": (
         ["load-partial", OLD, "--into", FULL, "-o", "out.pth"],
         f"{WRITE} {TORCH} {MERGE} {PARTIAL} cli.load_partial cli.plans",

@@ -1,4 +1,4 @@
-"""What a checkpoint becomes on its way into another format: cast, untied, or cut down to the weights."""
+"""Prepare a checkpoint for another format: cast to another dtype, untied, or reduced to the weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
 from ckptool.core.tree import as_mapping, path_text
 from ckptool.core.versions import versioned
-from ckptool.errors import NoTensorsError, UsageError
-from ckptool.ops.diff import no_tensors
-from ckptool.ops.filter import root_notes
+from ckptool.errors import UsageError
+from ckptool.ops.notes import pattern_notes, require_tensors, root_notes
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What one conversion did. ``nbytes`` of the output (of a dry run: about); ``left_out`` what it does not hold.
+    """What one conversion did. ``nbytes``: the size of the output, in a dry run an estimate.
 
-    ``cast`` are the keys whose dtype changed, ``overflowed`` counts per key the values that became infinite.
+    ``left_out`` names what is not in the output. ``cast`` are the keys whose dtype changed, ``untied`` those that
+    shared memory with another key. ``overflowed``: {key: number of values that became infinite}.
     """
 
     input: str
@@ -46,15 +46,12 @@ def convert(
     publish: bool = False,
     metadata: Sequence[str] = (),
 ) -> tuple[Checkpoint, ConvertReport]:
-    """Returns (checkpoint, report), ready to be saved in any format. Nothing is computed yet.
+    """Returns (checkpoint, report), ready to be saved in any format. No values are read or computed.
 
-    Raises: NoTensorsError, UsageError for a dtype that is no float's or for metadata that is no scalar.
+    Raises: NoTensorsError, UsageError for a dtype that is not floating point or for metadata that is no scalar.
     """
-    tensors = checkpoint.state_dict()
-    if not tensors:
-        raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
-    notes = root_notes([checkpoint])
-    notes += [f"{pattern} fits no key" for pattern in names.unused_patterns(keep, tensors)]
+    tensors = require_tensors(checkpoint)
+    notes = [*root_notes([checkpoint]), *pattern_notes(keep, tensors)]
     cast: list[str] = []
     untied: list[str] = []
     if dtype is not None:
@@ -73,12 +70,12 @@ def convert(
 
 
 def _cast(tensors: dict[str, TensorInfo], dtype: str, keep: Sequence[str]) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Returns the tensors with floats converted, and which were. Tied names stay tied: if one is kept, all are."""
+    """Returns (the tensors with floats converted, the keys of these). Tied keys stay tied: if one is kept, all are."""
     row = DTYPES[dtype]
     if row.kind != "float" or not row.in_torch or dtype.endswith("_x2"):
         raise UsageError(f"--dtype takes a floating-point dtype, not {dtype}")
     kept = names.chooser(keep, ())
-    stay = {tensor.view for key, tensor in tensors.items() if keep and kept(key)}  # tied names stay, or go, together
+    stay = {tensor.view for key, tensor in tensors.items() if keep and kept(key)}  # all tied keys, or none
     made: dict[object, Derived] = {}
     changed: dict[str, TensorInfo] = {}
     cast = []
@@ -95,7 +92,7 @@ def _cast(tensors: dict[str, TensorInfo], dtype: str, keep: Sequence[str]) -> tu
 
 
 def _untied(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Returns the tensors with every name after the first of a tie given memory of its own."""
+    """Returns (the tensors, each but the first of a tie with memory of its own; the keys of these)."""
     seen: set[object] = set()
     changed = dict(tensors)
     untied = []
@@ -110,7 +107,7 @@ def _untied(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list
 
 
 def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tuple[Checkpoint, list[str]]:
-    """Returns the checkpoint with its state_dict for a tree, and the names of what that leaves out."""
+    """Returns (the checkpoint with nothing in its tree but the state_dict, the names of what is left out)."""
     left: list[str] = []
     node: Any = checkpoint.tree
     for depth, step in enumerate(checkpoint.root):
@@ -123,20 +120,20 @@ def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tup
 
 
 def _scalars(checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:
-    """Returns {name: text} of scalars at the top of the tree, or along the way down to the weights."""
+    """Returns {name: text} of scalars in the dicts from the top of the tree down to the weights."""
     reserved = [name for name in wanted if name in RESERVED]
     if reserved:
         raise UsageError(f"{', '.join(reserved)}: safetensors has another meaning for this name", checkpoint.url)
     found: dict[str, str] = {}
-    places = [as_mapping(checkpoint.at(checkpoint.root[:depth])) or {} for depth in range(len(checkpoint.root) + 1)]
+    mappings = [as_mapping(checkpoint.at(checkpoint.root[:depth])) or {} for depth in range(len(checkpoint.root) + 1)]
     wrong = []
     for name in wanted:
-        value = next((mapping[name] for mapping in places if name in mapping), None)
+        value = next((mapping[name] for mapping in mappings if name in mapping), None)
         if isinstance(value, (str, int, float, bool)):
             found[name] = str(value)
         else:
             wrong.append(name)
     if wrong:
-        names_ = ", ".join(map(repr, wrong))
-        raise UsageError(f"no text or number {names_} beside the weights to carry as metadata", checkpoint.url)
+        quoted = ", ".join(map(repr, wrong))
+        raise UsageError(f"no text or number {quoted} beside the weights to carry as metadata", checkpoint.url)
     return found

@@ -1,40 +1,40 @@
-"""What of one checkpoint fits another: the merged dictionary, and a reason for every key."""
+"""Select keys of checkpoints, or merge them into a target where names and shapes match; a reason for every key."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ckptool.core import keys as names
-from ckptool.core import modules, optimizers
+from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
-from ckptool.core.tree import as_mapping, ordered_dict, path_text, walk
+from ckptool.core.tree import ordered_dict, path_text
 from ckptool.core.versions import versioned
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
-from ckptool.ops.diff import no_tensors
+from ckptool.ops.notes import optimizer_notes, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 Reason = Literal[
     "loaded", "cast", "tied", "adapted", "initialised", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"
 ]
-"""`filter` itself adapts and initialises nothing: those are `ops.load_partial`'s."""
+"""Only `ckptool.partial.plan` adapts and initialises."""
 
 LOADED: tuple[Reason, ...] = ("loaded", "cast", "tied", "adapted")
-"""The reasons under which a key of the target has the source's values."""
+"""The reasons of the target's keys that have a source's values."""
 
 Same = Callable[[TensorInfo, TensorInfo], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One key and its fate. ``source`` is the key it was matched with, ``file`` the source it is about.
+    """One key, and what was decided about it. ``source`` is the source's key that it was matched with.
 
-    ``key`` and ``shape`` are the target's, for unexpected and ignored keys of a source that source's.
-    ``dtype`` is what is written, ``source_dtype`` the source's where they differ or differed. ``tensors`` counts
-    those inside an entry that is no tensor itself: packed parameters, extra state.
+    ``key`` and ``shape`` are the target's; for unexpected and ignored keys of a source they are that source's, and
+    ``file`` is its path where there are several. ``dtype`` is that of the output, ``source_dtype`` the source's if it
+    was converted. ``tensors`` counts those inside an entry that is no tensor: packed parameters, extra state.
     """
 
     key: str
@@ -51,10 +51,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class FilterReport:
-    """``rows``: one per key of the target, then one per key of a source that found no place.
+    """``rows``: one per key of the target, then one per key of a source that was not used.
 
     ``loaded_fraction`` is the share of the target's elements (counters aside) that have the sources' values.
-    ``hint`` is the best prefix hypothesis where it would match more. ``output`` is filled in when saved.
+    ``hint``: the prefixes to strip and add with which more keys would match. ``output`` is set when it is saved.
     """
 
     rows: list[Row]
@@ -84,15 +84,14 @@ def filter(
     cast: bool = False,
     same: Same,
 ) -> tuple[Checkpoint, FilterReport]:
-    """Returns (checkpoint, report); ``same`` is asked whether two tensors hold the same bytes.
+    """Returns (checkpoint, report); ``same`` says whether two tensors have the same bytes.
 
     Raises: NoTensorsError for an empty side or an empty selection, CollisionError, UsageError.
     """
     if not sources:
         raise UsageError("no source to filter")
     for checkpoint in (*sources, *([target] if target else ())):
-        if not checkpoint.state_dict():
-            raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+        require_tensors(checkpoint)
     if target is None:
         if strip_prefix or add_prefix or only_matched or cast:
             raise UsageError("--strip-prefix, --add-prefix, --only-matched and --cast need --match")
@@ -111,19 +110,14 @@ def _select(
 ) -> tuple[Checkpoint, FilterReport]:
     kept: dict[str, TensorInfo] = {}
     rows: list[Row] = []
-    everything: list[str] = []
-    several = len(sources) > 1
-    for checkpoint in sources:
-        file = checkpoint.url if several else None
+    tensors: list[str] = []
+    for checkpoint, file in zip(sources, _files(sources), strict=True):
         hidden = checkpoint.hidden()
         for key, (_, value) in checkpoint.entries().items():
             if not isinstance(value, TensorInfo):
-                count = len(hidden[key]) if key in hidden else None
-                detail = "stays where it is"
-                detail = f"{_held(hidden[key])}: {detail}" if key in hidden else f"no tensor: {detail}"
-                rows.append(Row(key, "ignored", None, file=file, detail=detail, tensors=count))
+                rows.append(_object_row(key, hidden.get(key, ()), "stays where it is", file=file))
                 continue
-            everything.append(key)
+            tensors.append(key)
             shape = dims(value)
             if not chosen(key):
                 rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file))
@@ -132,23 +126,41 @@ def _select(
             else:
                 kept[key] = value
                 rows.append(Row(key, "loaded", shape, dtype=value.dtype, file=file))
-    if not kept:
-        raise NoTensorsError(f"the patterns choose none of {len(everything)} tensors", sources[0].url)
     base = sources[0]
-    notes = root_notes(sources)
-    notes += [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, everything)]
+    if not kept:
+        raise NoTensorsError(f"the patterns choose none of {len(tensors)} tensors", base.url)
+    notes = [*root_notes(sources), *pattern_notes(patterns, tensors)]
     if len(kept) != len(base.state_dict()):
         notes += optimizer_notes(base)
     merged = base.with_state_dict(kept)
     notes += _module_notes(base)
-    return merged, _report(rows, 1.0, None, [c.url for c in sources], None, notes)
+    return merged, _report(rows, notes, sources)
+
+
+def _files(sources: Sequence[Checkpoint]) -> list[str | None]:
+    """Returns for each source what ``Row.file`` says: its path, None if it is the only one."""
+    return [source.url if len(sources) > 1 else None for source in sources]
+
+
+def _object_row(key: str, tensors: Sized, decision: str, what: str = "no tensor", file: str | None = None) -> Row:
+    """Returns the row of an entry that is no tensor; ``tensors`` are those inside it."""
+    count = len(tensors)
+    if count:
+        what = f"an object with {count} tensor{'s' * (count > 1)}"
+    return Row(key, "ignored", None, file=file, detail=f"{what}: {decision}", tensors=count or None)
 
 
 # --- merging into a target ---------------------------------------------------------------------------------------
 
 
 class Merge:
-    """The matching of sources with a target, key by key; then ties; then the merged checkpoint."""
+    """Matches sources with a target key by key (`match`), then ties (`tie`), then makes the output (`result`).
+
+    ``plain``: {key of the target: key as it is compared}. ``offers``: for each source, what `_offer` returns.
+    ``taken``: values from a source; ``made``: values from no source. ``used``: (number of the source, its key) of the
+    keys that were looked at. ``objects``: keys, as they are compared, that are no tensors in the target.
+    ``refused``: rows of sources' tensors that did not match where another source's did, or an earlier one.
+    """
 
     def __init__(
         self,
@@ -163,10 +175,10 @@ class Merge:
         self.tensors = target.state_dict()
         self.plain = {key: plain for plain, key in names.unwrap_all(self.tensors).items()}
         self.offers = [_offer(source, strip_prefix, add_prefix) for source in sources]
+        self.files = _files(sources)
         self.rows: dict[str, Row] = {}
         self.taken: dict[str, TensorInfo] = {}
         self.made: dict[str, TensorInfo] = {}
-        """Values that come from no source, for keys that took none."""
         self.used: set[tuple[int, str]] = set()
         self.uncastable: list[str] = []
         self.refused: list[Row] = []
@@ -175,63 +187,52 @@ class Merge:
         self._casts: dict[tuple[object, str], Derived] = {}
 
     def match(self) -> None:
-        """Decides for each key of the target which source it takes, if any."""
+        """Decides for each key of the target which source's values it gets, if any."""
         for key, tensor in self.tensors.items():
-            if not self.chosen(key):
-                self.rows[key] = Row(
-                    key, "ignored", dims(tensor), self._mark_used(key), dtype=tensor.dtype, detail="not chosen"
-                )
+            if self.chosen(key):
+                self.rows[key] = self._match_one(key, tensor)
                 continue
-            self.rows[key] = self._match_one(key, tensor)
+            plain = self.plain[key]
+            matched = [(number, offer[plain]) for number, (offer, _) in enumerate(self.offers) if plain in offer]
+            self.used.update(matched)
+            source = matched[0][1] if matched else None
+            self.rows[key] = Row(key, "ignored", dims(tensor), source, dtype=tensor.dtype, detail="not chosen")
         if self.uncastable:
             raise LossError(f"--cast cannot convert {listed(self.uncastable, 20)}", self.target.url)
 
-    def _mark_used(self, key: str) -> str | None:
-        """Accounts for a key in every source that has it; returns how the first of them spells it."""
-        found = [
-            (number, plain[self.plain[key]])
-            for number, (plain, _) in enumerate(self.offers)
-            if self.plain[key] in plain
-        ]
-        self.used.update(found)
-        return found[0][1] if found else None
-
     def _match_one(self, key: str, tensor: TensorInfo) -> Row:
         shape = dims(tensor)
-        refused: list[Row] = []
+        mismatched: list[Row] = []
         row: Row | None = None
         for number, (plain, tensors) in enumerate(self.offers):
-            found = plain.get(self.plain[key])
-            if found is None or row is not None:
-                continue  # what later sources have under a name that is taken is accounted for in `_unplaced`
-            offered = tensors[found]
-            file = self.sources[number].url if len(self.sources) > 1 else None
-            self.used.add((number, found))
-            theirs = dims(offered)
-            if not self.fits(key, offered, tensor):
-                why = _why(offered, tensor)
-                refused.append(Row(key, "mismatched", shape, found, theirs, tensor.dtype, file=file, detail=why))
+            source = plain.get(self.plain[key])
+            if source is None:
                 continue
-            self.taken[key] = self._placed(key, offered, tensor)
+            offered, file = tensors[source], self.files[number]
+            self.used.add((number, source))
+            if not self.fits(key, offered, tensor):
+                why, theirs = _why(offered, tensor), dims(offered)
+                mismatched.append(Row(key, "mismatched", shape, source, theirs, tensor.dtype, file=file, detail=why))
+                continue
+            self.taken[key] = self._as_in_target(key, offered, tensor)
             written = self.taken[key].dtype
-            row = Row(key, "loaded", shape, found, theirs, written, file=file)
+            row = Row(key, "loaded", shape, source, dims(offered), written, file=file)
             if offered.dtype != tensor.dtype:
                 kept = written == offered.dtype
                 source_dtype, detail = (None, f"{tensor.dtype} in the target") if kept else (offered.dtype, None)
                 row = replace(row, reason="cast", source_dtype=source_dtype, detail=detail)
-        if row is None:
-            row = refused.pop(0) if refused else None
+            break  # `_unused_rows` lists the same key of later sources
+        if row is None and mismatched:
+            row = mismatched.pop(0)
         self.refused += [
             Row(str(other.source), "ignored", other.source_shape, file=other.file, detail="its shape does not fit")
-            for other in refused
+            for other in mismatched
         ]
-        if row is not None:
-            return row
         reason: Reason = "bookkeeping" if names.is_counter(key) else "missing"
-        return Row(key, reason, shape, dtype=tensor.dtype, detail="absent in the source")
+        return row or Row(key, reason, shape, dtype=tensor.dtype, detail="absent in the source")
 
-    def _placed(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> TensorInfo:
-        """Returns the source's values in the target's place: its shape of a counter, its device, its class."""
+    def _as_in_target(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> TensorInfo:
+        """Returns the source's values with the target's device, class, shape of a counter and, if wished, dtype."""
         if isinstance(offered.source, Opaque):
             return offered
         shape = tensor.shape or ()
@@ -249,7 +250,10 @@ class Merge:
         return _like(TensorInfo(dtype, shape, stride, offset, source, extras=bits), tensor)
 
     def tie(self, same: Same) -> None:
-        """Lets tied keys of the target share what any of them took; refuses two different values for one tensor."""
+        """Gives all keys of a tied tensor the values that one of them has from a source.
+
+        Raises: CollisionError if the sources have different values for one tensor.
+        """
         conflicts: list[str] = []
         for group in self.tied():
             loaded = [key for key in group if key in self.taken]
@@ -260,7 +264,7 @@ class Merge:
                 one, other = self.taken[first], self.taken[key]
                 if one.view != other.view and not same(one, other):
                     conflicts.append(f"{first} and {key}")
-            made: dict[int, TensorInfo] = {}  # names for one object in the target stay names for one object
+            made: dict[int, TensorInfo] = {}  # keys of one object in the target stay keys of one object
             for key in group:
                 tensor = self.tensors[key]
                 self.taken[key] = made.setdefault(id(tensor), _like(self.taken[first], tensor))
@@ -275,8 +279,9 @@ class Merge:
             )
 
     def fits(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
-        """Returns whether a source's tensor can take the place of the target's at ``key``."""
-        return _fits(key, offered, tensor)
+        """Returns whether a source's tensor has the kind and shape of the target's; a counter's shape may differ."""
+        counters = names.is_counter(key) and {offered.form, tensor.form} <= {("dense", ()), ("dense", (1,))}
+        return offered.form == tensor.form or counters
 
     def tied(self) -> list[list[str]]:
         """Returns the groups of the target's keys that are one tensor."""
@@ -286,13 +291,15 @@ class Merge:
         """Returns the merged checkpoint and the report."""
         merged = {key: self.taken.get(key) or self.made.get(key, tensor) for key, tensor in self.tensors.items()}
         checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
-        rows = [*self.rows.values(), *self._others(), *self.refused, *self._unplaced()]
+        rows = [*self.rows.values(), *self._object_rows(), *self.refused, *self._unused_rows()]
         known = [*self.tensors, *(key for plain, _ in self.offers for key in plain)]
-        notes = root_notes([*self.sources, self.target])
-        notes += [f"{pattern} fits no key" for pattern in names.unused_patterns(patterns, known)]
-        notes += self._wrapper_notes() + (_module_notes(self.target) if not only_matched else [])
-        notes += self._separated(merged)
-        report = _report(rows, self._fraction(), self._hint(), [c.url for c in self.sources], self.target.url, notes)
+        notes = [*root_notes([*self.sources, self.target]), *pattern_notes(patterns, known)]
+        for source, (_, tensors) in zip(self.sources, self.offers, strict=True):
+            wrappers = wrapper_notes((source.url, tensors), (self.target.url, self.tensors))
+            notes += [note for note in wrappers if note not in notes]
+        notes += [] if only_matched else _module_notes(self.target)
+        notes += self._memory_notes(merged)
+        report = _report(rows, notes, self.sources, self.target.url, self._fraction(), self._hint())
         return checkpoint, report
 
     def _only_matched(self) -> Checkpoint:
@@ -304,51 +311,49 @@ class Merge:
             return replace(bare, tree=ordered_dict({}))
         return bare.with_state_dict(taken)
 
-    def _others(self) -> list[Row]:
+    def _object_rows(self) -> list[Row]:
         """Returns a row for each entry of the target that is no tensor: it stays, whatever a source has."""
         hidden = self.target.hidden()
         rows = []
         for key, (_, value) in self.target.entries().items():
             if isinstance(value, TensorInfo):
                 continue
-            row = Row(key, "ignored", None, detail="no tensor: the target's stays")
-            if key in hidden:
-                row = replace(row, tensors=len(hidden[key]), detail=f"{_held(hidden[key])}: the target's stays")
+            row = _object_row(key, hidden.get(key, ()), "the target's stays")
             for number, (plain, tensors) in enumerate(self.offers):
-                found = plain.get(names.unwrapped(key), plain.get(key))
-                if found is not None:
-                    self.used.add((number, found))
+                source = plain.get(names.unwrapped(key), plain.get(key))
+                if source is not None:
+                    self.used.add((number, source))
                     self.objects.add(names.unwrapped(key))
-                    theirs = dims(tensors[found])
+                    theirs = dims(tensors[source])
                     detail = "no tensor in the target (uninitialised, or an object)"
-                    row = replace(row, reason="mismatched", source=found, source_shape=theirs, detail=detail)
+                    row = replace(row, reason="mismatched", source=source, source_shape=theirs, detail=detail)
             rows.append(row)
         return rows
 
-    def _unplaced(self) -> list[Row]:
-        """Returns a row for each key of a source that went nowhere."""
+    def _unused_rows(self) -> list[Row]:
+        """Returns a row for each entry of a source that is not in the output."""
         known = set(self.plain.values()) | self.objects
         rows = []
         for number, (source, (plain, tensors)) in enumerate(zip(self.sources, self.offers, strict=True)):
-            file = source.url if len(self.sources) > 1 else None
+            file = self.files[number]
             for name, key in plain.items():
-                tensor = tensors[key]
-                row = Row(key, "unexpected", dims(tensor), dtype=tensor.dtype, file=file)
+                reason: Reason = "ignored"
                 if name in known:
-                    if (number, key) not in self.used:
-                        rows.append(replace(row, reason="ignored", detail="an earlier source has it"))
+                    if (number, key) in self.used:
+                        continue
+                    detail = "an earlier source has it"
                 elif not self.chosen(name):
-                    rows.append(replace(row, reason="ignored", detail="not chosen"))
+                    detail = "not chosen"
                 else:
-                    reason: Reason = "bookkeeping" if names.is_counter(key) else "unexpected"
-                    rows.append(replace(row, reason=reason, detail="absent in the target"))
+                    reason, detail = "bookkeeping" if names.is_counter(key) else "unexpected", "absent in the target"
+                tensor = tensors[key]
+                rows.append(Row(key, reason, dims(tensor), dtype=tensor.dtype, file=file, detail=detail))
             hidden = source.hidden()
-            for key, (_, value) in source.entries().items():
-                if key in hidden:
-                    detail = f"{_held(hidden[key])}: not taken"
-                    rows.append(Row(key, "ignored", None, file=file, detail=detail, tensors=len(hidden[key])))
-                elif not isinstance(value, TensorInfo):
-                    rows.append(Row(key, "ignored", None, file=file, detail="no tensor in the source: not taken"))
+            rows += [
+                _object_row(key, hidden.get(key, ()), "not taken", "no tensor in the source", file)
+                for key, (_, value) in source.entries().items()
+                if not isinstance(value, TensorInfo)
+            ]
         return rows
 
     def _fraction(self) -> float:
@@ -371,23 +376,16 @@ class Merge:
         if best is None or best[2] <= direct or not (best[0] or best[1]):
             return None
         strip, add, count = best
-        doing = {(True, True): f"replacing {strip!r} by {add!r}", (True, False): f"stripping {strip!r}"}
-        words = doing.get((bool(strip), bool(add)), f"adding {add!r}")
+        change = f"stripping {strip!r}" if strip else f"adding {add!r}"
+        change = f"replacing {strip!r} by {add!r}" if strip and add else change
         options = " ".join(f"--{name}-prefix {value}" for name, value in (("strip", strip), ("add", add)) if value)
-        return f"{words} would match {count} of {len(self.tensors)} ({options})"
+        return f"{change} would match {count} of {len(self.tensors)} ({options})"
 
-    def _wrapper_notes(self) -> list[str]:
-        own = names.looked_through(list(self.tensors))
-        notes = []
-        for source, (_, tensors) in zip(self.sources, self.offers, strict=True):
-            theirs = names.looked_through(list(tensors))
-            if theirs != own:
-                sides = ((theirs, source.url), (own, self.target.url))
-                notes += [f"looked through {prefix!r} in {url}" for prefix, url in sides if prefix]
-        return list(dict.fromkeys(notes))
+    def _memory_notes(self, merged: Mapping[str, TensorInfo]) -> list[str]:
+        """Returns notes on what shares memory with the target's weights and will not in the output.
 
-    def _separated(self, merged: Mapping[str, TensorInfo]) -> list[str]:
-        """Says what shared memory with the target's weights and no longer does: other views, other places."""
+        These are other views of one storage, and tensors outside of root (EMA copies, optimizer states).
+        """
         tied = {key for group in self.target.shared() for key in group}
         by_storage: dict[int, list[str]] = {}
         for key, tensor in self.tensors.items():
@@ -411,15 +409,9 @@ class Merge:
 
 
 def _offer(source: Checkpoint, strip: str | None, add: str | None) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Returns ({key as it is matched: key in the source}, the source's tensors). Raises: CollisionError."""
+    """Returns ({key as it is compared: key in the source}, the source's tensors). Raises: CollisionError."""
     tensors = source.state_dict()
     return names.plain_keys(tensors, strip, add, source.url), tensors
-
-
-def _fits(key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
-    if offered.form == tensor.form:
-        return True
-    return names.is_counter(key) and {offered.form, tensor.form} <= {("dense", ()), ("dense", (1,))}
 
 
 def _like(values: TensorInfo, tensor: TensorInfo) -> TensorInfo:
@@ -446,19 +438,9 @@ def _why(offered: TensorInfo, tensor: TensorInfo) -> str | None:
     return None
 
 
-def _held(inner: Mapping[str, TensorInfo]) -> str:
-    return f"an object with {len(inner)} tensor{'s' * (len(inner) > 1)}"
-
-
 def dims(tensor: TensorInfo) -> list[int] | None:
     """Returns a tensor's shape for a report."""
     return None if tensor.shape is None else list(tensor.shape)
-
-
-def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Returns where the weights were found, for each checkpoint in which that is not the top."""
-    found = [(checkpoint.url, path_text(checkpoint.root)) for checkpoint in checkpoints]
-    return list(dict.fromkeys(f"the weights of {url} are at {root}" for url, root in found if root))
 
 
 def _module_notes(checkpoint: Checkpoint) -> list[str]:
@@ -467,18 +449,9 @@ def _module_notes(checkpoint: Checkpoint) -> list[str]:
     return [f"{checkpoint.url} is a whole-model pickle: the output holds its state_dict, without class and attributes"]
 
 
-def optimizer_notes(checkpoint: Checkpoint) -> list[str]:
-    """Returns a line about an optimizer state that goes by position, which dropped or reshaped keys put out of step."""
-    for path, node in walk(checkpoint.tree, closed=optimizers.is_optimizer):
-        state = as_mapping((as_mapping(node) or {}).get("state")) if optimizers.is_optimizer(node) else None
-        if state and any(isinstance(key, int) for key in state):
-            where = path_text(path)
-            return [f"{where} goes by position: with keys dropped it no longer lines up with the weights"]
-    return []
-
-
 def _report(
-    rows: list[Row], fraction: float, hint: str | None, sources: list[str], target: str | None, notes: list[str]
-) -> FilterReport:
+    rows: list[Row], notes: list[str], sources: Sequence[Checkpoint], target: str | None = None,
+    fraction: float = 1.0, hint: str | None = None,
+) -> FilterReport:  # fmt: skip
     counts: dict[str, int] = dict(Counter(row.reason for row in rows))
-    return FilterReport(rows, counts, None, fraction, hint, target, sources, notes)
+    return FilterReport(rows, counts, None, fraction, hint, target, [source.url for source in sources], notes)

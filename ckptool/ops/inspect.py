@@ -1,4 +1,4 @@
-"""What a checkpoint holds: weights, what stands beside them, and what is worth a word."""
+"""Describe a checkpoint: its weights, everything else in its tree, and what to know before it is used."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ckptool.core import modules, optimizers, roots
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.pickled_names import is_needed_for_tensors
 from ckptool.core.tensor import Storage, TensorInfo
-from ckptool.core.tree import Global, PyObject, as_mapping, attributes, nodes, path_text, walk
-from ckptool.errors import NoTensorsError
+from ckptool.core.tree import Global, Path, PyObject, as_mapping, attributes, nodes, path_text, walk
+from ckptool.ops.notes import require_tensors
 
-if TYPE_CHECKING:  # only a job that reads values needs them
+if TYPE_CHECKING:  # imported only where values are read
     from ckptool.core.findings import Check, PrefixStats, Stats
 
 T = TypeVar("T")
 
 SHOWN = 120
-"""Characters of a value beside the weights that are shown."""
+"""How many characters of a value beside the weights are shown."""
 
 
 @dataclass_transform(frozen_default=True)
 def _row(cls: type[T]) -> type[T]:
-    """Makes a dataclass that the type checker holds to be frozen: really frozen ones take 1 us more to make, each."""
+    """Makes a dataclass that is frozen for the type checker only: a really frozen one takes 1 us more to make."""
     return dataclass(slots=True)(cls)
 
 
@@ -34,7 +34,7 @@ def _row(cls: type[T]) -> type[T]:
 class TensorRow:
     """One tensor at root. ``tied_to`` is the first key of its tie group; ``kind`` is None for a dense tensor.
 
-    ``stats`` and ``hash`` are None where they were not asked for, or cannot be told.
+    ``stats`` and ``hash`` are None where they were not asked for, or cannot be computed.
     """
 
     key: str
@@ -50,7 +50,7 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Something next to the weights: where, and what it is in a few words."""
+    """A value in the tree beside the weights: its path, and a short description."""
 
     path: str
     text: str
@@ -61,10 +61,11 @@ class Beside:
 class InspectReport:
     """``nbytes`` is the file's size. ``parameters`` counts elements, each tie group once, counters aside.
 
-    ``stored_nbytes`` is what the storages of all tensors in the file take, ``used_nbytes`` what tensors use
-    of it. ``unsafe`` are names the pickle would have called beyond what tensors need; none was run.
-    ``counters``: num_batches_tracked present, and BatchNorm layers that lack it.
-    ``prefixes``, ``hash`` (of all tensors that were chosen) and ``check`` are None where they were not asked for.
+    ``stored_nbytes`` is the size of all storages in the file, ``used_nbytes`` how much of it tensors use.
+    ``unsafe`` are the names in the pickle that tensors do not need; none was imported or called.
+    ``counters``: how many BatchNorm layers have num_batches_tracked, and how many lack it. ``loose`` are tensors of an
+    nn.Module that are not in its state_dict.
+    ``prefixes``, ``hash`` (of all chosen tensors) and ``check`` are None where they were not asked for.
     """
 
     path: str
@@ -97,13 +98,10 @@ class InspectReport:
 
 
 def inspect(checkpoint: Checkpoint) -> InspectReport:
-    """Returns what a checkpoint holds. Raises: NoTensorsError if there is no tensor at root."""
-    tensors = checkpoint.state_dict()
-    if not tensors:
-        from ckptool.ops.diff import no_tensors
-
-        checkpoint.require_whole()  # with every shard missing, that is what to say
-        raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+    """Returns the description of a checkpoint. Raises: NoTensorsError if there is no tensor at root."""
+    if not checkpoint.state_dict():
+        checkpoint.require_whole()  # if shards are missing, that is the reason to give
+    tensors = require_tensors(checkpoint)
     tied = checkpoint.shared()
     first_of = {key: group[0] for group in tied for key in group[1:]}
     tagged = checkpoint.format != "safetensors"
@@ -127,13 +125,16 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
                 parameters += tensor.numel
     keys = list(tensors)
     node = checkpoint.at(checkpoint.root)
+    unsafe = {
+        f"{_module(module)}.{name}" for module, name in checkpoint.names if not is_needed_for_tensors(module, name)
+    }
     return InspectReport(
         checkpoint.url,
         checkpoint.format,
         path_text(checkpoint.root),
         checkpoint.nbytes,
         rows,
-        sorted({f"{_module(module)}.{name}" for module, name in checkpoint.names if not _needed(module, name)}),
+        sorted(unsafe),
         parameters,
         sum(nbytes for _, nbytes in by_dtype.values()),
         by_dtype,
@@ -142,7 +143,7 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
         names.wrapper_of(keys),
         names.common_prefix(keys),
         [path_text(path) for path in found.ema if path != checkpoint.root],
-        [path_text(path) for path in (*found.others, found.path) if path != checkpoint.root] if found.others else [],
+        [path_text(path) for path in (*found.others, found.path) if path != checkpoint.root and found.others],
         tied,
         stored,
         used,
@@ -156,14 +157,10 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
 
 
 def volume(checkpoint: Checkpoint, choose: Callable[[str], bool], *, check: bool) -> int:
-    """Returns about how many bytes are read for statistics and hashes of the chosen keys, or to ``check`` all."""
+    """Returns about how many bytes are read for statistics and hashes of the chosen keys, or to ``check`` the file."""
     if check:
         return max(_stored_and_used(checkpoint)[0], checkpoint.nbytes)
     return sum({one.view: one.nbytes for key, one in checkpoint.state_dict().items() if choose(key)}.values())
-
-
-def _needed(module: str, name: str) -> bool:
-    return is_needed_for_tensors(module, name)
 
 
 def _module(module: str) -> str:
@@ -171,7 +168,7 @@ def _module(module: str) -> str:
 
 
 def _stored_and_used(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Returns the bytes of all storages in the tree, and how many of them some tensor uses (at most)."""
+    """Returns (bytes of all storages in the tree, an upper bound of how many of them tensors use)."""
     storages: dict[int, Storage] = {}
     views: dict[int, dict[object, int]] = {}
     full: set[int] = set()
@@ -195,14 +192,14 @@ def _stored_and_used(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _counters(keys: list[str]) -> dict[str, int]:
-    """Returns how many BatchNorm layers have num_batches_tracked, and how many have running_mean without it."""
+    """Returns how many BatchNorm layers have num_batches_tracked, and how many have only a running_mean."""
     present = {key.rpartition(".")[0] for key in keys if names.is_counter(key)}
     layers = {key.rpartition(".")[0] for key in keys if key.rpartition(".")[2] == "running_mean"}
     return {"present": len(present), "absent": len(layers - present)}
 
 
 def _loose(node: Any) -> list[str]:
-    """Returns the tensors of an nn.Module that its state_dict leaves out: plain attributes, non-persistent buffers."""
+    """Returns the tensors of an nn.Module that are not in its state_dict: attributes, non-persistent buffers."""
     if not modules.is_module(node):
         return []
     kept = set(modules.state_dict(node))
@@ -222,55 +219,47 @@ def _notes(node: Any) -> list[str]:
 
 
 def _beside(checkpoint: Checkpoint) -> list[Beside]:
-    """Returns what stands next to the way from the top down to the weights."""
+    """Returns the values beside the path from the top of the tree to the weights, and what at root is no tensor."""
     found: list[Beside] = []
-    node = checkpoint.tree
     for depth, step in enumerate(checkpoint.root):
-        mapping = as_mapping(node)
+        path = checkpoint.root[:depth]
+        mapping = as_mapping(checkpoint.at(path))
         if mapping is None:
             break
-        for name, value in mapping.items():
-            if name != step:
-                found.append(describe(path_text((*checkpoint.root[:depth], name)), value))
-        node = mapping[step]
-    for key, (_, value) in checkpoint.entries().items():
-        if not isinstance(value, TensorInfo):
-            found.append(describe(path_text((*checkpoint.root, key)), value))
+        found += [_described((*path, name), value) for name, value in mapping.items() if name != step]
+    entries = checkpoint.entries().items()
+    found += [
+        _described((*checkpoint.root, key), value) for key, (_, value) in entries if not isinstance(value, TensorInfo)
+    ]
     return found
 
 
-def describe(path: str, value: Any) -> Beside:
-    """Returns what a value is in a few words: an optimizer's kind, a container's size, a scalar as it is."""
-    if optimizers.is_optimizer(value):
-        kind, count = optimizers.describe(as_mapping(value) or {})
-        return Beside(path, f"{kind} of {count} parameters", _nbytes(value))
-    if isinstance(value, list) and value and all(optimizers.is_optimizer(item) for item in value):
-        kinds = [optimizers.describe(as_mapping(item) or {}) for item in value]
-        return Beside(path, ", ".join(f"{kind} of {count} parameters" for kind, count in kinds), _nbytes(value))
-    if modules.is_module(value):
-        return Beside(path, f"a {value.qualname} model of {len(modules.state_dict(value))} tensors", _nbytes(value))
-    count = sum(isinstance(node, TensorInfo) for _, node in walk(value))
-    if count and not isinstance(value, TensorInfo):
-        return Beside(path, f"{_kind(value)} with {count} tensor{'s' * (count > 1)}", _nbytes(value))
-    return Beside(path, preview(value), value.nbytes if isinstance(value, TensorInfo) else None)
+def _described(path: Path, value: Any) -> Beside:
+    """Returns a value's description: the kind of an optimizer, the size of a container, a scalar itself."""
+    tensors = [node for _, node in walk(value) if isinstance(node, TensorInfo)]
+    states = value if isinstance(value, list) else [value]
+    nbytes: int | None = sum(tensor.nbytes for tensor in tensors)
+    if states and all(map(optimizers.is_optimizer, states)):
+        kinds = [optimizers.describe(as_mapping(state) or {}) for state in states]
+        text = ", ".join(f"{kind} of {count} parameters" for kind, count in kinds)
+    elif modules.is_module(value):
+        text = f"a {value.qualname} model of {len(modules.state_dict(value))} tensors"
+    elif tensors and not isinstance(value, TensorInfo):
+        kind = value.qualname if isinstance(value, PyObject) else type(value).__name__
+        text = f"{kind} with {len(tensors)} tensor{'s' * (len(tensors) > 1)}"
+    else:
+        text, nbytes = _preview(value), nbytes if tensors else None
+    return Beside(path_text(path), text, nbytes)
 
 
-def _kind(value: Any) -> str:
-    return value.qualname if isinstance(value, PyObject) else type(value).__name__
-
-
-def _nbytes(value: Any) -> int:
-    return sum(node.nbytes for _, node in walk(value) if isinstance(node, TensorInfo))
-
-
-def preview(value: Any, room: int = SHOWN) -> str:
-    """Returns a value as Python would write it, cut to about ``room`` characters; objects by class and attributes."""
-    text = "".join(_pieces(value, [room * 2], 0))
-    return text if len(text) <= room else f"{text[: room - 3]}..."
+def _preview(value: Any) -> str:
+    """Returns a value as Python would write it, cut to `SHOWN` characters; objects as class and attributes."""
+    text = "".join(_pieces(value, [SHOWN * 2], 0))
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def _pieces(value: Any, left: list[int], depth: int) -> list[str]:
-    """Returns the text of a value in pieces, stopping when ``left`` characters are used up."""
+    """Returns the text of a value in pieces; takes their length off ``left``, and stops when nothing is left of it."""
     if left[0] <= 0 or depth > 6:
         return ["..."]
     made: list[str]

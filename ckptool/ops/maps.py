@@ -1,4 +1,4 @@
-"""The map file: exactly what `remap` did, in JSON's own types, and the reading of one that anybody may have edited."""
+"""The map file, which says exactly what `remap` did, in JSON's types. It may have been edited, so all is checked."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ SCHEMA = 1
 
 
 class Map(NamedTuple):
-    """What a map file holds beside the rows for people.
+    """The parts of a map file that are read; its rows and dropped keys are for people only.
 
-    ``batches``: the steps that were taken, those of one batch over different keys. ``keys``: the old ones in order.
-    ``shapes``: the new keys and theirs. ``ties``: groups of old keys that were one tensor and are
-    no more, those together that were one object.
-    ``modules``, ``versions``: see `versions.Moved`.
+    ``batches``: the steps in order; those of one batch are of different keys. ``keys``: the old keys in order.
+    ``shapes``: {new key: shape}. ``ties``: groups of old keys that were tied before and are not any more; within a
+    group, keys of one object are in one list. ``modules``, ``versions``: `versions.Moved.paths` and ``lost``.
     """
 
     batches: Sequence[Sequence[Step]]
@@ -31,7 +30,7 @@ class Map(NamedTuple):
 
 
 def written(content: Map, rows: Sequence[dict[str, Any]], dropped: Sequence[str]) -> dict[str, Any]:
-    """Returns a map as the document that `read` takes: JSON's own types, tuples for lists. Copies no list of keys."""
+    """Returns a map as the document that `read` takes, with tuples for lists. Copies no list of keys, for speed."""
     return {
         "schema": SCHEMA,
         "map": rows,
@@ -49,9 +48,9 @@ def written(content: Map, rows: Sequence[dict[str, Any]], dropped: Sequence[str]
 
 
 def read(document: Any) -> Map:
-    """Returns the map that a document holds. Raises: UsageError, in one line, for anything that `written` never wrote.
+    """Returns the map in a document. Raises: UsageError for anything that `written` cannot have written.
 
-    What is right by itself may still not fit the tensors that it is applied to: see `steps.fits`.
+    A correct map may still not fit the tensors that it is applied to: see `steps.fits`.
     """
     if not isinstance(document, dict) or type(document.get("schema")) is not int or document["schema"] != SCHEMA:
         raise UsageError(f"not a map that remap --save-map wrote: schema is not {SCHEMA}")
@@ -75,20 +74,25 @@ def _step(entry: dict[str, Any]) -> Step:
     return Step(entry["op"], tuple(entry["old"]), tuple(entry["new"]), entry.get("args", {}))
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_text, value))
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _all_in(kind: Any, is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Returns the test for a list, or a dict with texts for keys, all of whose values pass ``is_right``."""
+
+    def test(value: Any) -> bool:
+        if not isinstance(value, kind):
+            return False
+        items = value.values() if isinstance(value, dict) else value
+        return all(map(is_right, items)) and (items is value or all(map(_is_text, value)))
+
+    return test
 
 
-def _is_shape(value: Any) -> bool:
-    return value is None or (isinstance(value, (list, tuple)) and all(map(_is_size, value)))
+_LIST = (list, tuple)
+_is_names = _all_in(_LIST, _is_text)
+_is_sizes = _all_in(_LIST, lambda value: type(value) is int and value >= 0)
 
 
 def _is_step(value: Any) -> bool:
@@ -101,26 +105,12 @@ def _is_step(value: Any) -> bool:
     )
 
 
-def _all_in(kind: Any, is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Returns the test for a list, or a dict by text, all of whose values are right."""
-
-    def test(value: Any) -> bool:
-        if not isinstance(value, kind):
-            return False
-        if isinstance(value, dict):
-            return all(map(_is_text, value)) and all(map(is_right, value.values()))
-        return all(is_right(item) for item in value)
-
-    return test
-
-
-_LIST = (list, tuple)
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "keys": _is_names,
-    "shapes": _all_in(dict, _is_shape),
+    "shapes": _all_in(dict, lambda value: value is None or _is_sizes(value)),
     "ties": _all_in(_LIST, _all_in(_LIST, _is_names)),
     "modules": _all_in(dict, _is_names),
     "versions": _all_in(dict, is_entry),
     "steps": _all_in(_LIST, _all_in(_LIST, _is_step)),
 }
-"""The parts of a map file that are read -> what they must be."""
+"""The parts of a map file -> the test for each."""

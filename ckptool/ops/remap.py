@@ -1,34 +1,33 @@
-"""Rename keys and reshape tensors by rules, with the exact list of what was done, and the way back."""
+"""Rename keys and reshape tensors by rules, or undo that with the map file which lists exactly what was done."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ckptool.core import modules, optimizers
+from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint, detached, is_flat
 from ckptool.core.keys import is_counter
-from ckptool.core.tensor import Opaque, TensorInfo
-from ckptool.core.tree import Path, PyObject, as_mapping, replaced, walk
+from ckptool.core.tensor import TensorInfo
+from ckptool.core.tree import PyObject, as_mapping, replaced
 from ckptool.core.versions import Moved, moved, restored, versioned, versions_of, with_versions
 from ckptool.errors import CollisionError, NoTensorsError, UsageError, listed
 from ckptool.ops import maps
-from ckptool.ops.diff import no_tensors
-from ckptool.ops.filter import optimizer_notes, root_notes
+from ckptool.ops.notes import optimizer_notes, optimizer_states, require_tensors, root_notes
 from ckptool.ops.rules import Rules
 from ckptool.ops.steps import Maker, Past, Shapes, Step, advance, fits, pasts
 
 
-@dataclass(slots=True)  # frozen, a hundred thousand of them would cost four times as much
+@dataclass(slots=True)  # not frozen: 100,000 of them would cost four times as much
 class Mapped:
     """One key of the output: the keys it was made from, and how.
 
     ``op`` is ``rename``, or operations from left to right joined with ";": ``transpose``, ``permute:a,b,..``,
-    ``reshape``, ``split:dim:i/n``, ``slice:dim:a:b``, ``concat:dim``. What stands before a ``concat`` was done to
-    each of the keys; ``concat:dim<a|b|..>`` says it one by one where it differs, with "+" for ";".
+    ``reshape``, ``split:dim:i/n``, ``slice:dim:a:b``, ``concat:dim``. Operations before a ``concat`` were done to
+    each of the keys; where they differ, ``concat:dim<a|b|..>`` lists them key by key, with "+" for ";".
     """
 
     new: str
@@ -55,18 +54,17 @@ Same = Callable[[TensorInfo, TensorInfo], bool]
 def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -> tuple[Checkpoint, RemapReport]:
     """Returns (checkpoint, report) with the rules applied in order to the keys at root.
 
-    Everything that carries key names follows: ``_metadata``, name-keyed optimizer state and ``param_names``.
+    Everything that has key names in it is renamed too: ``_metadata``, name-keyed optimizer state and ``param_names``.
     Raises: CollisionError listing all colliding and empty names and all sizes that do not add up; UsageError for
     rules that matched nothing (unless ``allow_unused``); NoTensorsError if nothing would be left.
     """
     with _uncollected():
         node, values = _weights(checkpoint)
-        if not any(isinstance(value, TensorInfo) for value in values.values()):
-            raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+        require_tensors(checkpoint)
         plan = rules.plan(_shapes(values))
-        if plan.troubles:
-            troubles = [*plan.troubles, *(f"{text} fits no key" for text in plan.unused if not allow_unused)]
-            raise CollisionError(_all(troubles), checkpoint.url)
+        if plan.errors:
+            errors = [*plan.errors, *(f"{text} fits no key" for text in plan.unused if not allow_unused)]
+            raise CollisionError(_joined(errors), checkpoint.url)
         if plan.unused and not allow_unused:
             raise UsageError(f"rules that fit no key (--allow-unused lets them): {listed(plan.unused)}", checkpoint.url)
         done = _applied(values, plan.batches, plan.after, checkpoint.url)
@@ -79,10 +77,10 @@ def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -
 
 
 def invert(checkpoint: Checkpoint, saved: Any, *, same: Same | None = None) -> tuple[Checkpoint, RemapReport]:
-    """Returns (checkpoint, report) with what a saved map did undone, operations and the order of keys included.
+    """Returns (checkpoint, report) with a saved map undone, operations and the order of keys included.
 
-    Keys that an operation untied become one tensor again where ``same`` says that they hold the same bytes;
-    without it the map is believed. Raises: UsageError if the map is none, does not fit these keys, or dropped any.
+    Keys that an operation untied are tied again where ``same`` says that they have the same bytes; without ``same``
+    the map is trusted. Raises: UsageError if it is no map, does not fit these keys, or dropped any.
     """
     with _uncollected():
         recorded = maps.read(saved)
@@ -110,7 +108,7 @@ def invert(checkpoint: Checkpoint, saved: Any, *, same: Same | None = None) -> t
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keeps the garbage collector from looking through 100,000 new rows again and again: most of the time it took."""
+    """Turns the garbage collector off: with 100,000 new rows to search again and again it took most of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -121,9 +119,9 @@ def _uncollected() -> Iterator[None]:
 
 
 def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
-    """Returns (the dict at root, or the one that an nn.Module there would give; {key: value} of what is in it).
+    """Returns (the dict at root, or the state_dict of an nn.Module there; {key: value} of its content).
 
-    The dict is None where there is none: the weights are spread over a nest of containers.
+    The dict is None if the weights are spread over nested containers.
     """
     node = checkpoint.at(checkpoint.root)
     values = {key: value for key, (_, value) in checkpoint.entries().items()}
@@ -137,31 +135,28 @@ def _shapes(values: Mapping[str, Any]) -> Shapes:
     return {key: value.shape if isinstance(value, TensorInfo) else None for key, value in values.items()}
 
 
-def _all(troubles: Sequence[str]) -> str:
-    shown = [*troubles[:100], *([f"and {len(troubles) - 100:,} more like these"] if len(troubles) > 100 else [])]
+def _joined(errors: Sequence[str]) -> str:
+    shown = [*errors[:100], *([f"and {len(errors) - 100:,} more like these"] if len(errors) > 100 else [])]
     return "; ".join(shown)
 
 
 def _followed(batches: Sequence[Sequence[Step]], current: Shapes, url: str) -> Shapes:
-    """Returns {key: shape} after steps that someone else wrote. Raises: UsageError, CollisionError."""
+    """Returns {key: shape} after the steps of a map, which may be wrong. Raises: UsageError, CollisionError."""
     for batch in batches:
         old = [key for step in batch for key in step.old]
-        wrong = [f"{step.op} of {listed(step.old)}" for step in batch if not all(key in current for key in step.old)]
-        wrong = wrong or [f"{step.op} of {listed(step.old)}" for step in batch if not _fits(step, current)]
+        wrong = [step for step in batch if not all(key in current for key in step.old)]
+        wrong = wrong or [step for step in batch if not fits(step, [current[key] for key in step.old])]
         if wrong or len(set(old)) < len(old):
-            raise UsageError(f"the map contradicts itself: {listed(wrong) or 'a key is used twice'}", url)
-        current, troubles = advance(batch, current)
-        if troubles:
-            raise CollisionError(_all(troubles), url)
+            what = listed(f"{step.op} of {listed(step.old)}" for step in wrong) or "a key is used twice"
+            raise UsageError(f"the map contradicts itself: {what}", url)
+        current, errors = advance(batch, current)
+        if errors:
+            raise CollisionError(_joined(errors), url)
     return current
 
 
-def _fits(step: Step, current: Shapes) -> bool:
-    return step.op == "rename" or fits(step, [current[key] for key in step.old])
-
-
 class _Done(NamedTuple):
-    """The new content of the dict at root in order, a row for each of its keys, the old keys left out, the shapes."""
+    """The new content at root: its values in order, a row for each of its keys, the dropped keys, the new shapes."""
 
     values: dict[str, Any]
     rows: list[Mapped]
@@ -170,8 +165,8 @@ class _Done(NamedTuple):
 
 
 def _applied(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], after: Shapes, url: str) -> _Done:
-    """Returns what steps that fit make of the values at root, in the order of ``after``."""
-    now: dict[str, str | _Computed] = {}  # what is only renamed has its old name here, or stands not here at all
+    """Returns the values at root after steps that `fits` has checked, in the order of ``after``."""
+    now: dict[str, str | _Computed] = {}  # new key -> old key while it is only renamed; no entry while it has its name
     dropped: list[str] = []
     maker = Maker()
     for batch in batches:
@@ -188,25 +183,25 @@ def _applied(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], after
                 raise UsageError(f"{', '.join(step.old)}: not tensors, {step.op} does not apply", url)
             else:
                 tensors = maker.make(step, [origin.value for origin in origins])
-                words = pasts(step, [origin.past for origin in origins])
-                made.update(zip(step.new, map(_Computed, words, tensors), strict=True))
+                histories = pasts(step, [origin.past for origin in origins])
+                made.update(zip(step.new, map(_Computed, histories, tensors), strict=True))
         now.update(made)
-    found = list(map(now.get, after, after))
+    origins_of = list(map(now.get, after, after))
     ordered = {
         key: values[origin] if isinstance(origin, str) else origin.value
-        for key, origin in zip(after, found, strict=True)
+        for key, origin in zip(after, origins_of, strict=True)
     }
     if not any(isinstance(value, TensorInfo) for value in ordered.values()):
         raise NoTensorsError("no tensor would be left", url)
     rows = [
         Mapped(key, [origin], "rename") if isinstance(origin, str) else Mapped(key, origin.past.keys, origin.past.op)
-        for key, origin in zip(after, found, strict=True)
+        for key, origin in zip(after, origins_of, strict=True)
     ]
     return _Done(ordered, rows, dropped, after)
 
 
 class _Computed(NamedTuple):
-    """A tensor that operations made, and how it came about."""
+    """A tensor that operations made, and the keys and operations that it was made from."""
 
     past: Past
     value: Any
@@ -220,12 +215,12 @@ def _finished(
     done: _Done,
     follow: Moved | None,
 ) -> tuple[Checkpoint, RemapReport]:
-    """Returns (checkpoint, report) with all that carries names made to follow."""
+    """Returns (checkpoint, report) with everything that has key names in it renamed too."""
     changed = _with_content(checkpoint, node, done, follow)
-    # Records of ties speak of the old names; a writer makes them anew from the tensors.
-    changed, notes = _renamed_optimizers(changed, done)
+    # Metadata that records ties still has the old names; a writer makes these records anew from the tensors.
+    changed, notes = _with_renamed_optimizers(changed, done)
     content = maps.Map(
-        batches, list(before), done.shapes, _broken_ties(before, batches, done),
+        batches, list(before), done.shapes, _broken_ties(checkpoint, before, batches, done),
         follow.paths if follow else {}, follow.lost if follow else {},
     )  # fmt: skip
     saved = maps.written(content, [{"new": row.new, "old": row.old, "op": row.op} for row in done.rows], done.dropped)
@@ -235,22 +230,21 @@ def _finished(
 # --- ties --------------------------------------------------------------------------------------------------------
 
 
-def _broken_ties(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], done: _Done) -> list[list[list[str]]]:
-    """Returns the groups of old keys that were the same elements of one storage, and are no longer.
+def _broken_ties(
+    checkpoint: Checkpoint, values: Mapping[str, Any], batches: Sequence[Sequence[Step]], done: _Done
+) -> list[list[list[str]]]:
+    """Returns the groups of old keys that were tied and are not any more.
 
-    Within a group, keys that were one object stand together: torch.load gives such one object too.
+    Within a group, keys of one object are in one list: torch.load gives one object for them too.
     """
     if all(step.op in ("rename", "drop") for batch in batches for step in batch):
         return []
-    by_source: dict[int, list[str]] = {}
-    for key, value in values.items():
-        if isinstance(value, TensorInfo) and not isinstance(value.source, Opaque):
-            by_source.setdefault(id(value.source), []).append(key)
-    groups: dict[object, dict[int, list[str]]] = {}
-    for key in (key for keys in by_source.values() if len(keys) > 1 for key in keys):
-        if values[key].numel:
-            groups.setdefault(values[key].view, {}).setdefault(id(values[key]), []).append(key)
-    tied = [list(group.values()) for group in groups.values() if sum(map(len, group.values())) > 1]
+    tied = []
+    for shared in checkpoint.shared():
+        objects: dict[int, list[str]] = {}
+        for key in shared:
+            objects.setdefault(id(values[key]), []).append(key)
+        tied.append(list(objects.values()))
     became: dict[str, list[str]] = {key: [] for group in tied for keys in group for key in keys}
     for row in done.rows:
         for key in row.old:
@@ -260,14 +254,14 @@ def _broken_ties(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], d
 
 
 def _still_tied(became: Sequence[Sequence[str]], values: Mapping[str, Any]) -> bool:
-    """Returns whether what tied keys became is tied, one by one."""
+    """Returns whether the new keys of tied old keys, a list for each of these, are tied in the same way."""
     names = [new for members in became for new in members]
     views = {tuple(values[new].view for new in members) for members in became}
     return len(set(names)) == len(names) and len(views) == 1
 
 
 def _retied(values: dict[str, Any], groups: Sequence[Sequence[Sequence[str]]], same: Same | None) -> list[str]:
-    """Makes one tensor of keys that were one; returns the notes that say so."""
+    """Ties the keys of each group in ``values`` again where `_may_be_tied`; returns notes that say so."""
     pairs = []
     for group in groups:
         tensors = {key: values[key] for keys in group for key in keys if isinstance(values.get(key), TensorInfo)}
@@ -289,11 +283,11 @@ def _may_be_tied(one: TensorInfo, other: TensorInfo, same: Same | None) -> bool:
     return alike and (same is None or same(one, other))
 
 
-# --- what follows the keys ---------------------------------------------------------------------------------------
+# --- what has key names in it ----------------------------------------------------------------------------------
 
 
 def _with_content(checkpoint: Checkpoint, node: Any, done: _Done, follow: Moved | None) -> Checkpoint:
-    """Returns the checkpoint with these entries at root, objects that are no tensors renamed like any other."""
+    """Returns the checkpoint with the new entries at root; entries that are no tensors are renamed like any other."""
     if node is None:
         return checkpoint.with_state_dict(
             {key: value for key, value in done.values.items() if isinstance(value, TensorInfo)}
@@ -313,7 +307,7 @@ def _with_content(checkpoint: Checkpoint, node: Any, done: _Done, follow: Moved 
 
 
 def _with_own_keys(checkpoint: Checkpoint, node: Any, done: _Done) -> dict[Any, Any]:
-    """Returns the new content, what kept its name under the dict key it really is: that may be a number."""
+    """Returns the new content; keys that were not renamed are those of the dict itself, which may be numbers."""
     entries = checkpoint.entries()
     if list(entries) == list(as_mapping(node) or ()):
         return done.values
@@ -321,65 +315,44 @@ def _with_own_keys(checkpoint: Checkpoint, node: Any, done: _Done) -> dict[Any, 
     return {entries[key][0][-1] if key in kept else key: value for key, value in done.values.items()}
 
 
-def _renamed_optimizers(checkpoint: Checkpoint, done: _Done) -> tuple[Checkpoint, list[str]]:
-    """Returns (checkpoint, notes) with the names in optimizer states following the keys.
+def _with_renamed_optimizers(checkpoint: Checkpoint, done: _Done) -> tuple[Checkpoint, list[str]]:
+    """Returns (checkpoint, notes) with the key names in optimizer states renamed.
 
-    ``param_names`` and states keyed by name are renamed; states keyed by position need nothing while every
-    parameter stays. What was reshaped or dropped is said.
+    These are ``param_names`` and states keyed by name. States keyed by position need no change while every parameter
+    stays; a note says so if one was reshaped or dropped.
     """
-    found = _optimizers(checkpoint)
-    if not found:
-        return checkpoint, []
-    names = {row.old[0]: row.new for row in done.rows if row.op == "rename"}
-    for path in found:
-        node = checkpoint.at(path)
+    states = list(optimizer_states(checkpoint))
+    names = {row.old[0]: row.new for row in done.rows if row.op == "rename"} if states else {}
+    for path, node in states:
         renamed_node = _renamed_optimizer(node, names)
         if renamed_node is not node:
             checkpoint = replace(checkpoint, tree=replaced(checkpoint.tree, path, renamed_node))
     changed = done.dropped or any(row.op != "rename" for row in done.rows)
-    return checkpoint, optimizer_notes(checkpoint) if changed else []
-
-
-def _optimizers(checkpoint: Checkpoint) -> list[Path]:
-    """Returns where in the tree the optimizer states are; of the weights only what is no tensor is looked through."""
-    node = checkpoint.at(checkpoint.root)
-    weights = node if is_flat(node) and not optimizers.is_optimizer(node) else None
-
-    def closed(node: Any) -> bool:
-        return node is weights or optimizers.is_optimizer(node)
-
-    found = [path for path, node in walk(checkpoint.tree, closed=closed) if optimizers.is_optimizer(node)]
-    for step, value in (as_mapping(weights) or {}).items():
-        if not isinstance(value, TensorInfo):
-            below = walk(value, closed=optimizers.is_optimizer)
-            found += [(*checkpoint.root, step, *path) for path, node in below if optimizers.is_optimizer(node)]
-    return found
+    return checkpoint, optimizer_notes(checkpoint) if states and changed else []
 
 
 def _renamed_optimizer(node: Any, names: Mapping[str, str]) -> Any:
     mapping = as_mapping(node) or {}
     groups, state = mapping.get("param_groups"), as_mapping(mapping.get("state"))
     changed = node
-    if isinstance(groups, list) and any(_named(group) for group in groups):
-        changed = replaced(changed, ("param_groups",), [_renamed_group(group, names) for group in groups])
+    if isinstance(groups, list):
+        renamed = [_renamed_group(group, names) for group in groups]
+        if renamed != groups:
+            changed = replaced(changed, ("param_groups",), renamed)
     if state and any(isinstance(key, str) and key in names for key in state):
-        moved = {names.get(key, key) if isinstance(key, str) else key: value for key, value in state.items()}
+        moved = dict(zip(_renamed(state, names), state.values(), strict=True))
         kept = mapping["state"]
         made = kept.with_mapping(moved, kept.state) if isinstance(kept, PyObject) else moved
         changed = replaced(changed, ("state",), made)
     return changed
 
 
-def _named(group: Any) -> bool:
-    lists = [group.get("param_names"), group.get("params")] if isinstance(group, dict) else []
-    return any(isinstance(name, str) for found in lists if isinstance(found, list) for name in found)
-
-
 def _renamed_group(group: Any, names: Mapping[str, str]) -> Any:
     if not isinstance(group, dict):
         return group
-    made = dict(group)
-    for field_name in ("params", "param_names"):
-        if isinstance(group.get(field_name), list):
-            made[field_name] = [names.get(name, name) if isinstance(name, str) else name for name in group[field_name]]
-    return made
+    lists = {name: group.get(name) for name in ("params", "param_names")}
+    return {**group, **{name: _renamed(value, names) for name, value in lists.items() if isinstance(value, list)}}
+
+
+def _renamed(keys: Iterable[Any], names: Mapping[str, str]) -> list[Any]:
+    return [names.get(key, key) if isinstance(key, str) else key for key in keys]

@@ -1,6 +1,6 @@
-"""Rules that rename keys and reshape tensors: how they are written, and what they mean for given keys.
+"""Rules that rename keys and reshape tensors: parsed from what a user wrote, and planned for given keys.
 
-A `Rules` object is what a user wrote, in order. `Rules.plan` turns it into `Step`s, which name every key they touch.
+`Rules` are what a user wrote, in order. `Rules.plan` turns them into `Step`s, which name every key that changes.
 """
 
 from __future__ import annotations
@@ -27,24 +27,43 @@ class Rule:
     args: Mapping[str, Any]
 
 
-KINDS = {
-    "strip_prefix": ("strip_prefix",),
-    "add_prefix": ("add_prefix",),
-    "rename": ("rename", "to"),
-    "sub": ("sub", "by"),
-    "drop": ("drop",),
-    "transpose": ("transpose", "dims"),
-    "permute": ("permute", "dims"),
-    "reshape": ("reshape", "shape"),
-    "split": ("split", "into", "dim", "sizes"),
-    "cat": ("cat", "into", "dim"),
-    "chunk": ("chunk", "into", "heads", "dim"),
-    "weave": ("weave", "into", "heads", "dim"),
+_TESTS: Mapping[str, Callable[[Any], bool]] = {
+    "a text": lambda value: isinstance(value, str),
+    "a text that is not empty": lambda value: isinstance(value, str) and value != "",
+    "a whole number": lambda value: type(value) is int,
+    "a whole number above 0": lambda value: type(value) is int and value > 0,
+    "a list of whole numbers": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
+    "a list of two or more names": lambda value: (
+        isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
+    ),
 }
-"""The kinds of rules in a file -> the fields that each may have. A table of names is a rule of the kind ``table``."""
+"""What a field of a rule may have to be -> the test for it."""
 
-_OPTIONAL = {("sub", "by"), ("transpose", "dims"), *((kind, "dim") for kind in KINDS), ("split", "sizes")}
-"""(kind, field) of the fields that may be left out."""
+_TEXT, _KEY, _NUMBER, _COUNT, _NUMBERS, _NAMES = _TESTS
+
+KINDS: Mapping[str, Mapping[str, str]] = {
+    "strip_prefix": {"strip_prefix": _KEY},
+    "add_prefix": {"add_prefix": _KEY},
+    "rename": {"rename": _KEY, "to": _TEXT},
+    "sub": {"sub": _KEY, "by": _TEXT},
+    "drop": {"drop": _KEY},
+    "transpose": {"transpose": _KEY, "dims": _NUMBERS},
+    "permute": {"permute": _KEY, "dims": _NUMBERS},
+    "reshape": {"reshape": _KEY, "shape": _NUMBERS},
+    "split": {"split": _KEY, "into": _NAMES, "dim": _NUMBER, "sizes": _NUMBERS},
+    "cat": {"cat": _NAMES, "into": _TEXT, "dim": _NUMBER},
+    "chunk": {"chunk": _KEY, "into": _NAMES, "heads": _COUNT, "dim": _NUMBER},
+    "weave": {"weave": _NAMES, "into": _TEXT, "heads": _COUNT, "dim": _NUMBER},
+}
+"""The kinds of rules in a file -> {field: what it must be}. A table of names is a rule of the kind ``table``."""
+
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "sub": {"by": ""},
+    "transpose": {"dims": None},
+    "split": {"dim": 0, "sizes": None},
+    **{kind: {"dim": 0} for kind in ("cat", "chunk", "weave")},
+}
+"""The fields of a kind that may be left out."""
 
 PRESETS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "ddp": ({"sub": r"^(module\.)+", "by": ""},),
@@ -52,7 +71,7 @@ PRESETS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "fsdp": ({"sub": r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "by": ""},),
     "lightning": ({"strip_prefix": "model."},),
 }
-"""Rules that undo what a framework does to names, by its name."""
+"""Name of a framework -> rules that undo what it does to keys."""
 
 
 class Rules:
@@ -66,12 +85,11 @@ class Rules:
 
     @classmethod
     def parse(cls, source: Any) -> Rules:
-        """Returns the rules that a list of dicts, a dict with ``rules``, or a shorthand says.
+        """Returns the rules in a list of dicts, a dict with ``rules``, or a shorthand.
 
         Full form: ``{"rules": [{"rename": "blocks.{i}.attn", "to": "layers.{i}.attention"}, ...]}``, see `KINDS`.
         Shorthands: a list of [regex, replacement] pairs, as mmengine's ``revise_keys``; a dict of names, as
-        litgpt's tables (``{}`` stands for one segment), applied at once. Raises: UsageError naming the rule that
-        is wrong.
+        litgpt's tables (``{}`` stands for one segment), applied at once. Raises: UsageError for a wrong rule.
         """
         if isinstance(source, Rules):
             return source
@@ -94,20 +112,20 @@ class Rules:
         return cls(Rule(rule.kind, f"preset {name}", rule.args) for rule in cls.parse(list(PRESETS[name])).rules)
 
     def plan(self, shapes: Shapes) -> Plan:
-        """Returns what the rules do to keys of these shapes; as much as can be told where something forbids it."""
+        """Returns what the rules do to keys of these shapes, with all errors rather than only the first."""
         plan = Plan([], dict(shapes), [], [])
         for rule in self.rules:
-            before = len(plan.troubles)
+            before = len(plan.errors)
             if rule.kind == "table":
-                made, idle = rule.args["table"].plan(plan.after)
-                plan.unused += idle
+                made, unused = rule.args["table"].plan(plan.after)
+                plan.unused += unused
             else:
-                made = _PLANNERS[rule.kind](rule, plan.after, plan.troubles)
-                if not made and len(plan.troubles) == before:
+                made = _PLANNERS[rule.kind](rule, plan.after, plan.errors)
+                if not made and len(plan.errors) == before:
                     plan.unused.append(rule.text)
             if made:
                 plan.after, collisions = advance(made, plan.after)
-                plan.troubles += [f"{rule.text}: {trouble}" for trouble in collisions]
+                plan.errors += [f"{rule.text}: {error}" for error in collisions]
                 plan.batches.append(made)
         return plan
 
@@ -116,15 +134,15 @@ class Rules:
 class Plan:
     """What rules do to given keys.
 
-    ``batches``: the steps of each rule that does something; those of one rule touch different keys. ``after``: the
-    keys and shapes in the end. ``unused``: the rules that fit no key. ``troubles``: all that forbids going on:
-    colliding and empty names, sizes that do not add up.
+    ``batches``: the steps of each rule that changes something; those of one rule are of different keys. ``after``:
+    the new keys and shapes. ``unused``: the rules that match no key. ``errors``: colliding and empty names, sizes
+    that do not add up; with any, the plan cannot be carried out.
     """
 
     batches: list[list[Step]]
     after: Shapes
     unused: list[str]
-    troubles: list[str]
+    errors: list[str]
 
 
 # --- how rules are written ---------------------------------------------------------------------------------------
@@ -146,52 +164,29 @@ def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
     unknown = set(entry) - set(KINDS[kind])
     if unknown:
         raise UsageError(f"a {kind} rule takes {', '.join(KINDS[kind])}, not {', '.join(sorted(unknown))}")
-    args = dict(entry)
+    args = {**_DEFAULTS.get(kind, {}), **entry}
     text = f"{kind} {args[kind]}" + (f" -> {args['to']}" if "to" in args else "")
-    joins = kind in ("cat", "weave")
-    types = {**_TYPES, kind: "a list of two or more names" if joins else "a text that is not empty"}
-    types["into"] = "a text" if joins else "a list of two or more names"
-    for name in KINDS[kind]:
-        if (name in args or (kind, name) not in _OPTIONAL) and not _TESTS[types[name]](args.get(name)):
-            raise UsageError(f"{text}: {name} is {types[name]}")
-    if joins and "" in args[kind]:
+    for name, what in KINDS[kind].items():
+        if (name in entry or name not in args) and not _TESTS[what](args.get(name)):
+            raise UsageError(f"{text}: {name} is {what}")
+    if kind in ("cat", "weave") and "" in args[kind]:
         raise UsageError(f"{text}: one of the names to put together is empty")
     if kind == "sub":
         try:
             args["compiled"] = re.compile(args["sub"])
-            re.sub(args["sub"], args.setdefault("by", ""), "")
+            re.sub(args["sub"], args["by"], "")
         except (re.error, IndexError) as error:
             raise UsageError(f"{text}: {error}") from error
-    if kind == "transpose" and len(args.get("dims", (0, 1))) != 2:
+    if kind == "transpose" and args["dims"] is not None and len(args["dims"]) != 2:
         raise UsageError(f"{text}: dims are the two to swap; permute takes all of them")
     return Rule(kind, text, args)
 
 
-_TYPES = {
-    "to": "a text", "by": "a text", "dim": "a whole number", "heads": "a whole number above 0",
-    "dims": "a list of whole numbers", "shape": "a list of whole numbers", "sizes": "a list of whole numbers",
-}  # fmt: skip
-"""What each field of a rule must be, in the words of `_TESTS`."""
-
-_TESTS: Mapping[str, Callable[[Any], bool]] = {
-    "a text": lambda value: isinstance(value, str),
-    "a text that is not empty": lambda value: isinstance(value, str) and value != "",
-    "a whole number": lambda value: type(value) is int,
-    "a whole number above 0": lambda value: type(value) is int and value > 0,
-    "a list of whole numbers": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
-    "a list of two or more names": lambda value: (
-        isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
-    ),
-}
-
-
 def parse_option(kind: str, text: str) -> Rules:
-    """Returns the rule that a command-line option says: ``--rename A=B``, ``--sub s/REGEX/REPL/`` and so on."""
+    """Returns the rules of a command-line option: ``--rename A=B``, ``--sub s/REGEX/REPL/`` and so on."""
     if kind == "preset":
-        found = Rules()
-        for name in text.split(","):
-            found = found + Rules.preset(name.strip())
-        return found
+        presets = [Rules.preset(name.strip()) for name in text.split(",")]
+        return Rules(rule for preset in presets for rule in preset.rules)
     if kind == "rename":
         old, equals, new = text.partition("=")
         if not equals:
@@ -212,7 +207,7 @@ Planner = Callable[[Rule, Shapes, list[str]], list[Step]]
 """Returns the steps of a rule for keys of these shapes, and adds to the list what the rule cannot do."""
 
 
-def _plan_rename(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
+def _plan_rename(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     names_now = list(map(_renamer(rule), current))
     old = [key for key, new in zip(current, names_now, strict=True) if new != key]
     new = [new for key, new in zip(current, names_now, strict=True) if new != key]
@@ -233,18 +228,18 @@ def _renamer(rule: Rule) -> Callable[[str], str]:
     return segments.renamer(args["rename"], args["to"])
 
 
-def _plan_drop(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
+def _plan_drop(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     dropped = tuple(key for key in current if names.matches(rule.args["drop"], key))
     return [Step("drop", dropped)] if dropped else []
 
 
-def _plan_permute(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
+def _plan_permute(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     steps = []
     for key, shape in current.items():
         if not names.matches(rule.args[rule.kind], key):
             continue
         order = list(range(len(shape or ())))
-        dims = rule.args.get("dims", [0, 1] if len(order) == 2 else None)
+        dims = [0, 1] if rule.args["dims"] is None and len(order) == 2 else rule.args["dims"]
         chosen = [_from_front(dim, shape) for dim in dims or ()]
         if rule.kind == "permute":
             order = chosen
@@ -256,11 +251,11 @@ def _plan_permute(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step
         if dims is not None and _is_possible(step, [shape]):
             steps.append(step)
         else:
-            troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, which dims {dims} does not fit")
+            errors.append(f"{rule.text}: {key} has shape {_dims(shape)}, which dims {dims} does not fit")
     return steps
 
 
-def _plan_reshape(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
+def _plan_reshape(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     steps = []
     for key, shape in current.items():
         if not names.matches(rule.args["reshape"], key):
@@ -272,15 +267,15 @@ def _plan_reshape(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step
         if _is_possible(step, [shape]):
             steps.append(step)
         else:
-            troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, which {rule.args['shape']} does not hold")
+            errors.append(f"{rule.text}: {key} has shape {_dims(shape)}, which {rule.args['shape']} does not hold")
     return steps
 
 
-def _plan_split(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
+def _plan_split(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     steps = []
     pattern = segments.compiled(rule.args[rule.kind])
     into = [segments.replacement(name, pattern.captures) for name in rule.args["into"]]
-    dim, heads, parts = rule.args.get("dim", 0), rule.args.get("heads"), len(into)
+    dim, heads, sizes, parts = rule.args["dim"], rule.args.get("heads"), rule.args.get("sizes"), len(into)
     for key, shape in current.items():
         if pattern.captured(key) is None:
             continue
@@ -288,23 +283,23 @@ def _plan_split(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
         if heads is None:
             size = sum(_sizes([shape], args["dim"]))
             even = [size // parts] * parts if size % parts == 0 else []
-            args["sizes"] = rule.args.get("sizes", even)
+            args["sizes"] = even if sizes is None else sizes
         else:
             args |= {"heads": heads, "parts": parts}
         step = Step(rule.kind, (key,), tuple(pattern.substitute(name, key) for name in into), args)
         if _is_possible(step, [shape]):
             steps.append(step)
         else:
-            what = f"{rule.args.get('sizes', parts)} pieces" if heads is None else f"{heads} heads of {parts}"
-            troubles.append(f"{rule.text}: {key} has shape {_dims(shape)}, dim {dim} is not {what}")
+            what = f"{sizes or parts} pieces" if heads is None else f"{heads} heads of {parts}"
+            errors.append(f"{rule.text}: {key} has shape {_dims(shape)}, dim {dim} is not {what}")
     return steps
 
 
-def _plan_cat(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
+def _plan_cat(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     """Puts together the keys that agree in what the names in the rule's list capture."""
     patterns = [segments.compiled(name) for name in rule.args[rule.kind]]
     into = segments.replacement(rule.args["into"], patterns[0].captures)
-    dim, heads = rule.args.get("dim", 0), rule.args.get("heads")
+    dim, heads = rule.args["dim"], rule.args.get("heads")
     groups: dict[object, dict[int, str]] = {}
     for key in current:
         for number, pattern in enumerate(patterns):
@@ -317,10 +312,10 @@ def _plan_cat(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
         keys = [members[number] for number in sorted(members)]
         shapes = [current[key] for key in keys]
         if len(keys) < len(patterns):
-            troubles.append(f"{rule.text}: only {', '.join(keys)} of {len(patterns)} are there")
+            errors.append(f"{rule.text}: only {', '.join(keys)} of {len(patterns)} are there")
             continue
         if len(set(keys)) < len(keys):
-            troubles.append(f"{rule.text}: {keys[0]} cannot be put together with itself")
+            errors.append(f"{rule.text}: {keys[0]} cannot be put together with itself")
             continue
         args: dict[str, Any] = {"dim": _from_front(dim, shapes[0])}
         args |= {"sizes": _sizes(shapes, args["dim"])} if heads is None else {"heads": heads, "parts": len(keys)}
@@ -330,7 +325,7 @@ def _plan_cat(rule: Rule, current: Shapes, troubles: list[str]) -> list[Step]:
         else:
             what = f"dim {dim}" if heads is None else f"dim {dim} in {heads} heads each"
             shown = ", ".join(map(_dims, shapes))
-            troubles.append(f"{rule.text}: {', '.join(keys)} have shapes {shown}: they do not fit along {what}")
+            errors.append(f"{rule.text}: {', '.join(keys)} have shapes {shown}: they do not fit along {what}")
     return steps
 
 

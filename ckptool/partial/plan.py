@@ -16,9 +16,9 @@ from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import PyObject, nodes, path_text
-from ckptool.errors import NoTensorsError, UnsupportedError, UsageError, listed
-from ckptool.ops.diff import no_tensors
+from ckptool.errors import UnsupportedError, UsageError, listed
 from ckptool.ops.filter import LOADED, FilterReport, Merge, Row, Same, dims
+from ckptool.ops.notes import require_tensors
 from ckptool.partial import handover, initplan, resume
 from ckptool.partial.adapt import Adapting
 from ckptool.partial.adapters import Adapter
@@ -204,8 +204,8 @@ def load_partial(
     Raises: UsageError with all problems at once, NoTensorsError, CollisionError.
     """
     for checkpoint in (source, target):
-        if checkpoint is not None and not checkpoint.state_dict():
-            raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
+        if checkpoint is not None:
+            require_tensors(checkpoint)
     plan = _Plan(source, target, options, classes if classes is not None else module_classes(target))
     plan.match()
     plan.adapt(read)
@@ -325,8 +325,8 @@ class _Plan(Merge):
         self.notes += [f"--init {pattern} fits no key that was not loaded" for pattern in unused]
         self.problems += problems
 
-    def _others(self) -> list[Row]:
-        rows = super()._others()
+    def _object_rows(self) -> list[Row]:
+        rows = super()._object_rows()
         entries = self.target.entries()
         detail = "not initialised yet: it gets its shape in the first forward pass"
         return [

@@ -473,6 +473,7 @@ MALFORMED: dict[str, Any] = {
     "a table from nothing": {"": "b"}, "a table of captures twice in a segment": {"a.{i}{i}": "b"},
     "a table of numbers": {"a": 1}, "a table of lists": {"a": ["b"]},
     "negative sizes": [{"split": "a.w", "into": ["b", "c"], "sizes": [3, -1]}],
+    "transpose of no dims": [{"transpose": "a.w", "dims": []}],
     "transpose of three dims": [{"transpose": "a.w", "dims": [0, 1, 2]}],
 }  # fmt: skip
 

@@ -1,0 +1,67 @@
+"""What several operations say in the same words: where the weights are, which patterns match nothing, optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ckptool.core import keys as names
+from ckptool.core.checkpoint import Checkpoint, is_flat
+from ckptool.core.optimizers import is_optimizer
+from ckptool.core.tensor import TensorInfo
+from ckptool.core.tree import Path, as_mapping, path_text, walk
+from ckptool.errors import NoTensorsError, listed
+
+
+def require_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Returns the tensors at root. Raises: NoTensorsError, which says where there are some, if there is none."""
+    tensors = checkpoint.state_dict()
+    if tensors:
+        return tensors
+    parents = {path_text(path[:-1]) or "the top" for path, _ in checkpoint.tensors()}
+    elsewhere = f"; there are some at {listed(sorted(parents))}" if parents else ""
+    raise NoTensorsError(f"no tensors at {path_text(checkpoint.root) or 'the top'}{elsewhere}", checkpoint.url)
+
+
+def root_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """Returns a note on where the weights are, for each checkpoint in which that is not the top of the tree."""
+    roots = dict.fromkeys((checkpoint.url, path_text(checkpoint.root)) for checkpoint in checkpoints)
+    return [f"the weights of {url} are at {root}" for url, root in roots if root]
+
+
+def pattern_notes(patterns: Sequence[str], keys: Iterable[str], option: str = "") -> list[str]:
+    """Returns a note on each pattern that matches no key: most likely it is misspelled."""
+    return [f"{option}{pattern} fits no key" for pattern in names.unused_patterns(patterns, keys)]
+
+
+def wrapper_notes(*sides: tuple[str, Iterable[str]]) -> list[str]:
+    """Returns notes on the wrapper prefixes ignored in comparing keys, where two ``sides``, (url, keys), differ."""
+    prefixes = [(url, names.looked_through(list(keys))) for url, keys in sides]
+    if len({prefix for _, prefix in prefixes}) == 1:
+        return []
+    return [f"looked through {prefix!r} in {url}" for url, prefix in prefixes if prefix]
+
+
+def optimizer_notes(checkpoint: Checkpoint) -> list[str]:
+    """Returns a note if keys were dropped and an optimizer's state, numbered by position, no longer matches them."""
+    for path, node in optimizer_states(checkpoint):
+        state = as_mapping((as_mapping(node) or {}).get("state"))
+        if state and any(isinstance(key, int) for key in state):
+            where = path_text(path)
+            return [f"{where} goes by position: with keys dropped it no longer lines up with the weights"]
+    return []
+
+
+def optimizer_states(checkpoint: Checkpoint) -> Iterator[tuple[Path, Any]]:
+    """Yields (path, node) of the optimizers' state_dicts in the tree."""
+    tops: list[tuple[Path, Any]] = [((), checkpoint.tree)]
+    weights = checkpoint.at(checkpoint.root)
+    if is_flat(weights) and not is_optimizer(weights):  # for speed, 100,000 tensors are not walked over
+        content = (as_mapping(weights) or {}).items()
+        tops += [((*checkpoint.root, name), value) for name, value in content if not isinstance(value, TensorInfo)]
+    else:
+        weights = None
+    for top, tree in tops:
+        for path, node in walk(tree, closed=lambda node: node is weights or is_optimizer(node)):
+            if is_optimizer(node):
+                yield (*top, *path), node
