@@ -96,8 +96,11 @@ class InspectReport:
     check: Check | None = None
 
 
-def inspect(checkpoint: Checkpoint) -> InspectReport:
-    """Returns what a checkpoint holds. Raises: NoTensorsError if there is no tensor at root."""
+def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
+    """Returns what a checkpoint holds; with the tensors' ``devices`` if its format records them.
+
+    Raises: NoTensorsError if there is no tensor at root.
+    """
     tensors = checkpoint.state_dict()
     if not tensors:
         from ckptool.ops.diff import no_tensors
@@ -106,11 +109,10 @@ def inspect(checkpoint: Checkpoint) -> InspectReport:
         raise NoTensorsError(no_tensors(checkpoint), checkpoint.url)
     tied = checkpoint.shared()
     first_of = {key: group[0] for group in tied for key in group[1:]}
-    tagged = checkpoint.format != "safetensors"
     rows = [
         TensorRow(
             key, None if tensor.shape is None else list(tensor.shape), tensor.dtype, tensor.nbytes, first_of.get(key),
-            tensor.location if tagged else None, None if tensor.kind == "dense" else tensor.kind,
+            tensor.location if devices else None, None if tensor.kind == "dense" else tensor.kind,
         )
         for key, tensor in tensors.items()
     ]  # fmt: skip
