@@ -103,7 +103,8 @@ def inspect(
     from ckptool.ops.inspect import inspect as op
 
     opened = source if isinstance(source, Checkpoint) else open(source, root=root)
-    report = op(opened)
+    row = formats.labelled(opened.format)
+    report = op(opened, devices=row is None or row.holds.devices)
     if not (stats or hashes or check):
         return report
     from ckptool.core import keys
@@ -198,7 +199,7 @@ def convert(
 ) -> ConvertReport:
     """Writes a checkpoint in another format, and returns what became of it.
 
-    ``to``: a name of `formats.WRITERS` or "sharded", else the suffix of ``path`` decides. ``dtype`` casts floats at
+    ``to``: one of `formats.names`, else the suffix of ``path`` decides. ``dtype`` casts floats at
     root, but not keys that fit ``keep``. ``untie`` gives tied names memory of their own. ``publish`` writes the
     weights alone and puts the first 8 hex digits of the sha256 in the name. ``metadata`` names scalars of the
     tree to carry into safetensors' metadata. ``verify`` reads the result back before it gets its name. ``dry_run``
@@ -218,7 +219,8 @@ def convert(
         opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, untie=untie, publish=publish,
         metadata=metadata,
     )  # fmt: skip
-    if metadata and not saving.holds_metadata(os.fspath(path), to):
+    row = formats.writable(os.fspath(path), to)
+    if metadata and not row.holds.metadata:
         raise UsageError("--metadata goes into safetensors and shards only")
     if report.cast:
         cast, tensors = set(report.cast), opened.state_dict()
@@ -226,7 +228,7 @@ def convert(
         if not dtypes <= {*COMMON_FLOATS} and importlib.util.find_spec("torch") is None:
             raise needs_torch(f"casting to {dtype}")
     options = saving.SaveOptions(to, force, in_place, map_location, max_shard_size, verify, fsync, publish)
-    if publish and saving.is_sharded(to):
+    if publish and row.is_directory:
         report.notes.append("a directory of shards has no digest in its name")
     elif publish and dry_run:
         report.notes.append("8 hex digits of its sha256 will be in its name")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptool import formats
@@ -18,27 +17,19 @@ from ckptool.core.tree import nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
 from ckptool.io.output import EXISTS, Output
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
-from ckptool.values.blocks import read_bytes, same_bytes
+from ckptool.values.blocks import same_bytes
 
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
 
 Progress = Callable[[int], None]
 """Told how many more bytes have been read or written."""
 
-FORMATS = (*formats.WRITERS, formats.SHARDED)
-"""What a user calls the formats that can be written."""
-
-SUFFIXES = formats.SUFFIXES
-"""The suffixes that stand for one of them."""
-
-SHARD_SIZE = formats.SHARD_SIZE
-
 
 @dataclass(frozen=True, slots=True)
 class SaveOptions:
     """How a checkpoint is written, whatever it holds.
 
-    ``to``: the format (a name of `FORMATS`); None means what the suffix of the path stands for. ``force`` overwrites.
+    ``to``: the format (one of `formats.names`); None means what the path's suffix stands for. ``force`` overwrites.
     ``in_place`` allows the path to be one of the inputs. ``map_location`` maps device tags: one for all, a dict, or a
     callable tag -> tag. ``max_shard_size`` counts bytes of tensors, for shards. ``verify`` reads the result back
     before it gets its name, and compares every tensor's bytes with what was meant. ``fsync`` waits for the disk.
@@ -49,7 +40,7 @@ class SaveOptions:
     force: bool = False
     in_place: bool = False
     map_location: MapLocation = None
-    max_shard_size: int = SHARD_SIZE
+    max_shard_size: int = formats.SHARD_SIZE
     verify: bool = False
     fsync: bool = True
     hash_in_name: bool = False
@@ -57,6 +48,11 @@ class SaveOptions:
     @property
     def overwrites(self) -> bool:
         return self.force or self.in_place
+
+    @property
+    def into_directory(self) -> bool:
+        """Returns whether it is a directory that is written: no suffix stands for one. Raises: UsageError."""
+        return self.to is not None and formats.named(self.to).is_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +85,11 @@ def save(
     """
     url = os.fspath(path)
     try:
-        tags = _refuse(checkpoint, url, options)
-        if formats.is_sharded(options.to):
-            return _save_sharded(checkpoint, url, options, tags, progress)
-        writer = formats.writer(url, options.to)
-        name = _with_digest(url, PENDING) if options.hash_in_name else url
-        with Output(name, force=options.overwrites, fsync=options.fsync) as output:
-            output.path, output.progress = url, progress
-            with Files() as files:
-                left_out: tuple[str, ...] = writer.write(checkpoint, output, files, tags)
-                output.readers = files.mode
-                if options.verify:
-                    files.check()
-                    _verify(checkpoint, writer.NAME, output.finished(), files.beside(progress))
-            if options.hash_in_name:
-                output.rename(_with_hash(url, output.finished(), progress))
-            output.commit()
-            return Saved(output.path, output.position, left_out, options.verify, _overflowed(checkpoint, files))
+        row, tags = _refuse(checkpoint, url, options)
+        write = _save_directory if row.is_directory else _save_file
+        with Files() as files:
+            saved = write(checkpoint, row, url, options, tags, files, progress)
+        return replace(saved, verified=options.verify, overflowed=_overflowed(checkpoint, files))
     except CkptoolError as error:
         error.path = error.path or url
         raise
@@ -118,15 +102,13 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
     """
     url = os.fspath(path)
     try:
-        tags = _refuse(checkpoint, url, options)
-        if formats.is_sharded(options.to):
-            from ckptool.formats import sharded
-
-            left_out, nbytes = sharded.check(
+        row, tags = _refuse(checkpoint, url, options)
+        if row.is_directory:
+            left_out, nbytes = row.directory_writer().check(
                 checkpoint, url, max_shard_size=options.max_shard_size, force=options.overwrites
             )
         else:
-            left_out, nbytes = formats.writer(url, options.to).check(checkpoint, tags)
+            left_out, nbytes = row.writer().check(checkpoint, tags)
         return Saved(url, nbytes, left_out)
     except CkptoolError as error:
         error.path = error.path or url
@@ -135,56 +117,62 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
 
 def work(nbytes: int, options: SaveOptions) -> int:
     """Returns the bytes that `save` tells its progress of, where it writes so many: written, compared, hashed."""
-    return nbytes * (1 + 2 * options.verify + (options.hash_in_name and not formats.is_sharded(options.to)))
+    return nbytes * (1 + 2 * options.verify + (options.hash_in_name and not options.into_directory))
 
 
-def _refuse(checkpoint: Checkpoint, url: str, options: SaveOptions) -> Callable[[str], str] | None:
-    """Refuses what can be refused whatever the format's own rules; returns the mapping of device tags."""
+def _refuse(
+    checkpoint: Checkpoint, url: str, options: SaveOptions
+) -> tuple[formats.Format, Callable[[str], str] | None]:
+    """Refuses what can be refused whatever the format's own rules; returns the format and the map of device tags."""
     checkpoint.require_whole()
     tags = _tag_map(options.map_location)
     check_output(url, options, [checkpoint])
-    if formats.is_sharded(options.to):
-        _refuse_hidden(checkpoint, "a directory of shards")
-    elif not (writer := formats.writer(url, options.to)).NAME.startswith("torch"):
-        _refuse_hidden(checkpoint, writer.NAME)
-    return tags
+    row = formats.writable(url, options.to)
+    if not row.holds.tree:
+        _refuse_hidden(checkpoint, "a directory of shards" if row.is_directory else row.name)
+    return row, tags
 
 
-def _save_sharded(
+def _save_file(
     checkpoint: Checkpoint,
-    directory: str,
+    row: formats.Format,
+    url: str,
     options: SaveOptions,
     tags: Callable[[str], str] | None,
+    files: Files,
     progress: Progress | None,
 ) -> Saved:
-    from ckptool.formats import sharded
-
-    def prove(paths: Sequence[str]) -> None:
-        written: dict[str, TensorInfo] = {}
-        for shard in paths:
-            written |= formats.read(shard).state_dict()
-            _open_with_reference(shard)
-        meant = checkpoint.state_dict()
-        tied = aliases.record(meant).keys() - written.keys()  # the index has them
-        _compare({key: tensor for key, tensor in meant.items() if key not in tied}, written, files.beside(progress))
-
-    with Files() as files:
-        written = sharded.write_directory(
-            checkpoint, directory, files, max_shard_size=options.max_shard_size, force=options.overwrites,
-            fsync=options.fsync, map_location=tags, check=prove if options.verify else None, progress=progress,
-        )  # fmt: skip
-        overflowed = _overflowed(checkpoint, files)
-        return Saved(directory, written.nbytes, written.left_out, options.verify, overflowed, written.notes)
+    name = _with_digest(url, PENDING) if options.hash_in_name else url
+    with Output(name, force=options.overwrites, fsync=options.fsync) as output:
+        output.path, output.progress = url, progress
+        left_out = row.writer().write(checkpoint, output, files, tags)
+        files.check()
+        output.readers = files.mode
+        if options.verify:
+            _verify(checkpoint, row, [output.finished()], files.beside(progress))
+        if options.hash_in_name:
+            output.rename(_with_hash(url, output.finished(), progress))
+        output.commit()
+        return Saved(output.path, output.position, left_out)
 
 
-def is_sharded(to: str | None) -> bool:
-    """Returns whether a user's name for a format means a directory of shards. Raises: UsageError if unknown."""
-    return formats.is_sharded(to)
+def _save_directory(
+    checkpoint: Checkpoint,
+    row: formats.Format,
+    url: str,
+    options: SaveOptions,
+    tags: Callable[[str], str] | None,
+    files: Files,
+    progress: Progress | None,
+) -> Saved:
+    def verify(paths: Sequence[str]) -> None:
+        _verify(checkpoint, row, paths, files.beside(progress))
 
-
-def holds_metadata(path: str, to: str | None) -> bool:
-    """Returns whether an output can carry texts beside its tensors."""
-    return formats.is_sharded(to) or formats.writer(path, to).NAME == "safetensors"
+    written = row.directory_writer().write(
+        checkpoint, url, files, tags, max_shard_size=options.max_shard_size, force=options.overwrites,
+        fsync=options.fsync, verify=verify if options.verify else None, progress=progress,
+    )  # fmt: skip
+    return Saved(url, written.nbytes, written.left_out, notes=written.notes)
 
 
 def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
@@ -209,15 +197,19 @@ def _overflowed(checkpoint: Checkpoint, files: Files) -> dict[str, int]:
 # --- proof -------------------------------------------------------------------------------------------------------
 
 
-def _verify(checkpoint: Checkpoint, format_name: str, path: str, files: Files) -> None:
-    """Reads a written file back and compares every tensor with what was meant. Raises: FormatError."""
-    if format_name == "npz":
-        _verify_npz(checkpoint, path, files)
-    elif format_name == "safetensors":
-        _compare(checkpoint.state_dict(), formats.read(path).state_dict(), files)
-        _open_with_reference(path)
-    else:
-        _compare(dict(checkpoint.tensors()), dict(formats.read(path).tensors()), files)
+def _verify(checkpoint: Checkpoint, row: formats.Format, paths: Sequence[str], files: Files) -> None:
+    """Reads the files of an output back and compares every tensor with what was meant. Raises: FormatError."""
+    meant: dict[Any, TensorInfo] = dict(checkpoint.tensors()) if row.holds.tree else checkpoint.state_dict()
+    written: dict[Any, TensorInfo] = {}
+    for path in paths:
+        found = formats.read(path)
+        written |= found.tensors() if row.holds.tree else found.state_dict()
+    if row.is_directory:  # what is tied across files is said elsewhere
+        for key in aliases.record(meant).keys() - written.keys():
+            del meant[key]
+    _compare(meant, written, files)
+    for path in paths:
+        row.prove(path)
 
 
 def _compare(meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo], files: Files) -> None:
@@ -272,47 +264,6 @@ def _same(meant: TensorInfo, written: TensorInfo, files: Files) -> bool:
     return same_bytes(meant, written, files)
 
 
-def _open_with_reference(path: str) -> None:
-    """Opens a safetensors file with the reference library, which checks the whole header."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as opened:
-            opened.keys()
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"the reference library refuses what was written: {error}") from error
-
-
-def _verify_npz(checkpoint: Checkpoint, path: str, files: Files) -> None:
-    """Compares a NumPy archive as numpy reads it; holds one array at a time."""
-    import zipfile
-
-    import numpy as np
-
-    wrong = []
-    try:
-        with np.load(path) as archive:
-            for key, tensor in checkpoint.state_dict().items():
-                with share(files, 2 * tensor.nbytes):
-                    if not _is_in(archive, key, tensor, files):
-                        wrong.append(key)
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as error:
-        raise FormatError(f"numpy cannot read what was written, and it was thrown away: {error}") from error
-    if wrong:
-        raise FormatError(f"what was written is not what was meant, and was thrown away: {listed(wrong)}")
-
-
-def _is_in(archive: Any, key: str, tensor: TensorInfo, files: Files) -> bool:
-    """Returns whether a NumPy archive holds a tensor as it was meant."""
-    import zipfile
-
-    try:
-        array = archive[key]
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError):  # a wrong checksum, a broken header
-        return False
-    return tuple(array.shape) == (tensor.shape or ()) and array.tobytes() == read_bytes(tensor, files)
-
-
 def _with_hash(path: str, written: str, progress: Progress | None = None) -> str:
     """Returns the path with 8 hex digits of the written file's sha256 behind the stem, as torchvision has it."""
     import hashlib
@@ -342,7 +293,7 @@ def split_suffix(path: str) -> tuple[str, str]:
     (('runs/model', '.pth.tar'), ('v1.0/model', ''))
     """
     lowered = path.lower()
-    for suffix in sorted(formats.SUFFIXES, key=len, reverse=True):
+    for suffix in sorted(formats.suffixes(), key=len, reverse=True):
         if lowered.endswith(suffix) and len(os.path.basename(path)) > len(suffix):
             return path[: -len(suffix)], path[-len(suffix) :]
     return os.path.splitext(path)
@@ -370,7 +321,8 @@ def check_output(
 ) -> None:
     """Raises what `save` would for the name alone: an unknown suffix, a file that exists, an input."""
     url = os.fspath(path)
-    if formats.is_sharded(options.to):
+    row = formats.writable(url, options.to)
+    if row.is_directory:
         if os.path.lexists(url) and not os.path.isdir(url):
             raise OutputError("is a file; shards go into a directory", url)
         inside = any(
@@ -379,22 +331,20 @@ def check_output(
         if inside and options.force and not options.in_place:
             raise OutputError("holds an input; --in-place replaces it", url)
         if options.force and not options.in_place:
-            _refuse_linked(url, inputs)
+            _refuse_linked(url, row, inputs)
         if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
             raise OutputError("cannot be made: no such directory", url)
         return
-    formats.writer(url, options.to)
     if options.hash_in_name:
         url = _with_digest(url, PENDING)
     spared = () if options.in_place else inputs
     _check_place(url, options.overwrites, spared, "is one of the inputs; --in-place replaces it")
 
 
-def _refuse_linked(directory: str, inputs: Sequence[Checkpoint]) -> None:
+def _refuse_linked(directory: str, row: formats.Format, inputs: Sequence[Checkpoint]) -> None:
     """Raises OutputError if a name that shards get is another name of an input: through a link it would be replaced."""
-    from ckptool.formats import sharded
-
-    places = [os.path.join(directory, name) for name in names_in(directory) if sharded.WRITTEN.fullmatch(name)]
+    is_ours = row.directory_writer().is_ours
+    places = [os.path.join(directory, name) for name in names_in(directory) if is_ours(name)]
     if not places:
         return
     given = {found for checkpoint in inputs for source in sources(checkpoint) if (found := identity(source))}

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from oracles import FIXTURES, torch_load
 from safetensors.torch import load_file
@@ -18,7 +19,8 @@ TORCH = sorted(
 SAME_MEMORY = [name for name in TORCH if name != "tar_2016.pth"]
 SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
 SHARDED = ["sharded", "sharded_bin"]
-EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED]
+NUMPY = ["array.npy", "arrays.npz"]
+EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED, *NUMPY]
 
 # What safetensors has no place for; every other fixture must be writable.
 NOT_IN_SAFETENSORS = {
@@ -53,6 +55,13 @@ def truth(name: str) -> dict[str, torch.Tensor]:
             return {
                 "weight": torch.frombuffer(bytearray(archive.read("archive/data/0")), dtype=torch.float32).view(2, 2)
             }
+    if name in NUMPY:
+        loaded = np.load(path)
+        arrays = dict(loaded) if name.endswith(".npz") else {path.stem: loaded}
+        native = {
+            key: one if one.dtype.isnative else one.astype(one.dtype.newbyteorder()) for key, one in arrays.items()
+        }
+        return {key: torch.from_numpy(one) for key, one in native.items()}
     loaded = torch_load(path)
     for step in ("state_dict", "model"):
         loaded = loaded.get(step, loaded)

@@ -92,12 +92,11 @@ def test_every_error_slug_exit_code_format_and_reason_is_in_the_readme():
         assert f"| `{slug}` |" in README
     for code in (0, 1, 2, 130):
         assert f"| {code} |" in README
-    for name in (*formats.READERS, "sharded"):
-        assert f"`{formats._module(name).NAME}`" in README
+    for row in formats.FORMATS:
+        assert f"| `{row.label}`" in README
+        assert all(suffix in README for suffix in row.suffixes)
     for reason in Reason.__args__:
         assert f"| `{reason}` |" in README
-    for _, suffixes in formats.WRITERS.values():
-        assert all(suffix in README for suffix in suffixes)
 
 
 def test_every_adapter_init_rule_and_preset_is_in_the_readme():

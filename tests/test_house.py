@@ -121,8 +121,7 @@ def test_every_room_has_a_floor_and_is_small() -> None:
 def test_formats_do_not_see_each_other() -> None:
     from ckptool import formats
 
-    rows = {Path(f"formats/{name}.py") for name in (*formats.READERS, "npz", "sharded", "unknown")}
-    others = {f"ckptool.formats.{path.stem}" for path in rows} | {"ckptool.formats"}
+    others = {row.module for row in formats.FORMATS} | {"ckptool.formats", "ckptool.formats.unknown"}
     assert [
         f"{path}:{line} imports {module}"
         for path in files(PACKAGE)
@@ -132,12 +131,27 @@ def test_formats_do_not_see_each_other() -> None:
     ] == []
 
 
+def test_no_format_is_asked_for_by_name_outside_formats() -> None:
+    """But ``torch``, which is the name of a package too."""
+    words = {word for row in ckptool.formats.FORMATS for word in (row.name, row.label)} - {"torch"}
+    modules = {row.module for row in ckptool.formats.FORMATS}
+    found = []
+    for path in files(PACKAGE):
+        if path.parts[0] == "formats":
+            continue
+        found += [f"{path}:{line} imports {module}" for module, line, _ in imports(PACKAGE, path) if module in modules]
+        for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+            if isinstance(node, ast.Constant) and node.value in words:
+                found.append(f"{path}:{node.lineno} says {node.value!r}")
+    assert found == []
+
+
 def test_only_values_and_partial_import_numpy_and_torch_and_only_for_those_who_need_them() -> None:
     """Inside functions; numpy at the top of files in values too, but of blocks, which copies bytes."""
     found = []
     for path in files(PACKAGE):
         for module, line, later in imports(PACKAGE, path):
-            known = path.parts[0] in ("values", "partial") or path.stem in ("saving", "npz")
+            known = path.parts[0] in ("values", "partial") or path.stem in ("safetensors_file", "npz")
             at_top = module == "numpy" and path.parts[0] == "values" and path.stem != "blocks"
             if module.split(".")[0] in HEAVY and not (known and later) and not at_top:
                 found.append(f"{path}:{line} imports {module}")

@@ -76,17 +76,14 @@ CORE = (
     "core.tensor core.tree core.versions cli.progress text fnmatch math"
 )
 READ = (
-    f"{CORE} api core.roots formats io io.source io.zip_read pickling pickling.guard pickling.load "
+    f"{CORE} api core.roots formats io io.probe io.source io.zip_read pickling pickling.guard pickling.load "
     "pickling.torch_calls array bisect errno struct zlib _pickle"
 )
 WRITE = (
     f"{READ} cli.options core.aliases formats.layout io.leftovers io.output io.zip_write pickling.dump saving values "
     "values.blocks fcntl json mmap"
 )
-SAFETENSORS = (
-    "core.aliases formats.flat formats.safetensors formats.safetensors_file formats.streams formats.torch_legacy "
-    "formats.torch_zip json"
-)
+SAFETENSORS = "core.aliases formats.flat formats.safetensors formats.safetensors_file json"
 TORCH = "formats.torch_zip"
 MERGE = "ops ops.filter ops.notes"
 INSPECT = "cli.inspect core.pickled_names ops ops.inspect ops.notes"
@@ -103,11 +100,11 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} {INSPECT} json"),
     "inspect legacy": (
         ["inspect", FIXTURES / "resnet_legacy.pth"],
-        f"{READ} {TORCH} {INSPECT} formats.streams formats.torch_legacy",
+        f"{READ} {INSPECT} formats.streams formats.torch_legacy",
     ),
     "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} {INSPECT}"),
     "diff": (["diff", OLD, FULL], f"{READ} {TORCH} cli.diff ops ops.diff ops.notes"),
-    "diff safetensors": (["diff", SAFE, FULL], f"{READ} {SAFETENSORS} cli.diff ops ops.diff ops.notes"),
+    "diff safetensors": (["diff", SAFE, FULL], f"{READ} {TORCH} {SAFETENSORS} cli.diff ops ops.diff ops.notes"),
     "filter": (
         ["filter", "--match", FULL, OLD, "-o", "out.pth"],
         f"{WRITE} {TORCH} {MERGE} cli.filter cli.plans",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import ckptool
-from ckptool import saving
+from ckptool import formats, saving
 from ckptool.cli import options, render
 from ckptool.cli.progress import bar
 from ckptool.core.checkpoint import Checkpoint
@@ -16,13 +16,10 @@ from ckptool.errors import UsageError
 from ckptool.ops.convert import ConvertReport
 from ckptool.text import plural, size
 
-SUFFIX = {"torch": ".pth", "torch-legacy": ".legacy.pth", "safetensors": ".safetensors", "npz": ".npz", "sharded": ""}
-"""What the output's name ends with where none is given, by format."""
-
 
 def command(
     inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Checkpoints: files, indexes, directories.")],
-    to: Annotated[str | None, typer.Option(metavar="FORMAT", help=f"{', '.join(saving.FORMATS)}.")] = None,
+    to: Annotated[str | None, typer.Option(metavar="FORMAT", help=f"{', '.join(formats.names())}.")] = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write; else beside the input.")
     ] = None,
@@ -51,8 +48,8 @@ def command(
         raise UsageError("several inputs have no one output: leave out -o, each is written beside its input")
     if keep and dtype is None:
         raise UsageError("--keep goes with --dtype")
-    if to is not None and to not in saving.FORMATS:
-        raise UsageError(f"no format {to!r} can be written; there are {', '.join(saving.FORMATS)}")
+    if to is not None:
+        formats.named(to)  # the first thing to say of one that there is not
     limit = options.size(max_shard_size)
     if limit < 1:
         raise UsageError(f"{max_shard_size!r} leaves no room for a tensor")
@@ -104,11 +101,11 @@ def command(
 
 
 def beside(source: str, to: str) -> str:
-    """Returns the output's name beside the input: its stem with the format's suffix, or a directory for shards."""
+    """Returns the output's name beside the input: its stem with the format's ending."""
     path = os.path.normpath(source)
     name = re.sub(r"\.index(\.[\w-]+)?\.json$", "", path)
     stem = name if os.path.isdir(path) else saving.split_suffix(name)[0]
-    return f"{stem}-sharded" if to == "sharded" else f"{stem}{SUFFIX[to]}"
+    return stem + formats.named(to).ending
 
 
 def _lines(report: ConvertReport, dry_run: bool) -> list[str]:

@@ -98,8 +98,9 @@ def check_places(
     inputs: Sequence[Checkpoint],
 ) -> None:
     """Checks the names of all that will be written before anything is: none exists, is an input, or is another's."""
-    if output is not None and not saving.is_sharded(to):
-        saving.check_place(output, saving.SaveOptions(to, force, in_place), inputs)
+    options = saving.SaveOptions(to, force, in_place)
+    if output is not None and not options.into_directory:
+        saving.check_place(output, options, inputs)
     written = [path for path in (output, *beside) if path is not None]
     for number, path in enumerate(written):
         if any(saving.same_place(path, other) for other in written[:number]):

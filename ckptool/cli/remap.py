@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 import ckptool
-from ckptool import saving
+from ckptool import formats, saving
 from ckptool.cli import options, render
 from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint
@@ -105,14 +105,10 @@ def _document(report: RemapReport) -> dict[str, Any]:
 
 def _own_format(opened: Checkpoint, output: str) -> str | None:
     """Returns the input's format where the output's name says nothing, or nothing else."""
-    names = {"torch-zip": "torch", "torch-legacy": "torch-legacy", "torch-tar": "torch", "safetensors": "safetensors",
-             "hf-sharded": "sharded"}  # fmt: skip
-    known = saving.split_suffix(output)[1].lower() in saving.SUFFIXES
-    own = names.get(opened.format)
-    if not known:
-        return own
-    torch_suffix = not output.lower().endswith((".safetensors", ".npz"))
-    return "torch-legacy" if own == "torch-legacy" and torch_suffix else None
+    own, said = formats.labelled(opened.format), formats.by_suffix(output)
+    if own is None or (said is not None and said.name != own.family):
+        return None
+    return own.written_as or None if said is None else own.name if own.writes else None
 
 
 def _in_order(order: Sequence[str], given: dict[str, list[str]]) -> Rules:

@@ -1,31 +1,51 @@
-"""NumPy's archive of arrays, as `numpy.savez` writes it: a zip of stored members, one ``.npy`` per tensor.
+"""NumPy's archive of arrays, as `numpy.savez` writes it: a zip with one ``.npy`` per tensor; and one ``.npy`` alone.
 
-    NAME.npy    "\\x93NUMPY" 1 0 | header size (u16 little-endian) | header | elements, C order, little-endian
+    NAME.npy    "\\x93NUMPY" 1 0 | header size (u16 little-endian) | header | elements
                 {'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), } spaces "\\n"
 
-The elements begin on a multiple of 64 of the member. A header of version 2.0 is for more than 65,535 bytes, which
-only arrays with named fields can need. Two members cannot share bytes, so tied tensors are written once each.
+The elements begin on a multiple of 64 of the member. Versions 2.0 and 3.0 have four bytes for the header's size, which
+only arrays with named fields can need; Python 2 wrote sizes as ``2L``. Arrays are written in C order, little-endian, in
+members that are not compressed. Two members cannot share bytes, so tied tensors are written once each.
 Source: ``numpy/lib/_format_impl.py`` and ``numpy/lib/_npyio_impl.py`` (`NpzFile`) of numpy 2.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import struct
 from collections.abc import Mapping
 from itertools import chain
+from math import prod
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.core.tensor import TensorInfo
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride, is_countable
+from ckptool.core.tree import brief
+from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.formats import flat
-from ckptool.formats.layout import MapLocation
-from ckptool.io.output import Output
+from ckptool.io.probe import Probe
 from ckptool.io.source import Files
-from ckptool.io.zip_write import ZipWriter
-from ckptool.values.blocks import tensor_blocks
 
-NAME = "npz"
-SUFFIXES = (".npz",)
+if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
+    from ckptool.formats.layout import MapLocation
+    from ckptool.io.output import Output
+
+MAGIC = b"\x93NUMPY"
+
+MAX_TEXT = 10_000
+"""Bytes of a header: numpy's own limit."""
+
+FIELD = re.compile(
+    r"""\s*(?:
+        ["']descr["']\s*:\s*(?:["'](?P<descr>[^"'\\]*)["']|(?P<fields>\[.*\]))
+        |["']fortran_order["']\s*:\s*(?P<fortran>True|False)
+        |["']shape["']\s*:\s*\(\s*(?P<shape>(?:\d{1,19}L?\s*,\s*)+(?:\d{1,19}L?\s*)?)?\)
+    )\s*(?:,\s*|$)""",
+    re.ASCII | re.DOTALL | re.VERBOSE,
+)
+"""One of the three things that a header says."""
 
 MAX_DIMS = 64
 """Dimensions an array may have (numpy 2; 32 before)."""
@@ -40,8 +60,146 @@ DESCR = {
 }  # fmt: skip
 """torch's dtype -> numpy's; numpy lacks all others."""
 
+BY_DESCR = {descr[1:]: dtype for dtype, descr in DESCR.items()}
+
+NOT_READ = {
+    "O": "Python objects, which need pickle",
+    "U": "text",
+    "S": "bytes",
+    "M": "dates",
+    "m": "time spans",
+    "V": "raw bytes",  # of a bfloat16 or float8 numpy writes no more
+}
+"""What numpy has and a tensor cannot be, by the letter of its dtype."""
+
 FIRST_DAY = (1 << 5) + 1
 """Every member's date, 1 January 1980, the earliest a zip can say: the bytes must not depend on the time of writing."""
+
+
+class _Form(NamedTuple):
+    """What a header says."""
+
+    dtype: str
+    byteorder: Literal["little", "big"]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    nbytes: int
+
+
+def matches(probe: Probe) -> bool:
+    """Returns whether it is an array, or a zip archive that has one."""
+    return probe.head.startswith(MAGIC) or any(name.endswith(".npy") for name in probe.members)
+
+
+def read(probe: Probe) -> Checkpoint:
+    """Returns the checkpoint: a tensor for every array, or one with the file's name; reads the arrays' headers.
+
+    Raises: FormatError; UnsupportedError naming every array that is none of numbers.
+    """
+    file = probe.file
+    tree: dict[str, TensorInfo] = {}
+    refused: list[str] = []
+    forms: dict[bytes, _Form] = {}
+    with Files() as files:
+        if probe.head.startswith(MAGIC):
+            spans = {os.path.splitext(probe.name)[0]: file.span(0, file.size)}
+        else:
+            refused = [f"{name} (no array)" for name in probe.members if not name.endswith(".npy")]
+            spans = {name[:-4]: member.span for name, member in probe.members.items() if name.endswith(".npy")}
+        for name, span in spans.items():
+            try:
+                tree[name] = _tensor(name, span, files, forms)
+            except UnsupportedError as error:
+                refused.append(f"{name} ({error.message})")
+    if refused:
+        raise UnsupportedError(f"it holds what cannot be read as a tensor: {listed(refused, 20)}", file.path)
+    return Checkpoint(tree, url=file.path, nbytes=file.size)
+
+
+def _tensor(name: str, span: Span, files: Files, forms: dict[bytes, _Form]) -> TensorInfo:
+    """Returns the tensor of an array; ``forms`` are those of the headers met before. Raises: UnsupportedError."""
+    if span.member == "stored":  # a plain range, copied as it is
+        span = files.locate(span)._replace(member=None, packed=0, named=0)
+
+    head = _first(span, files, 256)
+    begin, size = (12, 4) if head[6:7] in b"\2\3" else (10, 2)
+    if head[:6] != MAGIC or head[6:8] not in (b"\1\0", b"\2\0", b"\3\0") or len(head) < begin:
+        raise FormatError(f"the array {brief(name)} does not begin as numpy's do", span.url)
+    end = begin + int.from_bytes(head[begin - size : begin], "little")
+    if end - begin > MAX_TEXT:
+        raise FormatError(
+            f"the array {brief(name)} has a header of {end - begin:,} bytes, more than numpy reads", span.url
+        )
+    if end > len(head):
+        head = _first(span, files, end)
+    text = head[begin:end]
+    if (form := forms.get(text)) is None:
+        form = forms[text] = _form(name, text, span.url)
+    if end + form.nbytes != span.nbytes:
+        what = f"{form.dtype} of shape {brief(list(form.shape))}, takes {form.nbytes} bytes"
+        raise FormatError(f"the array {brief(name)}, {what}; it has {span.nbytes - end}", span.url)
+    if span.member is None:
+        span, end = span._replace(offset=span.offset + end, nbytes=form.nbytes), 0
+    itemsize = DTYPES[form.dtype].bits // 8
+    if end % itemsize:
+        raise UnsupportedError(f"compressed, and its elements begin at byte {end}, between two of them")
+    storage = Storage(span, form.dtype, byteorder=form.byteorder)
+    return TensorInfo(form.dtype, form.shape, form.stride, end // itemsize, storage)
+
+
+def _first(span: Span, files: Files, nbytes: int) -> bytes:
+    """Returns the first bytes of a span, all of a shorter one."""
+    data = b""
+    nbytes = min(nbytes, span.nbytes)
+    for block in files.blocks(span, 0, nbytes):
+        data += block
+        if len(data) == nbytes:  # what is behind them need not be inflated
+            break
+    return data
+
+
+def _form(name: str, text: bytes, path: str) -> _Form:
+    """Returns what a header says. Raises: FormatError; UnsupportedError for what torch has no dtype for."""
+    said: dict[str, str] = {}
+    literal = text.decode("latin-1").strip(" \n")
+    at, last = 1, len(literal) - 1
+    while (field := FIELD.match(literal, at, last)) is not None and field.lastgroup not in said:
+        said[field.lastgroup or "shape"] = field[field.lastgroup] if field.lastgroup else ""
+        at = field.end()
+    if literal[:1] != "{" or literal[-1:] != "}" or at != last or len(said) != 3:
+        raise FormatError(f"the array {brief(name)} has no header as numpy writes it", path)
+    dtype, byteorder = _dtype(said.get("descr"))
+    shape = tuple(int(size.strip().rstrip("L")) for size in said["shape"].split(",") if size.strip())
+    if not is_countable(shape):
+        raise FormatError(f"the array {brief(name)} has shape {brief(shape)}: more elements than can be counted", path)
+    stride = contiguous_stride(shape[::-1])[::-1] if said["fortran"] == "True" else contiguous_stride(shape)
+    return _Form(dtype, byteorder, shape, stride, prod(shape) * DTYPES[dtype].bits // 8)
+
+
+def _dtype(descr: str | None) -> tuple[str, Literal["little", "big"]]:
+    """Returns torch's name of numpy's dtype (None: one with fields), and its byte order. Raises: UnsupportedError."""
+    if descr is None:
+        raise UnsupportedError("named fields")
+    order, kind = descr[:1], descr[1:]
+    dtype = BY_DESCR.get(kind)
+    if dtype is None or order not in ("<", ">", "|")[: 3 if DTYPES[dtype].bits == 8 else 2]:
+        raise UnsupportedError(f"{brief(descr)}: {NOT_READ.get(kind[:1], 'torch lacks it')}")
+    return dtype, "big" if order == ">" else "little"
+
+
+def prove(path: str) -> None:
+    """Has numpy read every array, one at a time, and its checksum. Raises: FormatError if it cannot."""
+    import zipfile
+    import zlib
+
+    import numpy as np
+
+    try:
+        with np.load(path) as archive:
+            for name in archive.files:
+                archive[name]
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError) as error:
+        raise FormatError(f"numpy cannot read what was written, and it was thrown away: {error}") from error
 
 
 def write(
@@ -51,21 +209,23 @@ def write(
 
     Raises: LossError naming every tensor numpy has no dtype for, and every name an archive cannot have.
     """
+    from ckptool.io.zip_write import ZipWriter
+    from ckptool.values.blocks import tensor_blocks
+
     tensors, heads = _headed(checkpoint)
     output.reserve(_nbytes(tensors, heads))
     archive = ZipWriter(output, date=FIRST_DAY)
     for name, tensor in tensors.items():
-        head = heads[name]
-        blocks = chain((head,), tensor_blocks(tensor, files))
-        archive.add_blocks(f"{name}.npy", len(head) + tensor.nbytes, blocks, None)
+        blocks = chain((heads[name],), tensor_blocks(tensor, files))
+        archive.add_blocks(f"{name}.npy", len(heads[name]) + tensor.nbytes, blocks, None)
     archive.close()
-    return _left_out(checkpoint, tensors)
+    return flat.left_out(checkpoint, ties=False)
 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
     """Returns what `write` would leave out, and about how many bytes it would write. Raises: as `write`."""
     tensors, heads = _headed(checkpoint)
-    return _left_out(checkpoint, tensors), _nbytes(tensors, heads)
+    return flat.left_out(checkpoint, ties=False), _nbytes(tensors, heads)
 
 
 def _headed(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, bytes]]:
@@ -77,11 +237,6 @@ def _headed(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, by
 
 def _nbytes(tensors: Mapping[str, TensorInfo], heads: Mapping[str, bytes]) -> int:
     return sum(len(heads[name]) + tensor.nbytes + 3 * len(name) + 256 for name, tensor in tensors.items())
-
-
-def _left_out(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    untied = (f"untied: {alias} = {kept}" for alias, kept in aliases.ties(tensors).items())
-    return (*flat.left_out(checkpoint), *untied)
 
 
 def _npy_header(tensor: TensorInfo) -> bytes:

@@ -26,6 +26,7 @@ from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride, is
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.formats import flat, safetensors_file
+from ckptool.io.probe import Probe
 from ckptool.io.source import Files, Source
 from ckptool.limits import MAX_HEADER, MAX_NESTING
 
@@ -33,26 +34,23 @@ if TYPE_CHECKING:
     from ckptool.formats.layout import MapLocation
     from ckptool.io.output import Output
 
-NAME = "safetensors"
-SUFFIXES = (".safetensors",)
-
 _SPACE = b" \t\r\n"
 
 
-def matches(file: Source) -> bool:
+def matches(probe: Probe) -> bool:
     """Returns whether it begins with a length and a JSON object."""
-    if file.size < 10:
+    if probe.size < 10:
         return False
-    head = file.read(0, min(file.size, 64))
-    text = head[8:].lstrip(_SPACE)
-    if not text and (nbytes := min(int.from_bytes(head[:8], "little"), file.size - 8)) <= MAX_HEADER.now():
-        text = file.read(8, nbytes).lstrip(_SPACE)
+    text = probe.head[8:].lstrip(_SPACE)
+    if not text and (nbytes := min(int.from_bytes(probe.head[:8], "little"), probe.size - 8)) <= MAX_HEADER.now():
+        text = probe.file.read(8, nbytes).lstrip(_SPACE)
     return text[:1] == b"{"
 
 
-def read(file: Source) -> Checkpoint:
+def read(probe: Probe) -> Checkpoint:
     """Returns the checkpoint; reads the header only. Raises: FormatError, LimitError, UnsupportedError."""
-    header_size = int.from_bytes(file.read(0, 8), "little")
+    file = probe.file
+    header_size = int.from_bytes(probe.head[:8], "little")
     if header_size > MAX_HEADER.now():
         raise MAX_HEADER.passed(f"its header claims {header_size:,} bytes, more than safetensors itself would read")
     start = 8 + header_size
@@ -76,7 +74,7 @@ def read(file: Source) -> Checkpoint:
         ranges.append((begin, end, name))
     _check_ranges(ranges, file.size - start)
     said = aliases.plain(metadata, tree)
-    return Checkpoint(aliases.restored(tree, metadata), format=NAME, url=file.path, nbytes=file.size, metadata=said)
+    return Checkpoint(aliases.restored(tree, metadata), url=file.path, nbytes=file.size, metadata=said)
 
 
 _DIGITS = bytes(0x30 if byte in b"0123456789" else 0 for byte in range(256))
@@ -244,6 +242,11 @@ def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tu
     """Returns what `write` would leave out, and how many bytes it would write. Raises: as `write`."""
     header, nbytes = safetensors_file.begin(*_stored(checkpoint))
     return flat.left_out(checkpoint), len(header) + nbytes
+
+
+def prove(path: str) -> None:
+    """Opens a file with the reference library. Raises: FormatError if it refuses the file."""
+    safetensors_file.prove(path)
 
 
 def _stored(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, str]]:

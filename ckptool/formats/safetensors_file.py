@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckptool.core import aliases
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Span, TensorInfo
-from ckptool.errors import LossError, listed
+from ckptool.errors import FormatError, LossError, listed
 from ckptool.formats import flat
 from ckptool.io.source import Files
 from ckptool.limits import MAX_HEADER
@@ -94,3 +94,14 @@ def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output
         else:
             for block in blocks_ahead(piece, files):
                 output.write(block)
+
+
+def prove(path: str) -> None:
+    """Opens a file with the reference library, which checks the whole header. Raises: FormatError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"the reference library refuses what was written: {error}") from error

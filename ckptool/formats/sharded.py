@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from ckptool.errors import (
     CkptoolError,
     FormatError,
     OutputError,
-    UnreadableError,
     UnsupportedError,
     UsageError,
     explain,
@@ -33,10 +32,11 @@ from ckptool.formats import flat, safetensors_file
 from ckptool.formats.layout import MapLocation
 from ckptool.io.leftovers import held, leftovers, locked, sweep
 from ckptool.io.output import EXISTS, Output, commit_set
+from ckptool.io.probe import Probe
 from ckptool.io.source import Files, LocalFile, Source, names_in
 from ckptool.limits import MAX_INDEX
 
-NAME = "hf-sharded"
+LABEL = "hf-sharded"
 
 INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json$")
 
@@ -48,28 +48,23 @@ WHOLE = "model.safetensors"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 WRITTEN_INDEX = "model.safetensors.index.json"
 WRITTEN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
-"""All names that `write_directory` gives."""
+"""All names that `write` gives."""
 
 Open = Callable[[str], Checkpoint]
 
 
-def matches(file: Source) -> bool:
-    """Returns whether it is an index: JSON with a weight_map."""
-    if not INDEX.match(os.path.basename(file.path)):
-        return False
-    return file.read(0, min(file.size, 256)).lstrip()[:1] == b"{"
+def matches(probe: Probe) -> bool:
+    """Returns whether it is an index, JSON with a weight_map; or a directory with one, or with a file of weights."""
+    if probe.is_directory:
+        return find(probe.path, probe.names) is not None
+    return INDEX.match(probe.name) is not None and probe.head.lstrip()[:1] == b"{"
 
 
-def find(directory: str) -> str:
-    """Returns the index or the single file that a directory of weights is read by.
+def find(directory: str, names: Sequence[str]) -> str | None:
+    """Returns the index, the single file or the directory below that a directory of weights is read by, if any.
 
-    Raises: FormatError if there is none, UnsupportedError if there are several, or another layout's marks.
+    Raises: UnsupportedError if there are several, FormatError if a set of shards is there in part.
     """
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise UnreadableError(f"cannot be read: {explain(error)}", directory) from error
-    _refuse_neighbours(directory, names)
     _refuse_unfinished(directory, names)
     indexes = [name for name in names if INDEX.match(name) and name != "model_index.json"]
     singles = [name for name in SINGLE if name in names]
@@ -82,46 +77,28 @@ def find(directory: str) -> str:
         parts = [name for name in names if os.path.isdir(os.path.join(directory, name))]
         held = [name for name in parts if _holds_weights(os.path.join(directory, name))]
         if len(held) == 1:
-            return find(os.path.join(directory, held[0]))
+            return os.path.join(directory, held[0])
         raise UnsupportedError(f"a pipeline of several models: name one of {listed(held)}", directory)
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".pt", ".ckpt"))]
-    if len(weights) == 1:
-        return os.path.join(directory, weights[0])
-    if weights:
+    if len(weights) > 1:
         raise UnsupportedError(
             f"{len(weights)} files of weights and no index: name one of {listed(weights)}", directory
         )
-    raise FormatError("a directory without an index or a file of weights", directory)
+    return os.path.join(directory, weights[0]) if weights else None
 
 
 def _holds_weights(directory: str) -> bool:
     return any(INDEX.match(name) or name.endswith((".safetensors", ".bin")) for name in os.listdir(directory))
 
 
-def _refuse_neighbours(directory: str, names: list[str]) -> None:
-    kind = None
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        kind = "a torch.distributed checkpoint (DCP)"
-    elif any(re.match(r"shard-\d+-", name) for name in names):
-        kind = "a torch.distributed checkpoint in Hugging Face's files"
-    elif "latest_checkpointed_iteration.txt" in names:
-        kind = "a Megatron-LM checkpoint"
-    elif "latest" in names or any(name.startswith(("zero_pp_rank_", "bf16_zero_pp_rank_")) for name in names):
-        kind = "a DeepSpeed checkpoint"
-    elif any(name.startswith("mp_rank_") for name in names):
-        kind = "one iteration of a Megatron-LM or DeepSpeed checkpoint"
-    if kind:
-        raise UnsupportedError(f"{kind}, which is not supported yet", directory)
-
-
-def _refuse_unfinished(directory: str, names: list[str]) -> None:
+def _refuse_unfinished(directory: str, names: Sequence[str]) -> None:
     """Raises FormatError where shards have their names and their index has not: some may be old, and some not there."""
     if WRITTEN_INDEX in names or WHOLE in names:
         return
     aside = leftovers(names, "old")
     begun = leftovers(names, "partial", of=WRITTEN_INDEX)
     if any(held(os.path.join(directory, name)) for name in begun):
-        if aside or any(WRITTEN.fullmatch(name) for name in names):
+        if aside or any(is_ours(name) for name in names):
             raise FormatError("another run is giving its files their names; try again", directory)
     elif aside:
         raise FormatError(
@@ -129,17 +106,20 @@ def _refuse_unfinished(directory: str, names: list[str]) -> None:
             f"({listed(aside, 3)}), or write there again with --force",
             directory,
         )
-    elif begun and any(WRITTEN.fullmatch(name) for name in names):
+    elif begun and any(is_ours(name) for name in names):
         raise FormatError("a run that was writing its files was killed; write there again", directory)
 
 
-def read(file: Source, open_: Open) -> Checkpoint:
-    """Returns one checkpoint of all shards, whose headers ``open_`` reads.
+def read(probe: Probe, open_: Open) -> Checkpoint:
+    """Returns one checkpoint of all shards, whose headers ``open_`` reads; of a directory, what `find` gives.
 
     Keys come in the order of the shards' names, then of each shard. Missing shards and tensors do not raise:
     `Checkpoint.problems` names them and `Checkpoint.broken` is set, so that only looking is possible.
     Raises: FormatError for an index that is none, or names a file outside its directory.
     """
+    if probe.is_directory:
+        return open_(str(find(probe.path, probe.names)))
+    file = probe.file
     index = _index(file)
     weight_map: dict[str, str] = index.get("weight_map", index)
     directory = os.path.dirname(file.path)
@@ -183,7 +163,7 @@ def read(file: Source, open_: Open) -> Checkpoint:
     problems += _wrong_size(index, tree)
     return Checkpoint(
         aliases.restored(tree, said),
-        format=NAME,
+        format=LABEL,
         url=file.path,
         nbytes=nbytes,
         metadata={**metadata, **aliases.plain(said, tree)},
@@ -235,7 +215,7 @@ def _natural(name: str) -> list[Any]:
 
 
 def plan(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[str, dict[str, TensorInfo]]:
-    """Returns {file name: its tensors}, in order: the files of weights that `write_directory` would write.
+    """Returns {file name: its tensors}, in order: the files of weights that `write` would write.
 
     Shards are runs of the state_dict of at most ``max_shard_size`` bytes of tensors; a larger tensor has a shard
     of its own. Aliases of tied tensors are in none. One shard is `WHOLE`, and has no index. Raises: UsageError.
@@ -258,6 +238,11 @@ def plan(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[str, di
     return {SHARD.format(number, len(shards)): shard for number, shard in enumerate(shards, 1)}
 
 
+def is_ours(name: str) -> bool:
+    """Returns whether it is one of the names that `write` gives."""
+    return WRITTEN.fullmatch(name) is not None
+
+
 class Written(NamedTuple):
     """What became of a directory: what is left out, bytes of all files, and what else to know."""
 
@@ -266,16 +251,16 @@ class Written(NamedTuple):
     notes: tuple[str, ...]
 
 
-def write_directory(
+def write(
     checkpoint: Checkpoint,
     directory: str,
     files: Files,
+    map_location: MapLocation | None = None,
     *,
     max_shard_size: int,
     force: bool = False,
     fsync: bool = True,
-    map_location: MapLocation | None = None,
-    check: Callable[[list[str]], None] | None = None,
+    verify: Callable[[list[str]], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Written:
     """Writes the state_dict at root as shards and their index, streaming; returns what became of it.
@@ -283,7 +268,7 @@ def write_directory(
     ``max_shard_size`` counts bytes of tensors. The directory is made if absent (its parent is not). The files
     get their names when all are written, the index last; if anything fails none of them is left, nor a
     directory made for them, and what ``force`` had replaced by then is there again. Other files are not touched.
-    ``check`` is handed the paths of the finished shards before they get their names, and may raise; ``progress``
+    ``verify`` is handed the paths of the finished shards before they get their names, and may raise; ``progress``
     is told the bytes as they are written.
 
     Killed while names are given, there is no index, and what was replaced lies beside as
@@ -319,8 +304,8 @@ def write_directory(
             index.write(_index_text({"metadata": said, "weight_map": weight_map}))
             index.readers = files.mode
             index.finished()
-        if check is not None:
-            check(written)
+        if verify is not None:
+            verify(written)
         with locked(directory):  # another run's set comes before or after ours, never in between
             _refuse_places(directory, shards, force)
             before = stale(directory)
@@ -330,10 +315,15 @@ def write_directory(
     return Written(flat.left_out(checkpoint), nbytes, notes)
 
 
+def prove(path: str) -> None:
+    """Opens a shard with the reference library. Raises: FormatError if it refuses the file."""
+    safetensors_file.prove(path)
+
+
 def check(
     checkpoint: Checkpoint, directory: str, *, max_shard_size: int, force: bool = False
 ) -> tuple[tuple[str, ...], int]:
-    """Returns what `write_directory` would leave out, and how many bytes of shards it would write. Raises: as it."""
+    """Returns what `write` would leave out, and how many bytes of shards it would write. Raises: as it."""
     shards, _ = _contents(checkpoint, max_shard_size)
     _refuse_places(directory, shards, force)
     sizes = [safetensors_file.begin(shard, metadata) for shard, metadata in shards.values()]
@@ -399,12 +389,12 @@ def _recover(directory: str) -> None:
     """Ends what runs that were killed had begun in a directory: takes it back, and removes what they left."""
     real = os.path.realpath(directory)
     with locked(directory):  # two that take back at once, and a third that begins between, would mix their sets
-        links = [name for name in names_in(directory) if WRITTEN.fullmatch(name)]
+        links = [name for name in names_in(directory) if is_ours(name)]
         targets = {os.path.realpath(os.path.join(directory, name)) for name in links}
 
         def meant(place: str) -> bool:
             parent, name = os.path.split(place)
-            return place in targets or (parent == real and WRITTEN.fullmatch(name) is not None)
+            return place in targets or (parent == real and is_ours(name))
 
         last = os.path.realpath(os.path.join(directory, WRITTEN_INDEX))
         sweep({real, *map(os.path.dirname, targets)}, meant, last)

@@ -18,30 +18,30 @@ from ckptool.core.tensor import Derived, Storage, TensorInfo
 from ckptool.core.tree import Global, brief, path_text, walk
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.formats.streams import PickleStream
-from ckptool.io.source import Files, Source
+from ckptool.io.probe import Probe
+from ckptool.io.source import Files
 from ckptool.pickling import torch_calls as rebuild
 
 if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
     from ckptool.formats.layout import Layout, MapLocation
     from ckptool.io.output import Output
 
-NAME = "torch-legacy"
-SUFFIXES: tuple[str, ...] = ()
 MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 VERSION = 1001
 
 
-def matches(file: Source) -> bool:
+def matches(probe: Probe) -> bool:
     """Returns whether it begins with the pickled magic number."""
-    return file.size >= len(MAGIC) and file.read(0, len(MAGIC)) == MAGIC
+    return probe.head.startswith(MAGIC)
 
 
-def read(file: Source) -> Checkpoint:
+def read(probe: Probe) -> Checkpoint:
     """Returns the checkpoint; reads the pickles and one number per storage, no data.
 
     The tree's pickle comes before the sizes that say where its storages lie, so the machine runs over it
     twice: once for the storages' types, once for the tree. Raises: FormatError, LimitError.
     """
+    file = probe.file
     stream = PickleStream(file, len(MAGIC))
     if stream.pickle() != VERSION:
         raise FormatError("an unknown version of torch's legacy format (1001 is the only one)", file.path)
@@ -89,7 +89,7 @@ def read(file: Source) -> Checkpoint:
 
     again = PickleStream(file, start, behind)
     tree = again.pickle(rebuild.builders, persistent_load)
-    return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=tuple(stream.names))
+    return Checkpoint(tree, url=file.path, nbytes=file.size, names=tuple(stream.names))
 
 
 def _is_module(pid: object) -> bool:

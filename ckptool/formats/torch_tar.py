@@ -21,11 +21,10 @@ from ckptool.core.tensor import Storage, TensorInfo
 from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError
 from ckptool.formats.streams import PickleStream
+from ckptool.io.probe import Probe
 from ckptool.io.source import Source
 from ckptool.limits import MAX_DIMS, MAX_PAX, MAX_TAR_ITEMS, MAX_TAR_MEMBERS
 from ckptool.pickling import torch_calls as rebuild
-
-NAME = "torch-tar"
 
 MEMBERS = ("storages", "tensors", "pickle")
 
@@ -48,13 +47,14 @@ class Header(NamedTuple):
     size: int
 
 
-def matches(file: Source) -> bool:
+def matches(probe: Probe) -> bool:
     """Returns whether it is a tar archive."""
-    return file.size >= 512 and file.read(257, 5) == b"ustar"
+    return len(probe.head) >= BLOCK and probe.head[257:262] == b"ustar"
 
 
-def read(file: Source) -> Checkpoint:
+def read(probe: Probe) -> Checkpoint:
     """Returns the checkpoint; reads the pickles and numbers, no data. Raises: FormatError, LimitError."""
+    file = probe.file
     places = _places(file)
     names: dict[tuple[str, str], None] = {}
     storages: dict[Any, Storage | rebuild.StorageView] = {}
@@ -103,7 +103,7 @@ def read(file: Source) -> Checkpoint:
     stream = PickleStream(file, *places["pickle"])
     tree = stream.pickle(rebuild.builders, persistent_load)
     names.update(stream.names)
-    return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=tuple(names))
+    return Checkpoint(tree, url=file.path, nbytes=file.size, names=tuple(names))
 
 
 def _places(file: Source) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ Source: ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc`` 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptool.core.checkpoint import Checkpoint
@@ -21,8 +21,9 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Span, Storage
 from ckptool.core.tree import brief, path_text
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
-from ckptool.io.source import Files, Source
-from ckptool.io.zip_read import Member, is_zip, read_directory, read_small
+from ckptool.io.probe import Probe
+from ckptool.io.source import Files
+from ckptool.io.zip_read import read_small
 from ckptool.limits import MAX_BYTEORDER, MAX_PICKLE
 from ckptool.pickling import load as pickles
 from ckptool.pickling import torch_calls as rebuild
@@ -33,23 +34,21 @@ if TYPE_CHECKING:
     from ckptool.io.output import Output
     from ckptool.io.zip_write import Record
 
-NAME = "torch-zip"
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar")
+
+def matches(probe: Probe) -> bool:
+    """Returns whether it is one of torch.save: TorchScript is told by its constants.pkl, by torch.load too."""
+    root = _root_of(probe)
+    return f"{root}/data.pkl" in probe.members and f"{root}/constants.pkl" not in probe.members
 
 
-def matches(file: Source) -> bool:
-    """Returns whether it is a zip archive; `read` tells torch's own from its neighbours."""
-    return is_zip(file)
+def _root_of(probe: Probe) -> str:
+    return next(iter(probe.members), "").split("/", 1)[0]
 
 
-def read(file: Source) -> Checkpoint:
-    """Returns the checkpoint; reads the zip directory and data.pkl.
-
-    Raises: FormatError, LimitError; UnsupportedError for TorchScript, torch.export, torch.package and npz.
-    """
-    members = read_directory(file)
-    root = next(iter(members), "").split("/", 1)[0]
-    _refuse_neighbours(file, root, members)
+def read(probe: Probe) -> Checkpoint:
+    """Returns the checkpoint; reads the zip directory and data.pkl. Raises: FormatError, LimitError."""
+    file, members, root = probe.file, probe.members, _root_of(probe)
+    _refuse_ambiguous(probe, root)
     prefix = f"{root}/data/"
     order = read_small(file, members, f"{root}/byteorder", MAX_BYTEORDER)
     if order not in (None, b"little", b"big"):
@@ -90,29 +89,17 @@ def read(file: Source) -> Checkpoint:
     tree, names = pickles.load(
         pickled, builders=rebuild.builders, persistent_load=persistent_load, closed=rebuild.makes_closed_leaves
     )
-    return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=names)
+    return Checkpoint(tree, url=file.path, nbytes=file.size, names=names)
 
 
-def _refuse_neighbours(file: Source, root: str, members: Mapping[str, Member]) -> None:
-    """Says by name which other kind of zip archive this is; refuses names that torch may take for another."""
+def _refuse_ambiguous(probe: Probe, root: str) -> None:
+    """Raises FormatError for names that torch refuses, or may take for another."""
+    file, members = probe.file, probe.members
     data = f"{root}/data/"
     names = {name for name in members if not (name.startswith(data) and name[len(data) :].isdecimal())}
-    inner = {name.split("/", 1)[1] for name in names if name.startswith(f"{root}/")}
-    kind = None
-    if "constants.pkl" in inner or "model.json" in inner:
-        kind = "a TorchScript archive (torch.jit.save)"
-    elif "archive_format" in inner or "serialized_state_dict.pt" in names:
-        kind = "a torch.export archive (.pt2)"
-    elif ".data/extern_modules" in inner:
-        kind = "a torch.package archive"
-    elif any(name.endswith(".npy") for name in names):
-        kind = "a NumPy archive (.npz)"
-    if kind:
-        raise UnsupportedError(f"{kind}, which is not supported yet", file.path)
-    if "data.pkl" not in inner:
-        raise FormatError("a zip archive without data.pkl: not made by torch.save", file.path)
     if any(not name.startswith(f"{root}/") for name in names):
         raise FormatError(f"its members are not all below {root}/: torch.load refuses it too", file.path)
+    inner = {name.split("/", 1)[1] for name in names}
     alike = Counter(name.lower() for name in inner) + Counter(
         name.lower() for name in inner if name != name.lower() and f"{root}/{name.lower()}" in members
     )

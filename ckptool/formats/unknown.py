@@ -1,29 +1,49 @@
-"""Files that carry a checkpoint's name and are none: each is called by its own."""
+"""What no format here reads, though it may carry a checkpoint's name: each is called by its own."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+import re
 
-from ckptool.errors import FormatError, UnsupportedError
-from ckptool.io.source import Source
+from ckptool.errors import CkptoolError, FormatError, UnsupportedError
+from ckptool.io.probe import Probe
+from ckptool.io.zip_read import is_zip
+
+LAYOUTS = {
+    r"\.metadata|.*\.distcp": "a torch.distributed checkpoint (DCP)",
+    r"shard-\d+-.*": "a torch.distributed checkpoint in Hugging Face's files",
+    r"latest_checkpointed_iteration\.txt": "a Megatron-LM checkpoint",
+    r"latest|(bf16_)?zero_pp_rank_.*": "a DeepSpeed checkpoint",
+    r"mp_rank_.*": "one iteration of a Megatron-LM or DeepSpeed checkpoint",
+}
+"""Names in directories of other tools, which often hold files of weights too; what is matched first counts."""
 
 
-def refuse(file: Source) -> NoReturn:
-    """Raises the error that says what the file is instead of a checkpoint."""
-    head = file.read(0, min(file.size, 512))
+def refuse_layout(probe: Probe) -> None:
+    """Raises UnsupportedError for a directory that another tool has written."""
+    for mark, kind in LAYOUTS.items():
+        if any(re.fullmatch(mark, name, re.DOTALL) for name in probe.names):
+            raise UnsupportedError(f"{kind}, which is not supported yet", probe.path)
+
+
+def refusal(probe: Probe) -> CkptoolError:
+    """Returns the error that says what it is instead of a checkpoint."""
+    if probe.is_directory:
+        return FormatError("a directory without an index or a file of weights", probe.path)
+    file, head = probe.file, probe.head
+    if is_zip(file):
+        return _archive(probe)
     text = head.lstrip().lower()
     if not head:
-        raise FormatError("an empty file (0 bytes)", file.path)
+        return FormatError("an empty file (0 bytes)", file.path)
     if head.startswith(b"version https://git-lfs"):
-        raise FormatError("a Git LFS pointer, not the file itself: run `git lfs pull`", file.path)
+        return FormatError("a Git LFS pointer, not the file itself: run `git lfs pull`", file.path)
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
-        raise FormatError("an HTML or XML page, not a checkpoint: the download gave an error page", file.path)
+        return FormatError("an HTML or XML page, not a checkpoint: the download gave an error page", file.path)
     if head.startswith(b"PK\x05\x06"):
-        raise FormatError("an empty zip archive", file.path)
+        return FormatError("an empty zip archive", file.path)
     named = {
         b"GGUF": "a GGUF file",
         b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras .h5)",
-        b"\x93NUMPY": "a NumPy array (.npy)",
         b"\x1f\x8b": "a gzip file: gunzip it first",
         b"BZh": "a bzip2 file: bunzip2 it first",
         b"\xfd7zXZ": "an xz file: unxz it first",
@@ -33,16 +53,28 @@ def refuse(file: Source) -> NoReturn:
     }
     for magic, kind in named.items():
         if head.startswith(magic):
-            raise UnsupportedError(f"{kind}; it is not a format ckptool reads", file.path)
+            return UnsupportedError(f"{kind}; it is not a format ckptool reads", file.path)
     if head[4:8] in (b"ET12", b"TFL3"):
-        raise UnsupportedError("an ExecuTorch or TFLite program; it is not a format ckptool reads", file.path)
+        return UnsupportedError("an ExecuTorch or TFLite program; it is not a format ckptool reads", file.path)
     if head[:1] == b"\x80" and head[1:2] in b"\x00\x01\x02\x03\x04\x05" and len(head) > 2:
-        raise UnsupportedError("a plain pickle without torch's frame, which is not supported yet", file.path)
+        return UnsupportedError("a plain pickle without torch's frame, which is not supported yet", file.path)
     if file.size >= 8 and _is_huge_safetensors(head):
-        raise FormatError("neither a torch file nor safetensors (as the latter its header would be absurdly long)")
+        return FormatError("neither a torch file nor safetensors (as the latter its header would be absurdly long)")
     if text.startswith((b"{", b"[")):
-        raise FormatError("a JSON file; an index must be named *.index.json and have a weight_map", file.path)
-    raise FormatError("no checkpoint that ckptool knows: neither torch, safetensors nor an index", file.path)
+        return FormatError("a JSON file; an index must be named *.index.json and have a weight_map", file.path)
+    return FormatError("no checkpoint that ckptool knows: neither torch, safetensors nor an index", file.path)
+
+
+def _archive(probe: Probe) -> CkptoolError:
+    root = next(iter(probe.members), "").split("/", 1)[0]
+    for kind, marks in {
+        "a TorchScript archive (torch.jit.save)": (f"{root}/constants.pkl", f"{root}/model.json"),
+        "a torch.export archive (.pt2)": (f"{root}/archive_format", "serialized_state_dict.pt"),
+        "a torch.package archive": (f"{root}/.data/extern_modules",),
+    }.items():
+        if any(mark in probe.members for mark in marks):
+            return UnsupportedError(f"{kind}, which is not supported yet", probe.path)
+    return FormatError("a zip archive without data.pkl: not made by torch.save", probe.path)
 
 
 def _is_huge_safetensors(head: bytes) -> bool:

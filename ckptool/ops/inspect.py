@@ -97,18 +97,20 @@ class InspectReport:
     check: Check | None = None
 
 
-def inspect(checkpoint: Checkpoint) -> InspectReport:
-    """Returns the description of a checkpoint. Raises: NoTensorsError if there is no tensor at root."""
+def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
+    """Returns the description of a checkpoint; with the tensors' ``devices`` if its format records them.
+
+    Raises: NoTensorsError if there is no tensor at root.
+    """
     if not checkpoint.state_dict():
         checkpoint.require_whole()  # if shards are missing, that is the reason to give
     tensors = require_tensors(checkpoint)
     tied = checkpoint.shared()
     first_of = {key: group[0] for group in tied for key in group[1:]}
-    tagged = checkpoint.format != "safetensors"
     rows = [
         TensorRow(
             key, None if tensor.shape is None else list(tensor.shape), tensor.dtype, tensor.nbytes, first_of.get(key),
-            tensor.location if tagged else None, None if tensor.kind == "dense" else tensor.kind,
+            tensor.location if devices else None, None if tensor.kind == "dense" else tensor.kind,
         )
         for key, tensor in tensors.items()
     ]  # fmt: skip

@@ -256,16 +256,15 @@ def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files)
 
 
 def _urls(checkpoint: Checkpoint) -> list[str]:
-    """Returns the files with data, in the order of the tree."""
+    """Returns the files with data, in the order of the tree; without any, the one that was opened."""
     found: dict[str, None] = {}
-    if os.path.isfile(checkpoint.url) and checkpoint.format != "hf-sharded":
-        found[checkpoint.url] = None
     for _, node in walk(checkpoint.tree, inside=True):
         if isinstance(node, Storage):
             found[node.span.url] = None
         elif isinstance(node, TensorInfo):
             found.update((storage.span.url, None) for storage in node.storages())
-    return [url for url in found if url]
+    urls = [url for url in found if url]
+    return urls or ([checkpoint.url] if os.path.isfile(checkpoint.url) else [])
 
 
 def _moved(name: str, span: Span, files: Files) -> Finding | None:

@@ -49,7 +49,6 @@ BAD = {
     "html.pth": ("damaged", "HTML"),
     "json.pth": ("damaged", "JSON"),
     "lfs.pth": ("damaged", "git lfs pull"),
-    "npz.pth": ("unsupported", "NumPy archive"),
     "pickle.pth": ("unsupported", "plain pickle"),
     "text.pth": ("damaged", "no checkpoint that ckptool knows"),
     "torchscript.pth": ("unsupported", "TorchScript"),
@@ -57,6 +56,7 @@ BAD = {
     "truncated.safetensors": ("damaged", "truncated"),
     "absent.pth": ("unreadable", "no such file"),
     "folder": ("unreadable", ""),
+    "objects.npz": ("unsupported", "names ('|O': Python objects, which need pickle)"),
     "no-tensors.pth": ("no-tensors", "no tensors"),
 }
 

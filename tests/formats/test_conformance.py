@@ -19,6 +19,7 @@ import torch
 from everything import EVERY, NOT_IN_SAFETENSORS, SAFETENSORS, SAME_MEMORY, SHARDED, TORCH, truth
 from oracles import (
     FIXTURES,
+    Run,
     assert_identical,
     assert_same_tensors,
     bits,
@@ -30,24 +31,43 @@ from oracles import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ckptool import formats
+from ckptool import formats, saving
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span, Storage, TensorInfo
-from ckptool.errors import FormatError, LossError
-from ckptool.formats import sharded
-from ckptool.io.output import Output
+from ckptool.errors import DependencyError, FormatError, LossError
 from ckptool.io.source import Files
 from ckptool.values.blocks import read_bytes
 
+EXERCISE = formats.Format(
+    "exercise", "exercise", "exercise", (b"EXERCISE",), suffixes=(".exercise",), ending=".exercise"
+)
+"""A format that is one file (exercise.py) and this row: all here is asked of it too."""
+
+ROWS = {row.name: row for row in (*formats.FORMATS, EXERCISE)}
+
+
+@pytest.fixture(autouse=True)
+def _exercise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "FORMATS", tuple(ROWS.values()))
+
 
 def test_every_format_is_in_this_suite() -> None:
-    assert set(formats.WRITERS) == {"torch", "torch-legacy", "safetensors", "npz"}
     read = {open_checkpoint(FIXTURES / name).format for name in EVERY}
-    known = {formats._module(name).NAME for name in formats.READERS} | {"hf-sharded"}
-    assert read == known
+    assert read == {row.label for row in ROWS.values()} - {"exercise"}
+    assert set(WAYS) == {row.name for row in ROWS.values() if row.writes}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_a_module_has_what_its_row_promises(row: formats.Format) -> None:
+    module = row._import()
+    assert all(callable(getattr(module, name)) for name in ("matches", "read"))
+    assert all(callable(getattr(module, name)) for name in ("write", "check") if row.writes)
+    assert not row.writes or row.written_as == row.name
+    assert not row.suffixes or row.ending in row.suffixes
+    assert row.family in ROWS or not row.family
 
 
 @pytest.mark.parametrize("name", [name for name in SAME_MEMORY if name != "resnet_module.pth"])
@@ -160,10 +180,9 @@ def test_written_as_safetensors_the_library_reads_the_same_weights(name: str, tm
 LIMIT = 4096
 """Bytes of a shard: most fixtures have several then."""
 
-WAYS = ["torch", "torch-legacy", "safetensors", "sharded", "npz"]
-BACK = [way for way in WAYS if way != "npz"]  # numpy's archives are written only
-
-SUFFIX = {"torch": ".pth", "torch-legacy": ".old.pth", "safetensors": ".safetensors", "sharded": "", "npz": ".npz"}
+WAYS = [row.name for row in ROWS.values() if row.writes]
+LIBRARIES = [way for way in WAYS if way != "exercise"]
+TIES = {"torch", "torch-legacy", "safetensors", "sharded"}
 
 
 def holds(way: str, tensor: TensorInfo) -> bool:
@@ -175,19 +194,13 @@ def holds(way: str, tensor: TensorInfo) -> bool:
         return not untyped and tensor.kind != "nested_strided"
     if way in ("safetensors", "sharded"):
         return tensor.kind == "dense" and not re.match(r"complex32|complex128|bits", tensor.dtype)
-    return True
+    return way == "torch" or tensor.kind == "dense"
 
 
 def written(opened: Checkpoint, way: str, path: Path) -> Path:
     """Where a checkpoint's weights were written, as one of the `WAYS` does it."""
-    target = path.with_name(path.name + SUFFIX[way])
-    if way == "sharded":
-        with Files() as files:
-            sharded.write_directory(opened, str(target), files, max_shard_size=LIMIT)
-        return target
-    with Files() as files, Output(str(target)) as output:
-        formats.writer(str(target), way).write(opened, output, files)
-        output.commit()
+    target = path.with_name(path.name + ROWS[way].ending)
+    saving.save(opened, target, saving.SaveOptions(way, max_shard_size=LIMIT, fsync=False))
     return target
 
 
@@ -203,13 +216,13 @@ def digests(path: Path) -> dict[str, str]:
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
-@pytest.mark.parametrize("way", BACK)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", EVERY)
 def test_there_and_back_all_is_equal_ties_and_order_too(name: str, way: str, tmp_path: Path) -> None:
     opened = weights(name, way)
     back = open_checkpoint(written(opened, way, tmp_path / "there"))
     assert list(back.state_dict()) == list(opened.state_dict())
-    assert back.shared() == opened.shared()
+    assert back.shared() == (opened.shared() if way in TIES else [])
     assert (back.problems, back.broken) == ((), False)
     with Files() as files:
         for key, tensor in opened.state_dict().items():
@@ -224,7 +237,7 @@ def test_there_and_back_all_is_equal_ties_and_order_too(name: str, way: str, tmp
         assert {key: bits(loaded[key]) for key in expected} == {key: bits(value) for key, value in expected.items()}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LIBRARIES)
 @pytest.mark.parametrize("name", EVERY)
 def test_the_formats_own_library_reads_the_same_weights(name: str, way: str, tmp_path: Path) -> None:
     opened = weights(name, way)
@@ -258,8 +271,27 @@ def test_two_runs_give_the_same_bytes(name: str, way: str, tmp_path: Path) -> No
     opened = open_checkpoint(FIXTURES / name) if way == "torch" else weights(name, way)
     one, other = (written(opened, way, tmp_path / stem) for stem in ("a", "b"))  # the name must not matter either
     assert digests(one) == digests(other)
-    if way in BACK:
-        assert digests(written(open_checkpoint(one), way, tmp_path / "c")) == digests(one)
+    assert digests(written(open_checkpoint(one), way, tmp_path / "c")) == digests(one)
+
+
+@pytest.mark.parametrize("name", ["resnet_nested.pth", "tied.pth"])
+def test_the_command_line_converts_to_the_exercise_and_back(name: str, run: Run) -> None:
+    assert run("convert", FIXTURES / name, "-o", "there.exercise", "--publish", "--dry-run")[0] == 0
+    assert run("convert", FIXTURES / name, "-o", "there.exercise")[::2] == (0, "")
+    code, out, _ = run("inspect", "there.exercise")
+    assert (code, "exercise, " in out) == (0, True)
+    assert run("convert", "there.exercise", "--to", "safetensors")[::2] == (0, "")
+    assert run("remap", "there.exercise", "--add-prefix", "x.", "-o", "same", "--verify")[::2] == (0, "")
+    assert open_checkpoint("same").format == "exercise"
+    assert run("diff", FIXTURES / name, "there.safetensors", "--values")[::2] == (0, "")
+
+
+def test_a_library_that_a_format_needs_and_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("there").write_bytes(b"EXERCISE")
+    row = EXERCISE._replace(module="exercise_is_not_there", extra="exercises")
+    monkeypatch.setattr(formats, "FORMATS", (row,))
+    with pytest.raises(DependencyError, match=r"pip install 'ckptool\[exercises\]'"):
+        open_checkpoint("there")
 
 
 @pytest.mark.parametrize("way", WAYS)

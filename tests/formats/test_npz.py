@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from ckptool.api import save
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Span, Storage, TensorInfo
-from ckptool.errors import CkptoolError, LossError
+from ckptool.errors import CkptoolError, FormatError, LossError, UnsupportedError
 from ckptool.formats import npz, read
+from ckptool.io.source import Files
+from ckptool.values.blocks import read_bytes
 
 Saved = Callable[..., Path]
 
@@ -189,7 +192,145 @@ def test_two_runs_give_the_same_bytes_and_a_failure_leaves_nothing(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz", "cut.pth"]
 
 
-def test_reading_one_says_what_it_is(tmp_path: Path) -> None:
-    save(open_checkpoint(FIXTURES / "resnet_old.pth"), tmp_path / "out.npz")
-    with pytest.raises(CkptoolError, match="NumPy archive"):
-        read(str(tmp_path / "out.npz"))
+# --- reading: numpy.load is the oracle -------------------------------------------------------------------------------
+
+
+def assert_as_numpy(path: Path) -> None:
+    loaded = np.load(path, allow_pickle=False)
+    expected = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    found = read(str(path)).state_dict()
+    assert list(found) == list(expected)
+    with Files() as files:
+        for name, array in expected.items():
+            tensor = found[name]
+            assert (tensor.shape, npz.DESCR[tensor.dtype][1:]) == (array.shape, array.dtype.str[1:]), name
+            native = array.astype(array.dtype.newbyteorder("="))
+            assert read_bytes(tensor, files) == native.tobytes(), name
+
+
+ARRAYS = {
+    f"{order}{kind}{fortran}": np.arange(24).reshape(2, 3, 4).astype(f"{order}{kind}", order=fortran)
+    for order in "<>" for kind in npz.BY_DESCR for fortran in "CF"
+} | {
+    "scalar": np.array(2.5, ">f8"), "empty": np.zeros((0, 3), "<f4"), "arr_0": np.ones(1), "a/b": np.ones((1, 2), "i1"),
+    "many": np.ones((1,) * 32), "ü": np.arange(3), "": np.arange(2), "one": np.ones((5, 1), order="F"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("save_", [np.savez, np.savez_compressed])
+def test_every_dtype_and_order_is_read_as_numpy_reads_it(save_: Callable[..., None], tmp_path: Path) -> None:
+    save_(tmp_path / "all.npz", **ARRAYS)
+    assert_as_numpy(tmp_path / "all.npz")
+    opened = open_checkpoint(tmp_path / "all.npz")
+    assert opened.format == "npz"
+    save(opened, tmp_path / "out.pth")
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert {key: bits(tensor) for key, tensor in loaded.items()} == {
+        key: array.astype(array.dtype.newbyteorder("=")).tobytes() for key, array in ARRAYS.items()
+    }
+    save(opened, tmp_path / "back.npz")
+    assert {key: a.tolist() for key, a in arrays(tmp_path / "back.npz").items()} == {
+        key: a.tolist() for key, a in ARRAYS.items()
+    }
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_an_array_alone_is_a_checkpoint_of_one_tensor(version: tuple[int, int], tmp_path: Path) -> None:
+    with (tmp_path / "kernel.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.asfortranarray(np.arange(6.0).reshape(2, 3)), version)
+    assert_as_numpy(tmp_path / "kernel.npy")
+    opened = open_checkpoint(tmp_path / "kernel.npy")
+    assert (opened.format, list(opened.state_dict())) == ("npy", ["kernel"])
+    assert open_checkpoint(tmp_path / "kernel.npy").to_torch()["kernel"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def npy(text: str, data: bytes = bytes(24), version: bytes = b"\x01\x00") -> bytes:
+    size = struct.pack("<H" if version[0] == 1 else "<I", len(text))
+    return b"\x93NUMPY" + version + size + text.encode("latin-1") + data
+
+
+PLAIN = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }"
+
+TAKEN = {
+    "as numpy writes it": npy(PLAIN),
+    "another order": npy("{'shape': (2, 3), 'descr': '<f4', 'fortran_order': False}"),
+    "no spaces, other quotes": npy('{"descr":"<f4","fortran_order":True,"shape":(2,3)}'),
+    "python 2": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2L, 3L), }"),
+    "one size": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (3,)}   \n"),
+    "long": npy(PLAIN + " " * 9000 + "\n"),
+}
+
+REFUSED = {
+    "an empty header": (npy(""), FormatError),
+    "no dict": (npy("[]"), FormatError),
+    "a key too many": (npy(PLAIN[:-1] + "'more': 1}"), FormatError),
+    "a key twice": (npy(PLAIN[:-1] + "'shape': (2, 3)}"), FormatError),
+    "a key absent": (npy("{'descr': '<f4', 'shape': (6,)}"), FormatError),
+    "a number for sizes": (npy(PLAIN.replace("(2, 3)", "6")), FormatError),
+    "no tuple": (npy(PLAIN.replace("(2, 3)", "(6)")), FormatError),
+    "a negative size": (npy(PLAIN.replace("(2, 3)", "(-2, -3)")), FormatError),
+    "a size too large": (npy(PLAIN.replace("2", str(1 << 62))), FormatError),
+    "digits without end": (npy(PLAIN.replace("2", "2" * 5000)), FormatError),
+    "code": (npy(PLAIN.replace("False", "print(1)")), FormatError),
+    "nested without end": (npy("(" * 9999), FormatError),
+    "data cut off": (npy(PLAIN, bytes(23)), FormatError),
+    "bytes behind": (npy(PLAIN, bytes(25)), FormatError),
+    "a header cut off": (npy(PLAIN)[:40], FormatError),
+    "nothing behind the mark": (b"\x93NUMPY", FormatError),
+    "an unknown version": (npy(PLAIN, version=b"\x04\x00"), FormatError),
+    "a header too long": (npy(PLAIN + " " * 11_000 + "\n"), FormatError),
+    "objects": (npy(PLAIN.replace("<f4", "|O")), UnsupportedError),
+    "text": (npy(PLAIN.replace("<f4", "<U1")), UnsupportedError),
+    "bytes": (npy(PLAIN.replace("<f4", "|S4")), UnsupportedError),
+    "dates": (npy(PLAIN.replace("<f4", "<M8[s]")), UnsupportedError),
+    "raw bytes": (npy(PLAIN.replace("<f4", "|V4")), UnsupportedError),
+    "a longer float": (npy(PLAIN.replace("<f4", "<f16")), UnsupportedError),
+    "fields": (npy(PLAIN.replace("'<f4'", "[('a', '<f4')]")), UnsupportedError),
+    "no byte order": (npy(PLAIN.replace("<f4", "|f4")), UnsupportedError),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_headers_that_numpy_takes_are_taken(name: str, tmp_path: Path) -> None:
+    (tmp_path / "w.npy").write_bytes(TAKEN[name])
+    assert_as_numpy(tmp_path / "w.npy")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_with_an_array_is_one_line_that_names_it(name: str, tmp_path: Path) -> None:
+    data, kind = REFUSED[name]
+    (tmp_path / "weight.npy").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "all.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("good.npy", npy(PLAIN + " " * (-(10 + len(PLAIN)) % 64)))
+        archive.writestr("weight.npy", data)
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(kind, match="weight") as caught:
+            read(str(path))
+        assert str(caught.value).count("\n") == 0
+        assert "good" not in str(caught.value)
+
+
+def test_nothing_of_an_array_of_objects_is_unpickled(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "touched",)
+
+    np.save(tmp_path / "weight.npy", np.array([Touch()], dtype=object), allow_pickle=True)
+    with pytest.raises(UnsupportedError, match="need pickle"):
+        read(str(tmp_path / "weight.npy"))
+    assert not (tmp_path / "touched").exists()
+
+
+def test_all_members_that_are_no_tensors_are_named_at_once(tmp_path: Path) -> None:
+    np.savez(tmp_path / "all.npz", w=np.ones(2), text=np.array("csr"), who=np.array([None]))
+    with zipfile.ZipFile(tmp_path / "all.npz", "a") as archive:
+        archive.writestr("config.json", "{}")
+    with pytest.raises(UnsupportedError, match=r"config\.json \(no array\), text \('<U3': text\), who \('\|O'"):
+        read(str(tmp_path / "all.npz"))
+
+
+def test_a_compressed_array_is_inflated_only_as_far_as_its_header(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "all.npz", **{f"zeros{n}": np.zeros(25_000_000, "u1") for n in range(4)})
+    start = time.process_time()
+    assert len(read(str(tmp_path / "all.npz")).state_dict()) == 4
+    assert time.process_time() - start < 0.5

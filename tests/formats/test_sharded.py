@@ -276,7 +276,7 @@ def test_a_variant_of_diffusers_is_found_inside_its_pipeline(tmp_path: Path) -> 
 
 def write(checkpoint: Checkpoint, directory: Path, limit: int, **options: Any) -> tuple[str, ...]:
     with Files() as files:
-        return sharded.write_directory(checkpoint, str(directory), files, max_shard_size=limit, **options).left_out
+        return sharded.write(checkpoint, str(directory), files, max_shard_size=limit, **options).left_out
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -493,7 +493,7 @@ def test_shards_are_checked_before_they_get_their_names(four: Checkpoint, tmp_pa
         raise FormatError("not what was meant")
 
     with pytest.raises(FormatError, match="not what was meant"):
-        write(four, tmp_path / "out", 80, check=check)
+        write(four, tmp_path / "out", 80, verify=check)
     assert seen == [["a", "b", "big", "c"]]
     assert not (tmp_path / "out").exists()
 

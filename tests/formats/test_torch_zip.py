@@ -118,7 +118,6 @@ def test_what_is_wrong_with_an_archive_is_said(
         ({"r/archive_format": b"pt2"}, "torch.export"),
         ({"serialized_state_dict.pt": b"", "version": b"1"}, "torch.export"),
         ({"r/.data/extern_modules": b""}, "torch.package"),
-        ({"w.npy": b"\x93NUMPY"}, "NumPy"),
     ],
     ids=str,
 )

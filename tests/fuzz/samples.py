@@ -14,6 +14,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -77,9 +78,21 @@ def pickled() -> bytes:
         return archive.read("archive/data.pkl")
 
 
+def npz() -> bytes:
+    made = io.BytesIO()
+    np.savez(made, a=np.arange(6.0).reshape(2, 3), b=np.array([1, 2], dtype=">i2"))
+    return made.getvalue()
+
+
+def npy() -> bytes:
+    made = io.BytesIO()
+    np.save(made, np.asfortranarray(np.arange(6, dtype="<f4").reshape(2, 3)))
+    return made.getvalue()
+
+
 SAMPLES = {
     "zip": torch_zip, "deflated": deflated, "legacy": torch_legacy, "tar": torch_tar, "safetensors": safetensors,
-    "index": index, "pickle": pickled,
+    "index": index, "pickle": pickled, "npz": npz, "npy": npy,
 }  # fmt: skip
 """Kinds of input -> what makes a sound one."""
 

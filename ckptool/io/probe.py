@@ -1,0 +1,52 @@
+"""What stands at a path, looked at once for all formats: the names in a directory, or an open file's first bytes."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+
+from ckptool.errors import UnreadableError, explain
+from ckptool.io.source import LocalFile, Source
+from ckptool.io.zip_read import Member, read_directory
+
+HEAD = 512
+"""Bytes that are read of every file: a tar archive's mark stands behind byte 257."""
+
+
+class Probe:
+    """A directory, or a file that is open while the probe is. ``head`` is how the file begins: 512 bytes at most."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.name = os.path.basename(path)
+        self.is_directory = os.path.isdir(path)
+        self._file = None if self.is_directory else LocalFile(path)
+        self.size = self._file.size if self._file else 0
+        self.head = self._file.read(0, min(HEAD, self.size)) if self._file else b""
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
+        if self._file:
+            self._file.__exit__(kind, *more)
+
+    @property
+    def file(self) -> Source:
+        """Returns the open file. Raises: UnreadableError for a directory."""
+        if self._file is None:
+            raise UnreadableError("is a directory", self.path)
+        return self._file
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Returns the names in the directory, sorted. Raises: UnreadableError."""
+        try:
+            return sorted(os.listdir(self.path))
+        except OSError as error:
+            raise UnreadableError(f"cannot be read: {explain(error)}", self.path) from error
+
+    @cached_property
+    def members(self) -> dict[str, Member]:
+        """Returns the members of a zip archive, in the order of its directory. Raises: as `read_directory`."""
+        return read_directory(self.file)
