@@ -44,8 +44,10 @@ def compiled(text: str) -> Pattern:
     regex = r"(?<![^.])"
     for segment in text.split("."):
         first = len(captures)
-        regex += "(?>"  # atomic: else a long key could be matched in a great number of ways, tried one after the other
-        for number, piece in enumerate(_CAPTURE.split(segment)):
+        pieces = _CAPTURE.split(segment)
+        # Atomic where captures meet in one segment: else the ways to match a long key would be tried one by one.
+        regex += "(?>" if len(pieces) > 3 else "(?:"
+        for number, piece in enumerate(pieces):
             if number % 2 == 0:
                 regex += re.escape(piece)
             elif piece == "*" or piece not in captures:
@@ -154,7 +156,8 @@ class Table:
         likely: list[_Line] = []
         for positions, frame in self._frames.get(len(parts), {}).items():
             likely += frame.get(tuple([parts[at] for at in positions]), ())
-        for number, old, new in sorted(likely) if len(likely) > 1 else likely:
-            if old.captured(key) is not None:
-                return number, None if new is None else old.substitute(new, key)
+        text = f"{key}."
+        for number, (regex, _, _), new in sorted(likely) if len(likely) > 1 else likely:
+            if regex.fullmatch(text):
+                return number, None if new is None else regex.sub(new, text)[:-1]
         return None
