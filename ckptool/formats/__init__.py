@@ -16,7 +16,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import CkptoolError, UsageError
 from ckptool.io.source import File
 
-READERS = ("torch_zip", "torch_legacy", "safetensors", "torch_tar")
+READERS = ("torch_zip", "torch_legacy", "safetensors", "torch_tar", "plain_pickle")
 """Modules of the single-file formats, in the order their marks are looked for."""
 
 WRITERS = {

@@ -20,6 +20,7 @@ from ckptool.errors import FormatError, LossError, UnsupportedError, listed
 from ckptool.formats.streams import PickleStream
 from ckptool.io.source import File, Files
 from ckptool.pickling import torch_calls as rebuild
+from ckptool.pickling.load import with_arrays
 
 if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
     from ckptool.formats.layout import Layout, MapLocation
@@ -27,13 +28,24 @@ if TYPE_CHECKING:  # what only an output needs is imported by the functions that
 
 NAME = "torch-legacy"
 SUFFIXES: tuple[str, ...] = ()
-MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+_NUMBER = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+MAGIC = b"\x80\x02" + _NUMBER
+_MAGICS = (
+    MAGIC, b"\x80\x03" + _NUMBER, *(b"\x80%c\x95\x0d" % n + bytes(7) + _NUMBER for n in (4, 5)),
+    b"L%dL\n." % 0x1950A86A20F9469CFC6C,
+)  # fmt: skip
+"""The magic number in the protocols 2 (torch's own), 3, 4 and 5, 0 and 1."""
 VERSION = 1001
 
 
 def matches(file: File) -> bool:
     """Returns whether it begins with the pickled magic number."""
-    return file.size >= len(MAGIC) and file.read(0, len(MAGIC)) == MAGIC
+    return _magic(file) is not None
+
+
+def _magic(file: File) -> bytes | None:
+    head = file.read(0, min(file.size, max(map(len, _MAGICS))))
+    return next((magic for magic in _MAGICS if head.startswith(magic)), None)
 
 
 def read(file: File) -> Checkpoint:
@@ -42,7 +54,7 @@ def read(file: File) -> Checkpoint:
     The tree's pickle comes before the sizes that say where its storages lie, so the machine runs over it
     twice: once for the storages' types, once for the tree. Raises: FormatError, LimitError.
     """
-    stream = PickleStream(file, len(MAGIC))
+    stream = PickleStream(file, len(_magic(file) or MAGIC))
     if stream.pickle() != VERSION:
         raise FormatError("an unknown version of torch's legacy format (1001 is the only one)", file.path)
     stream.pickle()
@@ -89,6 +101,7 @@ def read(file: File) -> Checkpoint:
 
     again = PickleStream(file, start, behind)
     tree = again.pickle(rebuild.builders, persistent_load)
+    tree = with_arrays(tree, stream.names, file.span(0, 0))
     return Checkpoint(tree, format=NAME, url=file.path, nbytes=file.size, names=tuple(stream.names))
 
 
@@ -170,6 +183,8 @@ def _refuse(checkpoint: Checkpoint, layout: Layout) -> None:
     refused: dict[str, None] = {}
     for path, node in walk(checkpoint.tree, inside=True):
         source = node.source if isinstance(node, TensorInfo) else node
+        if isinstance(node, TensorInfo) and node.array is not None:
+            continue
         if isinstance(source, (Storage, Derived)) and layout.written(source).dtype is None:
             kind = node.dtype if isinstance(node, TensorInfo) else "UntypedStorage"
         elif isinstance(node, TensorInfo) and node.kind == "nested_strided":

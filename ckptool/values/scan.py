@@ -222,6 +222,8 @@ def _soon(files: Files, span: Span) -> None:
 
     That it was changed meanwhile is nothing that a lenient job may keep to itself.
     """
+    if span.memory is not None:
+        return
     file = files.get(span)
     if span.nbytes > BATCH and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)

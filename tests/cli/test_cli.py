@@ -50,7 +50,6 @@ BAD = {
     "json.pth": ("damaged", "JSON"),
     "lfs.pth": ("damaged", "git lfs pull"),
     "npz.pth": ("unsupported", "NumPy archive"),
-    "pickle.pth": ("unsupported", "plain pickle"),
     "text.pth": ("damaged", "no checkpoint that ckptool knows"),
     "torchscript.pth": ("unsupported", "TorchScript"),
     "truncated.pth": ("damaged", "truncated"),
