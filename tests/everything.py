@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from oracles import FIXTURES, torch_load
+from oracles import FIXTURES, numbers, torch_load
 from safetensors.torch import load_file
 
 TORCH = sorted(
@@ -20,7 +21,7 @@ SAME_MEMORY = [name for name in TORCH if name != "tar_2016.pth"]
 SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
 SHARDED = ["sharded", "sharded_bin"]
 NUMPY = ["array.npy", "arrays.npz"]
-EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED, *NUMPY]
+EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED, *NUMPY, "detectron2.pkl"]
 
 # What safetensors has no place for; every other fixture must be writable.
 NOT_IN_SAFETENSORS = {
@@ -62,10 +63,15 @@ def truth(name: str) -> dict[str, torch.Tensor]:
             key: one if one.dtype.isnative else one.astype(one.dtype.newbyteorder()) for key, one in arrays.items()
         }
         return {key: torch.from_numpy(one) for key, one in native.items()}
-    loaded = torch_load(path)
+    loaded = pickle.loads(path.read_bytes()) if name == "detectron2.pkl" else torch_load(path)
     for step in ("state_dict", "model"):
         loaded = loaded.get(step, loaded)
-    return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+    return {key: made for key, made in tensors_of(loaded).items() if isinstance(made, torch.Tensor)}
+
+
+def tensors_of(loaded: dict[str, Any]) -> dict[str, Any]:
+    """What was loaded, with a tensor for every array of numbers."""
+    return {key: numbers(value) if isinstance(value, np.ndarray) else value for key, value in loaded.items()}
 
 
 def module_truth() -> dict[str, torch.Tensor]:
@@ -87,10 +93,10 @@ for folder in FOLDERS:
     EXPECTED |= listed
     PLACES |= {name: folder / name for name in listed}
 
-READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded")
+READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded", "pickle")
 # Words that the refusal must have: a format is refused by its name.
 REFUSED = {
-    "torchscript": "TorchScript", "torch.package": "torch.package", "pickle": "plain pickle", "deepspeed": "DeepSpeed",
+    "torchscript": "TorchScript", "torch.package": "torch.package", "deepspeed": "DeepSpeed",
     "megatron": "Megatron", "dcp": "DCP", "dcp-hf": "distributed",
 }  # fmt: skip
 GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
@@ -122,6 +123,11 @@ def bits(tensor: torch.Tensor) -> bytes:
     if flat.stride(0) != 1:  # of a single element torch calls any stride contiguous
         flat = flat.as_strided((flat.numel(),), (1,))
     return flat.view(torch.uint8).numpy().tobytes()
+
+
+def numbers(array: np.ndarray[Any, Any]) -> Any:
+    """NumPy's array as a tensor of the same strides; one of text or objects as it is."""
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="))) if array.dtype.kind in "fiucb" else array
 
 
 def parts(tensor: torch.Tensor) -> list[Any]:
@@ -254,7 +260,7 @@ class _Same:
 
     def check(self, node: Any, real: Any, where: str) -> None:
         if isinstance(node, TensorInfo):
-            self.tensor(node, real, where)
+            self.tensor(node, numbers(real) if isinstance(real, np.ndarray) else real, where)
             return
         if isinstance(node, (str, int, float, bytes, type(None))):
             assert type(node) is type(real), f"{where}: {node!r} and {real!r}"

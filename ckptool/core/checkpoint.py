@@ -101,7 +101,7 @@ class Checkpoint:
                 inner = {
                     path_text(path): node
                     for path, node in walk(value, closed=is_optimizer)
-                    if isinstance(node, TensorInfo)
+                    if isinstance(node, TensorInfo) and not node.is_beside
                 }
                 if inner:
                     found[key] = inner
@@ -219,7 +219,9 @@ def detached(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def is_flat(node: object) -> bool:
     """Returns whether a node is a dict with tensors directly in it (an empty dict is flat too)."""
     mapping = as_mapping(node)
-    return mapping is not None and (not mapping or any(isinstance(value, TensorInfo) for value in mapping.values()))
+    return mapping is not None and (
+        not mapping or any(isinstance(value, TensorInfo) and not value.is_beside for value in mapping.values())
+    )
 
 
 def _with_tensor(node: Any, path: Path, tensor: TensorInfo, url: str) -> Any:

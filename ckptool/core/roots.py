@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ckptool.core import keys, modules
 from ckptool.core.optimizers import is_optimizer
@@ -47,8 +47,8 @@ def find_root(tree: Any) -> Root:
         ]
         if not found:
             break
-        direct = sum(value.numel for value in mapping.values() if isinstance(value, TensorInfo))
-        if any(isinstance(value, TensorInfo) for value in mapping.values()) and (
+        direct = sum(value.numel for value in mapping.values() if _is_weight(value))
+        if any(_is_weight(value) for value in mapping.values()) and (
             direct >= max(_elements(mapping[name]) for name in found)
         ):
             others += [(*path, name) for name in found]  # key -> tensor, with something smaller among it
@@ -69,6 +69,10 @@ def _elements(node: Any) -> int:
     return sum(value.numel for _, value in walk(node, closed=is_optimizer) if isinstance(value, TensorInfo))
 
 
+def _is_weight(value: Any) -> TypeGuard[TensorInfo]:
+    return isinstance(value, TensorInfo) and not value.is_beside
+
+
 def holds_weights(node: Any) -> bool:
     """Returns whether a node is a module, or a dict with tensors in it that is no optimizer's."""
     if modules.is_module(node):
@@ -76,7 +80,7 @@ def holds_weights(node: Any) -> bool:
     if as_mapping(node) is None or is_optimizer(node):
         return False
     for seen, (_, value) in enumerate(walk(node, closed=is_optimizer)):
-        if isinstance(value, TensorInfo) or modules.is_module(value):
+        if _is_weight(value) or modules.is_module(value):
             return True
         if seen > _PROBE:
             break

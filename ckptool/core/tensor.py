@@ -35,7 +35,7 @@ class Span(NamedTuple):
     lengths only that header knows, and reading 100,000 of them to list keys would cost more than the listing.
     ``named`` is how long the name in it must be: what the archive's directory says.
     ``version`` tells the file that was opened from another that has taken its name since (see `io.source.Source`).
-    ``memory`` gives the bytes of what is in no file at all: a live model's.
+    ``memory`` gives the bytes of what is in no file at all, a live model's; or of an array inside a pickle.
     """
 
     url: str
@@ -46,6 +46,23 @@ class Span(NamedTuple):
     version: tuple[int, ...] | None = None
     memory: Callable[[], memoryview] | None = None
     named: int = 0
+
+
+class Array:
+    """The bytes of a pickled numpy array: the ``memory`` of its span.
+
+    ``nodes`` has, by the id of a tensor that it was read as, that tensor and what the pickle says: one that no
+    operation touched is written as the array it was. ``beside``: the pickle has tensors of torch too.
+    """
+
+    __slots__ = ("beside", "data", "nodes")
+
+    def __init__(self, data: bytes | bytearray | memoryview, beside: bool = False) -> None:
+        self.data, self.beside = data, beside
+        self.nodes: dict[int, tuple[TensorInfo, PyObject]] = {}
+
+    def __call__(self) -> memoryview:
+        return memoryview(self.data)
 
 
 @_frozen
@@ -227,6 +244,18 @@ class TensorInfo(Leaf):
         else:
             for tensor in self.source.inputs if isinstance(self.source, Derived) else self.source.parts:
                 yield from tensor.storages()
+
+    @property
+    def array(self) -> PyObject | None:
+        """Returns the numpy array that it is in a torch file, as pickled; None if it is none, or no longer that one."""
+        memory = self.source.span.memory if isinstance(self.source, Storage) else None
+        return memory.nodes.get(id(self), (None, None))[1] if isinstance(memory, Array) else None
+
+    @property
+    def is_beside(self) -> bool:
+        """Returns whether it is an array in a file of torch's tensors: a random state, a mean, and no weight."""
+        memory = self.source.span.memory if isinstance(self.source, Storage) else None
+        return isinstance(memory, Array) and memory.beside
 
     @property
     def is_contiguous(self) -> bool:

@@ -177,7 +177,7 @@ FORMATS = (
         suffixes=(".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar"),
     ),
     Format(
-        "torch-legacy", "torch-legacy", "ckptool.formats.torch_legacy", (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46",),
+        "torch-legacy", "torch-legacy", "ckptool.formats.torch_legacy", (b"\x80", b"L"),
         ending=".legacy.pth", holds=WHOLE, family="torch",
     ),
     Format(
@@ -193,8 +193,9 @@ FORMATS = (
         "sharded", "hf-sharded", "ckptool.formats.sharded", JSON, named=".index", is_directory=True,
         ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True),
     ),
+    Format("pickle", "pickle", "ckptool.formats.plain_pickle", (b"",), holds=WHOLE, family="torch"),
 )  # fmt: skip
-"""The formats, in the order in which those that may be asked of one path are asked."""
+"""The formats, in the order in which those that may be asked of one path are asked; a plain pickle has no mark."""
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one shard unless another limit is given: huggingface_hub's default."""

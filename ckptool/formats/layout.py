@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride, reach
-from ckptool.core.tree import nodes
+from ckptool.core.tree import PyObject, nodes
 from ckptool.errors import UnsupportedError
 from ckptool.io.source import Bytes, Files
 from ckptool.pickling import dump as picklewriter
@@ -43,10 +43,14 @@ class Layout:
         self._old: dict[int, Storage] = {}
         self._new: dict[int, tuple[Storage, int]] = {}
         self._contents: dict[int, Content] = {}
+        self._arrays: dict[int, PyObject] = {}
         lone: dict[int, TensorInfo] = {}
         whole: set[int] = set()
         for node in nodes(tree):
             if isinstance(node, TensorInfo):
+                if type(node.source) is Storage and node.source.span.memory is not None and (array := node.array):
+                    self._arrays[id(node)] = array
+                    continue
                 identity = id(node.source)
                 first = lone.setdefault(identity, node)
                 if first is not node and type(node.source) is not Opaque:
@@ -164,6 +168,8 @@ class Layout:
             source = tensor.source
             if isinstance(source, Opaque):
                 return source.node
+            if id(tensor) in self._arrays:
+                return self._arrays[id(tensor)]
             storage, offset, stride = self._placed(tensor)
             if tensor.extras is not None or storage.dtype is None:
                 return rebuild.call(tensor, storage, offset, stride)

@@ -21,18 +21,29 @@ from ckptool.formats.streams import PickleStream
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files
 from ckptool.pickling import torch_calls as rebuild
+from ckptool.pickling.load import with_arrays
 
 if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
     from ckptool.formats.layout import Layout, MapLocation
     from ckptool.io.output import Output
 
-MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+_NUMBER = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+MAGIC = b"\x80\x02" + _NUMBER
+_MAGICS = (
+    MAGIC, b"\x80\x03" + _NUMBER, *(b"\x80%c\x95\x0d" % n + bytes(7) + _NUMBER for n in (4, 5)),
+    b"L%dL\n." % 0x1950A86A20F9469CFC6C,
+)  # fmt: skip
+"""The magic number in the protocols 2 (torch's own), 3, 4 and 5, 0 and 1."""
 VERSION = 1001
 
 
 def matches(probe: Probe) -> bool:
     """Returns whether it begins with the pickled magic number."""
-    return probe.head.startswith(MAGIC)
+    return _magic(probe) is not None
+
+
+def _magic(probe: Probe) -> bytes | None:
+    return next((magic for magic in _MAGICS if probe.head.startswith(magic)), None)
 
 
 def read(probe: Probe) -> Checkpoint:
@@ -42,7 +53,7 @@ def read(probe: Probe) -> Checkpoint:
     twice: once for the storages' types, once for the tree. Raises: FormatError, LimitError.
     """
     file = probe.file
-    stream = PickleStream(file, len(MAGIC))
+    stream = PickleStream(file, len(_magic(probe) or MAGIC))
     if stream.pickle() != VERSION:
         raise FormatError("an unknown version of torch's legacy format (1001 is the only one)", file.path)
     stream.pickle()
@@ -89,6 +100,7 @@ def read(probe: Probe) -> Checkpoint:
 
     again = PickleStream(file, start, behind)
     tree = again.pickle(rebuild.builders, persistent_load)
+    tree = with_arrays(tree, stream.names, file.span(0, 0))
     return Checkpoint(tree, url=file.path, nbytes=file.size, names=tuple(stream.names))
 
 
@@ -170,6 +182,8 @@ def _refuse(checkpoint: Checkpoint, layout: Layout) -> None:
     refused: dict[str, None] = {}
     for path, node in walk(checkpoint.tree, inside=True):
         source = node.source if isinstance(node, TensorInfo) else node
+        if isinstance(node, TensorInfo) and node.array is not None:
+            continue
         if isinstance(source, (Storage, Derived)) and layout.written(source).dtype is None:
             kind = node.dtype if isinstance(node, TensorInfo) else "UntypedStorage"
         elif isinstance(node, TensorInfo) and node.kind == "nested_strided":

@@ -89,6 +89,7 @@ def read(probe: Probe) -> Checkpoint:
     tree, names = pickles.load(
         pickled, builders=rebuild.builders, persistent_load=persistent_load, closed=rebuild.makes_closed_leaves
     )
+    tree = pickles.with_arrays(tree, names, file.span(0, 0))
     return Checkpoint(tree, url=file.path, nbytes=file.size, names=names)
 
 

@@ -56,8 +56,6 @@ def refusal(probe: Probe) -> CkptoolError:
             return UnsupportedError(f"{kind}; it is not a format ckptool reads", file.path)
     if head[4:8] in (b"ET12", b"TFL3"):
         return UnsupportedError("an ExecuTorch or TFLite program; it is not a format ckptool reads", file.path)
-    if head[:1] == b"\x80" and head[1:2] in b"\x00\x01\x02\x03\x04\x05" and len(head) > 2:
-        return UnsupportedError("a plain pickle without torch's frame, which is not supported yet", file.path)
     if file.size >= 8 and _is_huge_safetensors(head):
         return FormatError("neither a torch file nor safetensors (as the latter its header would be absurdly long)")
     if text.startswith((b"{", b"[")):

@@ -293,6 +293,8 @@ class Files:
             return
         blocks: Iterator[memoryview | bytes]
         if span.memory is not None:
+            if span.url:  # an array in a pickle: the file's permissions, and whether it is still that file
+                self.get(span)
             held = span.memory()[offset : offset + nbytes]
             blocks = (held[start : start + BLOCK] for start in range(0, nbytes, BLOCK))
         elif span.member == "stored" and nbytes == span.nbytes < SMALL_MEMBER:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ckptool.core import tree
+from ckptool.core.tensor import Span
 from ckptool.core.tree import Global
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 from ckptool.limits import MAX_DIGITS, MAX_GLOBALS, MAX_MEMO, MAX_NAME, MAX_TUPLES, MAX_WIDE
@@ -376,6 +377,15 @@ def load(
         if enabled:
             gc.enable()
     return made, tuple(machine.found)
+
+
+def with_arrays(made: Any, names: Collection[tuple[str, str]], span: Span, *, keep: bool = True) -> Any:
+    """Returns a tree of `load` with tensors for numpy's arrays (see `numpy_calls`), where it names numpy at all."""
+    if not any(module.startswith("numpy") for module, _ in names):
+        return made
+    from ckptool.pickling.numpy_calls import with_tensors
+
+    return with_tensors(made, names, span, keep=keep)
 
 
 def _unpickling_error() -> type[Exception]:

@@ -49,7 +49,6 @@ BAD = {
     "html.pth": ("damaged", "HTML"),
     "json.pth": ("damaged", "JSON"),
     "lfs.pth": ("damaged", "git lfs pull"),
-    "pickle.pth": ("unsupported", "plain pickle"),
     "text.pth": ("damaged", "no checkpoint that ckptool knows"),
     "torchscript.pth": ("unsupported", "TorchScript"),
     "truncated.pth": ("damaged", "truncated"),

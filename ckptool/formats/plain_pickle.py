@@ -1,0 +1,108 @@
+"""A pickle without torch's frame: detectron2's model zoo (``{"model": {name: ndarray}}``), ``pickle.dump(state_dict)``.
+
+It is one pickle of any protocol, and all of the file. Arrays are inside it, and so in memory. A tensor's storage is
+``torch.storage._load_from_bytes(bytes)``; the bytes are torch's older stream of pickles, whose tree is that storage.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import Any
+
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Array, Span, Storage
+from ckptool.core.tree import brief
+from ckptool.errors import FormatError, UnsupportedError
+from ckptool.io.probe import Probe
+from ckptool.limits import MAX_PICKLE
+from ckptool.pickling import load as pickles
+from ckptool.pickling import torch_calls as rebuild
+
+_OLD = re.compile(rb"\((?:[dl]p?\d*\n|[dl]q.)|[}\]][q(].|c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n", re.DOTALL)
+"""How a dict, a list, or an object begins in protocols 0 and 1."""
+
+_STREAM = (
+    b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02M\xe9\x03.\x80\x02}q\x00(X\x10\x00\x00\x00"
+    b"protocol_versionq\x01M\xe9\x03X\r\x00\x00\x00little_endianq\x02\x88X\n\x00\x00\x00type_sizesq\x03}q\x04("
+    b"X\x05\x00\x00\x00shortq\x05K\x02X\x03\x00\x00\x00intq\x06K\x04X\x04\x00\x00\x00longq\x07K\x04uu."
+)
+"""What torch's older stream begins with: the magic number, the version, and what a little-endian machine says."""
+
+_REFUSED = {
+    ("joblib.numpy_pickle", "NumpyArrayWrapper"): "a joblib file, whose arrays lie between the pieces of its pickle",
+    ("torch.distributed.checkpoint.metadata", "Metadata"): "the .metadata of a distributed checkpoint (DCP)",
+}
+
+
+def matches(probe: Probe) -> bool:
+    """Returns whether it begins as a pickle does; in the protocols 0 and 1, which have no mark, it ends as one too."""
+    head = probe.head
+    if head[:1] == b"\x80":
+        return head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return _OLD.match(head) is not None and probe.file.read(probe.size - 1, 1) == b"."
+
+
+def read(probe: Probe) -> Checkpoint:
+    """Returns the checkpoint; reads the whole file. Raises: FormatError, LimitError, UnsupportedError."""
+    file = probe.file
+    if file.size > MAX_PICKLE.now():
+        raise MAX_PICKLE.passed("the pickle is too long", file.size)
+    pickled = file.read(0, file.size)
+    try:
+        end = pickles.scan(pickled)
+    except FormatError:
+        _refuse_joblib(pickled)
+        raise
+    if end < file.size:
+        raise FormatError(f"a plain pickle ends at byte {end}, and {file.size - end} bytes follow it", file.path)
+    nested = _Nested(file.span(0, 0))
+    builders = {**rebuild.builders, ("torch.storage", "_load_from_bytes"): nested.storage}
+    tree, names = pickles.load(pickled, builders=builders)
+    for name, what in _REFUSED.items():
+        if name in names:
+            raise UnsupportedError(f"{what}, which is not supported yet", file.path)
+    tree = pickles.with_arrays(tree, names, file.span(0, 0), keep=False)
+    every = tuple(dict.fromkeys((*names, *nested.names)))
+    return Checkpoint(tree, url=file.path, nbytes=file.size, names=every)
+
+
+def _refuse_joblib(pickled: bytes) -> None:
+    (module, qualname), what = next(iter(_REFUSED.items()))
+    if module.encode() in pickled[:65536] and qualname.encode() in pickled[:65536]:
+        raise UnsupportedError(f"{what}, which is not supported yet")
+
+
+class _Nested:
+    """The storages of pickled tensors; ``names`` are those that the pickles inside them name."""
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.names: dict[tuple[str, str], None] = {}
+
+    def storage(self, *args: Any) -> Storage:
+        """Returns the storage in the bytes of a pickle, which are torch's older stream. Raises: CkptoolError."""
+        from ckptool.pickling.numpy_calls import raw_bytes
+
+        data = raw_bytes(args[0]) if len(args) == 1 else None
+        if data is None:
+            raise FormatError(f"a tensor's storage is made of {brief(args)}")
+        data = bytes(data)
+        if not data.startswith(_STREAM):
+            raise UnsupportedError("a pickled tensor whose bytes are not the stream that torch writes there")
+        pid, end = self.pickle(data, len(_STREAM))
+        keys, end = self.pickle(data, end)
+        if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and keys == [pid[2]]):
+            raise FormatError(f"a pickled storage calls itself {brief(pid)}, and lists {brief(keys)}")
+        dtype = rebuild.dtype_of_storage(pid[1])
+        nbytes = rebuild.storage_nbytes(dtype, pid[4])
+        if len(data) != end + 8 + nbytes or struct.unpack_from("<q", data, end)[0] != pid[4] or any(pid[5:]):
+            raise FormatError(f"a pickled storage of {brief(pid[4])} elements is not that long")
+        memory = Array(memoryview(data)[end + 8 :])
+        return Storage(self.span._replace(nbytes=nbytes, memory=memory), dtype, rebuild.location(pid[3]))
+
+    def pickle(self, data: bytes, start: int) -> tuple[Any, int]:
+        end = pickles.scan(data, start)
+        made, names = pickles.load(data, start, persistent_load=lambda pid: pid)
+        self.names.update(dict.fromkeys(names))
+        return made, end

@@ -1,0 +1,230 @@
+"""NumPy's words inside a pickle: its arrays, which become tensors whose bytes are in memory.
+
+    _reconstruct(ndarray, (0,), b"b")    BUILD (1, shape, dtype, is_fortran, bytes)
+    _frombuffer(bytes, dtype, shape, order)                                  protocol 5
+    dtype("f4", False, True)             BUILD (3, "<", None, None, None, -1, -1, 0)
+
+Below protocol 3 the bytes are ``_codecs.encode(text, "latin1")``; Python 2 wrote them as text. Arrays of objects, of
+text, of dates, with named fields or of a subclass stay the stand-ins that the machine made, as do scalars.
+Sources: ``array_reduce`` and ``array_setstate`` in ``numpy/_core/src/multiarray/methods.c``, ``_frombuffer`` in
+``numpy/_core/numeric.py`` of numpy 2.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import prod
+from typing import Any, Literal
+
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Array, Span, Storage, TensorInfo, contiguous_stride, is_countable
+from ckptool.core.tree import Global, PyObject, brief
+from ckptool.errors import FormatError
+from ckptool.limits import MAX_DIMS
+
+_RECONSTRUCT = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+_FROM_BUFFER = {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
+
+_NAMES = {
+    "f8": "float64", "f4": "float32", "f2": "float16", "c8": "complex64", "c16": "complex128", "b1": "bool",
+    "i8": "int64", "i4": "int32", "i2": "int16", "i1": "int8", "u8": "uint64", "u4": "uint32", "u2": "uint16",
+    "u1": "uint8",
+}  # fmt: skip
+"""numpy's dtype -> torch's."""
+
+ByteOrder = Literal["little", "big"]
+
+_PLAIN = (None, None, None, -1, -1, 0)
+"""What a dtype's state ends with if it has no fields, no sub-arrays and no metadata."""
+
+_SHARED = 1000
+"""Bytes above which numpy keeps the pickle's object: two arrays made of one are then one memory. Others are copied."""
+
+
+def with_tensors(top: Any, names: Collection[tuple[str, str]], span: Span, *, keep: bool) -> Any:
+    """Returns the tree with a tensor for every array in its dicts, lists and tuples, which are changed in place.
+
+    ``span`` says which file they are from. With ``keep`` an array can be written as the array that it was. ``names``
+    are those of the whole pickle. Raises: FormatError for an array whose shape, dtype and bytes contradict each other.
+    """
+    if _RECONSTRUCT.isdisjoint(names) and _FROM_BUFFER.isdisjoint(names):
+        return top
+    beside = any(qualname.startswith("_rebuild_") for _, qualname in names)
+    return _Replacing(span, keep, beside).all(top)
+
+
+class _Replacing:
+    """One pass over a tree. ``made`` has (node, what takes its place) by the node's id."""
+
+    def __init__(self, span: Span, keep: bool, beside: bool) -> None:
+        self.span, self.keep, self.beside = span, keep, beside
+        self.made: dict[int, tuple[Any, Any]] = {}
+        self.held: dict[int, tuple[Any, bytes | bytearray]] = {}
+        self.memories: dict[tuple[int, str, str], tuple[Storage, Array]] = {}
+        self.left: list[Any] = []
+        self.met: set[int] = set()
+
+    def all(self, top: Any) -> Any:
+        made = self.new(top)
+        while self.left:
+            node = self.left.pop()
+            pairs = enumerate(node) if isinstance(node, list) else node.items()
+            for step, value in pairs:
+                found = self.new(value)
+                if found is not value:
+                    node[step] = found
+        return made
+
+    def new(self, node: Any) -> Any:
+        """Returns what takes a node's place; lists and dicts keep theirs, and are entered later."""
+        kind = type(node)
+        if kind is tuple:
+            return self.rebuilt(node)
+        if kind is dict or kind is list:
+            self.enter(node)
+        elif isinstance(node, PyObject):
+            if id(node) not in self.made:
+                self.made[id(node)] = node, self.array(node) or node
+            found = self.made[id(node)][1]
+            if found is node:
+                node.pairs = None  # made of what changes now
+                for content in (node.mapping, *(node.args if node.module == "collections" else ())):
+                    if isinstance(content, (dict, list)):
+                        self.enter(content)
+            return found
+        return node
+
+    def enter(self, node: Any) -> None:
+        if id(node) not in self.met:
+            self.met.add(id(node))
+            self.left.append(node)
+
+    def rebuilt(self, top: tuple[Any, ...]) -> Any:
+        """Returns a tuple with its arrays replaced, those in tuples inside it too: itself, if there are none."""
+        trail = [top]
+        while trail:
+            node = trail[-1]
+            if id(node) in self.made:
+                trail.pop()
+            elif inner := [part for part in node if type(part) is tuple and id(part) not in self.made]:
+                trail += inner
+            else:
+                parts = tuple(self.made[id(part)][1] if type(part) is tuple else self.new(part) for part in node)
+                same = all(one is other for one, other in zip(parts, node, strict=True))
+                self.made[id(node)] = node, node if same else parts
+        return self.made[id(top)][1]
+
+    def array(self, node: PyObject) -> TensorInfo | None:
+        """Returns the tensor of an array's stand-in; None for anything else."""
+        name = node.module, node.qualname
+        if not node.called or node.kwargs or node.items or node.mapping is not None or node.maker is not None:
+            return None
+        axes: Any = None
+        if name in _RECONSTRUCT:
+            if not _is_plain_ndarray(node) or not isinstance(node.state, tuple) or len(node.state) != 5:
+                return None
+            _, shape, kind, fortran, held = node.state
+            order = "F" if fortran else "C"
+        elif name in _FROM_BUFFER and len(node.args) in (4, 5) and node.state is None:
+            held, kind, shape, order, axes = (*node.args, None)[:5]
+        else:
+            return None
+        row = _dtype(kind)
+        if row is None:
+            return None
+        dtype, byteorder = row
+        shape, stride = _view(shape, order, axes)
+        data = self.data(held, dtype)
+        if prod(shape) * DTYPES[dtype].bits != 8 * len(data):
+            raise FormatError(f"a {dtype} array of shape {brief(shape)} has {len(data)} bytes")
+        storage, memory = self.memory(data, dtype, byteorder)
+        tensor = TensorInfo(dtype, shape, stride, 0, storage)
+        if self.keep:
+            if node.state is not None:
+                node.state = (*node.state[:4], data)  # not as text too
+            memory.nodes[id(tensor)] = tensor, node
+        return tensor
+
+    def data(self, held: Any, dtype: str) -> bytes | bytearray:
+        if id(held) in self.held:
+            return self.held[id(held)][1]
+        data = raw_bytes(held)
+        if data is None:
+            raise FormatError(f"the elements of a {dtype} array are {brief(held)}")
+        if len(data) > _SHARED:
+            self.held[id(held)] = held, data
+        return data
+
+    def memory(self, data: bytes | bytearray, dtype: str, byteorder: ByteOrder) -> tuple[Storage, Array]:
+        key = id(data), dtype, byteorder
+        if key in self.memories:
+            return self.memories[key]
+        memory = Array(data, self.beside)
+        span = self.span._replace(nbytes=len(data), memory=memory)
+        made = Storage(span, dtype if DTYPES[dtype].storage else None, byteorder=byteorder), memory
+        if len(data) > _SHARED:
+            self.memories[key] = made
+        return made
+
+
+def _is_plain_ndarray(node: PyObject) -> bool:
+    kind = node.args[0] if len(node.args) == 3 else None
+    return isinstance(kind, Global) and (kind.module, kind.qualname) == ("numpy", "ndarray")
+
+
+def _dtype(node: Any) -> tuple[str, ByteOrder] | None:
+    """Returns torch's name and the byte order of a pickled dtype; None for one that torch lacks or a strange form."""
+    if not isinstance(node, PyObject) or (node.module, node.qualname) != ("numpy", "dtype") or len(node.args) != 3:
+        return None
+    name, state = node.args[0], node.state
+    if isinstance(name, Global):  # bfloat16 and the floats of 8 bits, which another package brings
+        dtype = name.qualname if name.module == "ml_dtypes" and name.qualname in DTYPES else None
+    else:
+        dtype = _NAMES.get(name) if isinstance(name, str) else None
+    if dtype is None or not isinstance(state, tuple) or len(state) != 8 or state[0] != 3 or state[2:] != _PLAIN:
+        return None
+    if state[1] == "|" and DTYPES[dtype].bits == 8:
+        return dtype, "little"
+    return (dtype, "big" if state[1] == ">" else "little") if state[1] in ("<", ">") else None
+
+
+def _view(shape: Any, order: Any, axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shape and the stride of an array, in elements. Raises: FormatError for what is no shape or order."""
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > MAX_DIMS
+        or not all(type(size) is int and size >= 0 for size in shape)
+        or not is_countable(shape)
+    ):
+        raise FormatError(f"an array's shape is {brief(shape)}")
+    if order == "C":
+        return shape, contiguous_stride(shape)
+    if order == "F":
+        return shape, contiguous_stride(shape[::-1])[::-1]
+    whole = isinstance(axes, tuple) and {*map(type, axes)} <= {int} and sorted(axes) == list(range(len(shape)))
+    if order == "K" and whole:
+        stride = contiguous_stride(shape)
+        return tuple(shape[axis] for axis in axes), tuple(stride[axis] for axis in axes)
+    raise FormatError(f"an array's order is {brief(order)}, its axes {brief(axes)}")
+
+
+def raw_bytes(node: Any) -> bytes | bytearray | None:
+    """Returns the bytes that a pickle of any protocol, or of Python 2, holds as this; None if it is no such thing."""
+    if isinstance(node, (bytes, bytearray)):
+        return node
+    if isinstance(node, PyObject):
+        name = node.module, node.qualname
+        if node.module in ("__builtin__", "builtins") and node.qualname in ("bytes", "bytearray"):
+            held = node.args[0] if len(node.args) == 1 else None
+            if not isinstance(held, bytes) and not (isinstance(held, PyObject) and held.module == "_codecs"):
+                return None if node.args else b""
+            return raw_bytes(held)
+        if name != ("_codecs", "encode") or len(node.args) != 2 or node.args[1] != "latin1":
+            return None
+        node = node.args[0]
+    if not isinstance(node, str):
+        return None
+    try:
+        return node.encode("latin1")
+    except UnicodeEncodeError:
+        return None
