@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ckptool.ops.inspect import InspectReport
     from ckptool.ops.remap import RemapReport
     from ckptool.partial.plan import LoadPartialReport
-    from ckptool.saving import MapLocation, Progress
+    from ckptool.saving import MapLocation, Progress, Saved
 
 
 def open(path: str | os.PathLike[str], root: str | Path | None = None) -> Checkpoint:
@@ -134,15 +134,19 @@ def save(
     max_shard_size: int = formats.SHARD_SIZE,
     verify: bool = False,
     fsync: bool = True,
-) -> tuple[str, ...]:
-    """Writes a checkpoint in the format ``to``, or that the suffix of ``path`` names; returns what was left out.
+    progress: Progress | None = None,
+) -> Saved:
+    """Writes a checkpoint in the format ``to``, or that the suffix of ``path`` names; returns what became of it.
 
-    `ckptool.saving.SaveOptions` says what the arguments mean.
+    The result says what the format left out (``left_out``) and, per key, how many finite values a cast made infinite
+    (``overflowed``). `SaveOptions` says what the arguments mean. ``progress`` is told the bytes as they are written.
+
+    Raises: OutputError, LossError, UsageError; see `ckptool.saving.save`.
     """
     from ckptool import saving
 
     options = saving.SaveOptions(to, force, in_place, map_location, max_shard_size, verify, fsync)
-    return saving.save(checkpoint, path, options).left_out
+    return saving.save(checkpoint, path, options, progress)
 
 
 def remap(source: Source, rules: Any, *, allow_unused: bool = False) -> tuple[Checkpoint, RemapReport]:
@@ -439,7 +443,8 @@ def load_partial(
     failed = report.not_strict() if strict else []
     if failed:
         raise StrictError(f"{', '.join(failed)}: {report.summary()}", type(model).__name__)
-    return report.with_overflow(live.copy_into(model, planned, report.written, map_location, assign))
+    overflowed = live.copy_into(model, planned, report.written, map_location, assign)
+    return replace(report, overflowed=overflowed or None)
 
 
 def _pairs(given: Pairs) -> list[tuple[str, str]]:

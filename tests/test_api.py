@@ -29,7 +29,8 @@ def test_the_library_does_what_its_page_says(tmp_path: Path) -> None:
     assert not ckptool.diff(target, source).same
     merged, report = ckptool.filter(source, match=target)
     assert report.counts == {"loaded": 100, "mismatched": 2, "bookkeeping": 20}
-    assert ckptool.save(merged, tmp_path / "merged.pth") == ()
+    written = ckptool.save(merged, tmp_path / "merged.pth")
+    assert (written.left_out, written.nbytes) == ((), (tmp_path / "merged.pth").stat().st_size)
     assert ckptool.inspect(tmp_path / "merged.pth").parameters == ckptool.inspect(target).parameters
     assert ckptool.diff(tmp_path / "merged.pth", target).same
 
@@ -195,8 +196,17 @@ def test_save_rewrites_device_tags_as_asked(where: Any, tags: set[str], on_gpus:
 
 
 def test_save_returns_what_a_format_left_out(tmp_path: Path) -> None:
-    left = ckptool.save(ckptool.open(FIXTURES / "resnet_nested.pth"), tmp_path / "out.safetensors")
-    assert left == ("epoch", "arch", "best_acc1", "optimizer", "scheduler", "args")
+    saved = ckptool.save(ckptool.open(FIXTURES / "resnet_nested.pth"), tmp_path / "out.safetensors", verify=True)
+    assert saved.verified
+    assert saved.left_out == ("epoch", "arch", "best_acc1", "optimizer", "scheduler", "args")
+
+
+def test_save_returns_how_many_values_a_cast_made_infinite(saved: Saved) -> None:
+    source, target = saved({"w": torch.tensor([1e10, 1.0])}, "s.pth"), saved({"w": torch.zeros(2).half()}, "t.pth")
+    merged, report = ckptool.filter(source, match=target, cast=True)
+    assert report.overflowed is None  # nothing is computed yet
+    assert ckptool.save(merged, "out.pth").overflowed == {"w": 1}
+    assert ckptool.save(merged, "out.safetensors", to="safetensors").overflowed == {"w": 1}
 
 
 def test_save_refuses_what_exists_what_is_an_input_and_what_has_no_format(saved: Saved) -> None:

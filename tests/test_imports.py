@@ -74,7 +74,7 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 BEGIN = "cli cli.app cli.render cli.signals errors click contextlib dataclasses re signal typing"
 CORE = (
     f"{BEGIN} typer limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
-    "core.tensor core.tree cli.progress fnmatch math"
+    "core.tensor core.tree cli.output fnmatch math"
 )
 READ = (
     f"{CORE} api core.roots formats io io.source io.zip_read pickling pickling.guard pickling.load "

@@ -53,7 +53,8 @@ class FilterReport:
     """``rows``: one per key of the target, then one per key of a source that found no place.
 
     ``loaded_fraction`` is the share of the target's elements (counters aside) that have the sources' values.
-    ``hint`` is the best prefix hypothesis where it would match more. ``output`` is filled in when saved.
+    ``hint`` is the best prefix hypothesis where it would match more. ``output`` is filled in when saved, and so is
+    ``overflowed``: {key: finite values that a cast made infinite}, None where there are none.
     """
 
     rows: list[Row]
@@ -64,6 +65,7 @@ class FilterReport:
     target: str | None = None
     sources: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    overflowed: dict[str, int] | None = None
 
     @property
     def loaded(self) -> int:

@@ -33,7 +33,8 @@ class LoadPartialReport:
     ``loaded_fraction`` is the share of the target's elements (counters aside) that have the source's values.
     ``frozen``: parameters that are not to be trained; ``moving``: BatchNorm layers among them whose running
     statistics still move in train mode. ``groups``: the parameters that are trained, loaded and new ones apart;
-    ``tied``: other names of parameters that are listed under their first.
+    ``tied``: other names of parameters that are listed under their first. ``overflowed``: {key: finite values that a
+    cast made infinite}, known when they are written; None where there are none.
     """
 
     rows: list[Row]
@@ -49,6 +50,7 @@ class LoadPartialReport:
     moving: list[str] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
+    overflowed: dict[str, int] | None = None
 
     def keys(self, *reasons: str) -> list[str]:
         """Returns the keys that have one of these reasons."""
@@ -112,11 +114,6 @@ class LoadPartialReport:
             rows.append(row)
         return replace(self, rows=rows, counts=counts_of(rows))
 
-    def with_overflow(self, overflowed: Mapping[str, int]) -> LoadPartialReport:
-        """Returns the report with a note on values that became infinite in a smaller dtype: {key: how many}."""
-        text = ", ".join(f"{count} of {key}" for key, count in overflowed.items())
-        return replace(self, notes=[*self.notes, f"values no longer finite: {text}"]) if overflowed else self
-
     def summary(self) -> str:
         """Returns one line of counts, a line for each key that was not plainly loaded, then hint and notes."""
         counts = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
@@ -127,6 +124,8 @@ class LoadPartialReport:
                 shape = f"{shape_text(row.shape)}, source {shape_text(row.source_shape)}" if differ else ""
                 lines.append("  " + "  ".join(filter(None, (row.reason, row.key, shape, row.detail))))
         lines += [f"  hint  {self.hint}"] if self.hint else []
+        lost = ", ".join(f"{count} of {key}" for key, count in (self.overflowed or {}).items())
+        lines += [f"  overflow  values no longer finite: {lost}"] if lost else []
         return "\n".join([*lines, *(f"  note  {text}" for text in self.notes)])
 
     def freeze(self, model: Any, *specs: str) -> list[str]:

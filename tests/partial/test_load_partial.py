@@ -521,7 +521,7 @@ def test_values_are_cast_to_the_targets_dtype_and_lost_ones_are_told(run: Run) -
     made = torch.load("out.pth")
     assert made["weight"].dtype == torch.float16
     assert found["result"]["counts"] == {"cast": 2}
-    assert "values no longer finite: 1 of weight" in found["notes"]
+    assert found["result"]["overflowed"] == {"weight": 1}
 
 
 # --- what training gets ------------------------------------------------------------------------------------------
