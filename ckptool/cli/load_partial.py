@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from typing import Annotated, Any
@@ -162,7 +162,7 @@ def build(name: str, arguments: Sequence[str]) -> Any:
             made = found(**given)
     except (Exception, SystemExit) as error:  # whatever the user's code raises is theirs to read, in one line
         raise UsageError(f"--model {name}: {type(error).__name__}: {error}") from error
-    if isinstance(made, (str, os.PathLike, Checkpoint)):  # which the library would open
+    if isinstance(made, (str, os.PathLike, Mapping, Checkpoint)):  # which the library would open
         raise UsageError(f"--model {name}: not a torch.nn.Module but a {type(made).__name__}")
     return made
 

@@ -134,7 +134,8 @@ def _is_divisible(job: Job) -> bool:
         return False
     lazy = tensor.extras is not None and (tensor.extras.conj or tensor.extras.neg)
     source = tensor.source
-    return isinstance(source, Storage) and source.span.member != "deflated" and tensor.is_contiguous and not lazy
+    in_file = isinstance(source, Storage) and source.span.member != "deflated" and source.span.memory is None
+    return in_file and tensor.is_contiguous and not lazy
 
 
 def _join(job: Job, parts: Sequence[Found]) -> None:
@@ -222,6 +223,8 @@ def _soon(files: Files, span: Span) -> None:
 
     That it was changed meanwhile is nothing that a lenient job may keep to itself.
     """
+    if span.memory is not None:
+        return
     file = files.get(span)
     if span.nbytes > BATCH and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
