@@ -25,17 +25,70 @@ if TYPE_CHECKING:
         save,
     )
     from ckptool.core.checkpoint import Checkpoint
+    from ckptool.core.findings import Check, Finding, PrefixStats, Stats
     from ckptool.core.tensor import TensorInfo
-    from ckptool.errors import CkptoolError
+    from ckptool.errors import (
+        CkptoolError,
+        CollisionError,
+        DependencyError,
+        FormatError,
+        IncompleteError,
+        LimitError,
+        LossError,
+        NoTensorsError,
+        OutputError,
+        StrictError,
+        UnreadableError,
+        UnsupportedError,
+        UsageError,
+    )
+    from ckptool.ops.convert import ConvertReport
+    from ckptool.ops.diff import Changed, DiffReport, ValuesChanged
+    from ckptool.ops.filter import FilterReport, Row
+    from ckptool.ops.inspect import Beside, InspectReport, TensorRow
+    from ckptool.ops.remap import Mapped, RemapReport
     from ckptool.ops.rules import Rules
+    from ckptool.partial.handover import Group
+    from ckptool.partial.plan import LoadPartialReport
+    from ckptool.saving import Saved
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Beside",
+    "Changed",
+    "Check",
     "Checkpoint",
     "CkptoolError",
+    "CollisionError",
+    "ConvertReport",
+    "DependencyError",
+    "DiffReport",
+    "FilterReport",
+    "Finding",
+    "FormatError",
+    "Group",
+    "IncompleteError",
+    "InspectReport",
+    "LimitError",
+    "LoadPartialReport",
+    "LossError",
+    "Mapped",
+    "NoTensorsError",
+    "OutputError",
+    "PrefixStats",
+    "RemapReport",
+    "Row",
     "Rules",
+    "Saved",
+    "Stats",
+    "StrictError",
     "TensorInfo",
+    "TensorRow",
+    "UnreadableError",
+    "UnsupportedError",
+    "UsageError",
+    "ValuesChanged",
     "__version__",
     "convert",
     "diff",
@@ -56,9 +109,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ckptool import api, errors
-    from ckptool.core import checkpoint
+    from ckptool.core import tensor
 
-    places = (api, checkpoint, errors)  # api first: it gives Checkpoint its to_torch
+    places = (errors, tensor, api)
     found = next(getattr(place, name) for place in places if hasattr(place, name))
     globals()[name] = found
     return found

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptool import formats
-from ckptool.core import roots
+from ckptool.core import keys, roots
 from ckptool.core.checkpoint import Checkpoint, detached, set_realise
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, children, key_text, path_text, replaced
-from ckptool.errors import CkptoolError, StrictError, UsageError
+from ckptool.errors import CkptoolError, StrictError, UsageError, kind_of
 from ckptool.limits import limited
 
 # Operations and what they need are imported by the functions that use them: a command needs one or two of them.
@@ -23,19 +23,38 @@ if TYPE_CHECKING:
     from ckptool.ops.inspect import InspectReport
     from ckptool.ops.remap import RemapReport
     from ckptool.partial.plan import LoadPartialReport
-    from ckptool.saving import MapLocation, Progress
+    from ckptool.saving import MapLocation, Progress, Saved
 
 
-def open(path: str | os.PathLike[str], root: str | Path | None = None) -> Checkpoint:
-    """Returns the checkpoint at a path: a torch or safetensors file, a sharded directory or its index.
+Source = Checkpoint | str | os.PathLike[str] | Mapping[str, Any]
+"""A checkpoint, the path of one, or a state_dict: a dict of torch tensors or numpy arrays, nested as in a file."""
+
+Patterns = str | Sequence[str]
+"""Key patterns; a text is one of them."""
+
+Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
+"""{key pattern: what for the keys that fit it}, or pairs of them."""
+
+
+def open(source: Source, root: str | Path | None = None) -> Checkpoint:
+    """Returns the checkpoint at a path (a torch or safetensors file, a sharded directory or its index), or of a dict.
 
     Reads headers only; runs no code of the file and imports none of its classes. ``root`` names where the
     weights are (``"model_state_dict"``, steps separated by "/"); None means the usual places, see `find_root`.
 
     Raises: UnreadableError, FormatError, UnsupportedError; UsageError if there is nothing at ``root``.
     """
-    url = os.fspath(path)
-    opened = formats.read(url)
+    if isinstance(source, Checkpoint):
+        return source if root is None else replace(source, root=_path(source.tree, root))
+    if isinstance(source, Mapping):
+        from ckptool.partial import live
+
+        url, opened = live.MEMORY, live.state_dict_of(source)
+    elif isinstance(source, (str, os.PathLike)):
+        url = os.fspath(source)
+        opened = formats.read(url)
+    else:
+        raise UsageError(f"a source is a checkpoint, a path or a state_dict, not {kind_of(source)}")
     try:
         if root is not None:
             return replace(opened, root=_path(opened.tree, root))
@@ -68,15 +87,7 @@ def _path(tree: Any, root: str | Path) -> Path:
 
 
 def _named_children(node: Any) -> dict[str, tuple[Any, Any]]:
-
     return {key_text(step): (step, child) for step, child in children(node)}
-
-
-def _opened(source: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open(source)
-
-
-Source = Checkpoint | str | os.PathLike[str]
 
 
 def inspect(
@@ -86,8 +97,8 @@ def inspect(
     stats: bool = False,
     hashes: bool = False,
     check: bool = False,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: Patterns = (),
+    exclude: Patterns = (),
     progress: Progress | None = None,
 ) -> InspectReport:
     """Returns what a checkpoint holds: its weights, what stands beside them, what is worth a word.
@@ -102,12 +113,12 @@ def inspect(
     """
     from ckptool.ops.inspect import inspect as op
 
-    opened = source if isinstance(source, Checkpoint) else open(source, root=root)
+    opened = open(source, root)
+    include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
     row = formats.labelled(opened.format)
     report = op(opened, devices=row is None or row.holds.devices)
     if not (stats or hashes or check):
         return report
-    from ckptool.core import keys
     from ckptool.core.findings import check as judge
     from ckptool.values.contents import look_into
 
@@ -125,7 +136,7 @@ def inspect(
 
 
 def save(
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     path: str | os.PathLike[str],
     *,
     to: str | None = None,
@@ -135,15 +146,27 @@ def save(
     max_shard_size: int = formats.SHARD_SIZE,
     verify: bool = False,
     fsync: bool = True,
-) -> tuple[str, ...]:
-    """Writes a checkpoint in the format ``to``, or that the suffix of ``path`` names; returns what was left out.
+    progress: Progress | None = None,
+) -> Saved:
+    """Writes a checkpoint in the format ``to``, or that the suffix of ``path`` names; returns what became of it.
 
-    `ckptool.saving.SaveOptions` says what the arguments mean.
+    The result says what the format left out (``left_out``) and, per key, how many finite values a cast made infinite
+    (``overflowed``). `SaveOptions` says what the arguments mean. ``progress`` is told the bytes as they are written.
+
+    Raises: OutputError, LossError, UsageError; see `ckptool.saving.save`.
     """
     from ckptool import saving
 
-    options = saving.SaveOptions(to, force, in_place, map_location, max_shard_size, verify, fsync)
-    return saving.save(checkpoint, path, options).left_out
+    options = saving.SaveOptions(to, force, in_place, _tags(map_location), max_shard_size, verify, fsync)
+    return saving.save(open(checkpoint), path, options, progress)
+
+
+def _tags(map_location: MapLocation) -> MapLocation:
+    """Returns what maps device tags. Raises: UsageError for what does not."""
+    known = map_location is None or isinstance(map_location, (str, Mapping)) or callable(map_location)
+    if not known or (isinstance(map_location, Mapping) and any(type(tag) is not str for tag in map_location.values())):
+        raise UsageError(f"map_location is a device tag, a dict of tags or a callable, not {kind_of(map_location)}")
+    return map_location
 
 
 def remap(source: Source, rules: Any, *, allow_unused: bool = False) -> tuple[Checkpoint, RemapReport]:
@@ -155,7 +178,7 @@ def remap(source: Source, rules: Any, *, allow_unused: bool = False) -> tuple[Ch
     from ckptool.ops.remap import remap as op
     from ckptool.ops.rules import Rules
 
-    opened = _opened(source)
+    opened = open(source)
     opened.require_whole()
     return op(opened, Rules.parse(rules), allow_unused=allow_unused)
 
@@ -171,7 +194,7 @@ def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
     from ckptool.ops.remap import invert as op
     from ckptool.values.blocks import same_bytes
 
-    opened = _opened(source)
+    opened = open(source)
     opened.require_whole()
     with Files() as files:
         return op(opened, saved, same=partial(same_bytes, files=files))
@@ -184,10 +207,10 @@ def convert(
     to: str | None = None,
     root: str | Path | None = None,
     dtype: str | None = None,
-    keep: Sequence[str] = (),
+    keep: Patterns = (),
     untie: bool = False,
     publish: bool = False,
-    metadata: Sequence[str] = (),
+    metadata: Patterns = (),
     max_shard_size: int = formats.SHARD_SIZE,
     map_location: MapLocation = None,
     force: bool = False,
@@ -214,7 +237,8 @@ def convert(
     from ckptool.errors import needs_torch
     from ckptool.ops.convert import convert as op
 
-    opened = source if isinstance(source, Checkpoint) else open(source, root=root)
+    opened = open(source, root)
+    keep, metadata = keys.texts(keep, "keep"), keys.texts(metadata, "metadata")
     prepared, report = op(
         opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, untie=untie, publish=publish,
         metadata=metadata,
@@ -227,7 +251,7 @@ def convert(
         dtypes = {lookup(str(dtype)).name, *(tensors[key].dtype for key in cast)}
         if not dtypes <= {*COMMON_FLOATS} and importlib.util.find_spec("torch") is None:
             raise needs_torch(f"casting to {dtype}")
-    options = saving.SaveOptions(to, force, in_place, map_location, max_shard_size, verify, fsync, publish)
+    options = saving.SaveOptions(to, force, in_place, _tags(map_location), max_shard_size, verify, fsync, publish)
     if publish and row.is_directory:
         report.notes.append("a directory of shards has no digest in its name")
     elif publish and dry_run:
@@ -248,7 +272,7 @@ def diff(
     a: Source,
     b: Source,
     *,
-    ignore: Sequence[str] = (),
+    ignore: Patterns = (),
     strip_prefix_a: str | None = None,
     strip_prefix_b: str | None = None,
     devices: bool = False,
@@ -268,7 +292,8 @@ def diff(
     from ckptool.io.source import Files
     from ckptool.ops import diff as op
 
-    first, second = _opened(a), _opened(b)
+    first, second = open(a), open(b)
+    ignore = keys.texts(ignore, "ignore")
     first.require_whole()
     second.require_whole()
     if not (values or quick):
@@ -294,8 +319,8 @@ def diff(
 def filter(
     *sources: Source,
     match: Source | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: Patterns = (),
+    exclude: Patterns = (),
     strip_prefix: str | None = None,
     add_prefix: str | None = None,
     only_matched: bool = False,
@@ -315,8 +340,9 @@ def filter(
     from ckptool.ops import filter as op
     from ckptool.values.blocks import same_bytes
 
-    opened = [_opened(source) for source in sources]
-    target = None if match is None else _opened(match)
+    include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
+    opened = [open(source) for source in sources]
+    target = None if match is None else open(match)
     for checkpoint in [*opened, *([target] if target else [])]:
         checkpoint.require_whole()
     with Files() as files:
@@ -324,9 +350,6 @@ def filter(
             opened, target, include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix,
             only_matched=only_matched, cast=cast, same=partial(same_bytes, files=files),
         )  # fmt: skip
-
-
-Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
 def plan_partial(
@@ -337,21 +360,21 @@ def plan_partial(
     allow_unused: bool = False,
     adapt: Pairs = (),
     init: Pairs = (),
-    init_preset: str | Sequence[str] = (),
+    init_preset: Patterns = (),
     seed: int = 0,
-    freeze: str | Sequence[str] = (),
+    freeze: Patterns = (),
     new_lr_mult: float = 10.0,
     weight_decay: float = 0.0,
     optimizer: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: Patterns = (),
+    exclude: Patterns = (),
     strip_prefix: str | None = None,
     add_prefix: str | None = None,
     root: str | Path | None = None,
 ) -> tuple[Checkpoint, LoadPartialReport]:
     """Returns (checkpoint, report): the target with what fits of the source loaded, and the rest made as asked.
 
-    ``target`` is a checkpoint, or a live torch.nn.Module, whose state_dict the checkpoint then is. Keys are matched
+    ``target`` is a source too, or a live torch.nn.Module, whose state_dict the checkpoint then is. Keys are matched
     as `filter` does, after ``rules`` (see `remap`); values are cast to the target's dtypes. ``adapt`` {key pattern:
     adapter} for shapes that differ (``"rows"``, ``"pos-embed"``, see README), ``init`` {key pattern: rule} for what
     is not loaded (``"kaiming_normal(mode=fan_out)"``, the methods of torch.nn.init); of patterns that fit a key the
@@ -364,7 +387,6 @@ def plan_partial(
     """
     from functools import partial
 
-    from ckptool.core.keys import chooser
     from ckptool.io.source import Files
     from ckptool.partial import adapters
     from ckptool.partial import plan as op
@@ -373,14 +395,22 @@ def plan_partial(
 
     if optimizer not in (None, "drop", "remap"):
         raise UsageError(f"optimizer is drop or remap, not {optimizer!r}")
-    opened = None if source is None else source if isinstance(source, Checkpoint) else open(source, root=root)
+    if type(seed) is not int:
+        raise UsageError(f"seed is a whole number, not {kind_of(seed)}")
+    chosen, left_out = keys.texts(include, "include"), keys.texts(exclude, "exclude")
+    options = op.Options(
+        [(pattern, adapters.parse(text)) for pattern, text in keys.pairs(adapt, "adapt", "adapter")],
+        keys.pairs(init, "init", "rule"), keys.texts(init_preset, "init_preset"), seed,
+        keys.texts(freeze, "freeze"), new_lr_mult, weight_decay, optimizer, chosen, left_out, strip_prefix, add_prefix,
+    )  # fmt: skip
+    opened = None if source is None else open(source, root)
     origins: dict[str, str] = {}
     if rules is not None and opened is not None:
         opened, renamed = remap(opened, rules, allow_unused=allow_unused)
         origins = {row.new: " + ".join(row.old) for row in renamed.map}
     classes: dict[str, str] | None = None
-    if isinstance(target, (Checkpoint, str, os.PathLike)):
-        into = _opened(target)
+    if isinstance(target, (Checkpoint, str, os.PathLike, Mapping)):
+        into = open(target)
     else:
         from ckptool.partial import live
 
@@ -389,10 +419,6 @@ def plan_partial(
     for checkpoint in (opened, into):
         if checkpoint is not None:
             checkpoint.require_whole()
-    options = op.Options(
-        [(pattern, adapters.parse(text)) for pattern, text in _pairs(adapt)], _pairs(init), _texts(init_preset), seed,
-        _texts(freeze), new_lr_mult, weight_decay, optimizer, include, exclude, strip_prefix, add_prefix,
-    )  # fmt: skip
     with Files() as files:
         planned, report = op.load_partial(
             opened, into, options, same=partial(same_bytes, files=files), read=read_object, classes=classes,
@@ -401,7 +427,7 @@ def plan_partial(
     if classes is not None:
         planned = planned.with_state_dict(detached(planned.state_dict()))
         if opened is not None:
-            states = live.extra_states(into, opened, chooser(include, exclude), strip_prefix, add_prefix)
+            states = live.extra_states(into, opened, keys.chooser(chosen, left_out), strip_prefix, add_prefix)
             tree = planned.tree
             for key, (_, value) in states.items():
                 tree = replaced(tree, (*planned.root, key), value)
@@ -417,8 +443,21 @@ def load_partial(
     map_location: Any = None,
     assign: bool = False,
     strict: bool = False,
+    rules: Any = None,
+    allow_unused: bool = False,
+    adapt: Pairs = (),
+    init: Pairs = (),
+    init_preset: Patterns = (),
+    seed: int = 0,
+    freeze: Patterns = (),
+    new_lr_mult: float = 10.0,
+    weight_decay: float = 0.0,
+    optimizer: str | None = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    strip_prefix: str | None = None,
+    add_prefix: str | None = None,
     root: str | Path | None = None,
-    **wishes: Any,
 ) -> LoadPartialReport:
     """Loads what fits of a checkpoint into a live torch.nn.Module, in place, and returns the report.
 
@@ -432,24 +471,20 @@ def load_partial(
     from ckptool.partial import live
 
     live.refuse_no_module(model)
-    opened = None if source is None else source if isinstance(source, Checkpoint) else open(source, root=root)
-    if wishes.get("optimizer") == "remap":
+    if optimizer == "remap":
         raise UsageError(
             "an optimizer's state goes into a file, not into a model: plan_partial and save, or the command"
         )
-    planned, report = plan_partial(opened, model, **wishes)
+    planned, report = plan_partial(
+        source, model, rules=rules, allow_unused=allow_unused, adapt=adapt, init=init, init_preset=init_preset,
+        seed=seed, freeze=freeze, new_lr_mult=new_lr_mult, weight_decay=weight_decay, optimizer=optimizer,
+        include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix, root=root,
+    )  # fmt: skip
     failed = report.not_strict() if strict else []
     if failed:
         raise StrictError(f"{', '.join(failed)}: {report.summary()}", type(model).__name__)
-    return report.with_overflow(live.copy_into(model, planned, report.written, map_location, assign))
-
-
-def _pairs(given: Pairs) -> list[tuple[str, str]]:
-    return list(given.items()) if isinstance(given, Mapping) else [(pattern, text) for pattern, text in given]
-
-
-def _texts(given: str | Sequence[str]) -> list[str]:
-    return [given] if isinstance(given, str) else list(given)
+    overflowed = live.copy_into(model, planned, report.written, map_location, assign)
+    return replace(report, overflowed=overflowed or None)
 
 
 def _realise(tree: Any, map_location: Any, module_state_dict: Callable[[Any], Any]) -> Any:
@@ -463,13 +498,24 @@ def _realise(tree: Any, map_location: Any, module_state_dict: Callable[[Any], An
 set_realise(_realise)
 
 
-def __getattr__(name: str) -> Any:
-    """Returns `Rules`, which few need."""
-    if name != "Rules":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckptool.ops.rules import Rules
+REPORTS = (
+    "Beside", "Changed", "Check", "ConvertReport", "DiffReport", "FilterReport", "Finding", "Group", "InspectReport",
+    "LoadPartialReport", "Mapped", "PrefixStats", "RemapReport", "Row", "Saved", "Stats", "TensorRow", "ValuesChanged",
+)  # fmt: skip
+"""What the functions return, and what is in it."""
 
-    return Rules
+
+def __getattr__(name: str) -> Any:
+    """Returns `Rules` or a class of `REPORTS`, which few ask for by name."""
+    if name != "Rules" and name not in REPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ckptool import saving
+    from ckptool.core import findings
+    from ckptool.ops import convert, diff, filter, inspect, remap, rules
+    from ckptool.partial import handover, plan
+
+    places = (rules, inspect, findings, diff, filter, remap, convert, plan, handover, saving)
+    return next(getattr(place, name) for place in places if hasattr(place, name))
 
 
 __all__ = [

@@ -125,3 +125,11 @@ def needs_torch(what: str) -> DependencyError:
 def explain(error: OSError) -> str:
     """Returns what the system said, in lower case, without the path."""
     return (error.strerror or str(error)).lower()
+
+
+def kind_of(value: object) -> str:
+    """Returns what a wrong argument is, for a message: ``'zeros'``, ``an int``."""
+    if isinstance(value, str):
+        return repr(value)
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

@@ -353,12 +353,6 @@ def _refuse_linked(directory: str, row: formats.Format, inputs: Sequence[Checkpo
             raise OutputError("is one of the inputs; --in-place replaces it", place)
 
 
-def check_place(path: str, options: SaveOptions, inputs: Sequence[Checkpoint] = ()) -> None:
-    """Raises OutputError for a file that exists or is an input; whatever the name says of a format."""
-    spared = () if options.in_place else inputs
-    _check_place(path, options.overwrites, spared, "is one of the inputs; --in-place replaces it")
-
-
 def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
     """Raises what `write_text` would for the name alone, and OutputError for the name of an input."""
     _check_place(os.fspath(path), force, inputs, "is one of the inputs")

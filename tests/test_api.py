@@ -1,18 +1,26 @@
+"""What `import ckptool` offers: its names, its sources, what it says of wrong arguments, and its errors."""
+
 from __future__ import annotations
 
+import inspect
 import os
+import subprocess
+import sys
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles import FIXTURES, assert_identical, assert_same_tensors, torch_load
 from safetensors.torch import load_file
+from torch import nn
 
 import ckptool
+from ckptool import errors
 from ckptool.errors import CkptoolError, IncompleteError, OutputError, UsageError
 
 Saved = Callable[..., Path]
@@ -29,15 +37,185 @@ def test_the_library_does_what_its_page_says(tmp_path: Path) -> None:
     assert not ckptool.diff(target, source).same
     merged, report = ckptool.filter(source, match=target)
     assert report.counts == {"loaded": 100, "mismatched": 2, "bookkeeping": 20}
-    assert ckptool.save(merged, tmp_path / "merged.pth") == ()
+    written = ckptool.save(merged, tmp_path / "merged.pth")
+    assert (written.left_out, written.nbytes) == ((), (tmp_path / "merged.pth").stat().st_size)
     assert ckptool.inspect(tmp_path / "merged.pth").parameters == ckptool.inspect(target).parameters
     assert ckptool.diff(tmp_path / "merged.pth", target).same
 
 
-def test_everything_promised_is_there() -> None:
-    promised = {"open", "save", "diff", "filter", "inspect", "Checkpoint", "TensorInfo", "CkptoolError"}
-    assert promised <= set(ckptool.__all__)
-    assert all(hasattr(ckptool, name) for name in ckptool.__all__)
+PUBLIC = """
+Beside Changed Check Checkpoint CkptoolError CollisionError ConvertReport DependencyError DiffReport
+FilterReport Finding FormatError Group IncompleteError InspectReport LimitError LoadPartialReport LossError
+Mapped NoTensorsError OutputError PrefixStats RemapReport Row Rules Saved Stats StrictError TensorInfo
+TensorRow UnreadableError UnsupportedError UsageError ValuesChanged __version__ convert diff filter inspect
+invert limited load_partial open plan_partial remap save
+"""
+
+
+def test_the_public_names_are_these_and_each_says_what_it_is() -> None:
+    assert ckptool.__all__ == PUBLIC.split()
+    assert {*ckptool.__all__} <= {*dir(ckptool)}
+    for name in ckptool.__all__:
+        found = getattr(ckptool, name)
+        assert name == "__version__" or (found.__name__ == name and found.__doc__)
+    raised = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert raised <= {*ckptool.__all__}
+
+
+def test_every_keyword_of_plan_partial_is_one_of_load_partial() -> None:
+    plan, load = (inspect.signature(function).parameters for function in (ckptool.plan_partial, ckptool.load_partial))
+    own = {"map_location", "assign", "strict", "model"}
+    assert {*load} - own == {*plan} - {"target"}
+    assert all(load[name] == plan[name] for name in load if name not in own)
+
+
+# --- a state_dict as a source ----------------------------------------------------------------------------------------
+
+
+def trained() -> tuple[dict[str, Any], nn.Module]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    whole = {"epoch": 3, "args": Namespace(lr=0.1, sizes=[1, 2]), "model": model.state_dict(), "dtype": torch.float16,
+             "optimizer": optimizer.state_dict(), "size": torch.Size((2, 3)), "best": np.float64(0.5),
+             "seen": {1, 2}, "where": torch.device("cpu"), "counts": Counter("aab"), "path": Path("x")}  # fmt: skip
+    return whole, model
+
+
+def test_a_dict_in_memory_is_written_as_torch_would_save_it(saved: Saved) -> None:
+    whole, _ = trained()
+    whole["tied"], whole["views"] = (
+        whole["model"],
+        {"t": torch.arange(6.0).view(2, 3).t(), "p": nn.Parameter(torch.ones(2))},
+    )
+    ckptool.save(whole, "ours.pth")
+    assert_identical(torch_load(Path("ours.pth")), torch_load(saved(whole, "theirs.pth")))
+    assert ckptool.diff("ours.pth", whole, values=True).same
+
+
+def test_every_function_takes_a_state_dict(saved: Saved) -> None:
+    whole, model = trained()
+    state = model.state_dict()
+    path = saved(state)
+    assert [row.key for row in ckptool.inspect(whole).tensors] == list(state)
+    assert ckptool.inspect(whole).root == "model"
+    assert ckptool.inspect(state, hashes=True).hash == ckptool.inspect(path, hashes=True).hash
+    assert ckptool.diff(state, path, values=True).same
+    half = {key: torch.zeros_like(value) for key, value in list(state.items())[:3]}
+    merged, report = ckptool.filter(half, match=state)
+    assert (report.target, report.counts["loaded"]) == ("<state_dict>", 3)
+    ckptool.save(merged, "merged.safetensors")
+    assert all(torch.equal(value, half.get(key, state[key])) for key, value in load_file("merged.safetensors").items())
+    renamed, _ = ckptool.remap(state, [["^0", "first"]])
+    assert "first.weight" in renamed.to_torch()
+    assert ckptool.convert(state, "out.npz").verified
+    assert ckptool.convert(whole, "out", to="sharded", root="model").tensors == len(state)
+    other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    assert ckptool.load_partial(other, whole).counts == {"loaded": len(state)}
+    assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+    planned, _ = ckptool.plan_partial(path, half)
+    assert list(planned.state_dict()) == list(half)
+    assert ckptool.open(whole, root="model").state_dict().keys() == state.keys()
+
+
+def test_arrays_of_numpy_are_tensors_too_and_need_no_torch() -> None:
+    script = """
+import numpy as np, sys, ckptool
+a = np.arange(12, dtype=np.float32).reshape(3, 4)
+arrays = {"a": a, "t": a.T, "back": a[::-1], "big": a.astype(">f4"), "tied": a, "n": np.zeros((0, 2), np.int64)}
+arrays["s"] = np.array(True)
+ckptool.save(arrays, "out.safetensors")
+ckptool.save({"model": arrays, "epoch": 3}, "out.pth")
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    a = torch.arange(12.0).view(3, 4)
+    expected = {
+        "a": a,
+        "t": a.T,
+        "back": a.flip(0),
+        "big": a,
+        "tied": a,
+        "n": torch.zeros(0, 2).long(),
+        "s": torch.tensor(True),
+    }
+    made = torch.load("out.pth")
+    assert made["epoch"] == 3
+    assert all(torch.equal(made["model"][key], value) for key, value in expected.items())
+    assert made["model"]["a"].data_ptr() == made["model"]["tied"].data_ptr()
+    assert torch.equal(load_file("out.safetensors")["back"], a.flip(0))
+
+
+def test_values_are_read_when_they_are_written() -> None:
+    state = {"w": torch.zeros(3)}
+    opened = ckptool.open(state)
+    state["w"].fill_(2)
+    ckptool.save(opened, "out.pth")
+    assert torch.load("out.pth")["w"].tolist() == [2, 2, 2]
+
+
+def test_a_meta_tensor_in_memory_is_one_in_the_file() -> None:
+    ckptool.save({"m": torch.ones(2, 3, device="meta"), "w": torch.ones(1)}, "out.pth")
+    made = torch.load("out.pth")["m"]
+    assert (made.is_meta, made.shape) == (True, (2, 3))
+
+
+def test_what_cannot_be_taken_from_memory_is_one_line() -> None:
+    with pytest.raises(CkptoolError, match="sparse_coo"):
+        ckptool.save({"w": torch.eye(3).to_sparse()}, "out.pth")
+    with pytest.raises(CkptoolError, match="generator, which cannot be saved"):
+        ckptool.save({"w": torch.ones(1), "g": (i for i in ())}, "out.pth")
+    endless: dict[str, Any] = {"w": torch.ones(1)}
+    endless["again"] = endless
+    with pytest.raises(CkptoolError, match="holds itself"):
+        ckptool.inspect(endless)
+    with pytest.raises(CkptoolError, match="tensor"):
+        ckptool.inspect({"epoch": 3})
+    assert not Path("out.pth").exists()
+
+
+# --- wrong arguments -------------------------------------------------------------------------------------------------
+
+NEW, OLD = FIXTURES / "resnet_new.pth", FIXTURES / "resnet_old.pth"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: ckptool.open(3), "a source is a checkpoint, a path or a state_dict, not an int"),
+        (lambda: ckptool.diff(OLD, None), "not a NoneType"),
+        (lambda: ckptool.filter(OLD, match=3.5), "not a float"),
+        (lambda: ckptool.save([torch.ones(1)], "out.pth"), "not a list"),
+        (lambda: ckptool.plan_partial(OLD, NEW, init="zeros"), r"init is a dict \{key pattern: rule\}.*not 'zeros'"),
+        (lambda: ckptool.plan_partial(OLD, NEW, init=["zeros"]), "'zeros' is none"),
+        (lambda: ckptool.plan_partial(OLD, NEW, adapt={"fc.*": 3}), r"adapt is a dict .*\('fc.\*', 3\) is none"),
+        (lambda: ckptool.plan_partial(OLD, NEW, adapt=3), "not an int"),
+        (lambda: ckptool.plan_partial(OLD, NEW, adapt={"fc.*": "stretch"}), "no adapter 'stretch'"),
+        (lambda: ckptool.plan_partial(OLD, NEW, optimizer="adam"), "optimizer is drop or remap, not 'adam'"),
+        (lambda: ckptool.plan_partial(OLD, NEW, seed="1"), "seed is a whole number"),
+        (lambda: ckptool.plan_partial(OLD, NEW, freeze=3), "freeze is a text or a list of texts, not an int"),
+        (lambda: ckptool.plan_partial(OLD, NEW, rules=3), "rules are a list"),
+        (lambda: ckptool.plan_partial(OLD, 3), "into a torch.nn.Module, not into a int"),
+        (lambda: ckptool.load_partial(nn.Linear(1, 1), 3), "not an int"),
+        (lambda: ckptool.load_partial(nn.Linear(1, 1), OLD, init="zeros"), "init is a dict"),
+        (lambda: ckptool.remap(OLD, 3), "rules are a list"),
+        (lambda: ckptool.filter(OLD, include=[3]), "include is a text or a list of texts; an int is none"),
+        (lambda: ckptool.save(OLD, "out.pth", map_location=3), "map_location is a device tag, .* not an int"),
+        (lambda: ckptool.save(OLD, "out.pth", map_location={"cpu": 0}), "map_location is a device tag"),
+        (lambda: ckptool.convert(OLD, "out.pth", keep=3), "keep is a text"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_a_sentence(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        call()
+    assert os.listdir() == []
+
+
+def test_one_pattern_needs_no_list() -> None:
+    assert ckptool.filter(OLD, include="fc.*")[1] == ckptool.filter(OLD, include=["fc.*"])[1]
 
 
 def test_functions_take_paths_text_and_opened_checkpoints_alike() -> None:
@@ -195,8 +373,17 @@ def test_save_rewrites_device_tags_as_asked(where: Any, tags: set[str], on_gpus:
 
 
 def test_save_returns_what_a_format_left_out(tmp_path: Path) -> None:
-    left = ckptool.save(ckptool.open(FIXTURES / "resnet_nested.pth"), tmp_path / "out.safetensors")
-    assert left == ("epoch", "arch", "best_acc1", "optimizer", "scheduler", "args")
+    saved = ckptool.save(ckptool.open(FIXTURES / "resnet_nested.pth"), tmp_path / "out.safetensors", verify=True)
+    assert saved.verified
+    assert saved.left_out == ("epoch", "arch", "best_acc1", "optimizer", "scheduler", "args")
+
+
+def test_save_returns_how_many_values_a_cast_made_infinite(saved: Saved) -> None:
+    source, target = saved({"w": torch.tensor([1e10, 1.0])}, "s.pth"), saved({"w": torch.zeros(2).half()}, "t.pth")
+    merged, report = ckptool.filter(source, match=target, cast=True)
+    assert report.overflowed is None  # nothing is computed yet
+    assert ckptool.save(merged, "out.pth").overflowed == {"w": 1}
+    assert ckptool.save(merged, "out.safetensors", to="safetensors").overflowed == {"w": 1}
 
 
 def test_save_refuses_what_exists_what_is_an_input_and_what_has_no_format(saved: Saved) -> None:

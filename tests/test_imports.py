@@ -73,7 +73,7 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 BEGIN = "cli cli.app cli.render cli.signals errors click contextlib dataclasses re signal typing"
 CORE = (
     f"{BEGIN} typer limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
-    "core.tensor core.tree core.versions cli.progress text fnmatch math"
+    "core.tensor core.tree core.versions cli.output text fnmatch math"
 )
 READ = (
     f"{CORE} api core.roots formats io io.probe io.source io.zip_read pickling pickling.guard pickling.load "

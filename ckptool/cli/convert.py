@@ -10,7 +10,7 @@ import typer
 import ckptool
 from ckptool import formats, saving
 from ckptool.cli import options, render
-from ckptool.cli.progress import bar
+from ckptool.cli.output import Outputs, bar, overflow
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.ops.convert import ConvertReport
@@ -57,13 +57,10 @@ def command(
     places = [(source, output if output is not None else beside(source, str(to))) for source in inputs]
     if len({os.path.realpath(place) for _, place in places}) < len(places):
         raise UsageError("two inputs would be written to one name")
-    wanted = saving.SaveOptions(to, force, in_place, verify=verify, hash_in_name=publish)
+    wanted = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, publish)
+    outputs = Outputs("convert", wanted, report_file, dry_run, as_json)
     opened = [(ckptool.open(source, root=root), place) for source, place in places]
-    everything = [checkpoint for checkpoint, _ in opened]
-    for _, place in opened:
-        saving.check_output(place, wanted, everything)
-    if report_file is not None:
-        saving.check_report(report_file, force=force, inputs=everything)
+    outputs.check([place for _, place in places], [checkpoint for checkpoint, _ in opened])
 
     def converted(checkpoint: Checkpoint, place: str, **how: Any) -> ConvertReport:
         return ckptool.convert(
@@ -88,15 +85,7 @@ def command(
             reports.append(replace(report, input=source))
             if not as_json:
                 render.show(_lines(reports[-1], dry_run))
-    notes = [note for report in reports for note in report.notes]
-    document = {"schema": 1, "command": "convert", "result": render.to_json(reports), "notes": notes}
-    if report_file is not None and not dry_run:
-        saving.write_text(report_file, render.json_text(document), force=force)
-    if as_json:
-        render.print_json(document)
-    elif len(reports) > 1:
-        state = " (dry run), about" if dry_run else ","
-        render.show([f"{len(reports)} converted{state} {size(sum(report.nbytes for report in reports))}"])
+    outputs.finish(reports, [note for report in reports for note in report.notes], lambda: _total(reports, dry_run))
     return 0
 
 
@@ -113,10 +102,16 @@ def _lines(report: ConvertReport, dry_run: bool) -> list[str]:
     text = f"{report.output}{state}: {plural(report.tensors, 'tensor')}, {'about ' if dry_run else ''}"
     text += f"{size(report.nbytes)}{', verified' if report.verified else ''}"
     lines = [["cast", plural(len(report.cast), "tensor")]] if report.cast else []
-    lost = sum(report.overflowed.values())
-    if lost:
-        lines.append(["overflow", f"{plural(lost, 'value')} no longer finite: {', '.join(report.overflowed)}"])
+    lines += overflow(report.overflowed)
     lines += [["untied", ", ".join(report.untied)]] if report.untied else []
     lines += [["left out", ", ".join(report.left_out)]] if report.left_out else []
     lines += [["note", note] for note in report.notes]
     return [render.safe(text), *render.aligned(lines)]
+
+
+def _total(reports: list[ConvertReport], dry_run: bool) -> list[str]:
+    """Returns a line about several conversions; none about one, whose own lines say it."""
+    if len(reports) == 1:
+        return []
+    state = " (dry run), about" if dry_run else ","
+    return [f"{len(reports)} converted{state} {size(sum(report.nbytes for report in reports))}"]

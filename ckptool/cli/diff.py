@@ -7,7 +7,7 @@ import typer
 
 import ckptool
 from ckptool.cli import render
-from ckptool.cli.progress import bar
+from ckptool.cli.output import bar
 from ckptool.core import keys
 from ckptool.errors import UsageError
 from ckptool.ops.diff import KINDS, DiffReport, volume

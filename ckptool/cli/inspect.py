@@ -10,7 +10,7 @@ import typer
 
 import ckptool
 from ckptool.cli import render
-from ckptool.cli.progress import bar
+from ckptool.cli.output import bar
 from ckptool.core import keys
 from ckptool.errors import CkptoolError, UsageError
 from ckptool.ops.inspect import Beside, InspectReport, TensorRow, volume

@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from typing import Annotated, Any
@@ -11,16 +11,16 @@ from typing import Annotated, Any
 import typer
 
 import ckptool
-from ckptool import saving
 from ckptool.cli import options, plans, render
+from ckptool.cli.options import Texts
+from ckptool.cli.output import Outputs, heading, overflow
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError, listed
 from ckptool.partial import adapters, presets
 from ckptool.partial import init as init_rules
 from ckptool.partial.plan import LoadPartialReport, unwritable
+from ckptool.saving import SaveOptions
 from ckptool.text import percent, plural
-
-Texts = list[str] | None
 
 
 def command(
@@ -30,7 +30,7 @@ def command(
         str | None, typer.Option(metavar="PKG.MOD:NAME", help="Your class or factory of the changed model: it is run.")
     ] = None,
     arg: Annotated[Texts, typer.Option(metavar="NAME=VALUE", help="What --model is called with; TOML values.")] = None,
-    output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")] = None,
+    output: options.Output = None,
     to: Annotated[
         str | None, typer.Option(metavar="FORMAT", help="Of OUT, if its suffix does not say: sharded.")
     ] = None,
@@ -40,7 +40,7 @@ def command(
         Texts, typer.Option(metavar="GLOB=ADAPTER", help="Where shapes differ: rows, crop, pos-embed, ...")
     ] = None,
     init: Annotated[
-        Texts, typer.Option(metavar="GLOB=RULE", help="Of what is not loaded: kaiming_normal, zeros, default, ...")
+        Texts, typer.Option(metavar="GLOB=RULE", help="How to initialise keys that were not loaded: zeros, ...")
     ] = None,
     init_preset: Annotated[
         Texts, typer.Option(metavar="NAME", help="A recipe for all that is not loaded; list shows them.")
@@ -57,15 +57,13 @@ def command(
     optimizer: Annotated[
         str | None, typer.Option(metavar="drop|remap", help="The state of the source's optimizer.")
     ] = None,
-    include: Annotated[Texts, typer.Option(metavar="GLOB", help="Load only keys that fit (re:REGEX too).")] = None,
-    exclude: Annotated[Texts, typer.Option(metavar="GLOB", help="Load no keys that fit.")] = None,
-    strip_prefix: Annotated[str | None, typer.Option(metavar="P", help="Take a prefix off the source's keys.")] = None,
-    add_prefix: Annotated[str | None, typer.Option(metavar="P", help="Put a prefix before the source's keys.")] = None,
-    min_loaded: Annotated[
-        str | None, typer.Option(metavar="90%", help="Exit 1 if fewer of the target's parameters are loaded.")
-    ] = None,
-    require: Annotated[Texts, typer.Option(metavar="GLOB", help="Exit 1 if such a key is not loaded.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 on missing, unexpected or mismatched keys.")] = False,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    strip_prefix: options.StripPrefix = None,
+    add_prefix: options.AddPrefix = None,
+    min_loaded: options.MinLoaded = None,
+    require: options.Require = None,
+    strict: options.Strict = False,
     root: options.Root = None,
     into_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where they are in TARGET.")] = None,
     map_location: options.MapLocation = None,
@@ -75,7 +73,7 @@ def command(
     in_place: options.InPlace = False,
     dry_run: options.DryRun = False,
     report_file: options.Report = None,
-    all_rows: Annotated[bool, typer.Option("--all", help="Show loaded keys too.")] = False,
+    all_rows: options.AllRows = False,
     as_json: options.Json = False,
 ) -> int:
     """Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest, hand over."""
@@ -87,13 +85,12 @@ def command(
         return 0
     _check(source, into, model, arg, output, dry_run, init, init_preset)
     least = plans.fraction(min_loaded)
-    tags = options.tags(map_location)
+    wanted = SaveOptions(to, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
+    outputs = Outputs("load-partial", wanted, report_file, dry_run, as_json)
     opened = ckptool.open(source, root=root) if source is not None else None
     target: Any = ckptool.open(into, root=into_root) if into is not None else None
     inputs = [checkpoint for checkpoint in (opened, target) if checkpoint is not None]
-    if output is not None:
-        saving.check_output(output, saving.SaveOptions(to, force, in_place), inputs)
-    options.check_places(output, groups_out, report_file, to=to, force=force, in_place=in_place, inputs=inputs)
+    outputs.check([] if output is None else [output], inputs, groups_out)
     if model is not None:
         target = build(model, arg or [])
     checkpoint, report = ckptool.plan_partial(
@@ -108,23 +105,12 @@ def command(
         _refuse_unwritable(checkpoint)
         report = replace(report, notes=[f"imported and ran {model}, your own code, to build the model", *report.notes])
     failed = plans.failed(report, least, require or [], strict)
-    if not failed and output is not None:
-        written = options.written(
-            checkpoint, output, to=to, dry_run=dry_run, force=force, in_place=in_place, map_location=tags,
-            verify=verify, fsync=fsync,
-        )  # fmt: skip
-        left = [f"left out: {', '.join(written.left_out)}"] if written.left_out else []
-        notes = [*report.notes, *left, *written.notes]
-        report = replace(report, output=None if dry_run else output, notes=notes).with_overflow(written.overflowed)
-        if groups_out is not None and not dry_run:
-            saving.write_text(groups_out, render.json_text(groups_document(report)), force=force)
-    document = render.document("load-partial", report, [*report.notes, *failed])
-    if report_file is not None:
-        saving.write_text(report_file, render.json_text(document), force=force)
-    if as_json:
-        render.print_json(document)
-    else:
-        render.show(_lines(report, output, dry_run, failed, all_rows, bool(groups_out or freeze)))
+    if not failed:
+        report = outputs.write(checkpoint, output, report)
+        outputs.write_beside(groups_out, groups_document(report))
+    begin = heading(dry_run, output, failed)
+    groups = bool(groups_out or freeze)
+    outputs.finish(report, [*report.notes, *failed], lambda: _lines(report, begin, failed, all_rows, groups))
     return int(bool(failed))
 
 
@@ -145,8 +131,7 @@ def _check(
         raise UsageError("--arg goes with --model")
     if source is None and not init and not init_preset:
         raise UsageError("name a SOURCE to load from, or how to initialise with --init or --init-preset")
-    if output is None and not dry_run:
-        raise UsageError("name the output with -o, or ask for a --dry-run")
+    options.require_output(output, dry_run)
 
 
 def _init_option(text: str) -> tuple[str, str]:
@@ -178,7 +163,7 @@ def build(name: str, arguments: Sequence[str]) -> Any:
             made = found(**given)
     except (Exception, SystemExit) as error:  # whatever the user's code raises is theirs to read, in one line
         raise UsageError(f"--model {name}: {type(error).__name__}: {error}") from error
-    if isinstance(made, (str, os.PathLike, Checkpoint)):  # which the library would open
+    if isinstance(made, (str, os.PathLike, Mapping, Checkpoint)):  # which the library would open
         raise UsageError(f"--model {name}: not a torch.nn.Module but a {type(made).__name__}")
     return made
 
@@ -208,9 +193,7 @@ def groups_document(report: LoadPartialReport) -> dict[str, Any]:
     return {"schema": 1, "groups": groups, "frozen": report.frozen, "tied": report.tied}
 
 
-def _lines(
-    report: LoadPartialReport, output: str | None, dry_run: bool, failed: list[str], all_rows: bool, groups: bool
-) -> list[str]:
+def _lines(report: LoadPartialReport, begin: str, failed: list[str], all_rows: bool, groups: bool) -> list[str]:
     counts = report.counts
     total = sum(1 for row in report.rows if row.reason != "unexpected" and row.shape is not None)
     parts = [f"{total} tensors"]
@@ -223,8 +206,7 @@ def _lines(
     kept = [f"{counts[reason]} {reason if report.sources else ''}".strip() for reason in lacking if counts.get(reason)]
     parts += [f"{' and '.join(kept)} kept from {report.target}"] if kept else []
     parts += [f"{counts[name]} {name}" for name in ("unexpected", "bookkeeping", "ignored") if counts.get(name)]
-    state = " (dry run)" if dry_run and output else " (not written)" if failed else ""
-    lines = [render.safe(f"{output or '(dry run)'}{state}: {', '.join(parts)}")]
+    lines = [render.safe(begin + ", ".join(parts))]
     lines += render.aligned(plans.rows_of(report, all_rows))
     lines += render.aligned([["hint", report.hint]] if report.hint else [])
     trained = sum(len(group.params) for group in report.groups)
@@ -238,6 +220,7 @@ def _lines(
             [["group", group.name, f"{plural(len(group.params), 'parameter')}, learning rate "
               f"x{group.lr_mult:g}, weight decay {group.weight_decay:g}"] for group in report.groups]
         )  # fmt: skip
+    lines += render.aligned(overflow(report.overflowed))
     lines += render.aligned([["note", text] for text in report.notes])
     lines += render.aligned([["failed", text] for text in failed])
     return lines

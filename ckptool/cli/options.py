@@ -1,21 +1,30 @@
-"""Options that several commands share, and what is checked of them."""
+"""Options that several commands share, and what their texts mean."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 import ckptool
-from ckptool import saving
-from ckptool.cli.progress import bar
-from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import FormatError, UnreadableError, UsageError, explain
 
+Texts = list[str] | None
+
+Output = Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")]
+Include = Annotated[Texts, typer.Option(metavar="GLOB", help="Only keys that match (re:REGEX too).")]
+Exclude = Annotated[Texts, typer.Option(metavar="GLOB", help="Leave out keys that match.")]
+StripPrefix = Annotated[str | None, typer.Option(metavar="P", help="Take a prefix off the source's keys.")]
+AddPrefix = Annotated[str | None, typer.Option(metavar="P", help="Put a prefix before the source's keys.")]
+MinLoaded = Annotated[
+    str | None, typer.Option(metavar="90%", help="Exit 1 if fewer of the target's parameters are loaded.")
+]
+Require = Annotated[Texts, typer.Option(metavar="GLOB", help="Exit 1 if such a key is not loaded.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 on missing, unexpected or mismatched keys.")]
+AllRows = Annotated[bool, typer.Option("--all", help="Show loaded keys too.")]
 Root = Annotated[str | None, typer.Option("--root", metavar="PATH", help="Where the weights are, steps joined with /.")]
 MapLocation = Annotated[
     str | None,
@@ -30,28 +39,10 @@ Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Wr
 Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 
-def written(
-    checkpoint: Checkpoint,
-    output: str,
-    *,
-    to: str | None = None,
-    dry_run: bool,
-    force: bool,
-    in_place: bool,
-    map_location: saving.MapLocation,
-    verify: bool,
-    fsync: bool,
-) -> saving.Saved:
-    """Returns what became of a checkpoint that was written, with a bar where it took long; of a dry run what would."""
-    wanted = saving.SaveOptions(to, force, in_place, map_location, verify=verify, fsync=fsync)
-    if dry_run:
-        return saving.check(checkpoint, output, wanted)
-
-    def total() -> int:
-        return saving.work(saving.check(checkpoint, output, replace(wanted, force=True, in_place=True)).nbytes, wanted)
-
-    with bar(total) as progress:
-        return saving.save(checkpoint, output, wanted, progress)
+def require_output(output: str | None, dry_run: bool) -> None:
+    """Raises UsageError if nothing says where to write, and it is no dry run."""
+    if output is None and not dry_run:
+        raise UsageError("name the output with -o, or ask for a --dry-run")
 
 
 def size(text: str) -> int:
@@ -87,26 +78,6 @@ def tags(text: str | None) -> str | dict[str, str] | None:
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise UsageError(f"--map-location takes a device or from=to pairs, not {text!r}")
     return {pair[0]: pair[1] for pair in pairs}
-
-
-def check_places(
-    output: str | None,
-    *beside: str | None,
-    to: str | None = None,
-    force: bool,
-    in_place: bool,
-    inputs: Sequence[Checkpoint],
-) -> None:
-    """Checks the names of all that will be written before anything is: none exists, is an input, or is another's."""
-    options = saving.SaveOptions(to, force, in_place)
-    if output is not None and not options.into_directory:
-        saving.check_place(output, options, inputs)
-    written = [path for path in (output, *beside) if path is not None]
-    for number, path in enumerate(written):
-        if any(saving.same_place(path, other) for other in written[:number]):
-            raise UsageError(f"two outputs have the name {path}")
-        if path is not output:
-            saving.check_report(path, force=force, inputs=inputs)
 
 
 def read_data(path: str) -> Any:

@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 import typer
 from typer.core import TyperCommand
 
 import ckptool
-from ckptool import formats, saving
+from ckptool import formats
 from ckptool.cli import options, render
+from ckptool.cli.options import Texts
+from ckptool.cli.output import Outputs, heading
 from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.rules import PRESETS, Rules, parse_option
+from ckptool.saving import SaveOptions
 from ckptool.text import plural
 
 RULES = ("strip_prefix", "add_prefix", "rename", "sub", "drop", "preset", "rules")
@@ -34,13 +37,11 @@ class Ordered(TyperCommand):
 
 COMMAND = Ordered
 
-Texts = list[str] | None
-
 
 def command(
     ctx: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint.")],
-    output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")] = None,
+    output: options.Output = None,
     strip_prefix: Annotated[Texts, typer.Option(metavar="P", help="Take a prefix off the keys that have it.")] = None,
     add_prefix: Annotated[Texts, typer.Option(metavar="P", help="Put a prefix before every key.")] = None,
     rename: Annotated[Texts, typer.Option(metavar="A=B", help="Whole segments; {i} and * stand for one each.")] = None,
@@ -62,8 +63,7 @@ def command(
     as_json: options.Json = False,
 ) -> int:
     """Rename keys and reshape tensors by rules, in the order given."""
-    if output is None and not dry_run:
-        raise UsageError("name the output with -o, or ask for a --dry-run")
+    options.require_output(output, dry_run)
     given = {"strip_prefix": strip_prefix, "add_prefix": add_prefix, "rename": rename, "sub": sub, "drop": drop,
              "preset": preset, "rules": rules}  # fmt: skip
     chosen = _in_order(ctx.meta["ckptool.order"], {name: list(texts or []) for name, texts in given.items()})
@@ -73,34 +73,19 @@ def command(
         raise UsageError("no rule: see --rename, --strip-prefix, --sub, --rules and the others in --help")
     tags = options.tags(map_location)
     opened = ckptool.open(file, root=root)
-    options.check_places(output, save_map, report_file, force=force, in_place=in_place, inputs=[opened])
+    to = None if output is None else _own_format(opened, output)
+    wanted = SaveOptions(to, force, in_place, tags, verify=verify, fsync=fsync)
+    outputs = Outputs("remap", wanted, report_file, dry_run, as_json)
+    outputs.check([] if output is None else [output], [opened], save_map)
     if invert is not None:
         checkpoint, report = ckptool.invert(opened, options.read_data(invert))
     else:
         checkpoint, report = ckptool.remap(opened, chosen, allow_unused=allow_unused)
-    if output is not None:
-        written = options.written(
-            checkpoint, output, to=_own_format(opened, output), dry_run=dry_run, force=force, in_place=in_place,
-            map_location=tags, verify=verify, fsync=fsync,
-        )  # fmt: skip
-        left = [f"left out: {', '.join(written.left_out)}"] if written.left_out else []
-        report = replace(report, output=None if dry_run else written.path, notes=[*report.notes, *left])
-    if save_map is not None and not dry_run:
-        saving.write_text(save_map, render.json_text(report.saved), force=force)
-    if report_file is not None and not dry_run:
-        saving.write_text(report_file, render.json_text(_document(report)), force=force)
-    if as_json:
-        render.print_json(_document(report))
-    else:
-        render.show(_lines(report, output, dry_run))
+    report = outputs.write(checkpoint, output, report)
+    outputs.write_beside(save_map, report.saved)
+    begin = heading(dry_run, output)
+    outputs.finish(replace(report, saved=None), report.notes, lambda: _lines(report, begin))
     return 0
-
-
-def _document(report: RemapReport) -> dict[str, Any]:
-    """Returns the JSON document; what --save-map writes has a file of its own."""
-    document = render.document("remap", replace(report, saved={}), report.notes)
-    del document["result"]["saved"]
-    return document
 
 
 def _own_format(opened: Checkpoint, output: str) -> str | None:
@@ -120,14 +105,13 @@ def _in_order(order: Sequence[str], given: dict[str, list[str]]) -> Rules:
     return found
 
 
-def _lines(report: RemapReport, output: str | None, dry_run: bool) -> list[str]:
+def _lines(report: RemapReport, begin: str) -> list[str]:
     renamed = sum(row.op == "rename" and row.old != [row.new] for row in report.map)
     made = sum(row.op != "rename" for row in report.map)
     parts = [plural(len(report.map), "key"), f"{renamed:,} renamed"]
     parts += [f"{made:,} computed"] if made else []
     parts += [f"{len(report.dropped):,} dropped"] if report.dropped else []
-    state = " (dry run)" if dry_run and output else ""
-    lines = [render.safe(f"{output or '(dry run)'}{state}: {', '.join(parts)}")]
+    lines = [render.safe(begin + ", ".join(parts))]
     lines += render.aligned(_renamed(report))
     made_rows = [(f"{', '.join(row.old)} -> {row.new}", row.op) for row in report.map if row.op != "rename"]
     lines += render.aligned([[name, made_rows[members[0]][1]] for name, members in keys.fold(made_rows)])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import translate
 from functools import lru_cache
 
-from ckptool.errors import CollisionError, UsageError, listed
+from ckptool.errors import CollisionError, UsageError, kind_of, listed
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments that torch.compile, FSDP and activation checkpointing put anywhere in a name.
@@ -267,3 +267,30 @@ def _joined(frame: tuple[str, ...], numbers: list[str]) -> str:
     for number, piece in zip(numbers, frame[1:], strict=True):
         text += number + piece
     return text
+
+
+# --- as arguments ------------------------------------------------------------------------------------------------
+
+
+def texts(given: str | Sequence[str], name: str) -> list[str]:
+    """Returns a list of texts; one text is a list of one. Raises: UsageError for anything else."""
+    several = [given] if isinstance(given, str) else given
+    if isinstance(several, Mapping) or not isinstance(several, Iterable):
+        raise UsageError(f"{name} is a text or a list of texts, not {kind_of(given)}")
+    found = list(several)
+    wrong = [text for text in found if not isinstance(text, str)]
+    if wrong:
+        raise UsageError(f"{name} is a text or a list of texts; {kind_of(wrong[0])} is none")
+    return found
+
+
+def pairs(given: Mapping[str, str] | Sequence[tuple[str, str]], name: str, what: str) -> list[tuple[str, str]]:
+    """Returns pairs of texts. Raises: UsageError for anything else."""
+    wanted = f"{name} is a dict {{key pattern: {what}}} or a list of such pairs"
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UsageError(f"{wanted}, not {kind_of(given)}")
+    found = list(given.items() if isinstance(given, Mapping) else given)
+    for pair in found:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise UsageError(f"{wanted}; {pair!r} is none")
+    return [(pattern, text) for pattern, text in found]

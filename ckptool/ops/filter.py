@@ -54,7 +54,8 @@ class FilterReport:
     """``rows``: one per key of the target, then one per key of a source that was not used.
 
     ``loaded_fraction`` is the share of the target's elements (counters aside) that have the sources' values.
-    ``hint``: the prefixes to strip and add with which more keys would match. ``output`` is set when it is saved.
+    ``hint``: the prefixes to strip and add with which more keys would match. ``output`` is set when it is saved, and
+    so is ``overflowed``: {key: finite values that a cast made infinite}, None where there are none.
     """
 
     rows: list[Row]
@@ -65,6 +66,7 @@ class FilterReport:
     target: str | None = None
     sources: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    overflowed: dict[str, int] | None = None
 
     @property
     def loaded(self) -> int:

@@ -43,7 +43,7 @@ class RemapReport:
     dropped: list[str]
     unused_rules: list[str]
     output: str | None = None
-    saved: Mapping[str, Any] = field(default_factory=dict)
+    saved: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
 

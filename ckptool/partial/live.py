@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from ckptool.core import keys as names
@@ -16,6 +18,7 @@ from ckptool.core.tensor import Extras, Opaque, Span, Storage, TensorInfo, conti
 from ckptool.core.tree import Global, PyObject, nodes, ordered_dict
 from ckptool.errors import UnsupportedError, UsageError, listed
 from ckptool.io.source import Files
+from ckptool.pickling.torch_calls import builders
 from ckptool.values.codec import import_torch
 from ckptool.values.torch_bridge import to_torch
 
@@ -55,6 +58,26 @@ def checkpoint_of(model: Any, source: Mapping[str, TensorInfo] | None = None) ->
     return Checkpoint(ordered_dict(tree, ordered_dict(versions)), format="model", url=type(model).__name__)
 
 
+def state_dict_of(state: Mapping[Any, Any]) -> Checkpoint:
+    """Returns a dict of torch tensors or numpy arrays, nested as it may be, as the checkpoint that a file of it is.
+
+    Values stay where they are until they are written. Objects of other classes are taken apart as pickle does it.
+    Raises: UsageError for what no pickle holds, UnsupportedError for sparse, quantised, nested and own tensors.
+    """
+    made = _Whole(sys.modules.get("torch"), sys.modules.get("numpy"))  # not imported: then no value is one of theirs
+    try:
+        tree = made.node(state if isinstance(state, dict) else dict(state))
+    except RecursionError:
+        raise UsageError("the state_dict is nested too deep, or holds itself") from None
+    if made.refused:
+        raise UnsupportedError(f"cannot be taken from memory, only from a file: {listed(made.refused)}", MEMORY)
+    return Checkpoint(tree, url=MEMORY, nbytes=sum(storage.nbytes for storage in made.storages.values()))
+
+
+MEMORY = "<state_dict>"
+"""Stands for the path of a checkpoint that is a dict in memory."""
+
+
 def classes_of(model: Any) -> dict[str, str]:
     """Returns {module path: class name}; a class derived from one of torch.nn or transformers has that one's name.
 
@@ -73,7 +96,7 @@ class _Reading:
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
-        self.storages: dict[tuple[str, int], Storage] = {}
+        self.storages: dict[Any, Storage] = {}
         self.made: dict[int, Any] = {}
 
     def node(self, value: Any) -> Any:
@@ -126,6 +149,89 @@ class _Reading:
 
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+class _Whole(_Reading):
+    """Reads a dict in memory: nothing is left out, since its checkpoint may be written."""
+
+    def __init__(self, torch: Any, numpy: Any) -> None:
+        super().__init__(torch)
+        self.numpy = numpy
+        self.refused: list[str] = []
+        self.kept: list[Any] = []  # an object that is gone would leave its id to another
+
+    def _node(self, value: Any) -> Any:
+        self.kept.append(value)
+        kind = type(value)
+        if self.torch is not None and isinstance(value, self.torch.Tensor):
+            return self.tensor(value)
+        if self.numpy is not None and isinstance(value, self.numpy.ndarray) and value.dtype.name in DTYPES:
+            return self.array(value)
+        if kind in _PLAIN or kind is bytearray:
+            return value
+        if kind in (list, tuple, set, frozenset):
+            return kind(self.node(item) for item in value)
+        if kind is dict:
+            return {self.node(key): self.node(item) for key, item in value.items()}
+        if kind is OrderedDict:
+            versions = getattr(value, "_metadata", None)
+            content = {self.node(key): self.node(item) for key, item in value.items()}
+            return ordered_dict(content, None if versions is None else self.node(versions))
+        return self.object(value)
+
+    def tensor(self, value: Any) -> TensorInfo:
+        kind = "subclass" if self.torch.nn.parameter.is_lazy(value) else _kind(self.torch, value)
+        if kind == "meta":
+            rebuild = builders["torch._utils", "_rebuild_meta_tensor_no_storage"]
+            dtype = Global.named("torch", str(value.dtype).removeprefix("torch."))
+            made: TensorInfo = rebuild(dtype, tuple(value.shape), tuple(value.stride()), value.requires_grad)
+            return made
+        if kind != "dense":
+            self.refused.append(f"a {kind} tensor" if kind != "subclass" else f"a {type(value).__name__}")
+            return self.tensor(self.torch.empty(0))
+        return super().tensor(value)
+
+    def array(self, value: Any) -> TensorInfo:
+        """Returns a numpy array as a tensor; two of the same elements of one memory are tied."""
+        interface = value.__array_interface__
+        place = (interface["data"][0], value.shape, value.strides, value.dtype.str)
+        dtype, shape = value.dtype.name, tuple(value.shape)
+        if place not in self.storages:
+            little = value.dtype.newbyteorder("<")
+
+            def memory() -> memoryview:
+                flat = self.numpy.ascontiguousarray(value, little).reshape(-1)
+                return memoryview(flat.view("u1"))
+
+            span = Span("", 0, nbytes_of(dtype, value.size), memory=memory)
+            self.storages[place] = Storage(span, dtype if DTYPES[dtype].storage else None)
+        return TensorInfo(dtype, shape, contiguous_stride(shape), 0, self.storages[place])
+
+    def object(self, value: Any) -> Any:
+        """Returns the stand-in that the machine makes of an object's pickle."""
+        if isinstance(value, (type, FunctionType, BuiltinFunctionType)):
+            return Global.named(value.__module__, value.__qualname__)
+        try:
+            reduced = value.__reduce_ex__(2)
+        except Exception as error:  # whatever the object's own code raises
+            raise UsageError(
+                f"the state_dict holds a {type(value).__name__}, which cannot be saved: {error}"
+            ) from error
+        if isinstance(reduced, str):
+            return Global.named(getattr(value, "__module__", type(value).__module__), reduced)
+        function, args, state, items, pairs = (*reduced, None, None, None)[:5]
+        if function.__name__ in ("__newobj__", "__newobj_ex__"):
+            cls, *rest = args
+            given, named = (rest[0], rest[1]) if function.__name__ == "__newobj_ex__" else (rest, {})
+            named = {name: self.node(item) for name, item in named.items()}
+            made = PyObject.__new__(self.object(cls), *map(self.node, given), **named)
+        else:
+            made = self.object(function)(*map(self.node, args))
+        self.made[id(value)] = made  # which its own state may lead back to
+        made.state = None if state is None else self.node(state)
+        made.items = None if items is None else [self.node(item) for item in items]
+        made.mapping = None if pairs is None else {self.node(key): self.node(item) for key, item in pairs}
+        return made
 
 
 def _kind(torch: Any, value: Any) -> str:

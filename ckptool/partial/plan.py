@@ -34,7 +34,8 @@ class LoadPartialReport:
     ``frozen``: parameters that are not to be trained; ``moving``: frozen BatchNorm layers whose running statistics
     are still updated in train mode. ``groups``: the trained parameters, loaded and new ones apart;
     ``tied``: other names of parameters that are listed under their first. ``numpy``: the version with which ``seed``
-    gives these values, where random numbers were drawn.
+    gives these values, where random numbers were drawn. ``overflowed``: {key: finite values that a cast made
+    infinite}, known when they are written; None where there are none.
     """
 
     rows: list[Row]
@@ -51,6 +52,7 @@ class LoadPartialReport:
     moving: list[str] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
+    overflowed: dict[str, int] | None = None
 
     def keys(self, *reasons: str) -> list[str]:
         """Returns the keys with one of these reasons."""
@@ -114,11 +116,6 @@ class LoadPartialReport:
             rows.append(row)
         return replace(self, rows=rows, counts=counts_of(rows))
 
-    def with_overflow(self, overflowed: Mapping[str, int]) -> LoadPartialReport:
-        """Returns the report with a note on values that became infinite in a smaller dtype: {key: how many}."""
-        text = ", ".join(f"{count} of {key}" for key, count in overflowed.items())
-        return replace(self, notes=[*self.notes, f"values no longer finite: {text}"]) if overflowed else self
-
     def summary(self) -> str:
         """Returns a line of counts, a line for each key that was not loaded as it is, then the hint and the notes."""
         counts = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
@@ -129,6 +126,8 @@ class LoadPartialReport:
                 shape = f"{shape_text(row.shape)}, source {shape_text(row.source_shape)}" if differ else ""
                 lines.append("  " + "  ".join(filter(None, (row.reason, row.key, shape, row.detail))))
         lines += [f"  hint  {self.hint}"] if self.hint else []
+        lost = ", ".join(f"{count} of {key}" for key, count in (self.overflowed or {}).items())
+        lines += [f"  overflow  values no longer finite: {lost}"] if lost else []
         return "\n".join([*lines, *(f"  note  {text}" for text in self.notes)])
 
     def freeze(self, model: Any, *specs: str) -> list[str]:

@@ -130,7 +130,7 @@ def _is_divisible(job: Job) -> bool:
     if job.head is not None or job.checksum or not isinstance(tensor, TensorInfo):
         return False
     found = storage_range(tensor)
-    return found is not None and found[0].span.member != "deflated"
+    return found is not None and found[0].span.member != "deflated" and found[0].span.memory is None
 
 
 def _join(job: Job, parts: Sequence[Found]) -> None:

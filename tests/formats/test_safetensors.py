@@ -378,10 +378,10 @@ def test_any_other_name_is_written_so_that_the_library_reads_it(name: str, saved
 
 
 def test_what_stands_beside_the_weights_is_named_as_left_out(tmp_path: Path) -> None:
-    left = save(open_checkpoint(FIXTURES / "resnet_nested.pth"), tmp_path / "out.safetensors")
+    left = save(open_checkpoint(FIXTURES / "resnet_nested.pth"), tmp_path / "out.safetensors").left_out
     assert set(left) == {"epoch", "arch", "best_acc1", "optimizer", "scheduler", "args"}
-    assert save(open_checkpoint(FIXTURES / "resnet_old.pth"), tmp_path / "two.safetensors") == ()
-    left = save(open_checkpoint(FIXTURES / "leaves.pth"), tmp_path / "three.safetensors")
+    assert save(open_checkpoint(FIXTURES / "resnet_old.pth"), tmp_path / "two.safetensors").left_out == ()
+    left = save(open_checkpoint(FIXTURES / "leaves.pth"), tmp_path / "three.safetensors").left_out
     assert {"none", "huge", "cycle"} <= set(left)
     assert "weight" not in left
 

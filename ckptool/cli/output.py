@@ -1,0 +1,166 @@
+"""The one way out of a writing command: its outputs checked, written, folded into its report, and shown."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ckptool.cli import render
+from ckptool.errors import UsageError
+from ckptool.text import plural
+
+if TYPE_CHECKING:  # `inspect` and `diff` need the bar alone, and nothing that writes
+    from ckptool.core.checkpoint import Checkpoint
+    from ckptool.ops.filter import FilterReport
+    from ckptool.ops.remap import RemapReport
+    from ckptool.partial.plan import LoadPartialReport
+    from ckptool.saving import Saved, SaveOptions
+
+    Report = TypeVar("Report", FilterReport, RemapReport, LoadPartialReport)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a command writes and how: its checkpoints by ``options``, the JSON document at ``report`` if it is named.
+
+    A dry run writes the report only.
+    """
+
+    command: str
+    options: SaveOptions
+    report: str | None
+    dry_run: bool
+    as_json: bool
+
+    def check(self, paths: Sequence[str], inputs: Sequence[Checkpoint], *beside: str | None) -> None:
+        """Raises what writing would for the names alone: of the checkpoints, and of the files ``beside`` them.
+
+        None may exist without ``--force``, be an input, or have the name of another output.
+        """
+        from ckptool import saving
+
+        for path in paths:
+            saving.check_output(path, self.options, inputs)
+        taken = [] if self.options.hash_in_name else list(paths)
+        for side in (*beside, self.report):
+            if side is None:
+                continue
+            if any(saving.same_place(side, other) for other in taken):
+                raise UsageError(f"two outputs have the name {side}")
+            saving.check_report(side, force=self.options.force, inputs=inputs)
+            taken.append(side)
+
+    def write(self, checkpoint: Checkpoint, path: str | None, report: Report) -> Report:
+        """Writes a checkpoint, unless it is a dry run, and returns the report with what became of it."""
+        if path is None:
+            return report
+        saved: Saved = self._save(checkpoint, path)
+        left_out: list[str] = [f"left out: {', '.join(saved.left_out)}"] if saved.left_out else []
+        changes: dict[str, Any] = {"output": None if self.dry_run else saved.path}
+        changes["notes"] = [*report.notes, *left_out, *saved.notes]
+        if saved.overflowed:
+            changes["overflowed"] = dict(saved.overflowed)
+        return replace(report, **changes)
+
+    def _save(self, checkpoint: Checkpoint, path: str) -> Saved:
+        from ckptool import saving
+
+        if self.dry_run:
+            return saving.check(checkpoint, path, self.options)
+
+        def total() -> int:
+            anywhere = replace(self.options, force=True, in_place=True)
+            return saving.work(saving.check(checkpoint, path, anywhere).nbytes, self.options)
+
+        with bar(total) as progress:
+            return saving.save(checkpoint, path, self.options, progress)
+
+    def write_beside(self, path: str | None, document: Any) -> None:
+        """Writes a JSON document of its own beside the checkpoint, if a path is named and it is no dry run."""
+        if path is not None and not self.dry_run:
+            self._write_text(path, render.json_text(document))
+
+    def finish(self, result: Any, notes: Sequence[str], lines: Callable[[], Iterable[str]]) -> None:
+        """Writes the report if one was asked for, and prints the document or the lines."""
+        if self.report is not None or self.as_json:
+            text = render.json_text(render.document(self.command, result, notes))
+            if self.report is not None:
+                self._write_text(self.report, text)
+            if self.as_json:
+                render.write(text)
+        if not self.as_json:
+            render.show(lines())
+
+    def _write_text(self, path: str, text: str) -> None:
+        from ckptool import saving
+
+        saving.write_text(path, text, force=self.options.force)
+
+
+def heading(dry_run: bool, path: str | None, failed: Sequence[str] = ()) -> str:
+    """Returns how the first line begins: the output's path, and why nothing is there."""
+    state = " (dry run)" if dry_run and path else " (not written)" if failed else ""
+    return f"{path or '(dry run)'}{state}: "
+
+
+def overflow(overflowed: dict[str, int] | None) -> list[list[str]]:
+    """Returns the line about values that a cast made infinite; none if there are none."""
+    if not overflowed:
+        return []
+    count = plural(sum(overflowed.values()), "value")
+    return [["overflow", f"{count} no longer finite: {', '.join(overflowed)}"]]
+
+
+# --- the bar -----------------------------------------------------------------------------------------------------
+
+PATIENCE = 1.0
+"""Seconds before a bar is shown: most jobs are done by then, and a bar that flashes up is noise."""
+
+
+@contextlib.contextmanager
+def bar(total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
+    """Yields a function to be told of bytes as they are done; None where stderr is no terminal.
+
+    ``total`` gives the bytes there will be, and is asked only when the bar is shown.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    shown: list[Any] = []
+    begun = time.monotonic()
+    done = due = step = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done, due, step
+        done += nbytes
+        if not shown and time.monotonic() - begun > PATIENCE:
+            expected = total()
+            shown.extend(_started(expected, done))
+            step = expected // 1000
+            due = done + step
+        elif shown and done >= due:  # rich takes longer over an update than we over a small tensor
+            shown[0].update(shown[1], completed=done)
+            due = done + step
+
+    try:
+        yield advance
+    finally:
+        if shown:
+            shown[0].update(shown[1], completed=done)
+            shown[0].stop()
+
+
+def _started(total: int, done: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    progress = Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+    )
+    progress.start()
+    return progress, progress.add_task("", total=total, completed=done)
