@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cached_property
 
 from ckptool.errors import UnreadableError, explain
@@ -16,11 +17,11 @@ HEAD = 512
 class Probe:
     """A directory, or a file that is open while the probe is. ``head`` is how the file begins: 512 bytes at most."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, opener: Callable[[str], Source] = LocalFile) -> None:
         self.path = path
         self.name = os.path.basename(path)
         self.is_directory = os.path.isdir(path)
-        self._file = None if self.is_directory else LocalFile(path)
+        self._file = None if self.is_directory else opener(path)
         self.size = self._file.size if self._file else 0
         self.head = self._file.read(0, min(HEAD, self.size)) if self._file else b""
 

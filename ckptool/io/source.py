@@ -184,10 +184,10 @@ class Spool(LocalFile):
         self.path, self.version = "a temporary file", None
         try:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-            self.fd = self._file.fileno()
             for block in blocks:
                 self._file.write(block)
             self._file.flush()
+            self.fd = self._file.fileno()
         except OSError as error:
             raise OutputError(f"a temporary file: {explain(error)}; TMPDIR says where they go") from error
         self.size = self._file.tell()

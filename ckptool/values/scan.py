@@ -162,7 +162,8 @@ class _Worker:
     def _read(self, job: Job, start: int, nbytes: int) -> Found:
         spans = [job.source] if isinstance(job.source, Span) else [one.span for one in job.source.storages()]
         for span in spans:  # that a file was changed meanwhile is nothing that a lenient job may keep to itself
-            self.files.get(span)
+            if span.memory is None:
+                self.files.get(span)
         if not job.lenient:
             return self._see(job, start, nbytes)
         try:
