@@ -168,11 +168,11 @@ def _save_directory(
     def verify(paths: Sequence[str]) -> None:
         _verify(checkpoint, row, paths, files.beside(progress))
 
-    written = row.directory_writer().write(
+    left_out, nbytes, notes = row.directory_writer().write(
         checkpoint, url, files, tags, max_shard_size=options.max_shard_size, force=options.overwrites,
         fsync=options.fsync, verify=verify if options.verify else None, progress=progress,
     )  # fmt: skip
-    return Saved(url, written.nbytes, written.left_out, notes=written.notes)
+    return Saved(url, nbytes, left_out, notes=notes)
 
 
 def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
