@@ -1,4 +1,4 @@
-"""Writing a checkpoint: the place checked, the bytes streamed, the result proven, and only then given its name."""
+"""Saving a checkpoint: checks the path, streams to a staging file, verifies it, renames it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ckptool.values.blocks import same_bytes
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
 
 Progress = Callable[[int], None]
-"""Told how many more bytes have been read or written."""
+"""Called with the number of bytes just read or written."""
 
 
 @dataclass(frozen=True, slots=True)
 class SaveOptions:
     """How a checkpoint is written, whatever it holds.
 
-    ``to``: the format (one of `formats.names`); None means what the path's suffix stands for. ``force`` overwrites.
+    ``to``: the format (one of `formats.names`); None means that of the path's suffix. ``force`` overwrites.
     ``in_place`` allows the path to be one of the inputs. ``map_location`` maps device tags: one for all, a dict, or a
-    callable tag -> tag. ``max_shard_size`` counts bytes of tensors, for shards. ``verify`` reads the result back
-    before it gets its name, and compares every tensor's bytes with what was meant. ``fsync`` waits for the disk.
-    ``hash_in_name`` puts the first 8 hex digits of the file's sha256 behind the stem of its name.
+    callable tag -> tag. ``max_shard_size`` counts bytes of tensors, for shards. ``verify`` reads the staging
+    file back, and compares every tensor's bytes with the checkpoint. ``fsync`` waits for the disk.
+    ``hash_in_name`` appends the first 8 hex digits of the file's sha256 to the stem of its name.
     """
 
     to: str | None = None
@@ -51,15 +51,15 @@ class SaveOptions:
 
     @property
     def into_directory(self) -> bool:
-        """Returns whether it is a directory that is written: no suffix stands for one. Raises: UsageError."""
+        """Returns whether the output is a directory; no suffix selects one. Raises: UsageError."""
         return self.to is not None and formats.named(self.to).is_directory
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What became of a save: the path, its bytes, what was left out, whether it was read back and compared.
+    """The result of a save: the path, its bytes, what was left out, whether it was verified.
 
-    ``overflowed`` counts, per key, the finite values that a cast made infinite. ``notes`` say what else to know.
+    ``overflowed`` counts, per key, the finite values that a cast made infinite. ``notes`` are lines for the report.
     """
 
     path: str
@@ -76,9 +76,9 @@ def save(
     options: SaveOptions = SaveOptions(),
     progress: Progress | None = None,
 ) -> Saved:
-    """Writes a checkpoint and returns what became of it.
+    """Writes a checkpoint.
 
-    Streams: memory does not grow with the file. The file appears whole or not at all.
+    Streams: memory does not grow with the file. The write is atomic.
 
     Raises: OutputError if it exists (without ``force``) or is an input, LossError for tensors the format
     cannot hold, IncompleteError if shards are missing, UsageError for an unknown suffix or format.
@@ -96,9 +96,9 @@ def save(
 
 
 def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOptions = SaveOptions()) -> Saved:
-    """Returns what would become of a `save`, its bytes roughly; writes nothing.
+    """Returns what `save` would, its bytes roughly; writes nothing.
 
-    Raises: all that `save` raises before its first byte.
+    Raises: as `save` does before its first byte.
     """
     url = os.fspath(path)
     try:
@@ -116,14 +116,14 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
 
 
 def work(nbytes: int, options: SaveOptions) -> int:
-    """Returns the bytes that `save` tells its progress of, where it writes so many: written, compared, hashed."""
+    """Returns the bytes that `save` reports to ``progress`` when it writes ``nbytes``: written, compared, hashed."""
     return nbytes * (1 + 2 * options.verify + (options.hash_in_name and not options.into_directory))
 
 
 def _refuse(
     checkpoint: Checkpoint, url: str, options: SaveOptions
 ) -> tuple[formats.Format, Callable[[str], str] | None]:
-    """Refuses what can be refused whatever the format's own rules; returns the format and the map of device tags."""
+    """Makes the checks that are common to all formats; returns the format and the map of device tags."""
     checkpoint.require_whole()
     tags = _tag_map(options.map_location)
     check_output(url, options, [checkpoint])
@@ -168,15 +168,15 @@ def _save_directory(
     def verify(paths: Sequence[str]) -> None:
         _verify(checkpoint, row, paths, files.beside(progress))
 
-    written = row.directory_writer().write(
+    left_out, nbytes, notes = row.directory_writer().write(
         checkpoint, url, files, tags, max_shard_size=options.max_shard_size, force=options.overwrites,
         fsync=options.fsync, verify=verify if options.verify else None, progress=progress,
     )  # fmt: skip
-    return Saved(url, written.nbytes, written.left_out, notes=written.notes)
+    return Saved(url, nbytes, left_out, notes=notes)
 
 
 def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
-    """Refuses to lose what formats of bare tensors cannot hold: packed parameters, extra state, keys not text."""
+    """Raises LossError for what formats of bare tensors cannot hold: packed parameters, extra state, keys not text."""
     numbers = [key for key, (path, _) in checkpoint.entries().items() if path and not isinstance(path[-1], str)]
     if numbers:
         raise LossError(f"{target} cannot hold keys that are no text: {listed(numbers, 20)}")
@@ -194,17 +194,14 @@ def _overflowed(checkpoint: Checkpoint, files: Files) -> dict[str, int]:
     }
 
 
-# --- proof -------------------------------------------------------------------------------------------------------
-
-
 def _verify(checkpoint: Checkpoint, row: formats.Format, paths: Sequence[str], files: Files) -> None:
-    """Reads the files of an output back and compares every tensor with what was meant. Raises: FormatError."""
+    """Reads the files of an output back and compares every tensor with the checkpoint's. Raises: FormatError."""
     meant: dict[Any, TensorInfo] = dict(checkpoint.tensors()) if row.holds.tree else checkpoint.state_dict()
     written: dict[Any, TensorInfo] = {}
     for path in paths:
         found = formats.read(path)
         written |= found.tensors() if row.holds.tree else found.state_dict()
-    if row.is_directory:  # what is tied across files is said elsewhere
+    if row.is_directory:  # ties across files are in the index, not in the shards
         for key in aliases.record(meant).keys() - written.keys():
             del meant[key]
     _compare(meant, written, files)
@@ -213,7 +210,7 @@ def _verify(checkpoint: Checkpoint, row: formats.Format, paths: Sequence[str], f
 
 
 def _compare(meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo], files: Files) -> None:
-    """Raises FormatError with every key that is only on one side, or whose bytes are not the same on both."""
+    """Raises FormatError naming every key that is on one side only, or whose bytes differ."""
     lost = [key for key in meant if key not in written]
     wrong = []
     proven: set[tuple[object, object]] = set()  # tied names are written once, and read once
@@ -233,7 +230,7 @@ def _compare(meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo],
 
 @contextmanager
 def share(files: Files, nbytes: int) -> Iterator[None]:
-    """Has what is read meanwhile told as ``nbytes`` in all: no more as it is read, and at the end what is missing.
+    """Reports exactly ``nbytes`` of progress for the reads inside the block.
 
     A comparison may read less (a memory map, a difference found at once) or more (what a cast starts from).
     """
@@ -265,7 +262,7 @@ def _same(meant: TensorInfo, written: TensorInfo, files: Files) -> bool:
 
 
 def _with_hash(path: str, written: str, progress: Progress | None = None) -> str:
-    """Returns the path with 8 hex digits of the written file's sha256 behind the stem, as torchvision has it."""
+    """Returns the path with 8 hex digits of the written file's sha256 appended to the stem, as torchvision does."""
     import hashlib
 
     with LocalFile(written) as file:
@@ -278,7 +275,7 @@ def _with_hash(path: str, written: str, progress: Progress | None = None) -> str
 
 
 PENDING = "########"
-"""Stands in a name for the digest of what is not written yet."""
+"""Placeholder in a name for the digest of a file that is not written yet."""
 
 
 def _with_digest(path: str, digest: str) -> str:
@@ -299,11 +296,8 @@ def split_suffix(path: str) -> tuple[str, str]:
     return os.path.splitext(path)
 
 
-# --- places ------------------------------------------------------------------------------------------------------
-
-
 def sources(checkpoint: Checkpoint) -> set[str]:
-    """Returns the files that a checkpoint's bytes come from, and the one it was opened as."""
+    """Returns the paths of the files that a checkpoint's bytes come from, and the path it was opened by."""
     found = {checkpoint.url}
     for node in nodes(checkpoint.tree):
         if isinstance(node, TensorInfo):
@@ -319,7 +313,7 @@ def sources(checkpoint: Checkpoint) -> set[str]:
 def check_output(
     path: str | os.PathLike[str], options: SaveOptions = SaveOptions(), inputs: Sequence[Checkpoint] = ()
 ) -> None:
-    """Raises what `save` would for the name alone: an unknown suffix, a file that exists, an input."""
+    """Raises as `save` would for this path: an unknown suffix, a file that exists, an input."""
     url = os.fspath(path)
     row = formats.writable(url, options.to)
     if row.is_directory:
@@ -342,7 +336,7 @@ def check_output(
 
 
 def _refuse_linked(directory: str, row: formats.Format, inputs: Sequence[Checkpoint]) -> None:
-    """Raises OutputError if a name that shards get is another name of an input: through a link it would be replaced."""
+    """Raises OutputError if the path of a shard is a link to an input, which writing would replace."""
     is_ours = row.directory_writer().is_ours
     places = [os.path.join(directory, name) for name in names_in(directory) if is_ours(name)]
     if not places:
@@ -354,16 +348,16 @@ def _refuse_linked(directory: str, row: formats.Format, inputs: Sequence[Checkpo
 
 
 def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
-    """Raises what `write_text` would for the name alone, and OutputError for the name of an input."""
+    """Raises as `write_text` would for this path, and OutputError if it is an input."""
     _check_place(os.fspath(path), force, inputs, "is one of the inputs")
 
 
 def _check_place(url: str, force: bool, inputs: Sequence[Checkpoint], refusal: str) -> None:
     if os.path.isdir(url):
         raise OutputError("is a directory; name a file", url)
-    place = identity(url)
-    for checkpoint in inputs if place else ():  # of thousands of inputs none is a file that is not there
-        if any(identity(source) == place for source in sources(checkpoint)):
+    inode = identity(url)
+    for checkpoint in inputs if inode else ():  # a new file cannot be one of thousands of inputs
+        if any(identity(source) == inode for source in sources(checkpoint)):
             raise OutputError(refusal, url)
     if os.path.lexists(url) and not force:
         raise OutputError(EXISTS, url)
@@ -372,12 +366,12 @@ def _check_place(url: str, force: bool, inputs: Sequence[Checkpoint], refusal: s
 
 
 def same_place(first: str, second: str) -> bool:
-    """Returns whether two paths name one file, existing or not."""
+    """Returns whether two paths are of one file, which need not exist."""
     return same_file(first, second) or os.path.realpath(first) == os.path.realpath(second)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:
-    """Writes a report's text, whole or not at all. Raises: OutputError."""
+    """Writes a text file atomically. Raises: OutputError."""
     with Output(os.fspath(path), force=force) as output:
         output.write(text.encode())
         output.commit()

@@ -1,8 +1,8 @@
-"""What we read and write: one file per format, and here one row for each.
+"""The formats: one module for each, and here one row of a table for each.
 
-A format's module has ``matches(probe)`` (by content, never by name) and ``read(probe)``; one that can be written also
-has ``write`` and ``check``, which raises what `write` would and writes nothing, and may have ``prove``, which asks the
-reference library for its opinion of a finished file. The protocols below say it in types.
+A format's module has ``matches(probe)`` (by content, never by name) and ``read(probe)``. One that can be written also
+has ``write``, and ``check``, which raises what `write` would and writes nothing. It may have ``prove``, which has the
+reference library read a finished file. The protocols below give the types.
 """
 
 from __future__ import annotations
@@ -26,19 +26,14 @@ if TYPE_CHECKING:
     MapLocation = Callable[[str], str]
 
     class Reader(Protocol):
-        """What the module of a format that is one file has."""
+        """The module of a format. ``read`` of a format of several files also takes what opens each of them."""
 
         def matches(self, probe: Probe) -> bool: ...
-        def read(self, probe: Probe) -> Checkpoint: ...
 
-    class DirectoryReader(Protocol):
-        """What the module of a format of several files has: ``read`` is handed what opens each of them."""
-
-        def matches(self, probe: Probe) -> bool: ...
-        def read(self, probe: Probe, open_: Open) -> Checkpoint: ...
+        read: Callable[..., Checkpoint]
 
     class Writer(Protocol):
-        """What the module of a format that is one file has if it can be written.
+        """The module of a single-file format that can be written.
 
         ``write`` returns what was left out; ``check`` that, and about how many bytes `write` would write.
         """
@@ -48,20 +43,11 @@ if TYPE_CHECKING:
         ) -> tuple[str, ...]: ...
         def check(self, checkpoint: Checkpoint, map_location: MapLocation | None) -> tuple[tuple[str, ...], int]: ...
 
-    class Written(Protocol):
-        """What became of a directory."""
-
-        @property
-        def left_out(self) -> tuple[str, ...]: ...
-        @property
-        def nbytes(self) -> int: ...
-        @property
-        def notes(self) -> tuple[str, ...]: ...
-
     class DirectoryWriter(Protocol):
-        """What the module of a format of several files has if it can be written.
+        """The module of a format of several files that can be written.
 
-        ``verify`` is called with the paths of the finished files before they get their names, which `is_ours` knows.
+        ``write`` returns what was left out, the bytes of all files, and notes. It calls ``verify`` with the paths of
+        the finished staging files, before they are renamed. `is_ours` knows the names that `write` gives.
         """
 
         def write(
@@ -76,7 +62,7 @@ if TYPE_CHECKING:
             fsync: bool,
             verify: Callable[[Sequence[str]], None] | None,
             progress: Callable[[int], None] | None,
-        ) -> Written: ...
+        ) -> tuple[tuple[str, ...], int, tuple[str, ...]]: ...
         def check(
             self, checkpoint: Checkpoint, directory: str, *, max_shard_size: int, force: bool
         ) -> tuple[tuple[str, ...], int]: ...
@@ -84,10 +70,10 @@ if TYPE_CHECKING:
 
 
 class Holds(NamedTuple):
-    """What a file can hold beside a state_dict's tensors.
+    """What a file can hold besides a state_dict's tensors.
 
-    ``tree``: everything that the checkpoint holds; else what is no weight is left out. ``ties``: that names share
-    memory. ``metadata``: texts under names. ``devices``: where each tensor was.
+    ``tree``: the whole tree; without it, everything but the tensors is left out. ``ties``: that names share memory.
+    ``metadata``: a map of strings to strings. ``devices``: the device of each tensor.
     """
 
     tree: bool = False
@@ -97,13 +83,13 @@ class Holds(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A format. ``name`` is what a user calls it, ``label`` what `Checkpoint.format` says of a file in it.
+    """A format. ``name`` is what ``--to`` takes, ``label`` is `Checkpoint.format` of a file in it.
 
-    A file is handed to the module if it has one of ``magic`` at byte ``at``, and ``named`` in its name; a directory if
-    ``is_directory``: then it is written as one, too. ``suffixes`` stand for the format when writing; ``ending`` is what
-    an output's name ends with where the user gives none (none: it cannot be written). ``family`` is the format whose
-    suffixes stand for this one too, and which it is written in where it cannot be itself. ``extra`` is what to install
-    of ckptool for a library that it needs.
+    The module is asked about a file that has one of ``magic`` at byte ``at``, and ``named`` in its name; and about
+    directories if ``is_directory`` (then the format is also written as one). ``suffixes`` select the format when
+    writing; ``ending`` is the suffix of an output whose name the user does not give (empty: it cannot be written).
+    ``family`` is the format whose suffixes select this one too, and which is written where this one cannot be.
+    ``extra`` is the extra of ckptool that installs a library which the module needs.
     """
 
     name: str
@@ -125,26 +111,25 @@ class Format(NamedTuple):
         return bool(self.ending)
 
     def may_be(self, probe: Probe) -> bool:
-        """Returns whether its module is to be asked."""
+        """Returns whether the module needs to look at it."""
         if probe.is_directory:
             return self.is_directory
         return self.named in probe.name and probe.head.startswith(self.magic, self.at)
 
     @property
     def written_as(self) -> str:
-        """Returns the name of the format that what is read here is written in unless the user wants another; or ""."""
+        """Returns the name of the format that such a file is written in by default; "" if there is none."""
         return self.name if self.writes else self.family
 
     def read(self, probe: Probe, open_: Open) -> Checkpoint | None:
         """Returns the checkpoint, None if it is in another format. Raises: CkptoolError."""
-        if self.is_directory:
-            several = cast("DirectoryReader", self._import())
-            return several.read(probe, open_) if several.matches(probe) else None
-        single = cast("Reader", self._import())
-        return replace(single.read(probe), format=self.label) if single.matches(probe) else None
+        module = cast("Reader", self._import())
+        if not module.matches(probe):
+            return None
+        return module.read(probe, open_) if self.is_directory else replace(module.read(probe), format=self.label)
 
     def writer(self) -> Writer:
-        """Returns the module of a format that is one file."""
+        """Returns the module of a single-file format."""
         return cast("Writer", self._import())
 
     def directory_writer(self) -> DirectoryWriter:
@@ -152,9 +137,8 @@ class Format(NamedTuple):
         return cast("DirectoryWriter", self._import())
 
     def prove(self, path: str) -> None:
-        """Has the reference library look at a finished file, if there is one. Raises: FormatError."""
-        prove = getattr(self._import(), "prove", None)
-        if prove is not None:
+        """Has the reference library, if the format has one, read a finished file. Raises: FormatError."""
+        if prove := getattr(self._import(), "prove", None):
             prove(path)
 
     def _import(self) -> object:
@@ -195,7 +179,7 @@ FORMATS = (
     ),
     Format("pickle", "pickle", "ckptool.formats.plain_pickle", (b"",), holds=WHOLE, family="torch"),
 )  # fmt: skip
-"""The formats, in the order in which those that may be asked of one path are asked; a plain pickle has no mark."""
+"""The formats, in the order in which they are tried. A plain pickle has no magic number, so it is last."""
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one shard unless another limit is given: huggingface_hub's default."""
@@ -212,7 +196,7 @@ def read(path: str) -> Checkpoint:
 
 
 def _read(probe: Probe) -> Checkpoint:
-    if probe.is_directory:  # another tool's may hold files that look like weights: its marks come first
+    if probe.is_directory:  # another tool's directory may also hold files of weights, so this comes first
         from ckptool.formats.unknown import refuse_layout
 
         refuse_layout(probe)
@@ -225,17 +209,17 @@ def _read(probe: Probe) -> Checkpoint:
 
 
 def names() -> list[str]:
-    """Returns what a user calls the formats that can be written."""
+    """Returns the names of the formats that can be written."""
     return [row.name for row in FORMATS if row.writes]
 
 
 def suffixes() -> list[str]:
-    """Returns all suffixes that stand for a format when writing."""
+    """Returns all suffixes that select a format when writing."""
     return [suffix for row in FORMATS for suffix in row.suffixes]
 
 
 def named(name: str) -> Format:
-    """Returns the format that can be written under a user's name for it. Raises: UsageError."""
+    """Returns the writable format of that name. Raises: UsageError."""
     for row in FORMATS:
         if row.name == name and row.writes:
             return row
@@ -243,12 +227,12 @@ def named(name: str) -> Format:
 
 
 def by_suffix(path: str) -> Format | None:
-    """Returns the format that a path's suffix stands for when writing."""
+    """Returns the format that a path's suffix selects when writing."""
     return next((row for row in FORMATS if path.lower().endswith(row.suffixes)), None)
 
 
 def writable(path: str, name: str | None = None) -> Format:
-    """Returns the format that a user's ``name`` for it, or else a path's suffix, means. Raises: UsageError."""
+    """Returns the format called ``name``, or without a name the one of the path's suffix. Raises: UsageError."""
     row = by_suffix(path) if name is None else named(name)
     if row is None:
         raise UsageError(f"no format has this suffix; known: {', '.join(suffixes())}", path)
@@ -256,5 +240,5 @@ def writable(path: str, name: str | None = None) -> Format:
 
 
 def labelled(label: str) -> Format | None:
-    """Returns the format of a checkpoint by its `Checkpoint.format`; None of one that was never in a file."""
+    """Returns the format with this `Checkpoint.format`; None for a checkpoint that was made in memory."""
     return next((row for row in FORMATS if row.label == label), None)

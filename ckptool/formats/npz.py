@@ -26,7 +26,7 @@ from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.formats import flat
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files
+from ckptool.io.source import Files, Source, locate, read_span
 
 if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
     from ckptool.formats.layout import MapLocation
@@ -45,7 +45,7 @@ FIELD = re.compile(
     )\s*(?:,\s*|$)""",
     re.ASCII | re.DOTALL | re.VERBOSE,
 )
-"""One of the three things that a header says."""
+"""One of the three fields of a header."""
 
 MAX_DIMS = 64
 """Dimensions an array may have (numpy 2; 32 before)."""
@@ -68,16 +68,16 @@ NOT_READ = {
     "S": "bytes",
     "M": "dates",
     "m": "time spans",
-    "V": "raw bytes",  # of a bfloat16 or float8 numpy writes no more
+    "V": "raw bytes",  # as numpy writes bfloat16 and float8
 }
-"""What numpy has and a tensor cannot be, by the letter of its dtype."""
+"""Kinds of numpy dtypes that tensors lack, by their letter."""
 
 FIRST_DAY = (1 << 5) + 1
-"""Every member's date, 1 January 1980, the earliest a zip can say: the bytes must not depend on the time of writing."""
+"""Every member's date, 1 January 1980, the earliest in a zip: the bytes must not depend on the time of writing."""
 
 
 class _Form(NamedTuple):
-    """What a header says."""
+    """A parsed header."""
 
     dtype: str
     byteorder: Literal["little", "big"]
@@ -87,41 +87,40 @@ class _Form(NamedTuple):
 
 
 def matches(probe: Probe) -> bool:
-    """Returns whether it is an array, or a zip archive that has one."""
+    """Returns whether it is a ``.npy`` file, or a zip archive with one."""
     return probe.head.startswith(MAGIC) or any(name.endswith(".npy") for name in probe.members)
 
 
 def read(probe: Probe) -> Checkpoint:
     """Returns the checkpoint: a tensor for every array, or one with the file's name; reads the arrays' headers.
 
-    Raises: FormatError; UnsupportedError naming every array that is none of numbers.
+    Raises: FormatError; UnsupportedError naming every array that cannot be a tensor.
     """
     file = probe.file
     tree: dict[str, TensorInfo] = {}
     refused: list[str] = []
     forms: dict[bytes, _Form] = {}
-    with Files() as files:
-        if probe.head.startswith(MAGIC):
-            spans = {os.path.splitext(probe.name)[0]: file.span(0, file.size)}
-        else:
-            refused = [f"{name} (no array)" for name in probe.members if not name.endswith(".npy")]
-            spans = {name[:-4]: member.span for name, member in probe.members.items() if name.endswith(".npy")}
-        for name, span in spans.items():
-            try:
-                tree[name] = _tensor(name, span, files, forms)
-            except UnsupportedError as error:
-                refused.append(f"{name} ({error.message})")
+    if probe.head.startswith(MAGIC):
+        spans = {os.path.splitext(probe.name)[0]: file.span(0, file.size)}
+    else:
+        refused = [f"{name} (no array)" for name in probe.members if not name.endswith(".npy")]
+        spans = {name[:-4]: member.span for name, member in probe.members.items() if name.endswith(".npy")}
+    for name, span in spans.items():
+        try:
+            tree[name] = _tensor(name, span, file, forms)
+        except UnsupportedError as error:
+            refused.append(f"{name} ({error.message})")
     if refused:
         raise UnsupportedError(f"it holds what cannot be read as a tensor: {listed(refused, 20)}", file.path)
     return Checkpoint(tree, url=file.path, nbytes=file.size)
 
 
-def _tensor(name: str, span: Span, files: Files, forms: dict[bytes, _Form]) -> TensorInfo:
-    """Returns the tensor of an array; ``forms`` are those of the headers met before. Raises: UnsupportedError."""
-    if span.member == "stored":  # a plain range, copied as it is
-        span = files.locate(span)._replace(member=None, packed=0, named=0)
+def _tensor(name: str, span: Span, file: Source, forms: dict[bytes, _Form]) -> TensorInfo:
+    """Returns the tensor of an array; ``forms`` caches parsed headers. Raises: UnsupportedError."""
+    if span.member == "stored":  # a plain byte range, which can be copied or cloned
+        span = locate(file, span)._replace(member=None, packed=0, named=0)
 
-    head = _first(span, files, 256)
+    head = read_span(file, span, 256)
     begin, size = (12, 4) if head[6:7] in b"\2\3" else (10, 2)
     if head[:6] != MAGIC or head[6:8] not in (b"\1\0", b"\2\0", b"\3\0") or len(head) < begin:
         raise FormatError(f"the array {brief(name)} does not begin as numpy's do", span.url)
@@ -131,7 +130,7 @@ def _tensor(name: str, span: Span, files: Files, forms: dict[bytes, _Form]) -> T
             f"the array {brief(name)} has a header of {end - begin:,} bytes, more than numpy reads", span.url
         )
     if end > len(head):
-        head = _first(span, files, end)
+        head = read_span(file, span, end)
     text = head[begin:end]
     if (form := forms.get(text)) is None:
         form = forms[text] = _form(name, text, span.url)
@@ -147,19 +146,8 @@ def _tensor(name: str, span: Span, files: Files, forms: dict[bytes, _Form]) -> T
     return TensorInfo(form.dtype, form.shape, form.stride, end // itemsize, storage)
 
 
-def _first(span: Span, files: Files, nbytes: int) -> bytes:
-    """Returns the first bytes of a span, all of a shorter one."""
-    data = b""
-    nbytes = min(nbytes, span.nbytes)
-    for block in files.blocks(span, 0, nbytes):
-        data += block
-        if len(data) == nbytes:  # what is behind them need not be inflated
-            break
-    return data
-
-
 def _form(name: str, text: bytes, path: str) -> _Form:
-    """Returns what a header says. Raises: FormatError; UnsupportedError for what torch has no dtype for."""
+    """Parses a header. Raises: FormatError; UnsupportedError if torch lacks the dtype."""
     said: dict[str, str] = {}
     literal = text.decode("latin-1").strip(" \n")
     at, last = 1, len(literal) - 1
@@ -188,7 +176,7 @@ def _dtype(descr: str | None) -> tuple[str, Literal["little", "big"]]:
 
 
 def prove(path: str) -> None:
-    """Has numpy read every array, one at a time, and its checksum. Raises: FormatError if it cannot."""
+    """Has numpy read every array, one at a time, which checks the CRCs. Raises: FormatError if it cannot."""
     import zipfile
     import zlib
 
@@ -229,7 +217,7 @@ def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tu
 
 
 def _headed(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, bytes]]:
-    """Returns the tensors, and what stands in front of each one's elements. Raises: LossError."""
+    """Returns the tensors and their headers. Raises: LossError."""
     tensors = checkpoint.state_dict()
     _refuse(tensors)
     return tensors, {name: _npy_header(tensor) for name, tensor in tensors.items()}
@@ -240,7 +228,7 @@ def _nbytes(tensors: Mapping[str, TensorInfo], heads: Mapping[str, bytes]) -> in
 
 
 def _npy_header(tensor: TensorInfo) -> bytes:
-    """Returns what stands in front of the elements, padded to a multiple of 64 bytes."""
+    """Returns the magic and header, padded to a multiple of 64 bytes."""
     text = f"{{'descr': '{DESCR[tensor.dtype]}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
     text += " " * (-(10 + len(text) + 1) % 64) + "\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode("ascii")

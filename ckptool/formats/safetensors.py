@@ -4,9 +4,9 @@
     {"__metadata__": {str: str}, "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
 
 Offsets are relative to the data. Checks are those of the reference library (``safetensors/src/tensor.rs``, 0.8),
-and one more: a name twice is refused, as the specification says and the library does not.
+and one more: a duplicate name is refused, as the specification says and the library does not.
 
-Two names cannot share bytes, so tied tensors are stored once; the dropped names stand in ``__metadata__`` as
+Two names cannot share bytes, so tied tensors are stored once; the dropped names are recorded in ``__metadata__`` as
 ``{dropped: kept}``, as huggingface_hub writes it, and are tied again on reading.
 """
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ckptool.io.output import Output
 
 _SPACE = b" \t\r\n"
+
+prove = safetensors_file.prove
 
 
 def matches(probe: Probe) -> bool:
@@ -81,7 +83,7 @@ _DIGITS = bytes(0x30 if byte in b"0123456789" else 0 for byte in range(256))
 
 
 def _may_have_odd_numbers(raw: bytes) -> bool:
-    """Returns whether a number may stand there that Python takes for an int, and the library does not."""
+    """Returns whether there may be a number that is an int to Python, and not to the library (see `_int`)."""
     return (b"-0" in raw and bool(re.search(rb"-0\s*[,\]}]", raw))) or b"0" * 309 in raw.translate(_DIGITS)
 
 
@@ -95,10 +97,10 @@ def _parse(raw: bytes) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
         header = parse(text)
-        if raw.count(b":") != _count_names(header):  # a name twice, or colons in names: which, takes twice as long
-            header = None  # its memory is wanted for the other
+        if raw.count(b":") != _count_names(header):  # duplicate names or colons in names; the slow parse tells
+            header = None  # frees its memory before the second parse
             header = parse(text, object_pairs_hook=_unique)
-        if b"\\ud" in raw or b"\\uD" in raw:  # an escaped surrogate: a pair is a character, a lone one is no text
+        if b"\\ud" in raw or b"\\uD" in raw:  # escaped surrogates: a lone one cannot be encoded
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise FormatError("its header is nested too deep") from error
@@ -110,7 +112,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def _count_names(header: Any) -> int:
-    """Returns the names in a header and in its entries: as many as it has colons, if none is there twice."""
+    """Returns the number of names in a header and its entries: that of its colons, unless there are duplicates."""
     entries = header.values() if isinstance(header, dict) else ()
     return len(entries) + sum(len(entry) for entry in entries if isinstance(entry, dict))
 
@@ -123,7 +125,7 @@ def _float(text: str) -> float:
 
 
 def _int(text: str) -> int | float:
-    """Returns an integer as the library has it: -0 is a float, and so is what 64 bits cannot hold."""
+    """Parses an integer as the library does: -0 is a float, and so is an integer of over 308 digits."""
     return int(text) if text != "-0" and len(text) < 309 else _float(text)
 
 
@@ -140,7 +142,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Form(NamedTuple):
-    """What tensors of one dtype and shape share. ``bits`` is their size; ``dims`` is None if torch cannot hold them."""
+    """Shared by all tensors of one dtype and shape. ``dims`` is None if torch cannot hold them."""
 
     dtype: str
     storage: str | None
@@ -150,7 +152,7 @@ class _Form(NamedTuple):
 
 
 def _tensor(name: str, entry: Any, file: Source, start: int, forms: dict[object, _Form]) -> tuple[TensorInfo, int, int]:
-    """Returns a tensor and its range in the data. ``forms`` are those met before: few are met often."""
+    """Returns a tensor and its byte range in the data. ``forms`` caches the few forms of many tensors."""
     try:
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
@@ -200,7 +202,7 @@ def _form(name: str, kind: str, shape: list[int]) -> _Form:
 
 
 def _is_deep(entry: dict[str, Any]) -> bool:
-    """Returns whether an entry, with the fields that nobody reads, is nested deeper than the library goes."""
+    """Returns whether an entry, unknown fields included, is nested deeper than the library's parser goes."""
     level: list[Any] = [entry]
     for _ in range(MAX_NESTING - 1):
         inside = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
@@ -215,7 +217,7 @@ def _no_numbers(name: str, shape: Any, begin: Any, end: Any) -> FormatError:
 
 
 def _check_ranges(ranges: list[tuple[int, int, str]], size: int) -> None:
-    """The data must be covered without holes or overlaps, to the last byte."""
+    """Raises FormatError unless the ranges cover the data exactly, without holes or overlaps."""
     position = 0
     for begin, end, name in sorted(ranges):
         if begin != position:
@@ -230,7 +232,7 @@ def _check_ranges(ranges: list[tuple[int, int, str]], size: int) -> None:
 def write(
     checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
 ) -> tuple[str, ...]:
-    """Writes the state_dict at root, streaming; returns what else the checkpoint held, which is left out.
+    """Writes the state_dict at root, streaming; returns what else the checkpoint holds, which is left out.
 
     Raises: LossError naming every tensor the format cannot hold.
     """
@@ -244,13 +246,8 @@ def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tu
     return flat.left_out(checkpoint), len(header) + nbytes
 
 
-def prove(path: str) -> None:
-    """Opens a file with the reference library. Raises: FormatError if it refuses the file."""
-    safetensors_file.prove(path)
-
-
 def _stored(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Returns the tensors that are stored, and the metadata, which record those tied to them. Raises: LossError."""
+    """Returns the tensors to store, and the metadata, with the names tied to them. Raises: LossError."""
     tensors = checkpoint.state_dict()
     safetensors_file.refuse(tensors)
     dropped = aliases.record(tensors)

@@ -3,8 +3,8 @@
     model.safetensors.index.json     {"metadata": {"total_size": bytes, ...}, "weight_map": {tensor: file}}
     model-00001-of-00002.safetensors ...            (or pytorch_model-*.bin; diffusers variants: *.index.fp16.json)
 
-The shards decide what is there, the index is advisory (transformers reads it so); where they contradict each
-other it is said. Source: ``huggingface_hub/serialization/_torch.py``, ``transformers/modeling_utils.py``.
+The shards decide which tensors there are; the index is advisory, as in transformers. Contradictions are reported as
+problems. Source: ``huggingface_hub/serialization/_torch.py``, ``transformers/modeling_utils.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
@@ -52,18 +52,20 @@ WRITTEN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
 
 Open = Callable[[str], Checkpoint]
 
+prove = safetensors_file.prove
+
 
 def matches(probe: Probe) -> bool:
-    """Returns whether it is an index, JSON with a weight_map; or a directory with one, or with a file of weights."""
+    """Returns whether it is an index (a JSON object), or a directory with an index or a file of weights."""
     if probe.is_directory:
         return find(probe.path, probe.names) is not None
     return INDEX.match(probe.name) is not None and probe.head.lstrip()[:1] == b"{"
 
 
 def find(directory: str, names: Sequence[str]) -> str | None:
-    """Returns the index, the single file or the directory below that a directory of weights is read by, if any.
+    """Returns the path to open instead of a directory: an index, a file of weights or a subdirectory; None if none.
 
-    Raises: UnsupportedError if there are several, FormatError if a set of shards is there in part.
+    Raises: UnsupportedError if there are several, FormatError if a set of shards is incomplete.
     """
     _refuse_unfinished(directory, names)
     indexes = [name for name in names if INDEX.match(name) and name != "model_index.json"]
@@ -75,10 +77,10 @@ def find(directory: str, names: Sequence[str]) -> str | None:
         return os.path.join(directory, found[0])
     if "model_index.json" in names:  # a diffusers pipeline: one directory per component
         parts = [name for name in names if os.path.isdir(os.path.join(directory, name))]
-        held = [name for name in parts if _holds_weights(os.path.join(directory, name))]
-        if len(held) == 1:
-            return os.path.join(directory, held[0])
-        raise UnsupportedError(f"a pipeline of several models: name one of {listed(held)}", directory)
+        parts = [name for name in parts if _holds_weights(os.path.join(directory, name))]
+        if len(parts) == 1:
+            return os.path.join(directory, parts[0])
+        raise UnsupportedError(f"a pipeline of several models: name one of {listed(parts)}", directory)
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".pt", ".ckpt"))]
     if len(weights) > 1:
         raise UnsupportedError(
@@ -92,7 +94,7 @@ def _holds_weights(directory: str) -> bool:
 
 
 def _refuse_unfinished(directory: str, names: Sequence[str]) -> None:
-    """Raises FormatError where shards have their names and their index has not: some may be old, and some not there."""
+    """Raises FormatError if shards were renamed but their index not yet: old and new shards may be mixed."""
     if WRITTEN_INDEX in names or WHOLE in names:
         return
     aside = leftovers(names, "old")
@@ -111,11 +113,11 @@ def _refuse_unfinished(directory: str, names: Sequence[str]) -> None:
 
 
 def read(probe: Probe, open_: Open) -> Checkpoint:
-    """Returns one checkpoint of all shards, whose headers ``open_`` reads; of a directory, what `find` gives.
+    """Returns one checkpoint of all shards, whose headers ``open_`` reads; for a directory, opens the path of `find`.
 
-    Keys come in the order of the shards' names, then of each shard. Missing shards and tensors do not raise:
+    Keys are in the order of the shards' names, then in that of each shard. Missing shards and tensors do not raise:
     `Checkpoint.problems` names them and `Checkpoint.broken` is set, so that only looking is possible.
-    Raises: FormatError for an index that is none, or names a file outside its directory.
+    Raises: FormatError for a malformed index, or one that names a file outside its directory.
     """
     if probe.is_directory:
         return open_(str(find(probe.path, probe.names)))
@@ -125,7 +127,7 @@ def read(probe: Probe, open_: Open) -> Checkpoint:
     directory = os.path.dirname(file.path)
     problems: list[str] = []
     tree: dict[str, TensorInfo] = {}
-    where: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     names: dict[tuple[str, str], None] = {}
     said = {str(key): str(value) for key, value in (index.get("metadata") or {}).items()}
     metadata: dict[str, str] = {}
@@ -142,14 +144,14 @@ def read(probe: Probe, open_: Open) -> Checkpoint:
         metadata = {**part.metadata, **metadata}
         for key, tensor in part.state_dict().items():
             if key in tree:
-                twice.append(f"{key} ({where[key]}, {shard})")
+                twice.append(f"{key} ({shard_of[key]}, {shard})")
             else:
-                tree[key], where[key] = tensor, shard
+                tree[key], shard_of[key] = tensor, shard
     absent = [key for key, shard in weight_map.items() if key not in tree and shard not in missing]
     lost = [key for key, shard in weight_map.items() if shard in missing]
-    told = {tree[key].view for key in weight_map if key in tree}
-    extra = [key for key, tensor in tree.items() if key not in weight_map and tensor.view not in told]
-    moved = [key for key, shard in where.items() if key in weight_map and weight_map[key] != shard]
+    indexed = {tree[key].view for key in weight_map if key in tree}
+    extra = [key for key, tensor in tree.items() if key not in weight_map and tensor.view not in indexed]
+    moved = [key for key, shard in shard_of.items() if key in weight_map and weight_map[key] != shard]
     if missing:
         problems.append(f"missing shards: {listed(missing)}, and in them {listed(lost)}")
     if absent:
@@ -205,7 +207,7 @@ def _wrong_size(index: dict[str, Any], tree: dict[str, TensorInfo]) -> list[str]
 
 
 def _natural(name: str) -> list[Any]:
-    """Returns what sorts names as people do: numbers by value, which is by length and then by digits."""
+    """Returns a key for natural sorting: numbers by value, that is, by length and then by digits."""
     parts = re.split(r"(\d+)", name)
     digits = [part.lstrip("0") for part in parts[1::2]]
     return [
@@ -243,14 +245,6 @@ def is_ours(name: str) -> bool:
     return WRITTEN.fullmatch(name) is not None
 
 
-class Written(NamedTuple):
-    """What became of a directory: what is left out, bytes of all files, and what else to know."""
-
-    left_out: tuple[str, ...]
-    nbytes: int
-    notes: tuple[str, ...]
-
-
 def write(
     checkpoint: Checkpoint,
     directory: str,
@@ -262,32 +256,33 @@ def write(
     fsync: bool = True,
     verify: Callable[[list[str]], None] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Written:
-    """Writes the state_dict at root as shards and their index, streaming; returns what became of it.
+) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """Writes the state_dict at root as shards and their index, streaming.
 
-    ``max_shard_size`` counts bytes of tensors. The directory is made if absent (its parent is not). The files
-    get their names when all are written, the index last; if anything fails none of them is left, nor a
-    directory made for them, and what ``force`` had replaced by then is there again. Other files are not touched.
-    ``verify`` is handed the paths of the finished shards before they get their names, and may raise; ``progress``
-    is told the bytes as they are written.
+    Returns what was left out, the bytes of all files, and notes.
 
-    Killed while names are given, there is no index, and what was replaced lies beside as
-    ``.NAME.xxxxxxxx.ckptool-old``: the next call for this directory takes it back before it begins. Of several
-    calls at once each gives its names and takes back while the others wait, so the last one's set is whole.
+    ``max_shard_size`` counts bytes of tensors. The directory is made if absent (its parent is not). All files are
+    written to staging files and then renamed, the index last. On failure they are removed, with a directory made for
+    them, and files replaced by ``force`` are restored. Other files are not touched. ``verify`` is called with the
+    paths of the finished staging files of the shards, and may raise; ``progress`` with numbers of bytes written.
+
+    If the process is killed during the renames, there is no index, and replaced files are kept as
+    ``.NAME.xxxxxxxx.ckptool-old``: the next call for this directory restores them before it begins. A lock lets one
+    process at a time rename or restore, so of concurrent calls the last one's set is complete.
 
     Raises: LossError naming every tensor safetensors cannot hold; OutputError if a file exists (without
-    ``force``), or one that loaders would prefer to the index.
+    ``force``), or if the directory has a file that loaders prefer to the index.
     """
     shards, said = _contents(checkpoint, max_shard_size)
     _recover(directory)
-    _refuse_places(directory, shards, force)
+    _refuse_existing(directory, shards, force)
     with _made(directory), ExitStack() as stack:
 
         def opened(name: str, run: str | None) -> Output:
             path = os.path.join(directory, name)
             return stack.enter_context(Output(path, force=force, fsync=fsync, run=run))
 
-        index = opened(WRITTEN_INDEX, None) if WHOLE not in shards else None  # its lock is that of all shards
+        index = opened(WRITTEN_INDEX, None) if WHOLE not in shards else None  # its lock covers all shards
         outputs: list[Output] = []
         for name, (shard, metadata) in shards.items():
             output = opened(name, None if index is None else index.run)
@@ -296,7 +291,7 @@ def write(
             safetensors_file.write(shard, metadata, output, files)
             output.readers = files.mode
             if index is not None:
-                output.close()  # a process may have no more than a thousand files open
+                output.close()  # a process may have only some 1,000 files open
         files.check()
         written = [output.finished() for output in outputs]
         if index is not None:
@@ -306,18 +301,13 @@ def write(
             index.finished()
         if verify is not None:
             verify(written)
-        with locked(directory):  # another run's set comes before or after ours, never in between
-            _refuse_places(directory, shards, force)
+        with locked(directory):  # so that sets of concurrent runs are never mixed
+            _refuse_existing(directory, shards, force)
             before = stale(directory)
             commit_set(outputs if index is None else [*outputs, index], force)
             notes = left_beside(directory, before, shards)
     nbytes = sum(output.position for output in outputs) + (index.position if index is not None else 0)
-    return Written(flat.left_out(checkpoint), nbytes, notes)
-
-
-def prove(path: str) -> None:
-    """Opens a shard with the reference library. Raises: FormatError if it refuses the file."""
-    safetensors_file.prove(path)
+    return flat.left_out(checkpoint), nbytes, notes
 
 
 def check(
@@ -325,17 +315,17 @@ def check(
 ) -> tuple[tuple[str, ...], int]:
     """Returns what `write` would leave out, and how many bytes of shards it would write. Raises: as it."""
     shards, _ = _contents(checkpoint, max_shard_size)
-    _refuse_places(directory, shards, force)
+    _refuse_existing(directory, shards, force)
     sizes = [safetensors_file.begin(shard, metadata) for shard, metadata in shards.values()]
     return flat.left_out(checkpoint), sum(len(header) + nbytes for header, nbytes in sizes)
 
 
 Shard = tuple[dict[str, TensorInfo], dict[str, str]]
-"""What one file gets: tensors and metadata."""
+"""The contents of one file: tensors and metadata."""
 
 
 def _contents(checkpoint: Checkpoint, max_shard_size: int) -> tuple[dict[str, Shard], dict[str, Any]]:
-    """Returns {file name: what it gets} and the metadata of the index. Raises: LossError, UsageError."""
+    """Returns {file name: contents} and the metadata of the index. Raises: LossError, UsageError."""
     tensors = checkpoint.state_dict()
     safetensors_file.refuse(tensors)
     dropped = aliases.record(tensors)
@@ -350,8 +340,8 @@ def _contents(checkpoint: Checkpoint, max_shard_size: int) -> tuple[dict[str, Sh
     return shards, said
 
 
-def _refuse_places(directory: str, shards: Mapping[str, Shard], force: bool) -> None:
-    """Raises OutputError with every file that is in the way: what exists is known before hours of work."""
+def _refuse_existing(directory: str, shards: Mapping[str, Shard], force: bool) -> None:
+    """Raises OutputError naming every file that exists already, before hours of work."""
     if WHOLE not in shards and os.path.lexists(os.path.join(directory, WHOLE)):
         raise OutputError(f"it holds {WHOLE}, which loaders prefer to an index: remove it first", directory)
     names = [*shards, *([] if WHOLE in shards else [WRITTEN_INDEX])]
@@ -366,7 +356,7 @@ def _index_text(index: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def _made(directory: str) -> Iterator[None]:
-    """Makes a directory that is not there, and takes it away again if what is done in it fails."""
+    """Makes a directory if absent, and removes it again if the block fails."""
     try:
         os.mkdir(directory)
         made = True
@@ -386,27 +376,27 @@ def _made(directory: str) -> Iterator[None]:
 
 
 def _recover(directory: str) -> None:
-    """Ends what runs that were killed had begun in a directory: takes it back, and removes what they left."""
+    """Undoes unfinished renames of killed runs in a directory, and removes their staging files."""
     real = os.path.realpath(directory)
-    with locked(directory):  # two that take back at once, and a third that begins between, would mix their sets
+    with locked(directory):  # concurrent recoveries, with a run beginning in between, would mix their sets
         links = [name for name in names_in(directory) if is_ours(name)]
         targets = {os.path.realpath(os.path.join(directory, name)) for name in links}
 
-        def meant(place: str) -> bool:
-            parent, name = os.path.split(place)
-            return place in targets or (parent == real and is_ours(name))
+        def ours(path: str) -> bool:
+            parent, name = os.path.split(path)
+            return path in targets or (parent == real and is_ours(name))
 
         last = os.path.realpath(os.path.join(directory, WRITTEN_INDEX))
-        sweep({real, *map(os.path.dirname, targets)}, meant, last)
+        sweep({real, *map(os.path.dirname, targets)}, ours, last)
 
 
 def stale(directory: str) -> set[str]:
-    """Returns the shards that the index of a directory names, and the index; nothing where there is none."""
-    place = os.path.join(directory, WRITTEN_INDEX)
-    if not os.path.isfile(place):
+    """Returns the names of a directory's index and of the shards in it; empty without an index."""
+    path = os.path.join(directory, WRITTEN_INDEX)
+    if not os.path.isfile(path):
         return set()
     try:
-        with LocalFile(place) as file:
+        with LocalFile(path) as file:
             index = _index(file)
     except CkptoolError:
         return {WRITTEN_INDEX}
@@ -414,7 +404,7 @@ def stale(directory: str) -> set[str]:
 
 
 def left_beside(directory: str, before: set[str], shards: Collection[str]) -> tuple[str, ...]:
-    """Returns a note on the files of an older index that still lie in a directory where other shards were written."""
+    """Returns a note that names files of the replaced checkpoint that are still in the directory."""
     written = {*shards, *([] if WHOLE in shards else [WRITTEN_INDEX])}
     left = [name for name in before if name not in written and os.path.lexists(os.path.join(directory, name))]
     return (f"of the checkpoint that was there, not replaced: {listed(sorted(left))}",) if left else ()

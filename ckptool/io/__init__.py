@@ -1,1 +1,1 @@
-"""Raw bytes, in and out."""
+"""Reading and writing bytes: files, zip archives, atomic outputs."""

@@ -1,4 +1,4 @@
-"""What killed runs leave beside their outputs, and the locks that tell it from what living ones are writing."""
+"""Staging files that killed processes left behind, and the locks that tell them from those still being written."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 from ckptool.io.source import identity
 
 PARTIAL = re.compile(r"\.(.+)\.([0-9a-f]{8})\.ckptool-(partial|old)", re.DOTALL)
-"""Names of what a killed run leaves: of which file, of which run, and whether it is unfinished or was set aside."""
+"""Names beside an output: (its name, the run's id, "partial" for a staging file or "old" for a replaced file)."""
 
 
 def leftovers(names: Iterable[str], kind: str, of: str = "") -> list[str]:
-    """Returns those of a directory's names that are "partial" or "old" files of killed or living runs."""
+    """Returns those of a directory's names that are "partial" or "old" files, of the output ``of`` if given."""
     found = ((name, PARTIAL.fullmatch(name)) for name in names)
     return [name for name, match in found if match and match[3] == kind and of in ("", match[1])]
 
 
 def short(name: str) -> str:
-    """Returns as much of a name as leaves room for what is put around it."""
+    """Returns a name cut to 200 bytes, so that `PARTIAL` can be built around it."""
     return os.fsdecode(os.fsencode(name)[:200])
 
 
 def lock(fd: int) -> bool | None:
-    """Locks an open file for as long as it is open; returns False if another has it, None where there are no locks."""
+    """Locks a file until it is closed; returns False if another process has it locked, None without lock support."""
     try:
         import fcntl
 
@@ -40,7 +40,7 @@ def lock(fd: int) -> bool | None:
 
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[None]:
-    """Lets one at a time give names in a directory, waiting for others; where there are no locks, all do."""
+    """Holds the lock of a directory, waiting for it; does nothing where locks are not supported."""
     fd = -1
     try:
         with contextlib.suppress(ImportError, OSError):
@@ -54,12 +54,12 @@ def locked(directory: str) -> Iterator[None]:
             os.close(fd)
 
 
-def sweep(directories: Iterable[str], meant: Callable[[str], bool], last: str | None = None) -> None:
-    """Removes what killed runs left of the files whose (shortened) paths are ``meant``, and nothing a live run holds.
+def sweep(directories: Iterable[str], ours: Callable[[str], bool], last: str | None = None) -> None:
+    """Cleans up after killed runs that wrote files whose (shortened) paths are ``ours``; never touches locked files.
 
-    ``last`` is the path of a set's last file. While its unfinished one is there and has no other name, what its run
-    had set aside gets its name again, and what it had given names to goes; otherwise the set was complete, and what was
-    set aside goes. Without ``last``, runs that left more than one file are left alone: they wrote a set.
+    ``last`` is the path of the last file of a set. If its staging file was not renamed yet, the replaced files are
+    restored, and its new ones removed; otherwise the set was complete, and the replaced files are removed. Without
+    ``last``, runs that left more than one file are left alone: they wrote a set.
     """
     runs: dict[str, list[tuple[str, str, str]]] = {}
     for directory in directories:
@@ -67,63 +67,63 @@ def sweep(directories: Iterable[str], meant: Callable[[str], bool], last: str | 
             for entry in os.listdir(directory):
                 if entry.startswith(".") and (match := PARTIAL.fullmatch(entry)):
                     name, run, kind = match.groups()
-                    found = (os.path.join(directory, entry), os.path.join(directory, name), kind)
-                    runs.setdefault(run, []).append(found)
-    for found_of_run in runs.values():
-        _sweep(found_of_run, meant, last)
+                    file = (os.path.join(directory, entry), os.path.join(directory, name), kind)
+                    runs.setdefault(run, []).append(file)
+    for files in runs.values():
+        _sweep(files, ours, last)
 
 
-def _sweep(found: list[tuple[str, str, str]], meant: Callable[[str], bool], last: str | None) -> None:
-    partial = [(entry, place) for entry, place, kind in found if kind == "partial"]
-    old = [(entry, place) for entry, place, kind in found if kind == "old"]
-    if (last is None and (old or len(partial) > 1)) or not any(meant(place) for _, place in partial + old):
+def _sweep(files: list[tuple[str, str, str]], ours: Callable[[str], bool], last: str | None) -> None:
+    partial = [(entry, target) for entry, target, kind in files if kind == "partial"]
+    old = [(entry, target) for entry, target, kind in files if kind == "old"]
+    if (last is None and (old or len(partial) > 1)) or not any(ours(target) for _, target in partial + old):
         return
-    if not all(_unheld(entry) for entry, _ in partial):
+    if not all(_unlocked(entry) for entry, _ in partial):
         return
     with contextlib.suppress(OSError):
-        if any(place == last and not _linked(entry, place) for entry, place in partial):
-            _take_back(partial, old, last)
+        if any(target == last and not _linked(entry, target) for entry, target in partial):
+            _restore(partial, old, last)
         else:
             for entry, _ in old:
                 os.unlink(entry)
-        for entry, place in sorted(partial, key=lambda pair: pair[1] == last):
-            if meant(place):
-                _unheld(entry, os.unlink)
+        for entry, target in sorted(partial, key=lambda pair: pair[1] == last):
+            if ours(target):
+                _unlocked(entry, os.unlink)
 
 
-def _take_back(partial: list[tuple[str, str]], old: list[tuple[str, str]], last: str | None) -> None:
-    """Gives names back to what was set aside, the last file's last, and takes them from what a run has linked there.
+def _restore(partial: list[tuple[str, str]], old: list[tuple[str, str]], last: str | None) -> None:
+    """Restores replaced files, the set's last file last, and removes new ones that were linked to their targets.
 
-    Killed in between, it can be done again. Raises: OSError.
+    It can be repeated if it is killed in between. Raises: OSError.
     """
-    for entry, place in old:
-        if place != last:
-            os.replace(entry, place)
-    for entry, place in partial:
-        if place != last and _linked(entry, place):
-            os.unlink(place)
-    for entry, place in old:
-        if place == last:
-            os.replace(entry, place)
+    for entry, target in old:
+        if target != last:
+            os.replace(entry, target)
+    for entry, target in partial:
+        if target != last and _linked(entry, target):
+            os.unlink(target)
+    for entry, target in old:
+        if target == last:
+            os.replace(entry, target)
 
 
-def _linked(entry: str, place: str) -> bool:
-    """Returns whether two names are of one file: a run was killed before it took the temporary one away."""
-    found = identity(entry)
-    return found is not None and found == identity(place)
+def _linked(entry: str, target: str) -> bool:
+    """Returns whether both are hard links to one file: the run was killed before it removed the staging name."""
+    inode = identity(entry)
+    return inode is not None and inode == identity(target)
 
 
 def held(path: str) -> bool:
-    """Returns whether a living run has a file locked."""
-    return os.path.isfile(path) and not _unheld(path)
+    """Returns whether another process has a file locked."""
+    return os.path.isfile(path) and not _unlocked(path)
 
 
-def _unheld(path: str, then: Callable[[str], None] | None = None) -> bool:
-    """Returns whether a regular file is there that no one has locked; does something to it while it is ours."""
+def _unlocked(path: str, then: Callable[[str], None] | None = None) -> bool:
+    """Returns whether it is a regular file that nobody has locked; if so, calls ``then`` while holding the lock."""
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         try:
-            fd = os.open(path, os.O_RDWR | flags)  # NFS locks what is open for writing
+            fd = os.open(path, os.O_RDWR | flags)  # NFS locks only files open for writing
         except PermissionError:
             fd = os.open(path, os.O_RDONLY | flags)
     except OSError:

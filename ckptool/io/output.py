@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all."""
+"""Atomic output files."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ WRITE = 1 << 16
 """Bytes per write call. Larger ones make ext4 allocate large folios, which collapses when memory is short."""
 
 SMALL = 1 << 12
-"""Bytes below which pieces are gathered: a hundred thousand small tensors must not cost as many system calls."""
+"""Writes below this many bytes are buffered: 100,000 small tensors must not cost as many system calls."""
 
 AHEAD = 1 << 26
-"""Bytes after which what is written is sent to the disk, while more is written: fsync has then little to wait for."""
+"""Bytes after which another thread calls fdatasync while writing goes on, so that the final fsync is short."""
 
 CLONED = 1 << 12
-"""Ranges are cloned in multiples of this, from and to multiples of it: the largest block of the usual file systems."""
+"""Alignment of cloned ranges (reflinks): the largest block size of common file systems."""
 
 WORTH_CLONING = 1 << 20
-"""Bytes from which a range is rather cloned than copied."""
+"""Bytes from which a range is cloned rather than copied."""
 
 EXISTS = "exists already; --force overwrites it"
 
 
 class Output:
-    """A file that comes to be under its name only when `commit` is called: temporary file, fsync, rename.
+    """Atomic output file: a staging file, which `commit` syncs and renames.
 
-    As a context manager it removes the temporary file unless committed. A symlink is followed, so the link
-    stays. The file gets the permissions that a new file gets from the umask and ``readers`` allows (who may not
-    read the sources may not read it either), or owner and permissions of the file it replaces; until it is finished
-    it is the owner's alone. ACLs and extended attributes are not carried over.
+    As a context manager it removes the staging file unless committed. A symlink is followed, so the link stays. A new
+    file gets the permissions that both the umask and ``readers`` allow (who may not read the sources may not read it
+    either); otherwise it gets the owner and permissions of the file it replaces. Until it is finished only the owner
+    can read it. ACLs and extended attributes are not copied.
 
-    A run holds a lock on its temporary file. One that nobody holds was left by a run that was killed: the next output
-    of the same name removes it (`sweep`). Outputs of one set have one ``run``, and the first holds the lock for all.
+    A process locks its staging file. One without a lock was left by a killed process: the next output of the same name
+    removes it (`sweep`). Outputs of one set have one ``run``, and the lock of the first covers all.
     """
 
     def __init__(self, path: str, *, force: bool = False, fsync: bool = True, run: str | None = None) -> None:
@@ -72,7 +72,7 @@ class Output:
         replaced = None
         if os.path.isdir(target):
             raise OutputError("is a directory; name a file", path)
-        try:  # one question: between two, another run may set the file aside
+        try:  # one call: between two, another process may rename the file
             replaced = os.stat(target)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
@@ -83,7 +83,7 @@ class Output:
             if not force:
                 raise OutputError(EXISTS, path)
         if run is None:
-            sweep([directory], lambda place: place == os.path.join(directory, short(name)))
+            sweep([directory], lambda path: path == os.path.join(directory, short(name)))
         try:
             self._create(directory, short(name), run)
             self._mode = self._own(replaced)
@@ -95,7 +95,7 @@ class Output:
             raise OutputError(f"cannot be written: {reason}", path) from error
 
     def _create(self, directory: str, name: str, run: str | None) -> None:
-        """Makes the temporary file and locks it. Raises: OSError."""
+        """Creates and locks the staging file. Raises: OSError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         while True:
             self.run = run or os.urandom(4).hex()
@@ -103,15 +103,15 @@ class Output:
             try:
                 self._fd = os.open(self._temporary, flags, 0o666)
             except OSError:
-                self._temporary = ""  # whatever has that name is not ours to remove
+                self._temporary = ""  # an existing file of that name must not be removed
                 raise
-            # Another run may have met it before it was locked, and have taken it for what a killed one left.
+            # Before it was locked, another process may have removed it as that of a killed one.
             if run is not None or (lock(self._fd) is not False and os.path.lexists(self._temporary)):
                 return
             self._discard()
 
     def _own(self, replaced: os.stat_result | None) -> int:
-        """Gives the file to its owner alone; returns the permissions it is to have. Raises: OSError."""
+        """Sets the owner, and permissions for the owner only; returns the final permissions. Raises: OSError."""
         status = os.fstat(self._fd)
         self._new = replaced is None
         if not hasattr(os, "fchmod"):
@@ -120,7 +120,7 @@ class Output:
             for owner in ((replaced.st_uid, replaced.st_gid), (-1, replaced.st_gid)):
                 if owner[1] == status.st_gid and owner[0] in (-1, status.st_uid):
                     break
-                with contextlib.suppress(OSError):  # only root may give a file away
+                with contextlib.suppress(OSError):  # only root can change the owner
                     os.fchown(self._fd, *owner)
                     break
         with contextlib.suppress(PermissionError):  # a file system without permissions
@@ -128,20 +128,23 @@ class Output:
         return stat.S_IMODE(status.st_mode if replaced is None else replaced.st_mode) & 0o777
 
     def _permit(self) -> None:
-        """Gives the finished file its permissions; its owner can always read it."""
+        """Sets the permissions of the finished file; its owner can always read it."""
         mode = self._mode & (self.readers | 0o400) if self._new else self._mode
         if hasattr(os, "fchmod"):
             with contextlib.suppress(PermissionError):
                 os.fchmod(self._fd, mode)
 
     def __del__(self) -> None:
-        if self._pending_name:  # a signal came before `with` had it
+        if self._pending_name:  # interrupted before `with` was entered
             self._discard()
 
-    def _discard(self) -> None:
+    def _close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+    def _discard(self) -> None:
+        self._close()
         if self._temporary:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
@@ -151,19 +154,17 @@ class Output:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
         if self._sender is not None:
-            self._sender.shutdown()  # whatever it met: the file goes
+            self._sender.shutdown()  # its errors do not matter: the file is removed
         if self._pending_name:
             self._discard()
             self._pending_name = False
-        elif self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+        self._close()
 
     def _failed(self, error: OSError) -> OutputError:
         return OutputError(f"writing at byte {self.position}: {explain(error)}", self.path)
 
     def reserve(self, nbytes: int) -> None:
-        """Asks the file system for room, so that a full disk is known at once; does nothing where it cannot."""
+        """Allocates disk space, so that a full disk fails at once; does nothing where this is not supported."""
         if not nbytes or not hasattr(os, "posix_fallocate"):
             return
         try:
@@ -175,7 +176,7 @@ class Output:
                 raise OutputError(f"no room for {nbytes} bytes: {explain(error)}", self.path) from error
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Appends bytes: small pieces are gathered, large ones go out in writes that end on multiples of `WRITE`."""
+        """Appends bytes: small pieces are buffered, large ones written in calls that end on multiples of `WRITE`."""
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
         if len(view) < SMALL:
             self._pending += view
@@ -190,18 +191,18 @@ class Output:
             self.progress(len(view))
 
     def clones(self, file: Source) -> bool:
-        """Returns whether ranges of a file can be cloned here: one file system, of a kind that shares extents.
+        """Returns whether ranges of a file can be cloned into this one: both on one file system with reflinks.
 
-        It is tried, at the beginning of this file, so this is to be asked before anything is written.
+        Tries it at the beginning of this file, so call it before anything is written.
         """
         return self.position == 0 and file.size >= WORTH_CLONING and self._clone(file, 0, CLONED, 0)
 
     def _clone(self, file: Source, offset: int, nbytes: int, to: int) -> bool:
-        """Has the file system share a range of another file; returns whether it could."""
+        """Clones a range of another file; returns whether it could."""
         return file.clone(self._fd, offset, nbytes, to)
 
     def copy(self, files: Files, span: Span) -> None:
-        """Appends the bytes of a span: shared with the file they are in where the file system can, else copied."""
+        """Appends the bytes of a span: cloned (reflinked) if the file system supports it, else copied."""
         begin, end = 0, span.nbytes
         if span.member is None and span.nbytes >= WORTH_CLONING:
             ahead = -self.position % CLONED
@@ -239,11 +240,11 @@ class Output:
             raise self._failed(error) from error
 
     def _send(self, end: int) -> None:
-        """Has another thread send to the disk what has been written, unless it still does. Raises: OSError it met."""
+        """Starts fdatasync on another thread, unless one is running. Raises: OSError of the previous one."""
         if self._sending is not None:
             if not self._sending.done():
                 return
-            self._sending.result()  # the kernel tells of a failed write once, and this was told
+            self._sending.result()  # the kernel reports a failed write only once: to that call
         if self._sender is None:
             from concurrent.futures import ThreadPoolExecutor
 
@@ -252,7 +253,7 @@ class Output:
         self._sent = end
 
     def _sent_all(self) -> None:
-        """Waits for the other thread. Raises: OSError it met."""
+        """Waits for the other thread. Raises: OSError of its fdatasync."""
         if self._sender is not None:
             self._sender.shutdown()
             self._sender = None
@@ -261,7 +262,7 @@ class Output:
             sending.result()
 
     def finished(self) -> str:
-        """Returns the temporary file's path, to read it back before `commit`: all its bytes on disk, and no more."""
+        """Finishes the staging file, and returns its path, so that it can be read back before `commit`."""
         if self._fd >= 0 and not self._finished:
             self._flush()
             try:
@@ -276,45 +277,43 @@ class Output:
         return self._temporary
 
     def close(self) -> None:
-        """Ends the writing, and lets go of the lock; `commit` may come later. A thousand outputs may wait like this."""
+        """Finishes the file and releases its descriptor and lock, so that thousands of outputs can await `commit`."""
         self.finished()
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+        self._close()
 
     def rename(self, path: str) -> None:
-        """Changes the name that `commit` will give, within the directory. Raises: OutputError if it is taken."""
+        """Changes the name of the output, within its directory. Raises: OutputError if it exists."""
         target = os.path.join(os.path.dirname(self._target), os.path.basename(path))
         if os.path.lexists(target) and not self._force:
             raise OutputError(EXISTS, path)
         self.path, self._target = path, target
 
     def commit(self) -> None:
-        """Makes the file appear under its name, with all its bytes on disk."""
+        """Finishes the file and renames it to its name."""
         self.finished()
         try:
             self._identity = identity(self._temporary)
             self._publish()
             self._pending_name = False
-            self.close()  # not before it has its name: who finds it unlocked removes it
+            self.close()  # only after the rename: an unlocked staging file is removed by others
             if self.fsync:
                 _sync_directory(os.path.dirname(self._target))
         except OSError as error:
             raise self._failed(error) from error
 
     def keep(self, kept: bool) -> None:
-        """Sets whether the temporary file stays whatever happens: the next run then takes back what was half done."""
+        """Sets whether the staging file stays on failure: the next run then restores the replaced files."""
         self._pending_name = not kept
 
     def link(self) -> None:
-        """Has `commit` leave the temporary name beside the new one, where there are hard links, until `forget`.
+        """Makes `commit` keep the staging name as a hard link, if supported, until `forget`.
 
-        If this run is killed between, the next one knows by it that the file is of an unfinished set.
+        If this process is killed in between, the next one knows by it that the set is unfinished.
         """
         self._linked = True
 
     def set_aside(self) -> None:
-        """Gives the file that is to be replaced, if there is one, another name: `undo` gives it the old one again."""
+        """Renames the file to be replaced, if any, to a backup name; `undo` restores it."""
         if not os.path.lexists(self._target):
             return
         directory, name = os.path.split(self._target)
@@ -325,28 +324,28 @@ class Output:
             raise self._failed(error) from error
 
     def undo(self) -> None:
-        """Takes a `commit` back: the file that was set aside has its name again, or there is none. Raises: OSError."""
+        """Undoes a `commit`: restores the backup, or removes the new file. Raises: OSError."""
         if self._old and os.path.lexists(self._old):
             os.replace(self._old, self._target)
         elif self._identity is not None and identity(self._target) == self._identity:
             os.unlink(self._target)
-        self._pending_name = True  # the temporary name goes too, if it was left
+        self._pending_name = True  # removes the staging name, too
 
     def forget(self) -> None:
-        """Removes the file that was set aside, and the second name of the new one."""
+        """Removes the backup, and the staging name of the new file."""
         for path in (self._old, self._temporary if self._linked else ""):
             if path:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
     def _publish(self) -> None:
-        """Gives the temporary file its name; without ``force`` not even over a file that has appeared meanwhile."""
+        """Renames the staging file; without ``force`` never over a file that was created meanwhile."""
         if self._force and not self._linked:
             os.replace(self._temporary, self._target)
             return
         try:
             os.link(self._temporary, self._target)
-        except OSError as error:  # one has appeared, or a file system without hard links
+        except OSError as error:  # the file exists, or the file system has no hard links
             if not self._force and (isinstance(error, FileExistsError) or os.path.lexists(self._target)):
                 raise OutputError(EXISTS, self.path) from None
             os.replace(self._temporary, self._target)
@@ -356,10 +355,10 @@ class Output:
 
 
 def commit_set(outputs: Sequence[Output], force: bool) -> None:
-    """Gives outputs their names, the last one's (an index) last; if one cannot have its own, all is as it was before.
+    """Commits several outputs, the last one (an index) last; if one fails, all is restored as before.
 
-    From when the first old file is set aside until the last output has its name there is none of that name: no reader
-    meets old and new files as one set. To be called by one run at a time (`locked`).
+    The old index is renamed first, and the new one last: no reader finds an index with a mix of old and new files.
+    The caller holds the directory's lock (`locked`).
     """
     if len(outputs) == 1:
         outputs[0].commit()
@@ -367,7 +366,7 @@ def commit_set(outputs: Sequence[Output], force: bool) -> None:
     last = outputs[-1]
     done = False
     try:
-        last.keep(True)  # while it lies there, the next run knows that this one was not done
+        last.keep(True)  # by this staging file the next run knows that this one did not finish
         if force:
             last.set_aside()
         for output in outputs[:-1]:
@@ -393,7 +392,7 @@ def _forget(outputs: Iterable[Output]) -> None:
 
 
 def _undo(outputs: Iterable[Output], error: BaseException) -> None:
-    """Gives what was set aside its names again, and takes away what had none before. Raises: OutputError."""
+    """Restores backups and removes new files. Raises: OutputError."""
     try:
         for output in outputs:
             output.undo()

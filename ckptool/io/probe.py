@@ -1,4 +1,4 @@
-"""What stands at a path, looked at once for all formats: the names in a directory, or an open file's first bytes."""
+"""A path that is opened once for all formats: a directory's names, or an open file and its first bytes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ckptool.io.source import LocalFile, Source
 from ckptool.io.zip_read import Member, read_directory
 
 HEAD = 512
-"""Bytes that are read of every file: a tar archive's mark stands behind byte 257."""
+"""Bytes read from the start of every file: a tar archive's magic is at byte 257."""
 
 
 class Probe:
-    """A directory, or a file that is open while the probe is. ``head`` is how the file begins: 512 bytes at most."""
+    """A directory, or an open file. ``head``: the first `HEAD` bytes of the file."""
 
     def __init__(self, path: str, opener: Callable[[str], Source] = LocalFile) -> None:
         self.path = path

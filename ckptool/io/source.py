@@ -1,4 +1,4 @@
-"""Byte ranges of files: a protocol that any place of bytes can follow, and the local files that follow it."""
+"""Reading byte ranges: a protocol for anything that can be read at an offset, and local files."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SMALL_MEMBER = 1 << 16
 """Bytes below which a stored zip member is read together with its local header."""
 
 HEADER = 30 + 256
-"""Bytes that a zip member's local header and what stands behind its payload are hoped to take."""
+"""Bytes read for a zip member's local header and what follows its payload; longer ones take another read."""
 
 MAX_OPEN = 32
 """Files kept open for reading at once (a checkpoint may have hundreds of shards)."""
 
 
 class Source(Protocol):
-    """Bytes that can be read at any offset. Who implements it defines `read`; the rest works on top of that.
+    """Bytes that can be read at any offset. An implementation defines `read`; the other methods have defaults.
 
-    ``size`` is that at opening. ``version`` differs when the bytes under one path do, and is None where nobody can
-    tell. ``mode`` is the permissions that a copy may have.
+    ``size`` is that at opening. ``version`` changes when the bytes of a path do; None if this cannot be detected.
+    ``mode`` is the permissions that a copy may have.
     """
 
     path: str
@@ -52,21 +52,21 @@ class Source(Protocol):
             yield memoryview(self.read(start, min(size, offset + nbytes - start)))
 
     def map(self, offset: int, nbytes: int) -> memoryview | None:
-        """Returns the range without reading it, by virtual memory; None where that cannot be done."""
+        """Returns the range as a memory map; None where that is not supported."""
         return None
 
     def read_ahead(self) -> None:
-        """Says that it will be read from front to back."""
+        """Hints that it will be read sequentially."""
 
     def clone(self, fd: int, offset: int, nbytes: int, to: int) -> bool:
-        """Has the file system share a range with another file, at its byte ``to``; returns whether it could."""
+        """Clones a range (reflink) to byte ``to`` of another file; returns whether it could."""
         return False
 
     def check(self) -> None:
-        """Raises FormatError if the bytes are others than at opening: what was read may be of both."""
+        """Raises FormatError if the file changed since opening: reads may have mixed old and new bytes."""
 
     def close(self) -> None:
-        """Ends the reading."""
+        """Closes the file."""
 
     def span(self, offset: int, nbytes: int) -> Span:
         """Returns the span of this version of these bytes."""
@@ -176,7 +176,7 @@ _FICLONERANGE = 0x4020940D
 
 
 class Spool(LocalFile):
-    """A temporary file with what some blocks hold, to be read in another order. Raises: OutputError without room."""
+    """A temporary file of some blocks, to be read in another order. Raises: OutputError if the disk is full."""
 
     def __init__(self, blocks: Iterable[bytes | memoryview]) -> None:
         import tempfile
@@ -193,7 +193,7 @@ class Spool(LocalFile):
         self.size = self._file.tell()
 
     def check(self) -> None:
-        pass  # nobody else knows of it
+        pass  # the file has no name: nobody else can change it
 
     def close(self) -> None:
         self.fd = -1
@@ -201,13 +201,12 @@ class Spool(LocalFile):
 
 
 class Files:
-    """The files that spans point into, opened when first needed, at most `MAX_OPEN` at once.
+    """The files that spans point into, opened on first use, at most `MAX_OPEN` at once.
 
-    Raises FormatError when a file is no longer the one that the span was made from, or when it is closed if it was
-    changed while it was read. ``progress`` is told the bytes as they are read; ``overflowed`` counts, by the id of
-    what was computed, values that a cast made infinite. ``mode`` holds the permissions that all of the files have.
-    Plain bytes are read ``block`` at a time. One object is for one thread; others read the same files by `beside`.
-    ``opener`` opens a file by its name.
+    Raises FormatError if a file is not the version that the span was made from, or was changed while it was open.
+    ``progress`` is called with numbers of bytes read. ``overflowed`` counts values that a cast made infinite, by the id
+    of the `Derived`. ``mode``: the permissions that all files have in common. Plain bytes are read ``block`` at a time.
+    ``opener`` opens a file by its name. One object is for one thread; `beside` makes another for the same files.
     """
 
     def __init__(
@@ -226,7 +225,7 @@ class Files:
         self._rooms: list[bytearray] = []
 
     def beside(self, progress: Callable[[int], None] | None = None) -> Files:
-        """Returns another that reads from the same open files, and has counts of its own; it need not be closed."""
+        """Returns another object with the same open files and its own counts; it need not be closed."""
         made = Files(progress, self.block, self.opener)
         made._open, made._lock = self._open, self._lock
         return made
@@ -253,9 +252,9 @@ class Files:
             file.check()
 
     def open(self, url: str) -> Source:
-        """Returns the open file of that name. Raises: UnreadableError; FormatError if one that gives way was changed.
+        """Returns the open file of that name. Raises: UnreadableError; FormatError if an evicted file was changed.
 
-        One that gives way is closed when nobody reads it any more: another thread may.
+        An evicted file is closed by its last reference: another thread may still read it.
         """
         with self._lock:
             file = self._open.get(url)
@@ -278,10 +277,10 @@ class Files:
 
     def locate(self, span: Span) -> Span:
         """Returns the span with the offset of its first byte: behind the local header, if in a zip."""
-        return span if span.member is None else _located(self.get(span), span)
+        return span if span.member is None else locate(self.get(span), span)
 
     def member_name(self, span: Span) -> str:
-        """Returns the name that stands in the local header of a zip member's span."""
+        """Returns the name in the local header of a zip member."""
         file = self.get(span)
         length, _ = struct.unpack("<HH", file.read(span.offset + 26, 4))
         return file.read(span.offset + 30, length).decode("utf-8", "replace")
@@ -308,18 +307,18 @@ class Files:
 
     def _blocks(self, span: Span, offset: int, nbytes: int) -> Iterator[memoryview | bytes]:
         file = self.get(span)
-        found = _located(file, span)
+        found = locate(file, span)
         if found.member == "deflated":
             yield from _window(_inflated(file, found), offset, nbytes)
         elif nbytes < self.block:
             yield from file.blocks(found.offset + offset, nbytes, bytearray(nbytes))
-        else:  # the room is used again: touching new memory takes longer than reading into it
+        else:  # reuses buffers: touching new memory takes longer than reading into it
             room = self._rooms.pop() if self._rooms else bytearray(self.block)
             try:
                 yield from file.blocks(found.offset + offset, nbytes, room)
             finally:
                 self._rooms.append(room)
-        if self._open.get(span.url) is not file:  # it gave way meanwhile, and was checked then
+        if self._open.get(span.url) is not file:  # it was evicted meanwhile, and checked then
             file.check()
 
     def read(self, span: Span) -> bytes:
@@ -327,16 +326,19 @@ class Files:
         return b"".join(bytes(block) for block in self.blocks(span))
 
 
-def read_span(file: Source, span: Span) -> bytes:
-    """Returns a whole span of an open file; for small ones. Raises: FormatError."""
-    if span.member == "stored" and span.nbytes < SMALL_MEMBER:
+def read_span(file: Source, span: Span, nbytes: int | None = None) -> bytes:
+    """Returns the first ``nbytes`` bytes, by default all, of a span of an open file. Raises: FormatError."""
+    nbytes = span.nbytes if nbytes is None else min(nbytes, span.nbytes)
+    if span.member == "stored" and nbytes == span.nbytes < SMALL_MEMBER:
         return _small_member(file, span)
-    found = _located(file, span)
-    return b"".join(_inflated(file, found)) if found.member == "deflated" else file.read(found.offset, span.nbytes)
+    found = locate(file, span)
+    if found.member == "deflated":
+        return b"".join(_window(_inflated(file, found), 0, nbytes))
+    return file.read(found.offset, nbytes)
 
 
-def _located(file: Source, span: Span) -> Span:
-    """Returns the span with the offset of its first byte."""
+def locate(file: Source, span: Span) -> Span:
+    """Returns the span with the offset of its first byte: behind the local header, if in a zip."""
     if span.member is None:
         return span
     start = _payload(file, span, file.read(span.offset, min(HEADER, file.size - span.offset)))
@@ -356,11 +358,11 @@ _LOCAL = struct.Struct("<6xH18xHH").unpack_from
 
 
 def _payload(file: Source, span: Span, data: bytes) -> int:
-    """Returns where a zip member's payload begins, in bytes behind its local header's first; ``data`` begins there.
+    """Returns the offset of a zip member's payload from its local header; ``data`` begins with the header.
 
-    The header has no checksum, and one wrong bit in a length would give other bytes for the tensor's. So the name
-    must be as long as the directory says, the extra field be made of whole fields, and behind the payload must stand
-    what the header's flags promise: its descriptor (with a signature, as all write it), else the next member or the
+    The header has no checksum, and one wrong bit in a length would shift the tensor's bytes. So the name must be as
+    long as in the directory, the extra field must consist of whole fields, and the payload must be followed by what
+    the header's flags say: a descriptor (with a signature, which all tools write), else the next member or the
     directory. Raises: FormatError.
     """
     if len(data) < 30 or data[:4] != b"PK\x03\x04":
@@ -381,23 +383,23 @@ def _payload(file: Source, span: Span, data: bytes) -> int:
 
 
 def _is_whole(data: bytes, begin: int, end: int) -> bool:
-    """Returns whether the fields of an extra field come to just its length; up to three zeros may pad it."""
+    """Returns whether an extra field consists of whole fields; up to three zeros may pad it."""
     while begin + 4 <= end:
         begin += 4 + data[begin + 2] + (data[begin + 3] << 8)
     return begin == end or (begin < end and not any(data[begin:end]))
 
 
 def _inflated(file: Source, span: Span) -> Iterator[bytes]:
-    """Yields a deflated member's content in pieces of `BLOCK` bytes; it must come to exactly its declared size."""
-    machine = zlib.decompressobj(-15)
+    """Yields a deflated member in pieces of `BLOCK` bytes. Raises: FormatError unless it has the declared size."""
+    inflater = zlib.decompressobj(-15)
     left = span.nbytes
     pending = bytearray()
     try:
         for block in file.blocks(span.offset, span.packed):
             data: bytes | memoryview = block
-            while data and not machine.eof:
-                piece = machine.decompress(data, BLOCK)
-                data = machine.unconsumed_tail
+            while data and not inflater.eof:
+                piece = inflater.decompress(data, BLOCK)
+                data = inflater.unconsumed_tail
                 left -= len(piece)
                 if left < 0:
                     raise FormatError(f"a zip member inflates beyond its declared {span.nbytes} bytes", span.url)
@@ -405,7 +407,7 @@ def _inflated(file: Source, span: Span) -> Iterator[bytes]:
                 while len(pending) >= BLOCK:
                     yield bytes(pending[:BLOCK])
                     del pending[:BLOCK]
-        tail = machine.flush()
+        tail = inflater.flush()
     except zlib.error as error:
         raise FormatError(f"the deflated zip member at byte {span.offset}: {error}", span.url) from error
     if left != len(tail):
@@ -420,10 +422,12 @@ def _window(pieces: Iterator[bytes], offset: int, nbytes: int) -> Iterator[bytes
         if begin < end:
             yield piece[begin:end]
         position += len(piece)
+        if position > offset + nbytes:  # not at the exact end: `_inflated` then checks the size
+            return
 
 
 def identity(path: str) -> tuple[int, int] | None:
-    """Returns what two names of one file have in common; None if there is no file."""
+    """Returns the file's (device, inode); None if there is no file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -432,7 +436,7 @@ def identity(path: str) -> tuple[int, int] | None:
 
 
 def names_in(directory: str) -> list[str]:
-    """Returns the names in a directory; nothing where there is none (asked once: another run may take it away)."""
+    """Returns the names in a directory; empty without one. One call: another process may remove it meanwhile."""
     try:
         return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,8 +1,8 @@
-"""A zip archive byte for byte as torch's own writer makes it, in one pass; other formats' archives are laid out alike.
+"""Writes a zip archive in one pass, byte for byte as torch's own writer does; other formats use the same layout.
 
 Every record is stored, begins its payload on a multiple of 64 (an ``FB`` extra field pads the local header),
-has zeros for sizes in front and a descriptor behind. With that layout torch can compute where each storage
-lies without reading the headers (``.format_version`` 1), and can map the file.
+has zero sizes in its local header, and is followed by a descriptor. With that layout torch can compute the
+offset of each storage without reading the headers (``.format_version`` 1), and can map the file.
 
     local header    30 bytes, name, [zip64 extra], 'FB' u16 padding, padding x 'Z'
     payload
@@ -29,13 +29,13 @@ ALIGNMENT = 64
 _FAR = 0xFFFFFFFF
 
 THREADED = 1 << 20
-"""Bytes of a record from which its checksum is computed beside the writing: to hand it over takes 0.05 ms."""
+"""Bytes of a record from which its CRC is computed on another thread; handing over a block takes 0.05 ms."""
 
 WINDOW = 1 << 14
-"""Bytes of another archive read at a time to compare its headers: those of a hundred small records."""
+"""Bytes of another archive read at a time to compare its headers: some 100 small records."""
 
 _FLAGS, _EMPTY = 0x0808, 0x0800
-"""UTF-8 names; a descriptor behind the payload, but not behind an empty one."""
+"""Flags: UTF-8 names, and a descriptor after the payload unless that is empty."""
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _PADDING = struct.Struct("<2sH")
@@ -54,7 +54,7 @@ class Record(NamedTuple):
 class ZipWriter:
     """Writes records, below ``root/`` if there is a root; `close` writes the directory.
 
-    ``date`` is what every record says of its time, as MS-DOS has it: 0, which is no day at all, in torch's archives.
+    ``date`` is the MS-DOS date of every record: 0, which is no valid date, in torch's archives.
     """
 
     def __init__(self, output: Output, root: str = "", date: int = 0) -> None:
@@ -65,7 +65,7 @@ class ZipWriter:
         self._thread: ThreadPoolExecutor | None = None
 
     def add(self, name: str, data: bytes, like: int | None = None) -> None:
-        """Writes a small record; with ``like`` it ends where `CLONED` divides the distance to it, if padding can."""
+        """Writes a small record; with ``like``, padded so that it ends at that offset modulo `CLONED`, if possible."""
         padding = 0
         if like is not None:
             end = self.output.position + 34 + len(f"{self.root}{name}".encode())
@@ -74,10 +74,10 @@ class ZipWriter:
         self.add_blocks(name, len(data), (data,), None, padding)
 
     def add_span(self, name: str, span: Span, crc32: int | None, files: Files) -> None:
-        """Writes a record that lies in a file as it is; a known ``crc32`` saves computing it.
+        """Writes a record that is a byte range of a file; a known ``crc32`` saves computing it.
 
-        Another thread does that beside the copying, of what it reads itself: the second read is one from memory,
-        and neither waits for the other before the end of the record.
+        Otherwise another thread computes it during the copy, with reads of its own: these hit the page cache, and
+        neither thread waits for the other before the end of the record.
         """
         full, start = self._begin(name, span.nbytes)
         summed = self._beside(_crc32, files.get(span), span) if crc32 is None else None
@@ -93,7 +93,7 @@ class ZipWriter:
         return self._thread.submit(function, *arguments)
 
     def _begin(self, name: str, nbytes: int, more: int = 0) -> tuple[bytes, int]:
-        """Writes a record's local header, with ``more`` padding; returns its name and where it began."""
+        """Writes a record's local header, with ``more`` padding; returns its full name and its offset."""
         start = self.output.position
         full = f"{self.root}{name}".encode()
         big, far = nbytes >= _FAR, start >= _FAR
@@ -124,16 +124,16 @@ class ZipWriter:
         self._finish(full, nbytes, computed if crc32 is None else crc32, start)
 
     def _write_and_sum(self, blocks: Iterable[bytes | memoryview]) -> int:
-        """Writes blocks, and returns their checksum, which another thread computes of each while it is written."""
+        """Writes blocks, and returns their CRC; another thread updates it while each block is written."""
         computed = 0
         for block in blocks:
             summed = self._beside(zlib.crc32, block, computed)
             self.output.write(block)
-            computed = summed.result()  # a block is valid until the next one is asked for
+            computed = summed.result()  # the next block may overwrite this one
         return computed
 
     def _finish(self, full: bytes, nbytes: int, crc: int, start: int) -> None:
-        """Writes what stands behind a record's payload, and notes its entry in the directory."""
+        """Writes the descriptor, and adds the record to the directory."""
         big, far = nbytes >= _FAR, start >= _FAR
         if nbytes:
             sizes = "QQ" if big or far else "II"
@@ -153,10 +153,10 @@ class ZipWriter:
         )  # fmt: skip
 
     def copy(self, prefix: str, records: Sequence[Record], files: Files) -> int:
-        """Copies records of one archive all at once, and returns how many of the first ones it could.
+        """Copies the first of these records in one piece from another archive; returns how many it copied.
 
-        Those are the ones that stand there under the same names, with the same gaps and within 4 GiB: headers,
-        padding and descriptors are then those that would be written here. One read of many small tensors.
+        They must have the same names and gaps there, and lie within 4 GiB, so that headers, padding and descriptors are
+        those that would be written here. Many small tensors take one read.
         """
         count, end = self._alike(prefix, records, files)
         if not count:
@@ -175,16 +175,16 @@ class ZipWriter:
         return count
 
     def _alike(self, prefix: str, records: Sequence[Record], files: Files) -> tuple[int, int]:
-        """Returns how many of the first records lie in their file as they would here, and where the last would end.
+        """Returns how many of the first records have the same layout in their file as here, and the end of the last.
 
-        What stands between two payloads is compared: a damaged header must not be handed on.
+        The bytes between payloads are compared: a damaged header must not be copied.
         """
         start = position = self.output.position
         shift = start - records[0].span.offset if records else 1
         if shift % ALIGNMENT:
             return 0, start
         root = f"{self.root}{prefix}".encode()
-        there = _Window(files.get(records[0].span))
+        window = _Window(files.get(records[0].span))
         behind = b""
         count = 0
         for record in records:
@@ -194,7 +194,7 @@ class ZipWriter:
                 break
             name = root + record.name.encode()
             padding = -(position + 34 + len(name)) % ALIGNMENT
-            if not there.holds(behind + _local(name, span.nbytes, padding, self.date), span.offset - len(behind)):
+            if not window.holds(behind + _local(name, span.nbytes, padding, self.date), span.offset - len(behind)):
                 break
             behind = _DESCRIPTOR.pack(b"PK\x07\x08", record.crc32, span.nbytes, span.nbytes) if span.nbytes else b""
             position += 34 + len(name) + padding + span.nbytes + len(behind)
@@ -202,7 +202,7 @@ class ZipWriter:
         return count, position
 
     def close(self) -> None:
-        """Writes the central directory and the end records, of which torch always writes the zip64 ones too."""
+        """Writes the central directory and the end records, always with those of zip64, as torch does."""
         if self._thread is not None:
             self._thread.shutdown()
         start = self.output.position
@@ -220,14 +220,14 @@ class ZipWriter:
 
 
 def _local(name: bytes, nbytes: int, padding: int, date: int, extra: bytes = b"") -> bytes:
-    """Returns a local header up to the letters that pad it."""
+    """Returns a local header without its padding bytes."""
     flags = _FLAGS if nbytes else _EMPTY
     fixed = _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, date, 0, 0, 0, len(name), len(extra) + 4 + padding)
     return fixed + name + extra + _PADDING.pack(b"FB", padding)
 
 
 class _Window:
-    """Bytes of a file that are looked at in their order, a few at a time."""
+    """Compares bytes of a file in increasing order of offsets, with buffered reads."""
 
     def __init__(self, file: Source) -> None:
         self.file = file
@@ -235,7 +235,7 @@ class _Window:
         self.data = b""
 
     def holds(self, data: bytes, offset: int) -> bool:
-        """Returns whether the file has these bytes at that place."""
+        """Returns whether the file has these bytes at that offset."""
         at = offset - self.start
         if at < 0 or at + len(data) > len(self.data):
             self.start, at = offset, 0
@@ -244,7 +244,7 @@ class _Window:
 
 
 def _crc32(file: Source, span: Span) -> int:
-    """Returns the checksum of a range of a file, with a read of its own."""
+    """Returns the CRC-32 of a byte range of a file."""
     computed = 0
     for block in file.blocks(span.offset, span.nbytes):
         computed = zlib.crc32(block, computed)

@@ -276,7 +276,7 @@ def test_a_variant_of_diffusers_is_found_inside_its_pipeline(tmp_path: Path) -> 
 
 def write(checkpoint: Checkpoint, directory: Path, limit: int, **options: Any) -> tuple[str, ...]:
     with Files() as files:
-        return sharded.write(checkpoint, str(directory), files, max_shard_size=limit, **options).left_out
+        return sharded.write(checkpoint, str(directory), files, max_shard_size=limit, **options)[0]
 
 
 def digests(directory: Path) -> dict[str, str]:
