@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # as type checkers know it; importing typing would take longer than saying the version
+TYPE_CHECKING = False  # type checkers know this name; importing typing would double the time of `--version`
 if TYPE_CHECKING:
     from typing import Any
 
@@ -104,17 +104,23 @@ __all__ = [
 ]
 
 
+_MODULES = (
+    "errors", "core.tensor", "api", "ops.rules", "ops.inspect", "core.findings", "ops.diff", "ops.filter", "ops.remap",
+    "ops.convert", "partial.plan", "partial.handover", "saving",
+)  # fmt: skip
+"""Where the public names are defined, those first that are used most."""
+
+
 def __getattr__(name: str) -> Any:
-    """Returns what the library offers when it is first asked for: `ckptool --version` needs none of it."""
+    """Returns a public name; its module is imported when the name is first used, for a fast `ckptool --version`."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckptool import api, errors
-    from ckptool.core import tensor
+    from importlib import import_module
 
-    places = (errors, tensor, api)
-    found = next(getattr(place, name) for place in places if hasattr(place, name))
-    globals()[name] = found
-    return found
+    modules = (import_module(f"ckptool.{module}") for module in _MODULES)
+    value = next(getattr(module, name) for module in modules if hasattr(module, name))
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The library: what `import ckptool` offers. The one place where formats, operations and data meet."""
+"""The functions of `import ckptool`: the one place where formats, operations and values meet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckptool.core.tree import Path, children, key_text, path_text, replaced
 from ckptool.errors import CkptoolError, StrictError, UsageError, kind_of
 from ckptool.limits import limited
 
-# Operations and what they need are imported by the functions that use them: a command needs one or two of them.
+# Operations are imported by the functions that use them: a command needs one or two of them.
 if TYPE_CHECKING:
     from ckptool.ops.convert import ConvertReport
     from ckptool.ops.diff import DiffReport
@@ -30,17 +30,17 @@ Source = Checkpoint | str | os.PathLike[str] | Mapping[str, Any]
 """A checkpoint, the path of one, or a state_dict: a dict of torch tensors or numpy arrays, nested as in a file."""
 
 Patterns = str | Sequence[str]
-"""Key patterns; a text is one of them."""
+"""Key patterns, or a single one."""
 
 Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
-"""{key pattern: what for the keys that fit it}, or pairs of them."""
+"""{key pattern: adapter or rule for the keys that match}, or such pairs."""
 
 
 def open(source: Source, root: str | Path | None = None) -> Checkpoint:
-    """Returns the checkpoint at a path (a torch or safetensors file, a sharded directory or its index), or of a dict.
+    """Returns the checkpoint at a path (a file, a sharded directory or its index), or that of a state_dict in memory.
 
-    Reads headers only; runs no code of the file and imports none of its classes. ``root`` names where the
-    weights are (``"model_state_dict"``, steps separated by "/"); None means the usual places, see `find_root`.
+    Reads headers only; runs no code of the file and imports none of its classes. ``root`` is the path of the weights
+    in the tree (``"model_state_dict"``, steps separated by "/"); None looks for them, see `find_root`.
 
     Raises: UnreadableError, FormatError, UnsupportedError; UsageError if there is nothing at ``root``.
     """
@@ -65,14 +65,14 @@ def open(source: Source, root: str | Path | None = None) -> Checkpoint:
 
 
 def _path(tree: Any, root: str | Path) -> Path:
-    """Returns the path that a user's ``a/0/b`` means: at every step the name itself, else the number it reads as."""
+    """Returns the path in a tree that the text ``a/0/b`` means; a step may be a key of any type that is shown so."""
     if not isinstance(root, str):
         return tuple(root)
     path: Path = ()
     node = tree
     left = [] if root in ("", "/") else root.strip("/").split("/")
     while left:
-        known = _named_children(node)
+        known = {key_text(step): (step, child) for step, child in children(node)}
         for length in range(len(left), 0, -1):  # a key may hold a "/" itself
             name = "/".join(left[:length])
             if name in known:
@@ -86,8 +86,11 @@ def _path(tree: Any, root: str | Path) -> Path:
     return path
 
 
-def _named_children(node: Any) -> dict[str, tuple[Any, Any]]:
-    return {key_text(step): (step, child) for step, child in children(node)}
+def _open_whole(source: Source) -> Checkpoint:
+    """Opens a checkpoint. Raises: what `open` raises, IncompleteError if shards or tensors are missing."""
+    opened = open(source)
+    opened.require_whole()
+    return opened
 
 
 def inspect(
@@ -101,13 +104,13 @@ def inspect(
     exclude: Patterns = (),
     progress: Progress | None = None,
 ) -> InspectReport:
-    """Returns what a checkpoint holds: its weights, what stands beside them, what is worth a word.
+    """Returns what a checkpoint holds: its weights, the rest of its tree, metadata, notes.
 
-    Reads headers only, unless one of these is asked for, which reads every tensor once, in constant memory, on up to
-    four threads: ``stats`` (mean, standard deviation, extremes, zeros, NaN and infinities, of every tensor and below
-    every prefix; see `Stats`), ``hashes`` (sha256 of each tensor and of all; `ckptool.values.contents` says what
-    exactly is hashed), ``check`` (damage; see `Finding`). ``include`` and ``exclude`` say of which keys; the report
-    lists all. ``progress`` is told the bytes as they are read.
+    Reads headers only, unless one of these options is set. Then it reads every tensor once, in constant memory, on up
+    to four threads: ``stats`` (mean, standard deviation, extremes, zeros, NaN and infinities, of every tensor and of
+    every prefix; see `Stats`), ``hashes`` (sha256 of each tensor and of all; `ckptool.values.contents` defines what
+    is hashed), ``check`` (damage; see `Finding`). ``include`` and ``exclude`` choose the keys to read; the report
+    lists all. ``progress`` is called with the number of bytes as they are read.
 
     Raises: what `open` raises, NoTensorsError; FormatError for unreadable data, which ``check`` reports instead.
     """
@@ -148,10 +151,11 @@ def save(
     fsync: bool = True,
     progress: Progress | None = None,
 ) -> Saved:
-    """Writes a checkpoint in the format ``to``, or that the suffix of ``path`` names; returns what became of it.
+    """Writes a checkpoint in the format ``to``, by default that of the suffix of ``path``; returns the outcome.
 
-    The result says what the format left out (``left_out``) and, per key, how many finite values a cast made infinite
-    (``overflowed``). `SaveOptions` says what the arguments mean. ``progress`` is told the bytes as they are written.
+    `Saved` has what the format left out (``left_out``) and, per key, how many finite values a cast made infinite
+    (``overflowed``). `ckptool.saving.SaveOptions` explains the arguments. ``progress`` is called with the number of
+    bytes as they are written.
 
     Raises: OutputError, LossError, UsageError; see `ckptool.saving.save`.
     """
@@ -162,7 +166,7 @@ def save(
 
 
 def _tags(map_location: MapLocation) -> MapLocation:
-    """Returns what maps device tags. Raises: UsageError for what does not."""
+    """Returns ``map_location``. Raises: UsageError if it is none of what maps device tags."""
     known = map_location is None or isinstance(map_location, (str, Mapping)) or callable(map_location)
     if not known or (isinstance(map_location, Mapping) and any(type(tag) is not str for tag in map_location.values())):
         raise UsageError(f"map_location is a device tag, a dict of tags or a callable, not {kind_of(map_location)}")
@@ -173,20 +177,18 @@ def remap(source: Source, rules: Any, *, allow_unused: bool = False) -> tuple[Ch
     """Returns (checkpoint, report) with keys renamed and tensors reshaped by rules; nothing is written.
 
     ``rules`` is what `Rules.parse` takes: a list of rules, of [regex, replacement] pairs, or a table of names.
-    Raises: what `open` raises, CollisionError, UsageError for a rule that fits no key (unless ``allow_unused``).
+    Raises: what `open` raises, CollisionError, UsageError for a rule that matches no key (unless ``allow_unused``).
     """
     from ckptool.ops.remap import remap as op
     from ckptool.ops.rules import Rules
 
-    opened = open(source)
-    opened.require_whole()
-    return op(opened, Rules.parse(rules), allow_unused=allow_unused)
+    return op(_open_whole(source), Rules.parse(rules), allow_unused=allow_unused)
 
 
 def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
-    """Returns (checkpoint, report) with a remap undone; ``saved`` is its report's, or the content of a map file.
+    """Returns (checkpoint, report) with a remap undone; ``saved`` is from its report, or the content of a map file.
 
-    Weights that the map untied become one tensor again where they still hold the same bytes, which is read.
+    Weights that the remap untied are tied again if their bytes are still equal; those bytes are read.
     """
     from functools import partial
 
@@ -194,10 +196,8 @@ def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
     from ckptool.ops.remap import invert as op
     from ckptool.values.blocks import same_bytes
 
-    opened = open(source)
-    opened.require_whole()
     with Files() as files:
-        return op(opened, saved, same=partial(same_bytes, files=files))
+        return op(_open_whole(source), saved, same=partial(same_bytes, files=files))
 
 
 def convert(
@@ -220,13 +220,13 @@ def convert(
     progress: Progress | None = None,
     dry_run: bool = False,
 ) -> ConvertReport:
-    """Writes a checkpoint in another format, and returns what became of it.
+    """Writes a checkpoint in another format, and returns a report.
 
-    ``to``: one of `formats.names`, else the suffix of ``path`` decides. ``dtype`` casts floats at
-    root, but not keys that fit ``keep``. ``untie`` gives tied names memory of their own. ``publish`` writes the
+    ``to``: one of `formats.names`; by default the suffix of ``path`` decides. ``dtype`` casts floats at
+    root, except keys that match ``keep``. ``untie`` stores tied tensors separately. ``publish`` writes the
     weights alone and puts the first 8 hex digits of the sha256 in the name. ``metadata`` names scalars of the
     tree to carry into safetensors' metadata. ``verify`` reads the result back before it gets its name. ``dry_run``
-    writes nothing, tells about how many bytes it would be, and raises what the conversion would.
+    writes nothing, estimates the bytes, and raises what the conversion would.
 
     Raises: what `open` and `save` raise.
     """
@@ -259,13 +259,9 @@ def convert(
     saved = saving.check(prepared, path, options) if dry_run else saving.save(prepared, path, options, progress)
     return replace(
         report, output=saved.path, nbytes=saved.nbytes, verified=saved.verified, overflowed=dict(saved.overflowed),
-        left_out=_not_carried([*report.left_out, *saved.left_out], metadata), notes=[*report.notes, *saved.notes],
+        left_out=[name for name in (*report.left_out, *saved.left_out) if name not in metadata],
+        notes=[*report.notes, *saved.notes],
     )  # fmt: skip
-
-
-def _not_carried(left_out: Sequence[str], metadata: Sequence[str]) -> list[str]:
-    """Returns what was left out without the scalars at the top of the tree that went into the metadata."""
-    return [name for name in left_out if name not in metadata]
 
 
 def diff(
@@ -285,23 +281,23 @@ def diff(
     """Returns how two checkpoints' weights differ: keys, shapes and dtypes, from headers alone.
 
     ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
-    integers are exact. ``quick`` asks only whether the bytes are the same, and takes the CRC-32 that torch's archives
-    record for an answer where both sides have one. ``progress`` is told, of pairs that were compared, the bytes of
-    both sides. Raises: what `open` raises, NoTensorsError.
+    integers are exact. ``quick`` only finds whether the bytes are equal, and trusts the CRC-32 that torch's archives
+    record where both sides have one. ``progress`` is called with the bytes of both sides of each compared pair.
+    Raises: what `open` raises, NoTensorsError.
     """
-    from ckptool.io.source import Files
+    from functools import partial
+
     from ckptool.ops import diff as op
 
-    first, second = open(a), open(b)
-    ignore = keys.texts(ignore, "ignore")
-    first.require_whole()
-    second.require_whole()
+    differences = partial(
+        op.diff, _open_whole(a), _open_whole(b), ignore=keys.texts(ignore, "ignore"), strip_prefix_a=strip_prefix_a,
+        strip_prefix_b=strip_prefix_b, devices=devices,
+    )  # fmt: skip
     if not (values or quick):
-        return op.diff(
-            first, second, ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b, devices=devices
-        )
+        return differences()
     from ckptool import saving
     from ckptool.core.findings import Distance
+    from ckptool.io.source import Files
     from ckptool.values.compare import compare, compare_bytes
 
     with Files(progress) as files:
@@ -310,10 +306,7 @@ def diff(
             with saving.share(files, one.nbytes + other.nbytes):
                 return compare_bytes(one, other, files) if quick else compare(one, other, files, rtol, atol)
 
-        return op.diff(
-            first, second, ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b,
-            devices=devices, compare=compared,
-        )  # fmt: skip
+        return differences(compare=compared)
 
 
 def filter(
@@ -328,9 +321,9 @@ def filter(
 ) -> tuple[Checkpoint, FilterReport]:
     """Returns (checkpoint, report): the target with every tensor that fits taken from the sources.
 
-    A tensor fits when its key (through wrapper prefixes such as ``module.``) and its shape agree. Without
-    ``match`` it is the selection of the first source's keys by ``include`` and ``exclude``. Nothing is
-    written: hand the checkpoint to `save`. Reads headers only, except where tied names must be compared.
+    A tensor fits when its key (without wrapper prefixes such as ``module.``) and its shape agree. Without
+    ``match``, the result has the keys of the first source that ``include`` and ``exclude`` choose. Nothing is
+    written: pass the checkpoint to `save`. Reads headers only, except where tied names must be compared.
 
     Raises: what `open` raises, NoTensorsError, CollisionError for tied names with different values.
     """
@@ -341,10 +334,8 @@ def filter(
     from ckptool.values.blocks import same_bytes
 
     include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
-    opened = [open(source) for source in sources]
-    target = None if match is None else open(match)
-    for checkpoint in [*opened, *([target] if target else [])]:
-        checkpoint.require_whole()
+    opened = [_open_whole(source) for source in sources]
+    target = None if match is None else _open_whole(match)
     with Files() as files:
         return op.filter(
             opened, target, include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix,
@@ -372,18 +363,18 @@ def plan_partial(
     add_prefix: str | None = None,
     root: str | Path | None = None,
 ) -> tuple[Checkpoint, LoadPartialReport]:
-    """Returns (checkpoint, report): the target with what fits of the source loaded, and the rest made as asked.
+    """Returns (checkpoint, report): the target with what fits of the source, and the rest adapted or initialised.
 
-    ``target`` is a source too, or a live torch.nn.Module, whose state_dict the checkpoint then is. Keys are matched
-    as `filter` does, after ``rules`` (see `remap`); values are cast to the target's dtypes. ``adapt`` {key pattern:
-    adapter} for shapes that differ (``"rows"``, ``"pos-embed"``, see README), ``init`` {key pattern: rule} for what
-    is not loaded (``"kaiming_normal(mode=fan_out)"``, the methods of torch.nn.init); of patterns that fit a key the
-    last counts. ``init_preset`` names recipes for whole models. The same ``seed`` gives the same values on one
-    version of numpy. ``freeze``: ``loaded``, ``first:N``, key patterns. ``optimizer``: ``drop``, or ``remap`` to carry
-    the source's optimizer state. ``source`` None initialises only.
+    ``target`` is a source too, or a live torch.nn.Module: then the checkpoint is its state_dict. Keys are matched
+    as in `filter`, after ``rules`` (see `remap`); values are cast to the target's dtypes. ``adapt`` {key pattern:
+    adapter} is for shapes that differ (``"rows"``, ``"pos-embed"``, see README), ``init`` {key pattern: rule} for keys
+    that are not loaded (``"kaiming_normal(mode=fan_out)"``, the methods of torch.nn.init); the last pattern that
+    matches a key takes precedence. ``init_preset`` names recipes for whole models. The same ``seed`` gives the same
+    values on one version of numpy. ``freeze``: ``loaded``, ``first:N``, key patterns. ``optimizer``: ``drop``, or
+    ``remap`` to carry the source's optimizer state. ``source`` None only initialises.
 
-    Nothing is written: hand the checkpoint to `save`. Reads headers only, except where tied names are compared.
-    Raises: what `open` raises, UsageError with all that forbids the plan, NoTensorsError, CollisionError.
+    Nothing is written: pass the checkpoint to `save`. Reads headers only, except where tied names are compared.
+    Raises: what `open` raises, UsageError with everything that forbids the plan, NoTensorsError, CollisionError.
     """
     from functools import partial
 
@@ -397,11 +388,11 @@ def plan_partial(
         raise UsageError(f"optimizer is drop or remap, not {optimizer!r}")
     if type(seed) is not int:
         raise UsageError(f"seed is a whole number, not {kind_of(seed)}")
-    chosen, left_out = keys.texts(include, "include"), keys.texts(exclude, "exclude")
+    include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
     options = op.Options(
         [(pattern, adapters.parse(text)) for pattern, text in keys.pairs(adapt, "adapt", "adapter")],
         keys.pairs(init, "init", "rule"), keys.texts(init_preset, "init_preset"), seed,
-        keys.texts(freeze, "freeze"), new_lr_mult, weight_decay, optimizer, chosen, left_out, strip_prefix, add_prefix,
+        keys.texts(freeze, "freeze"), new_lr_mult, weight_decay, optimizer, include, exclude, strip_prefix, add_prefix,
     )  # fmt: skip
     opened = None if source is None else open(source, root)
     origins: dict[str, str] = {}
@@ -427,7 +418,7 @@ def plan_partial(
     if classes is not None:
         planned = planned.with_state_dict(detached(planned.state_dict()))
         if opened is not None:
-            states = live.extra_states(into, opened, keys.chooser(chosen, left_out), strip_prefix, add_prefix)
+            states = live.extra_states(into, opened, keys.chooser(include, exclude), strip_prefix, add_prefix)
             tree = planned.tree
             for key, (_, value) in states.items():
                 tree = replaced(tree, (*planned.root, key), value)
@@ -461,10 +452,10 @@ def load_partial(
 ) -> LoadPartialReport:
     """Loads what fits of a checkpoint into a live torch.nn.Module, in place, and returns the report.
 
-    All is planned, checked and read before the first parameter is touched, so a refusal leaves the model as it
-    was, and the loaded tensors are held once beside it. Other arguments are `plan_partial`'s. Values take the
-    model's dtypes and devices; with ``assign`` tensors become the model's own, which a model on ``meta`` needs, and
-    ``map_location`` says where they go. ``strict``: any missing, unexpected or mismatched key is a refusal.
+    Everything is planned, checked and read before the first parameter is changed: an error leaves the model as it
+    was, and memory holds the loaded tensors once more than the model. Values take the model's dtypes and devices.
+    ``assign`` replaces the model's tensors, which a model on ``meta`` needs; ``map_location`` is then their device.
+    ``strict``: any missing, unexpected or mismatched key is an error. The other arguments are `plan_partial`'s.
 
     Raises: what `plan_partial` raises, StrictError, DependencyError without torch.
     """
@@ -473,15 +464,14 @@ def load_partial(
     live.refuse_no_module(model)
     if optimizer == "remap":
         raise UsageError(
-            "an optimizer's state goes into a file, not into a model: plan_partial and save, or the command"
+            "load_partial carries no optimizer state: plan_partial and save write it to a file, as the command does"
         )
     planned, report = plan_partial(
         source, model, rules=rules, allow_unused=allow_unused, adapt=adapt, init=init, init_preset=init_preset,
         seed=seed, freeze=freeze, new_lr_mult=new_lr_mult, weight_decay=weight_decay, optimizer=optimizer,
         include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix, root=root,
     )  # fmt: skip
-    failed = report.not_strict() if strict else []
-    if failed:
+    if strict and (failed := report.not_strict()):
         raise StrictError(f"{', '.join(failed)}: {report.summary()}", type(model).__name__)
     overflowed = live.copy_into(model, planned, report.written, map_location, assign)
     return replace(report, overflowed=overflowed or None)
@@ -496,26 +486,6 @@ def _realise(tree: Any, map_location: Any, module_state_dict: Callable[[Any], An
 
 
 set_realise(_realise)
-
-
-REPORTS = (
-    "Beside", "Changed", "Check", "ConvertReport", "DiffReport", "FilterReport", "Finding", "Group", "InspectReport",
-    "LoadPartialReport", "Mapped", "PrefixStats", "RemapReport", "Row", "Saved", "Stats", "TensorRow", "ValuesChanged",
-)  # fmt: skip
-"""What the functions return, and what is in it."""
-
-
-def __getattr__(name: str) -> Any:
-    """Returns `Rules` or a class of `REPORTS`, which few ask for by name."""
-    if name != "Rules" and name not in REPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckptool import saving
-    from ckptool.core import findings
-    from ckptool.ops import convert, diff, filter, inspect, remap, rules
-    from ckptool.partial import handover, plan
-
-    places = (rules, inspect, findings, diff, filter, remap, convert, plan, handover, saving)
-    return next(getattr(place, name) for place in places if hasattr(place, name))
 
 
 __all__ = [

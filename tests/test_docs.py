@@ -115,4 +115,5 @@ def test_no_output_of_help_is_cut_or_empty():
     for command in commands().values():
         text = command.get_help(click.Context(command))
         assert "..." not in text.splitlines()[2]
-        assert all(option.help for option in command.params if isinstance(option, click.Option))
+        assert all(parameter.help for parameter in command.params)
+        assert text.lower().count("arguments:\n") == 1

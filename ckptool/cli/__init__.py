@@ -1,4 +1,4 @@
-"""How it is shown: the command line. One file per command; they speak to the library and to errors only."""
+"""The command line: one file per command. Commands call the library and print its reports."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 a "no", 2 could not, 130 interrupted, 143 terminated."""
+    """Runs one command; returns the exit code: 0 done, 1 found something, 2 failed, 130 interrupted, 143 terminated."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if args == ["--version"]:  # the one thing that needs no parser
+    if args == ["--version"]:  # the only command line that needs no parser
         print(f"ckptool {ckptool.__version__}")
         return 0
-    # A command makes a few million objects and drops them when it ends: looking for cycles among them took a third
-    # of the time at 100,000 keys, and a tenth at a few hundred. There are hardly any, so memory does not grow for it.
+    # A command creates up to a few million objects with hardly any reference cycles. Searching them for cycles took
+    # a third of the time at 100,000 keys and a tenth at a few hundred; searching rarely does not cost memory.
     gc.set_threshold(500_000, 20, 1000)
     try:
         from ckptool.cli import app, render, signals
@@ -29,15 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("ckptool: interrupted", file=sys.stderr)
         return 130
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name the terminal's encoding lacks is escaped, no traceback
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the encoding lacks: no traceback
             stream.reconfigure(errors="backslashreplace")
     try:
         with signals.terminable():
             return app.run(args)
     except render.ClosedPipe:
-        # What is left of our output must not be flushed into the closed pipe.
+        # Python flushes stdout at exit: buffered output must not go to the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     finally:
-        if argv is None:  # the process ends here, and would look for cycles among all there is, twice
+        if argv is None:  # the process ends now: skip the two full collections of the interpreter's exit
             gc.freeze()

@@ -1,4 +1,4 @@
-"""The commands put together, and the one place where errors become a line and an exit code."""
+"""The table of commands, and the one place where errors become a line and an exit code."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import sys
 
 import click
 
+import ckptool
 from ckptool.cli import render
 from ckptool.errors import CkptoolError, UsageError
 
 INTERRUPTED = 130
-"""The exit code of Ctrl-C: no command returns it."""
+"""The exit code after Ctrl-C. No command returns it."""
 
 COMMANDS = {
     "inspect": "Show what a checkpoint holds; runs nothing that is in it.",
     "diff": "Show how two checkpoints differ: exit 0 if they are the same, 1 if they differ.",
-    "filter": "Keep what fits: TARGET with every tensor that agrees in name and shape taken from SOURCE.",
+    "filter": "Keep what fits: TARGET, with every tensor that agrees in name and shape taken from SOURCE.",
     "remap": "Rename keys and reshape tensors by rules, in the order given.",
-    "convert": "Write checkpoints in another format, every tensor proven.",
-    "load-partial": "Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest, hand over.",
+    "convert": "Write checkpoints in another format, and verify every tensor.",
+    "load-partial": "Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest.",
 }
-"""Names of the commands, and the first lines of their help: a list of them must not cost importing all of them."""
+"""Names of the commands and the first lines of their help, so that listing them imports none."""
 
 
 class Commands(click.Group):
-    """The commands, each imported when it is asked for: typer takes some ms to make one of a function.
+    """A group that imports a command when it is looked up: typer takes some ms to build one from a function.
 
-    Their files have no ``from __future__ import annotations``: typer evaluates annotations that are text twice over,
-    which takes 3 ms of every start.
+    The commands' files have no ``from __future__ import annotations``: typer would evaluate the text annotations
+    twice, which takes 3 ms of every start.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -40,15 +41,19 @@ class Commands(click.Group):
         import typer
 
         module = importlib.import_module(f"ckptool.cli.{cmd_name.replace('-', '_')}")
-        made = typer.Typer(
+        single = typer.Typer(
             add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
             context_settings={"help_option_names": ["-h", "--help"]},
         )  # fmt: skip
-        made.command(cmd_name, cls=getattr(module, "COMMAND", None))(module.command)
-        found = typer.main.get_command(made)
-        found.params.append(_limit())
-        self.add_command(found, cmd_name)
-        return self.commands[cmd_name]
+        single.command(cmd_name, cls=getattr(module, "COMMAND", None))(module.command)
+        command = typer.main.get_command(single)
+        for parameter in command.params:
+            if isinstance(parameter, click.Argument):  # click 8.5 clears the help that typer gave it
+                parameter.help = module.command.__annotations__[parameter.name].__metadata__[0].help
+        command.format_arguments = lambda *_: None  # type: ignore[method-assign]  # typer shows the arguments already
+        command.params.append(_limit())
+        self.add_command(command, cmd_name)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -56,7 +61,7 @@ class Commands(click.Group):
 
 
 def _limit() -> click.Option:
-    """Returns the option that every command has, since every command reads checkpoints."""
+    """Returns the ``--limit`` option, which every command has: they all read checkpoints."""
 
     def limit(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
         if given:
@@ -66,7 +71,7 @@ def _limit() -> click.Option:
 
     return click.Option(
         ["--limit"], multiple=True, expose_value=False, callback=limit, metavar="NAME=FIGURE",
-        help="Read beyond a limit that an error named, such as MAX_PICKLE=2GB.",
+        help="Raise a limit that an error named, such as MAX_PICKLE=2GB.",
     )  # fmt: skip
 
 
@@ -75,25 +80,19 @@ def _limit() -> click.Option:
     cls=Commands,
     help="Look into, compare, filter and rewrite checkpoints without loading them.",
     no_args_is_help=True,
-    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--version", is_flag=True, help="Print the version and exit.")
-def app(version: bool) -> None:
-    """Prints the version if that was asked for."""
-    if version:
-        import ckptool
-
-        print(f"ckptool {ckptool.__version__}")
-        raise click.exceptions.Exit
+@click.version_option(ckptool.__version__, message="ckptool %(version)s", help="Print the version and exit.")
+def app() -> None:
+    """The command line; its commands do the work."""
 
 
 def run(args: list[str]) -> int:
-    """Runs one command line. Any exception but ours and the parser's is a bug and keeps its traceback."""
+    """Runs one command line. Any exception but ckptool's and click's is a bug and keeps its traceback."""
     command = next((arg for arg in args if arg in COMMANDS), "")
     as_json = "--json" in args
     try:
-        with app.make_context("ckptool", list(args)) as context:  # `main` would say a line of its own on Ctrl-C
+        with app.make_context("ckptool", list(args)) as context:  # `app.main` prints a line of its own on Ctrl-C
             code = app.invoke(context)
     except click.exceptions.Exit as end:
         code = end.exit_code

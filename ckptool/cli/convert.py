@@ -21,13 +21,13 @@ def command(
     inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Checkpoints: files, indexes, directories.")],
     to: Annotated[str | None, typer.Option(metavar="FORMAT", help=f"{', '.join(formats.names())}.")] = None,
     output: Annotated[
-        str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write; else beside the input.")
+        str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write. Default: beside the input.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Cast floats to it (needs torch).")] = None,
-    keep: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="With --dtype: keys that stay.")] = None,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="With --to sharded: bytes per shard.")] = "5GB",
-    untie: Annotated[bool, typer.Option("--untie", help="Give tied names memory of their own.")] = False,
-    publish: Annotated[bool, typer.Option("--publish", help="Weights only, and the sha256 in the name.")] = False,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Cast floats to it: bf16, float32, ...")] = None,
+    keep: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="With --dtype: keys not to cast.")] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="With --to sharded: size of a shard.")] = "5GB",
+    untie: Annotated[bool, typer.Option("--untie", help="Store tied tensors separately.")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="Weights only, with the sha256 in the name.")] = False,
     metadata: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Scalars to carry into safetensors: epoch,arch.")
     ] = None,
@@ -41,47 +41,46 @@ def command(
     report_file: options.Report = None,
     as_json: options.Json = False,
 ) -> int:
-    """Write checkpoints in another format, every tensor proven."""
+    """Write checkpoints in another format, and verify every tensor."""
     if to is None and output is None:
         raise UsageError("name the format with --to, or the output with -o")
     if len(inputs) > 1 and output is not None:
-        raise UsageError("several inputs have no one output: leave out -o, each is written beside its input")
+        raise UsageError("-o takes one input: leave it out, and each of several is written beside its input")
     if keep and dtype is None:
         raise UsageError("--keep goes with --dtype")
     if to is not None:
-        formats.named(to)  # the first thing to say of one that there is not
+        formats.named(to)  # an unknown format is reported before anything else
     limit = options.size(max_shard_size)
     if limit < 1:
-        raise UsageError(f"{max_shard_size!r} leaves no room for a tensor")
+        raise UsageError(f"--max-shard-size takes at least 1 byte, not {max_shard_size!r}")
     tags = options.tags(map_location)
-    places = [(source, output if output is not None else beside(source, str(to))) for source in inputs]
-    if len({os.path.realpath(place) for _, place in places}) < len(places):
+    paths = [output if output is not None else beside(source, str(to)) for source in inputs]
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError("two inputs would be written to one name")
-    wanted = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, publish)
-    outputs = Outputs("convert", wanted, report_file, dry_run, as_json)
-    opened = [(ckptool.open(source, root=root), place) for source, place in places]
-    outputs.check([place for _, place in places], [checkpoint for checkpoint, _ in opened])
+    save_options = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, publish)
+    outputs = Outputs("convert", save_options, report_file, dry_run, as_json)
+    opened = [ckptool.open(source, root=root) for source in inputs]
+    outputs.check(paths, opened)
+    jobs = list(zip(opened, paths, strict=True))
 
-    def converted(checkpoint: Checkpoint, place: str, **how: Any) -> ConvertReport:
+    def converted(checkpoint: Checkpoint, path: str, **how: Any) -> ConvertReport:
         return ckptool.convert(
-            checkpoint, place, to=to, dtype=dtype, keep=keep or (), untie=untie, publish=publish,
+            checkpoint, path, to=to, dtype=dtype, keep=keep or (), untie=untie, publish=publish,
             metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit, map_location=tags,
             verify=verify, fsync=fsync, **how,
         )  # fmt: skip
 
     def total() -> int:
-        sizes = [converted(*pair, force=True, in_place=True, dry_run=True).nbytes for pair in opened]
-        return saving.work(sum(sizes), wanted)
+        sizes = [converted(*job, force=True, in_place=True, dry_run=True).nbytes for job in jobs]
+        return saving.work(sum(sizes), save_options)
 
-    if len(opened) > 1:  # what will be refused is refused before the first is written
-        for pair in opened:
-            converted(*pair, force=force, in_place=in_place, dry_run=True)
+    if len(jobs) > 1:  # refuse before the first file is written
+        for job in jobs:
+            converted(*job, force=force, in_place=in_place, dry_run=True)
     reports = []
     with bar(total) as progress:
-        for (checkpoint, place), (source, _) in zip(opened, places, strict=True):
-            report = converted(
-                checkpoint, place, force=force, in_place=in_place, progress=progress, dry_run=dry_run
-            )  # fmt: skip
+        for source, job in zip(inputs, jobs, strict=True):
+            report = converted(*job, force=force, in_place=in_place, progress=progress, dry_run=dry_run)
             reports.append(replace(report, input=source))
             if not as_json:
                 render.show(_lines(reports[-1], dry_run))
@@ -90,7 +89,7 @@ def command(
 
 
 def beside(source: str, to: str) -> str:
-    """Returns the output's name beside the input: its stem with the format's ending."""
+    """Returns the output's default path: the input's stem with the format's suffix."""
     path = os.path.normpath(source)
     name = re.sub(r"\.index(\.[\w-]+)?\.json$", "", path)
     stem = name if os.path.isdir(path) else saving.split_suffix(name)[0]
@@ -110,7 +109,7 @@ def _lines(report: ConvertReport, dry_run: bool) -> list[str]:
 
 
 def _total(reports: list[ConvertReport], dry_run: bool) -> list[str]:
-    """Returns a line about several conversions; none about one, whose own lines say it."""
+    """Returns the total of several conversions, as one line; no line for a single one."""
     if len(reports) == 1:
         return []
     state = " (dry run), about" if dry_run else ","

@@ -10,22 +10,25 @@ from ckptool.cli import render
 from ckptool.cli.output import bar
 from ckptool.core import keys
 from ckptool.errors import UsageError
-from ckptool.ops.diff import KINDS, DiffReport, volume
+from ckptool.ops.diff import KINDS, DiffReport, ValuesChanged, volume
 from ckptool.text import dims
 
 
 def command(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another, in any format.")],
-    values: Annotated[bool, typer.Option("--values", help="Compare the data too, not only keys and shapes.")] = False,
+    b: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint, in any format.")],
+    values: Annotated[bool, typer.Option("--values", help="Compare values too, not only keys and shapes.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Same bytes or not: by recorded checksums where there are any.")
+        bool,
+        typer.Option("--quick", help="Only whether bytes are equal, by recorded checksums if there are any."),
     ] = False,
     rtol: Annotated[float, typer.Option(min=0, help="With --values: relative tolerance for floats.")] = 1e-5,
     atol: Annotated[float, typer.Option(min=0, help="With --values: absolute tolerance for floats.")] = 1e-8,
-    ignore: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave keys out (re:REGEX too).")] = None,
-    strip_prefix_a: Annotated[str | None, typer.Option(metavar="P", help="Take a prefix off A's keys.")] = None,
-    strip_prefix_b: Annotated[str | None, typer.Option(metavar="P", help="Take a prefix off B's keys.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Leave out keys that match (or re:REGEX).")
+    ] = None,
+    strip_prefix_a: Annotated[str | None, typer.Option(metavar="P", help="Remove a prefix from A's keys.")] = None,
+    strip_prefix_b: Annotated[str | None, typer.Option(metavar="P", help="Remove a prefix from B's keys.")] = None,
     root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are, in both.")] = None,
     root_a: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in A.")] = None,
     root_b: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in B.")] = None,
@@ -35,14 +38,14 @@ def command(
         typer.Option(metavar="KIND", help=f"What makes the exit code 1 (comma-separated): {', '.join(KINDS)}."),
     ] = None,
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even if they differ.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Show how two checkpoints differ: exit 0 if they are the same, 1 if they differ."""
     wanted = _kinds(fail_on)
     if "values" in wanted and fail_on and not (values or quick):
         raise UsageError("--fail-on values needs --values or --quick")
     if values and quick:
-        raise UsageError("--values says how far they are apart, --quick only whether: choose one")
+        raise UsageError("--values measures how far tensors differ, --quick only finds whether: choose one")
     if "devices" in wanted and fail_on:
         devices = True
     if math.isnan(rtol) or math.isnan(atol):
@@ -54,16 +57,9 @@ def command(
     }  # fmt: skip
     with bar(lambda: volume(first, second, **chosen)) as progress:
         report = ckptool.diff(
-            first,
-            second,
-            **chosen,
-            devices=devices,
-            values=values,
-            rtol=rtol,
-            atol=atol,
-            quick=quick,
+            first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol, quick=quick,
             progress=progress,
-        )
+        )  # fmt: skip
     if as_json:
         render.print_json(render.document("diff", report, report.notes))
     else:
@@ -83,17 +79,15 @@ def _kinds(fail_on: list[str] | None) -> set[str]:
 
 
 def _lines(report: DiffReport, b: str, compared: bool, quick: bool) -> list[str]:
-    rows: list[tuple[str, str, str]] = []
-    rows += [("shape", row.key, f"{_text(row.a)} -> {_text(row.b)}") for row in report.shape]
+    rows = [("shape", row.key, f"{dims(row.a)} -> {dims(row.b)}") for row in report.shape]
     rows += [("dtype", row.key, f"{row.a} -> {row.b}") for row in report.dtype]
     rows += [("device", row.key, f"{row.a} -> {row.b}") for row in report.devices]
     rows += [("only in A", key, _tensor(report, key)) for key in report.only_in_a]
     rows += [("only in B", key, _tensor(report, key)) for key in report.only_in_b]
     lines = [[kind, name, text] for kind, name, text in _folded(rows)]
-    for row in report.values:
-        lines.append(
-            ["differs" if row.status == "differ" else row.status, row.key, "other bytes" if quick else _distance(row)]
-        )
+    for values in report.values:
+        status = "differs" if values.status == "differ" else values.status
+        lines.append([status, values.key, "other bytes" if quick else _distance(values)])
     return [_headline(report, b, compared), *render.aligned(lines), *_notes(report)]
 
 
@@ -130,9 +124,7 @@ def _headline(report: DiffReport, b: str, compared: bool) -> str:
 
 def _notes(report: DiffReport) -> list[str]:
     sides = {"A": report.counters.get("a"), "B": report.counters.get("b")}
-    lines = [
-        ["bookkeeping", f"{number} x num_batches_tracked only in {side}"] for side, number in sides.items() if number
-    ]
+    lines = [["bookkeeping", f"{count} x num_batches_tracked only in {side}"] for side, count in sides.items() if count]
     lines += [["note", text] for text in report.notes]
     return render.aligned(lines)
 
@@ -141,11 +133,7 @@ def _tensor(report: DiffReport, key: str) -> str:
     return f"{dims(report.shapes[key])}  {report.dtypes[key]}"
 
 
-def _text(value: Any) -> str:
-    return dims(value)
-
-
-def _distance(row: Any) -> str:
+def _distance(row: ValuesChanged) -> str:
     largest = "not finite" if row.max_abs is None else f"{row.max_abs:.3g}"
     undefined = "not finite" if row.max_abs is None else "undefined (A is zero)"
     relative = undefined if row.rel_l2 is None else f"{row.rel_l2:.3g}"

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 import ckptool
-from ckptool.cli import options, plans, render
-from ckptool.cli.output import Outputs, heading, overflow
+from ckptool.cli import options, plans
+from ckptool.cli.output import Outputs, heading
 from ckptool.errors import UsageError
 from ckptool.ops.filter import FilterReport
 from ckptool.saving import SaveOptions
@@ -16,20 +16,20 @@ from ckptool.text import percent
 def command(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Checkpoints to take tensors from.")],
     match: Annotated[
-        str | None, typer.Option(metavar="TARGET", help="The checkpoint whose keys and shapes count.")
+        str | None, typer.Option(metavar="TARGET", help="The checkpoint whose keys and shapes to match.")
     ] = None,
     output: options.Output = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     strip_prefix: options.StripPrefix = None,
     add_prefix: options.AddPrefix = None,
-    only_matched: Annotated[bool, typer.Option("--only-matched", help="Write only what was matched.")] = False,
-    cast: Annotated[bool, typer.Option("--cast", help="Convert to the target's dtypes (needs torch).")] = False,
+    only_matched: Annotated[bool, typer.Option("--only-matched", help="Write only the tensors that matched.")] = False,
+    cast: Annotated[bool, typer.Option("--cast", help="Convert to the target's dtypes.")] = False,
     min_loaded: options.MinLoaded = None,
     require: options.Require = None,
     strict: options.Strict = False,
     root: options.Root = None,
-    match_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where they are in TARGET.")] = None,
+    match_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in TARGET.")] = None,
     map_location: options.MapLocation = None,
     verify: options.Verify = False,
     fsync: options.Fsync = True,
@@ -40,13 +40,13 @@ def command(
     all_rows: options.AllRows = False,
     as_json: options.Json = False,
 ) -> int:
-    """Keep what fits: TARGET with every tensor that agrees in name and shape taken from SOURCE."""
+    """Keep what fits: TARGET, with every tensor that agrees in name and shape taken from SOURCE."""
     options.require_output(output, dry_run)
     if match is None and (min_loaded or require or strict):
         raise UsageError("--min-loaded, --require and --strict need --match")
     least = plans.fraction(min_loaded)
-    wanted = SaveOptions(None, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
-    outputs = Outputs("filter", wanted, report_file, dry_run, as_json)
+    save_options = SaveOptions(None, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
+    outputs = Outputs("filter", save_options, report_file, dry_run, as_json)
     opened = [ckptool.open(source, root=root) for source in sources]
     target = ckptool.open(match, root=match_root) if match is not None else None
     outputs.check([] if output is None else [output], [*opened, *([] if target is None else [target])])
@@ -65,24 +65,15 @@ def command(
 def _lines(report: FilterReport, begin: str, failed: list[str], all_rows: bool) -> list[str]:
     counts = report.counts
     total = sum(1 for row in report.rows if row.reason != "unexpected" and row.shape is not None)
-    parts = []
     if report.target:
-        loaded = f"{report.loaded} loaded ({percent(report.loaded_fraction)} of parameters)"
-        parts.append(loaded)
+        parts = [f"{report.loaded} loaded ({percent(report.loaded_fraction)} of parameters)"]
         parts += [f"of them {counts[reason]} {reason}" for reason in ("tied", "cast") if counts.get(reason)]
         lacking = [f"{counts[reason]} {reason}" for reason in ("mismatched", "missing") if counts.get(reason)]
         if lacking:
             parts.append(f"{' and '.join(lacking)} kept from {report.target}")
     else:
-        parts.append(f"{report.loaded} of {total} tensors chosen")
+        parts = [f"{report.loaded} of {total} tensors chosen"]
     parts += [f"{counts[reason]} {reason}" for reason in ("unexpected", "bookkeeping") if counts.get(reason)]
     if report.target and counts.get("ignored"):
         parts.append(f"{counts['ignored']} ignored")
-    lines = [render.safe(begin + ", ".join(parts))]
-    lines += render.aligned(plans.rows_of(report, all_rows))
-    if report.hint:
-        lines += render.aligned([["hint", report.hint]])
-    lines += render.aligned(overflow(report.overflowed))
-    lines += render.aligned([["note", text] for text in report.notes])
-    lines += render.aligned([["failed", text] for text in failed])
-    return lines
+    return [*plans.head(report, begin + ", ".join(parts), all_rows), *plans.tail(report, failed)]

@@ -1,5 +1,6 @@
 """ckptool inspect."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from ckptool.cli import render
 from ckptool.cli.output import bar
 from ckptool.core import keys
 from ckptool.errors import CkptoolError, UsageError
-from ckptool.ops.inspect import Beside, InspectReport, TensorRow, volume
+from ckptool.ops.inspect import InspectReport, TensorRow, volume
 from ckptool.text import count, dims, plural, size
 
 if TYPE_CHECKING:
@@ -33,52 +34,55 @@ def command(
     root: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the weights are, steps joined with /.")
     ] = None,
-    flat: Annotated[bool, typer.Option("--flat", help="One line per tensor, nothing folded.")] = False,
-    keys_only: Annotated[bool, typer.Option("--keys", help="The bare keys, one per line.")] = False,
-    depth: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sum up below N levels of names.")] = None,
-    sort: Annotated[Order | None, typer.Option(help="Sort; sizes from the largest. Default: the file's order.")] = None,
+    flat: Annotated[bool, typer.Option("--flat", help="One line per tensor; fold nothing.")] = False,
+    keys_only: Annotated[bool, typer.Option("--keys", help="Only the keys, one per line.")] = False,
+    depth: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sum up all keys below N levels.")] = None,
+    sort: Annotated[Order | None, typer.Option(help="Sort; largest sizes first. Default: the file's order.")] = None,
     include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Only keys that fit (re:REGEX too).")
+        list[str] | None, typer.Option(metavar="GLOB", help="Only keys that match (re:REGEX too).")
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="No keys that fit.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out keys that match.")] = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Read the data: mean, std, extremes, zeros, NaN, inf of every tensor.")
+        bool, typer.Option("--stats", help="Read the data: mean, std, min, max, zeros, NaN and inf of every tensor.")
     ] = False,
     hashes: Annotated[
-        bool, typer.Option("--hash", help="Read the data: a hash of each tensor, and one of all.")
+        bool, typer.Option("--hash", help="Read the data: a hash of each tensor, and one of all together.")
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Read all: exit 1 on damage, NaN, inf, or names beyond tensors.")
+        bool, typer.Option("--check", help="Read all: exit 1 on damage, NaN, inf, or unsafe names in a pickle.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Show what a checkpoint holds; runs nothing that is in it."""
     if keys_only and (depth or as_json or stats or hashes or check):
         raise UsageError("--keys goes with none of --depth, --json, --stats, --hash and --check")
     if depth and hashes:
-        raise UsageError("--hash has nothing to say of several tensors: it does not go with --depth")
+        raise UsageError("--hash is of single tensors: it does not go with --depth")
     if flat and depth:
         raise UsageError("--flat and --depth contradict each other")
     reports = []
     failed: CkptoolError | None = None
     for path in files:
         try:
-            found = _inspected(path, root, include or [], exclude or [], stats, hashes, check)
-            reports.append(replace(found, path=path))
+            report = _inspected(path, root, include or [], exclude or [], stats, hashes, check)
+            reports.append(replace(report, path=path))
         except CkptoolError as error:
             if len(files) == 1 or as_json:
                 raise
             failed = error
             render.note(f"error: {error}")
     chosen = [(report, _chosen(report, include or [], exclude or [], sort)) for report in reports]
-    notes = [note for report in reports for note in _unused(report, [*(include or []), *(exclude or [])])]
+    notes = [
+        f"{report.path}: {pattern} fits no key"
+        for report in reports
+        for pattern in keys.unused_patterns([*(include or []), *(exclude or [])], [row.key for row in report.tensors])
+    ]
     for text in () if as_json else notes:
         render.note(text)
     if as_json:
         documents = [replace(report, tensors=rows) for report, rows in chosen]
         render.print_json(render.document("inspect", documents, notes))
-        return int(any(report.check and report.check.findings for report in reports))
-    for number, (report, rows) in enumerate(chosen):
+    for number, (report, rows) in enumerate(() if as_json else chosen):
         if keys_only:
             render.show(render.safe(row.key) for row in rows)
             continue
@@ -93,7 +97,7 @@ def command(
         elif flat or sort:
             lines += _flat(rows)
         elif not check:
-            lines += ([f"{render.safe(prefix)}"] if prefix else []) + _folded(rows, prefix)
+            lines += ([render.safe(prefix)] if prefix else []) + _folded(rows, prefix)
         render.show(lines)
     return failed.exit_code if failed else int(any(report.check and report.check.findings for report in reports))
 
@@ -103,7 +107,7 @@ def _inspected(
 ) -> InspectReport:
     if not (stats or hashes or check):
         return ckptool.inspect(path, root=root)
-    # numpy's library of linear algebra starts as many threads as there are cores, for products we do not make.
+    # numpy's BLAS starts a thread per core, for matrix products that are not needed here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     opened = ckptool.open(path, root=root)
     with bar(lambda: volume(opened, keys.chooser(include, exclude), check=check)) as progress:
@@ -117,32 +121,21 @@ def _chosen(report: InspectReport, include: list[str], exclude: list[str], sort:
     rows = [row for row in report.tensors if choose(row.key)] if include or exclude else report.tensors
     orders: dict[Order, Callable[[TensorRow], tuple[int, str]]] = {
         Order.key: lambda row: (0, row.key),
-        Order.numel: lambda row: (-_numel(row), row.key),
+        Order.numel: lambda row: (-math.prod(row.shape or ()), row.key),
         Order.nbytes: lambda row: (-row.nbytes, row.key),
     }
     return sorted(rows, key=orders[sort]) if sort else rows
 
 
-def _unused(report: InspectReport, patterns: list[str]) -> list[str]:
-    unused = keys.unused_patterns(patterns, [row.key for row in report.tensors])
-    return [f"{report.path}: {pattern} fits no key" for pattern in unused]
-
-
-def _numel(row: TensorRow) -> int:
-    numel = 1
-    for length in row.shape or ():
-        numel *= length
-    return numel
-
-
 def _summary(report: InspectReport) -> list[str]:
-    """Returns the lines above the keys: the file, its weights, what stands beside them, what is worth a word."""
+    """Returns the lines above the keys: the file, its weights, other content, metadata, notes."""
     foreign = [tag for tag in report.devices if tag not in ("cpu", "meta")]
     origin = f", written from {', '.join(foreign)}" if foreign else ""
     head = f"{render.safe(report.path)}   {report.format}, {size(report.nbytes)}{origin}"
     lines = [["weights", _weights(report)], *([["hash", report.hash]] if report.hash else [])]
+    sizes = ["" if item.nbytes is None else f", {size(item.nbytes)}" for item in report.beside]
     for label, texts in (
-        ("beside them", [_beside(item) for item in report.beside]),
+        ("beside them", [f"{item.path}: {item.text}{text}" for item, text in zip(report.beside, sizes, strict=True)]),
         ("metadata", [f"{name}: {value}" for name, value in report.metadata.items()]),
         ("notes", _notes(report)),
     ):
@@ -150,16 +143,11 @@ def _summary(report: InspectReport) -> list[str]:
     return [head, *render.aligned(lines, indent=0)]
 
 
-def _beside(item: Beside) -> str:
-    return f"{item.path}: {item.text}" + (f", {size(item.nbytes)}" if item.nbytes is not None else "")
-
-
 def _weights(report: InspectReport) -> str:
-    kinds = report.dtypes.items()
     if len(report.dtypes) == 1:
         sizes = f"{size(report.tensor_nbytes)} {next(iter(report.dtypes))}"
     else:
-        sizes = " + ".join(f"{size(nbytes)} {dtype} ({number})" for dtype, (number, nbytes) in kinds)
+        sizes = " + ".join(f"{size(nbytes)} {dtype} ({number})" for dtype, (number, nbytes) in report.dtypes.items())
     return (
         f"{report.root or 'the top'}: {plural(len(report.tensors), 'tensor')}, "
         f"{count(report.parameters)} parameters, {sizes}"
@@ -196,11 +184,11 @@ def _notes(report: InspectReport) -> list[str]:
 
 
 def _foreign_names(names: list[str]) -> list[str]:
-    """Returns the line about what the pickle names beyond tensors; torch.nn's own classes are only counted."""
+    """Returns a line with the pickled names that tensors do not need; classes of torch.nn are only counted."""
     layers = [name for name in names if name.startswith("torch.nn.modules.")]
-    others = [name for name in names if name not in layers]
+    others = [name for name in names if not name.startswith("torch.nn.modules.")]
     if layers:
-        others.append(f"{len(layers)} class" + ("es" if len(layers) > 1 else "") + " of torch.nn")
+        others.append(f"{len(layers)} class{'es' if len(layers) > 1 else ''} of torch.nn")
     return [f"names beyond tensors, none imported or run: {', '.join(others)}"] if others else []
 
 
@@ -221,16 +209,13 @@ def _dtype(row: TensorRow) -> str:
 
 def _flat(rows: list[TensorRow]) -> list[str]:
     return render.aligned(
-        [
-            [row.key, dims(row.shape), _dtype(row), size(row.nbytes),
-             f"= {row.tied_to}" if row.tied_to else ""]
-            for row in rows
-        ]
-    )  # fmt: skip
+        [row.key, dims(row.shape), _dtype(row), size(row.nbytes), f"= {row.tied_to}" if row.tied_to else ""]
+        for row in rows
+    )
 
 
 def _valued(rows: list[TensorRow], stats: bool) -> list[str]:
-    """Returns one line per tensor with what its bytes say."""
+    """Returns one line per tensor with its statistics and hash."""
     lines = [[row.key, dims(row.shape), _dtype(row)] for row in rows]
     if stats:
         head = ["", "", "", *_HEADS]
@@ -254,7 +239,7 @@ def _figures(stats: "Stats | None") -> list[str]:
 
 
 def _checked(check: "Check") -> list[str]:
-    """Returns the lines about damage: the findings, many of a kind only counted, and what could not be looked at."""
+    """Returns the lines of --check: the first 20 findings of each kind, and what could not be checked."""
     from ckptool.core.findings import KINDS
 
     lines = []
@@ -277,15 +262,16 @@ def _summed(rows: list[TensorRow], depth: int, prefix: str, below: "list[PrefixS
         name = ".".join(parts) if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
         groups.setdefault(name, []).append(row)
     lines = [
-        [name, plural(len(members), "tensor"), f"{count(sum(map(_numel, members)))} elements",
+        [name, plural(len(members), "tensor"), f"{count(sum(math.prod(row.shape or ()) for row in members))} elements",
          size(sum(row.nbytes for row in members))]
         for name, members in groups.items()
     ]  # fmt: skip
     if below is not None:
-        told = {one.prefix: one.stats for one in below}
+        by_prefix = {entry.prefix: entry.stats for entry in below}
         stats = [
-            members[0].stats if len(members) == 1 else told.get(prefix + name.removesuffix(".*"))
+            members[0].stats if len(members) == 1 else by_prefix.get(prefix + name.removesuffix(".*"))
             for name, members in groups.items()
         ]
-        lines = [["", "", "", "", *_HEADS], *([*line, *_figures(one)] for line, one in zip(lines, stats, strict=True))]
+        figures = map(_figures, stats)
+        lines = [["", "", "", "", *_HEADS], *([*line, *more] for line, more in zip(lines, figures, strict=True))]
     return render.aligned(lines)

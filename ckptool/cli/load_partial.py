@@ -13,7 +13,7 @@ import typer
 import ckptool
 from ckptool.cli import options, plans, render
 from ckptool.cli.options import Texts
-from ckptool.cli.output import Outputs, heading, overflow
+from ckptool.cli.output import Outputs, heading
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError, listed
 from ckptool.partial import adapters, presets
@@ -29,13 +29,15 @@ def command(
     model: Annotated[
         str | None, typer.Option(metavar="PKG.MOD:NAME", help="Your class or factory of the changed model: it is run.")
     ] = None,
-    arg: Annotated[Texts, typer.Option(metavar="NAME=VALUE", help="What --model is called with; TOML values.")] = None,
+    arg: Annotated[Texts, typer.Option(metavar="NAME=VALUE", help="An argument for --model, in TOML.")] = None,
     output: options.Output = None,
     to: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="Of OUT, if its suffix does not say: sharded.")
+        str | None, typer.Option(metavar="FORMAT", help="The output's format. Default: what its suffix says.")
     ] = None,
-    rules: Annotated[str | None, typer.Option(metavar="FILE", help="Rename SOURCE's keys first; see remap.")] = None,
-    allow_unused: Annotated[bool, typer.Option("--allow-unused", help="Let rules fit no key.")] = False,
+    rules: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rename SOURCE's keys first, as remap does.")
+    ] = None,
+    allow_unused: Annotated[bool, typer.Option("--allow-unused", help="Allow rules that match no key.")] = False,
     adapt: Annotated[
         Texts, typer.Option(metavar="GLOB=ADAPTER", help="Where shapes differ: rows, crop, pos-embed, ...")
     ] = None,
@@ -43,19 +45,19 @@ def command(
         Texts, typer.Option(metavar="GLOB=RULE", help="How to initialise keys that were not loaded: zeros, ...")
     ] = None,
     init_preset: Annotated[
-        Texts, typer.Option(metavar="NAME", help="A recipe for all that is not loaded; list shows them.")
+        Texts, typer.Option(metavar="NAME", help="A recipe for all keys that were not loaded; 'list' shows them.")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same values.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="For --init: the same seed gives the same values.")] = 0,
     freeze: Annotated[
-        Texts, typer.Option(metavar="WHAT", help="loaded, first:N blocks, or GLOB: not to be trained.")
+        Texts, typer.Option(metavar="WHAT", help="What not to train: loaded, first:N (blocks), or GLOB.")
     ] = None,
     groups_out: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the optimizer's parameter groups (JSON).")
     ] = None,
-    new_lr_mult: Annotated[float, typer.Option(metavar="X", help="Learning rate of new parameters.")] = 10.0,
-    weight_decay: Annotated[float, typer.Option(metavar="X", help="Of weights; biases and norms have none.")] = 0.0,
+    new_lr_mult: Annotated[float, typer.Option(metavar="X", help="Learning rate factor of new parameters.")] = 10.0,
+    weight_decay: Annotated[float, typer.Option(metavar="X", help="Weight decay; not of biases and norms.")] = 0.0,
     optimizer: Annotated[
-        str | None, typer.Option(metavar="drop|remap", help="The state of the source's optimizer.")
+        str | None, typer.Option(metavar="drop|remap", help="Optimizer state: leave it out, or carry SOURCE's.")
     ] = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -65,7 +67,7 @@ def command(
     require: options.Require = None,
     strict: options.Strict = False,
     root: options.Root = None,
-    into_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where they are in TARGET.")] = None,
+    into_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in TARGET.")] = None,
     map_location: options.MapLocation = None,
     verify: options.Verify = False,
     fsync: options.Fsync = True,
@@ -76,17 +78,23 @@ def command(
     all_rows: options.AllRows = False,
     as_json: options.Json = False,
 ) -> int:
-    """Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest, hand over."""
+    """Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest."""
     if init_preset and "list" in init_preset:
         if as_json:
             render.print_json(render.document("load-partial", {"presets": presets.PRESETS}))
         else:
             render.show([render.safe(line) for line in presets.described()])
         return 0
-    _check(source, into, model, arg, output, dry_run, init, init_preset)
+    if (into is None) == (model is None):
+        raise UsageError("name the changed model by one of --into TARGET and --model PKG.MOD:NAME")
+    if arg and model is None:
+        raise UsageError("--arg goes with --model")
+    if source is None and not init and not init_preset:
+        raise UsageError("name a SOURCE to load from, or how to initialise with --init or --init-preset")
+    options.require_output(output, dry_run)
     least = plans.fraction(min_loaded)
-    wanted = SaveOptions(to, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
-    outputs = Outputs("load-partial", wanted, report_file, dry_run, as_json)
+    save_options = SaveOptions(to, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
+    outputs = Outputs("load-partial", save_options, report_file, dry_run, as_json)
     opened = ckptool.open(source, root=root) if source is not None else None
     target: Any = ckptool.open(into, root=into_root) if into is not None else None
     inputs = [checkpoint for checkpoint in (opened, target) if checkpoint is not None]
@@ -95,14 +103,15 @@ def command(
         target = build(model, arg or [])
     checkpoint, report = ckptool.plan_partial(
         opened, target, rules=None if rules is None else options.read_data(rules), allow_unused=allow_unused,
-        adapt=[_pair(text, adapters.parse_option) for text in adapt or ()],
-        init=[_pair(text, _init_option) for text in init or ()],
+        adapt=[(pattern, adapter.text) for pattern, adapter in map(adapters.parse_option, adapt or ())],
+        init=[init_rules.parse_option(text) for text in init or ()],
         init_preset=init_preset or (), seed=seed, freeze=freeze or (), new_lr_mult=new_lr_mult,
         weight_decay=weight_decay, optimizer=optimizer, include=include or (), exclude=exclude or (),
         strip_prefix=strip_prefix, add_prefix=add_prefix,
     )  # fmt: skip
     if model is not None:
-        _refuse_unwritable(checkpoint)
+        if foreign := unwritable(checkpoint):
+            raise UsageError(f"the model's state_dict holds what cannot be written: {listed(foreign, 20)}")
         report = replace(report, notes=[f"imported and ran {model}, your own code, to build the model", *report.notes])
     failed = plans.failed(report, least, require or [], strict)
     if not failed:
@@ -114,38 +123,8 @@ def command(
     return int(bool(failed))
 
 
-def _check(
-    source: str | None,
-    into: str | None,
-    model: str | None,
-    arg: Texts,
-    output: str | None,
-    dry_run: bool,
-    init: Texts,
-    init_preset: Texts,
-) -> None:
-    """Raises UsageError for options that contradict each other."""
-    if (into is None) == (model is None):
-        raise UsageError("name the changed model by one of --into TARGET and --model PKG.MOD:NAME")
-    if arg and model is None:
-        raise UsageError("--arg goes with --model")
-    if source is None and not init and not init_preset:
-        raise UsageError("name a SOURCE to load from, or how to initialise with --init or --init-preset")
-    options.require_output(output, dry_run)
-
-
-def _init_option(text: str) -> tuple[str, str]:
-    return init_rules.parse_option(text)
-
-
-def _pair(text: str, parse: Any) -> tuple[str, str]:
-    """Returns (pattern, what for it) of an option's text, as the library takes it."""
-    pattern, made = parse(text)
-    return pattern, made if isinstance(made, str) else made.text
-
-
 def build(name: str, arguments: Sequence[str]) -> Any:
-    """Returns the model that the user's own class or factory ``pkg.mod:name`` makes; imports and runs it.
+    """Returns the model built by the user's class or factory ``pkg.mod:name``, which is imported and run.
 
     Raises: UsageError if it cannot be found, or fails.
     """
@@ -156,16 +135,16 @@ def build(name: str, arguments: Sequence[str]) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        with redirect_stdout(sys.stderr):  # what it prints is not our answer
+        with redirect_stdout(sys.stderr):  # stdout is for the report
             found: Any = importlib.import_module(module_name)
             for step in path.split("."):
                 found = getattr(found, step)
-            made = found(**given)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises is theirs to read, in one line
+            built = found(**given)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything: report it in one line
         raise UsageError(f"--model {name}: {type(error).__name__}: {error}") from error
-    if isinstance(made, (str, os.PathLike, Mapping, Checkpoint)):  # which the library would open
-        raise UsageError(f"--model {name}: not a torch.nn.Module but a {type(made).__name__}")
-    return made
+    if isinstance(built, (str, os.PathLike, Mapping, Checkpoint)):  # plan_partial takes these, as sources
+        raise UsageError(f"--model {name}: not a torch.nn.Module but a {type(built).__name__}")
+    return built
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -177,18 +156,11 @@ def _argument(text: str) -> tuple[str, Any]:
     try:
         return name, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--arg {name}: {value} is no TOML value (a text needs quotes: '{name}=\"x\"')") from error
-
-
-def _refuse_unwritable(checkpoint: Checkpoint) -> None:
-    """Raises UsageError for what a live model holds that has no place in a file: sparse tensors, own classes."""
-    foreign = unwritable(checkpoint)
-    if foreign:
-        raise UsageError(f"the model's state_dict holds what cannot be written: {listed(foreign, 20)}")
+        raise UsageError(f"--arg {name}: {value} is not a TOML value (a text needs quotes: '{name}=\"x\"')") from error
 
 
 def groups_document(report: LoadPartialReport) -> dict[str, Any]:
-    """Returns what --groups-out writes: disjoint groups of parameter names, those frozen, other names of tied ones."""
+    """Returns what --groups-out writes: disjoint groups of parameters, frozen ones, and other names of tied ones."""
     groups = [asdict(group) for group in report.groups]
     return {"schema": 1, "groups": groups, "frozen": report.frozen, "tied": report.tied}
 
@@ -206,9 +178,7 @@ def _lines(report: LoadPartialReport, begin: str, failed: list[str], all_rows: b
     kept = [f"{counts[reason]} {reason if report.sources else ''}".strip() for reason in lacking if counts.get(reason)]
     parts += [f"{' and '.join(kept)} kept from {report.target}"] if kept else []
     parts += [f"{counts[name]} {name}" for name in ("unexpected", "bookkeeping", "ignored") if counts.get(name)]
-    lines = [render.safe(begin + ", ".join(parts))]
-    lines += render.aligned(plans.rows_of(report, all_rows))
-    lines += render.aligned([["hint", report.hint]] if report.hint else [])
+    lines = plans.head(report, begin + ", ".join(parts), all_rows)
     trained = sum(len(group.params) for group in report.groups)
     if report.frozen:
         lines += render.aligned([["frozen", f"{len(report.frozen)} of {len(report.frozen) + trained} parameters"]])
@@ -220,7 +190,4 @@ def _lines(report: LoadPartialReport, begin: str, failed: list[str], all_rows: b
             [["group", group.name, f"{plural(len(group.params), 'parameter')}, learning rate "
               f"x{group.lr_mult:g}, weight decay {group.weight_decay:g}"] for group in report.groups]
         )  # fmt: skip
-    lines += render.aligned(overflow(report.overflowed))
-    lines += render.aligned([["note", text] for text in report.notes])
-    lines += render.aligned([["failed", text] for text in failed])
-    return lines
+    return [*lines, *plans.tail(report, failed)]

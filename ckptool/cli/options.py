@@ -1,4 +1,4 @@
-"""Options that several commands share, and what their texts mean."""
+"""Options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Texts = list[str] | None
 Output = Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")]
 Include = Annotated[Texts, typer.Option(metavar="GLOB", help="Only keys that match (re:REGEX too).")]
 Exclude = Annotated[Texts, typer.Option(metavar="GLOB", help="Leave out keys that match.")]
-StripPrefix = Annotated[str | None, typer.Option(metavar="P", help="Take a prefix off the source's keys.")]
-AddPrefix = Annotated[str | None, typer.Option(metavar="P", help="Put a prefix before the source's keys.")]
+StripPrefix = Annotated[str | None, typer.Option(metavar="P", help="Remove a prefix from the source's keys.")]
+AddPrefix = Annotated[str | None, typer.Option(metavar="P", help="Add a prefix to the source's keys.")]
 MinLoaded = Annotated[
     str | None, typer.Option(metavar="90%", help="Exit 1 if fewer of the target's parameters are loaded.")
 ]
-Require = Annotated[Texts, typer.Option(metavar="GLOB", help="Exit 1 if such a key is not loaded.")]
+Require = Annotated[Texts, typer.Option(metavar="GLOB", help="Exit 1 if a key that matches is not loaded.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 on missing, unexpected or mismatched keys.")]
 AllRows = Annotated[bool, typer.Option("--all", help="Show loaded keys too.")]
 Root = Annotated[str | None, typer.Option("--root", metavar="PATH", help="Where the weights are, steps joined with /.")]
@@ -32,15 +32,15 @@ MapLocation = Annotated[
 ]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result back and compare every byte.")]
 Fsync = Annotated[bool, typer.Option("--fsync/--no-fsync", help="Wait until the result is on disk.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 InPlace = Annotated[bool, typer.Option("--in-place", help="Allow the output to be one of the inputs.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Report only, write nothing.")]
-Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report too.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would happen; write no output.")]
+Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report to FILE too.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 def require_output(output: str | None, dry_run: bool) -> None:
-    """Raises UsageError if nothing says where to write, and it is no dry run."""
+    """Raises UsageError if no output is named and it is not a dry run."""
     if output is None and not dry_run:
         raise UsageError("name the output with -o, or ask for a --dry-run")
 
@@ -53,14 +53,14 @@ def size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
-        raise UsageError(f"{text!r} is no size such as 5GB, 500MB or 2GiB")
+        raise UsageError(f"{text!r} is not a size such as 5GB, 500MB or 2GiB")
     power = " KMGT".index(match[2].upper() or " ")
     unit = (1024 if match[3] else 1000) ** power
     return int(match[1]) * unit if match[1].isdecimal() else int(float(match[1]) * unit)
 
 
 def limited(given: Iterable[str]) -> AbstractContextManager[None]:
-    """Returns the limits that the texts of ``--limit`` set, to be held while all is read. Raises: UsageError."""
+    """Returns a context manager in which the limits of ``--limit`` hold. Raises: UsageError."""
     figures = {}
     for text in given:
         name, _, figure = text.partition("=")
@@ -81,7 +81,7 @@ def tags(text: str | None) -> str | dict[str, str] | None:
 
 
 def read_data(path: str) -> Any:
-    """Returns the content of a TOML or JSON file, told apart by trying. Raises: UnreadableError, FormatError."""
+    """Returns the content of a JSON or TOML file, tried in this order. Raises: UnreadableError, FormatError."""
     import json
     import tomllib
 
@@ -89,13 +89,13 @@ def read_data(path: str) -> Any:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        reason = explain(error) if isinstance(error, OSError) else "is no text"
+        reason = explain(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise UnreadableError(reason, path) from error
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         if not path.endswith(".toml") and text.lstrip()[:1] in ("{", '"'):
-            raise FormatError(f"no JSON: {error}", path) from error
+            raise FormatError(f"not JSON: {error}", path) from error
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The one way out of a writing command: its outputs checked, written, folded into its report, and shown."""
+"""Output of the writing commands: paths checked, checkpoint and report written, result shown. And the progress bar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckptool.cli import render
 from ckptool.errors import UsageError
 from ckptool.text import plural
 
-if TYPE_CHECKING:  # `inspect` and `diff` need the bar alone, and nothing that writes
+if TYPE_CHECKING:  # `inspect` and `diff` need the bar only, and must not import what writes
     from ckptool.core.checkpoint import Checkpoint
     from ckptool.ops.filter import FilterReport
     from ckptool.ops.remap import RemapReport
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # `inspect` and `diff` need the bar alone, and nothing that w
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What a command writes and how: its checkpoints by ``options``, the JSON document at ``report`` if it is named.
+    """How a command writes: checkpoints by ``options``, and its JSON document to the path ``report``, if given.
 
     A dry run writes the report only.
     """
@@ -37,9 +37,9 @@ class Outputs:
     as_json: bool
 
     def check(self, paths: Sequence[str], inputs: Sequence[Checkpoint], *beside: str | None) -> None:
-        """Raises what writing would for the names alone: of the checkpoints, and of the files ``beside`` them.
+        """Checks the paths of the checkpoints, of other files ``beside`` them, and of the report.
 
-        None may exist without ``--force``, be an input, or have the name of another output.
+        Raises: OutputError for one that exists (without ``--force``) or is an input, UsageError for two of one name.
         """
         from ckptool import saving
 
@@ -55,7 +55,7 @@ class Outputs:
             taken.append(side)
 
     def write(self, checkpoint: Checkpoint, path: str | None, report: Report) -> Report:
-        """Writes a checkpoint, unless it is a dry run, and returns the report with what became of it."""
+        """Writes a checkpoint, or checks it in a dry run; returns the report with the outcome."""
         if path is None:
             return report
         saved: Saved = self._save(checkpoint, path)
@@ -80,12 +80,12 @@ class Outputs:
             return saving.save(checkpoint, path, self.options, progress)
 
     def write_beside(self, path: str | None, document: Any) -> None:
-        """Writes a JSON document of its own beside the checkpoint, if a path is named and it is no dry run."""
+        """Writes another JSON document, if a path is given and it is not a dry run."""
         if path is not None and not self.dry_run:
             self._write_text(path, render.json_text(document))
 
     def finish(self, result: Any, notes: Sequence[str], lines: Callable[[], Iterable[str]]) -> None:
-        """Writes the report if one was asked for, and prints the document or the lines."""
+        """Writes the report if --report names a path; prints the JSON document or the lines."""
         if self.report is not None or self.as_json:
             text = render.json_text(render.document(self.command, result, notes))
             if self.report is not None:
@@ -102,13 +102,13 @@ class Outputs:
 
 
 def heading(dry_run: bool, path: str | None, failed: Sequence[str] = ()) -> str:
-    """Returns how the first line begins: the output's path, and why nothing is there."""
+    """Returns the start of the first line: the output's path, and whether it was not written."""
     state = " (dry run)" if dry_run and path else " (not written)" if failed else ""
     return f"{path or '(dry run)'}{state}: "
 
 
 def overflow(overflowed: dict[str, int] | None) -> list[list[str]]:
-    """Returns the line about values that a cast made infinite; none if there are none."""
+    """Returns a line with the number of values that a cast made infinite; no line for none."""
     if not overflowed:
         return []
     count = plural(sum(overflowed.values()), "value")
@@ -118,14 +118,14 @@ def overflow(overflowed: dict[str, int] | None) -> list[list[str]]:
 # --- the bar -----------------------------------------------------------------------------------------------------
 
 PATIENCE = 1.0
-"""Seconds before a bar is shown: most jobs are done by then, and a bar that flashes up is noise."""
+"""Seconds before a bar is shown: most jobs are done by then."""
 
 
 @contextlib.contextmanager
 def bar(total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
-    """Yields a function to be told of bytes as they are done; None where stderr is no terminal.
+    """Yields a function that takes the number of bytes just done; None if stderr is not a terminal.
 
-    ``total`` gives the bytes there will be, and is asked only when the bar is shown.
+    ``total`` returns the expected bytes, and is called only when the bar is shown.
     """
     if not sys.stderr.isatty():
         yield None
@@ -142,7 +142,7 @@ def bar(total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
             shown.extend(_started(expected, done))
             step = expected // 1000
             due = done + step
-        elif shown and done >= due:  # rich takes longer over an update than we over a small tensor
+        elif shown and done >= due:  # an update by rich takes longer than a small tensor
             shown[0].update(shown[1], completed=done)
             due = done + step
 

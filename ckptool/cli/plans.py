@@ -1,4 +1,4 @@
-"""What `filter` and `load-partial` share: the conditions under which a plan is not good enough, and its rows."""
+"""What `filter` and `load-partial` share: the conditions for writing, and the lines that show a report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ckptool.cli import render
+from ckptool.cli.output import overflow
 from ckptool.core import keys
 from ckptool.errors import UsageError
 from ckptool.ops.filter import LOADED, FilterReport, Row
@@ -31,7 +33,7 @@ def fraction(text: str | None) -> float | None:
 def failed(
     report: FilterReport | LoadPartialReport, least: float | None, require: Sequence[str], strict: bool
 ) -> list[str]:
-    """Returns why the result is not good enough, a line each; empty if it is."""
+    """Returns the conditions that do not hold, a line each; nothing is written if there are any."""
     found = []
     if report.target and report.sources and not report.loaded:
         found.append("no key of the source fits")
@@ -39,7 +41,7 @@ def failed(
         share, wanted = percent(report.loaded_fraction), percent(least)
         found.append(f"{share} of the parameters loaded, --min-loaded wants {wanted}")
     rows: dict[str, Row] = {}
-    for row in report.rows:  # the target's come first, and count
+    for row in report.rows:  # rows of the target come first and take precedence
         if row.reason != "unexpected":
             rows.setdefault(row.key, row)
     for pattern in require:
@@ -60,8 +62,24 @@ def failed(
     return found
 
 
-def rows_of(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[list[str]]:
-    """Returns a line for each row that is worth one: repeated blocks folded, counters in one."""
+def head(report: FilterReport | LoadPartialReport, summary: str, all_rows: bool) -> list[str]:
+    """Returns the first lines of a report: its summary, its rows, its hint."""
+    hint = [["hint", report.hint]] if report.hint else []
+    return [render.safe(summary), *render.aligned(_rows(report, all_rows)), *render.aligned(hint)]
+
+
+def tail(report: FilterReport | LoadPartialReport, failed: list[str]) -> list[str]:
+    """Returns the last lines of a report: overflows, notes, conditions that failed."""
+    sections = (
+        overflow(report.overflowed),
+        [["note", text] for text in report.notes],
+        [["failed", text] for text in failed],
+    )
+    return [line for section in sections for line in render.aligned(section)]
+
+
+def _rows(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[list[str]]:
+    """Returns lines for the rows that are shown: repeated blocks folded, counters counted."""
     shown = []
     for row in report.rows:
         if row.reason in ("loaded", "ignored") and not all_rows and not row.tensors:

@@ -1,5 +1,6 @@
 """ckptool remap."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
@@ -22,14 +23,14 @@ from ckptool.saving import SaveOptions
 from ckptool.text import plural
 
 RULES = ("strip_prefix", "add_prefix", "rename", "sub", "drop", "preset", "rules")
-"""Options that are rules; they apply in the order in which they are written."""
+"""Options that are rules. They apply in the order of the command line."""
 
 
 class Ordered(TyperCommand):
-    """A command that remembers in which order its options were given: the parser groups them by name."""
+    """A command that keeps the order of its options, which the parser groups by name."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses as any command does; the order of the options goes into ``ctx.meta``."""
+        """Parses as any command does, and puts the order of the options into ``ctx.meta``."""
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         ctx.meta["ckptool.order"] = [parameter.name for parameter in order if parameter.name in RULES]
         return super().parse_args(ctx, args)
@@ -42,16 +43,16 @@ def command(
     ctx: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint.")],
     output: options.Output = None,
-    strip_prefix: Annotated[Texts, typer.Option(metavar="P", help="Take a prefix off the keys that have it.")] = None,
-    add_prefix: Annotated[Texts, typer.Option(metavar="P", help="Put a prefix before every key.")] = None,
-    rename: Annotated[Texts, typer.Option(metavar="A=B", help="Whole segments; {i} and * stand for one each.")] = None,
-    sub: Annotated[Texts, typer.Option(metavar="s/RE/NEW/", help="Regular expression, every occurrence.")] = None,
-    drop: Annotated[Texts, typer.Option(metavar="GLOB", help="Leave keys out (re:REGEX too).")] = None,
+    strip_prefix: Annotated[Texts, typer.Option(metavar="P", help="Remove a prefix from keys that have it.")] = None,
+    add_prefix: Annotated[Texts, typer.Option(metavar="P", help="Add a prefix to every key.")] = None,
+    rename: Annotated[Texts, typer.Option(metavar="A=B", help="Rename segments; {i} and * match one each.")] = None,
+    sub: Annotated[Texts, typer.Option(metavar="s/RE/NEW/", help="Replace all matches of a regex.")] = None,
+    drop: Annotated[Texts, typer.Option(metavar="GLOB", help="Leave out keys that match (re:REGEX too).")] = None,
     preset: Annotated[Texts, typer.Option(metavar="NAME", help=f"Rules by name: {', '.join(PRESETS)}.")] = None,
     rules: Annotated[Texts, typer.Option(metavar="FILE", help="Rules from a TOML or JSON file.")] = None,
     invert: Annotated[str | None, typer.Option(metavar="MAP", help="Undo what --save-map recorded.")] = None,
-    save_map: Annotated[str | None, typer.Option(metavar="MAP", help="Write the exact list of what was done.")] = None,
-    allow_unused: Annotated[bool, typer.Option("--allow-unused", help="Let rules fit no key.")] = False,
+    save_map: Annotated[str | None, typer.Option(metavar="MAP", help="Write what was done, for --invert.")] = None,
+    allow_unused: Annotated[bool, typer.Option("--allow-unused", help="Allow rules that match no key.")] = False,
     root: options.Root = None,
     map_location: options.MapLocation = None,
     verify: options.Verify = False,
@@ -71,11 +72,10 @@ def command(
         raise UsageError("--invert goes with no other rule")
     if invert is None and not chosen.rules:
         raise UsageError("no rule: see --rename, --strip-prefix, --sub, --rules and the others in --help")
-    tags = options.tags(map_location)
     opened = ckptool.open(file, root=root)
     to = None if output is None else _own_format(opened, output)
-    wanted = SaveOptions(to, force, in_place, tags, verify=verify, fsync=fsync)
-    outputs = Outputs("remap", wanted, report_file, dry_run, as_json)
+    save_options = SaveOptions(to, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
+    outputs = Outputs("remap", save_options, report_file, dry_run, as_json)
     outputs.check([] if output is None else [output], [opened], save_map)
     if invert is not None:
         checkpoint, report = ckptool.invert(opened, options.read_data(invert))
@@ -89,15 +89,15 @@ def command(
 
 
 def _own_format(opened: Checkpoint, output: str) -> str | None:
-    """Returns the input's format where the output's name says nothing, or nothing else."""
-    own, said = formats.labelled(opened.format), formats.by_suffix(output)
-    if own is None or (said is not None and said.name != own.family):
+    """Returns the input's format, unless the output's suffix stands for a format of another family."""
+    own, by_suffix = formats.labelled(opened.format), formats.by_suffix(output)
+    if own is None or (by_suffix is not None and by_suffix.name != own.family):
         return None
-    return own.written_as or None if said is None else own.name if own.writes else None
+    return own.written_as or None if by_suffix is None else own.name if own.writes else None
 
 
 def _in_order(order: Sequence[str], given: dict[str, list[str]]) -> Rules:
-    """Returns the rules in the order in which the options stood."""
+    """Returns the rules in the order of their options."""
     found = Rules()
     for name in order:
         text = given[name].pop(0)
@@ -122,24 +122,19 @@ def _lines(report: RemapReport, begin: str) -> list[str]:
 
 
 def _renamed(report: RemapReport) -> list[list[str]]:
-    """Returns a line for each change of name, without the segments that stay: ``module.layer1 -> stages.1``."""
-    counts: dict[tuple[str, str], int] = {}
+    """Returns a line per kind of rename, without equal last segments: ``module.layer1 -> stages.1``."""
+    counts: Counter[tuple[str, str]] = Counter()
     for row in report.map:
         if row.op != "rename" or row.old == [row.new]:
             continue
-        if row.new.endswith(f".{row.old[0]}"):  # a prefix came: often in front of all
-            apart = "", row.new[: -len(row.old[0]) - 1]
-            counts[apart] = counts.get(apart, 0) + 1
+        if row.new.endswith(f".{row.old[0]}"):  # a fast path: a prefix is often added to every key
+            counts["", row.new[: -len(row.old[0]) - 1]] += 1
             continue
         old, new = row.old[0].split("."), row.new.split(".")
-        while len(old) > 1 and len(new) > 1 and old[-1] == new[-1]:
+        while old and new and old[-1] == new[-1]:
             old.pop()
             new.pop()
-        if old[-1] == new[-1]:  # all of the shorter one is the end of the longer: a prefix came or went
-            old.pop()
-            new.pop()
-        apart = ".".join(old), ".".join(new)
-        counts[apart] = counts.get(apart, 0) + 1
+        counts[".".join(old), ".".join(new)] += 1
     return [
         [old or "(nothing)", "->", new or "(nothing)", plural(count, "key")] for (old, new), count in counts.items()
     ]

@@ -1,7 +1,7 @@
 """Text for people and JSON for scripts, from the same reports.
 
-Names out of a file are data: `safe` shows control characters, escape sequences and direction marks escaped,
-and no markup is ever interpreted. Colour only on a terminal, and not with NO_COLOR.
+Names from a file are data: `safe` escapes control characters, escape sequences and direction marks, and markup is
+never interpreted. Colour is used only on a terminal, and not with NO_COLOR.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ COLOURS = {
     "device": "yellow", "close": "yellow", "bookkeeping": "dim", "ignored": "dim", "hint": "bold", "notes": "cyan",
     "note": "cyan",
 }  # fmt: skip
-"""Words in the first column that are coloured on a terminal."""
+"""The style of each word that may stand in the first column, on a terminal."""
 
 
 def safe(text: str) -> str:
-    """Returns text with everything that is not plainly printable escaped.
+    """Returns text with every character that is not printable escaped.
 
     >>> print(safe("a\\x1b[31mb\\u202ec"))
     a\\x1b[31mb\\u202ec
@@ -39,11 +39,11 @@ def safe(text: str) -> str:
 
 
 WIDEST = 400
-"""Places a cell may take of its column: a longer one sticks out, or one key of a megabyte would pad all other lines."""
+"""Longest cell that widens its column, in characters: one key of a megabyte must not pad all other lines."""
 
 
 def width(text: str) -> int:
-    """Returns how many places a terminal takes for printable text: two for most East Asian characters.
+    """Returns the columns that printable text takes on a terminal: two for most East Asian characters.
 
     >>> width("abc"), width("重み"), width("e\u0301")
     (3, 4, 1)
@@ -66,7 +66,7 @@ def aligned(lines: Iterable[Line], indent: int = 2) -> list[str]:
 
 
 def _widest(cells: list[str]) -> int:
-    """Returns the places that a column takes."""
+    """Returns the width of a table's column."""
     places = map(len if "".join(cells).isascii() else width, cells)
     return max((wide for wide, cell in zip(places, cells, strict=True) if len(cell) <= WIDEST), default=0)
 
@@ -76,13 +76,13 @@ def _padded(cell: str, places: int) -> str:
 
 
 class ClosedPipe(Exception):
-    """Whoever read our output has gone. Not an OSError: the parser would make an exit code of its own from it."""
+    """The reader of stdout has closed it. Not an OSError: click would turn that into an exit code of its own."""
 
 
 def write(text: str) -> None:
     """Writes to stdout. Raises: ClosedPipe."""
     try:
-        for start in range(0, len(text), 1 << 16):  # an unbuffered stdout may cut a long write short without a word
+        for start in range(0, len(text), 1 << 16):  # an unbuffered stdout may silently cut off a long write
             sys.stdout.write(text[start : start + (1 << 16)])
         sys.stdout.flush()
     except BrokenPipeError:
@@ -90,7 +90,7 @@ def write(text: str) -> None:
 
 
 def show(lines: Iterable[str]) -> None:
-    """Prints lines on stdout; on a terminal the words of `COLOURS` in front are coloured."""
+    """Prints lines on stdout; on a terminal, a first word that is in `COLOURS` is coloured."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         write("".join(f"{line}\n" for line in lines))
         return
@@ -114,7 +114,7 @@ def note(text: str) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """Returns a report as JSON's own types; optional fields (default None) are left out when they are None."""
+    """Returns a report as JSON's own types. Fields whose default is None are left out where they are None."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, (list, tuple)):
@@ -133,12 +133,12 @@ def to_json(value: Any) -> Any:
 _PLAIN = {str, int, float, bool}
 
 MANY_ROWS = 5_000
-"""Rows from which a document is printed without indentation: that is ten times as fast, and nobody reads it."""
+"""Above so many rows, JSON is printed without indentation: ten times as fast, and too long to be read anyway."""
 
 
 @functools.cache
 def _fields(kind: Any) -> tuple[list[str], set[str], Callable[[Any], tuple[Any, ...]]] | None:
-    """Returns the names of a report's fields, those that may be left out, and what gets all; None for no report."""
+    """Returns a dataclass's field names, those left out when None, and a getter of all values; None for other types."""
     if not dataclasses.is_dataclass(kind):
         return None
     fields = dataclasses.fields(kind)
@@ -149,14 +149,14 @@ def _fields(kind: Any) -> tuple[list[str], set[str], Callable[[Any], tuple[Any, 
 
 
 def json_text(document: Any) -> str:
-    """Returns a JSON document as text, with its final newline; indented, unless it has very many rows."""
+    """Returns a JSON document as text with a final newline; indented, unless it has over `MANY_ROWS` rows."""
     import json
 
     return json.dumps(document, indent=None if _has_many(document) else 1, allow_nan=False) + "\n"
 
 
 def _has_many(value: Any) -> bool:
-    """Returns whether there is a list of `MANY_ROWS` near the top of a document."""
+    """Returns whether a list near the top of a document has over `MANY_ROWS` items."""
     if isinstance(value, list):
         return len(value) > MANY_ROWS or (len(value) < 100 and any(map(_has_many, value)))
     return isinstance(value, dict) and len(value) < 100 and any(map(_has_many, value.values()))

@@ -1,4 +1,4 @@
-"""A process that is told to end unwinds, so that a half-written output is removed."""
+"""SIGTERM and SIGHUP raise SystemExit, so that a half-written output is removed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""What ends a process that does not mind it: a scheduler's word, a terminal that is closed."""
+"""Signals that end a process by default: from a scheduler, or from a terminal that is closed."""
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into an exit that unwinds: a half-written output is removed. Ignored ones stay so."""
-    found = [number for number in ENDS if signal.getsignal(number) == signal.SIG_DFL]
+    """Makes SIGTERM and SIGHUP raise SystemExit inside the block. Signals that are ignored or handled stay so."""
+    changed = [number for number in ENDS if signal.getsignal(number) == signal.SIG_DFL]
     try:
-        for number in found:
+        for number in changed:
             signal.signal(number, _terminate)
-    except ValueError:  # only the main thread may: another's signals are its caller's business
-        found = []
+    except ValueError:  # only the main thread may set handlers: elsewhere the caller handles signals
+        changed = []
     try:
         yield
     finally:
-        for number in found:
+        for number in changed:
             signal.signal(number, signal.SIG_DFL)
 
 
