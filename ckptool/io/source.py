@@ -97,7 +97,7 @@ class LocalFile(Source):
             raise UnreadableError(f"cannot be opened: {reason}", path) from error
         status = os.fstat(self.fd)
         if not stat.S_ISREG(status.st_mode):
-            os.close(self.fd)
+            self.close()
             raise UnreadableError("is not a regular file", path)
         self.size = status.st_size
         self.mode = stat.S_IMODE(status.st_mode)
