@@ -1,4 +1,4 @@
-"""Turns a live model into a checkpoint, and copies a planned checkpoint into it. Functions import torch themselves."""
+"""Turns a live model or a dict in memory into a checkpoint, and copies a planned checkpoint into a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXTRA_STATE = "_extra_state"
 
 
 def refuse_no_module(model: Any) -> Any:
-    """Returns the torch module. Raises: UsageError for what is no torch.nn.Module, DependencyError without torch."""
+    """Returns the torch module. Raises: UsageError if it is not a torch.nn.Module, DependencyError without torch."""
     torch = import_torch("loading into a model")
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"load_partial loads into a torch.nn.Module, not into a {type(model).__name__}")
@@ -93,7 +93,7 @@ def classes_of(model: Any) -> dict[str, str]:
 
 
 class _Reading:
-    """Turns live values into the nodes of a checkpoint; shared objects and shared memory stay shared."""
+    """Turns live values into the nodes of a tree; shared objects and shared memory stay shared."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -182,7 +182,7 @@ class _Whole(_Reading):
         kind = "subclass" if self.torch.nn.parameter.is_lazy(value) else _kind(self.torch, value)
         if kind == "meta":
             rebuild = builders["torch._utils", "_rebuild_meta_tensor_no_storage"]
-            dtype = Global.named("torch", str(value.dtype).removeprefix("torch."))
+            dtype = Global.named("torch", _name(value.dtype))
             made: TensorInfo = rebuild(dtype, tuple(value.shape), tuple(value.stride()), value.requires_grad)
             return made
         if kind != "dense":
@@ -262,7 +262,7 @@ def _uninitialised() -> memoryview:
 
 
 def offered(source: Checkpoint, strip: str | None, add: str | None) -> dict[str, TensorInfo]:
-    """Returns a source's tensors by the keys under which they are compared with the target's."""
+    """Returns {key: tensor} of a source, with keys unwrapped and prefixes replaced, as they are matched."""
     tensors = source.state_dict()
     return {plain: tensors[key] for plain, key in names.plain_keys(tensors, strip, add, source.url).items()}
 
