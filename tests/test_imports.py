@@ -81,7 +81,7 @@ READ = (
 )
 WRITE = (
     f"{READ} cli.options core.aliases formats.layout io.leftovers io.output io.zip_write pickling.dump saving values "
-    "values.blocks fcntl json mmap"
+    "values.blocks values.streams fcntl json mmap"
 )
 SAFETENSORS = "core.aliases formats.flat formats.safetensors formats.safetensors_file json"
 TORCH = "formats.torch_zip"

@@ -1,4 +1,4 @@
-"""Prepare a checkpoint for another format: cast to another dtype, untied, or reduced to the weights."""
+"""Prepares a checkpoint for another format: casts to another dtype, unties, or reduces it to the weights."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ckptool.ops.notes import pattern_notes, require_tensors, root_notes
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What one conversion did. ``nbytes``: the size of the output, in a dry run an estimate.
+    """The result of a conversion. ``nbytes``: the size of the output, in a dry run an estimate.
 
-    ``left_out`` names what is not in the output. ``cast`` are the keys whose dtype changed, ``untied`` those that
-    shared memory with another key. ``overflowed``: {key: number of values that became infinite}.
+    ``left_out``: the entries that are not in the output. ``cast``: the keys whose dtype changed. ``untied``: the keys
+    that shared memory with another one. ``overflowed``: {key: number of values that became infinite}.
     """
 
     input: str
@@ -48,7 +48,7 @@ def convert(
 ) -> tuple[Checkpoint, ConvertReport]:
     """Returns (checkpoint, report), ready to be saved in any format. No values are read or computed.
 
-    Raises: NoTensorsError, UsageError for a dtype that is not floating point or for metadata that is no scalar.
+    Raises: NoTensorsError, UsageError for a dtype that is not floating point or for metadata that is not a scalar.
     """
     tensors = require_tensors(checkpoint)
     notes = [*root_notes([checkpoint]), *pattern_notes(keep, tensors)]
@@ -70,12 +70,12 @@ def convert(
 
 
 def _cast(tensors: dict[str, TensorInfo], dtype: str, keep: Sequence[str]) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Returns (the tensors with floats converted, the keys of these). Tied keys stay tied: if one is kept, all are."""
+    """Returns (the tensors with floats cast, the keys that were cast). Tied keys stay tied: if one is kept, all are."""
     row = DTYPES[dtype]
     if row.kind != "float" or not row.in_torch or dtype.endswith("_x2"):
         raise UsageError(f"--dtype takes a floating-point dtype, not {dtype}")
     kept = names.chooser(keep, ())
-    stay = {tensor.view for key, tensor in tensors.items() if keep and kept(key)}  # all tied keys, or none
+    stay = {tensor.view for key, tensor in tensors.items() if keep and kept(key)}
     made: dict[object, Derived] = {}
     changed: dict[str, TensorInfo] = {}
     cast = []
@@ -92,7 +92,7 @@ def _cast(tensors: dict[str, TensorInfo], dtype: str, keep: Sequence[str]) -> tu
 
 
 def _untied(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Returns (the tensors, each but the first of a tie with memory of its own; the keys of these)."""
+    """Returns (the tensors, in which all but the first of tied keys are copies; the keys of the copies)."""
     seen: set[object] = set()
     changed = dict(tensors)
     untied = []
@@ -107,23 +107,22 @@ def _untied(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list
 
 
 def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tuple[Checkpoint, list[str]]:
-    """Returns (the checkpoint with nothing in its tree but the state_dict, the names of what is left out)."""
+    """Returns (the checkpoint with only the state_dict in its tree, the names of the other entries)."""
     left: list[str] = []
     node: Any = checkpoint.tree
     for depth, step in enumerate(checkpoint.root):
         mapping = as_mapping(node) or {}
         left += [path_text((*checkpoint.root[:depth], name)) for name in mapping if name != step]
         node = checkpoint.at(checkpoint.root[: depth + 1])
-    others = {key: value for key, (_, value) in checkpoint.entries().items() if not isinstance(value, TensorInfo)}
-    left += list(others)
+    left += [key for key, (_, value) in checkpoint.entries().items() if not isinstance(value, TensorInfo)]
     return replace(checkpoint, tree=versioned(detached(tensors), node), root=()), left
 
 
 def _scalars(checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:
-    """Returns {name: text} of scalars in the dicts from the top of the tree down to the weights."""
+    """Returns {name: text} of scalars in the dicts on the path from the top of the tree to the weights."""
     reserved = [name for name in wanted if name in RESERVED]
     if reserved:
-        raise UsageError(f"{', '.join(reserved)}: safetensors has another meaning for this name", checkpoint.url)
+        raise UsageError(f"{', '.join(reserved)}: reserved by safetensors for another meaning", checkpoint.url)
     found: dict[str, str] = {}
     mappings = [as_mapping(checkpoint.at(checkpoint.root[:depth])) or {} for depth in range(len(checkpoint.root) + 1)]
     wrong = []

@@ -1,11 +1,11 @@
-"""Describe a checkpoint: its weights, everything else in its tree, and what to know before it is used."""
+"""Describes a checkpoint: its weights, the rest of its tree, and what to know before using it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any
 
 from ckptool.core import keys as names
 from ckptool.core import modules, optimizers, roots
@@ -18,23 +18,15 @@ from ckptool.ops.notes import require_tensors
 if TYPE_CHECKING:  # imported only where values are read
     from ckptool.core.findings import Check, PrefixStats, Stats
 
-T = TypeVar("T")
-
 SHOWN = 120
-"""How many characters of a value beside the weights are shown."""
+"""Most characters shown of a value beside the weights."""
 
 
-@dataclass_transform(frozen_default=True)
-def _row(cls: type[T]) -> type[T]:
-    """Makes a dataclass that is frozen for the type checker only: a really frozen one takes 1 us more to make."""
-    return dataclass(slots=True)(cls)
-
-
-@_row
+@dataclass(slots=True)  # not frozen: that takes 1 us more for each of 100,000 rows
 class TensorRow:
     """One tensor at root. ``tied_to`` is the first key of its tie group; ``kind`` is None for a dense tensor.
 
-    ``stats`` and ``hash`` are None where they were not asked for, or cannot be computed.
+    ``stats`` and ``hash`` are None if they were not requested or cannot be computed.
     """
 
     key: str
@@ -61,11 +53,11 @@ class Beside:
 class InspectReport:
     """``nbytes`` is the file's size. ``parameters`` counts elements, each tie group once, counters aside.
 
-    ``stored_nbytes`` is the size of all storages in the file, ``used_nbytes`` how much of it tensors use.
-    ``unsafe`` are the names in the pickle that tensors do not need; none was imported or called.
-    ``counters``: how many BatchNorm layers have num_batches_tracked, and how many lack it. ``loose`` are tensors of an
+    ``stored_nbytes`` is the size of all storages in the file, ``used_nbytes`` the part of it that tensors use.
+    ``unsafe``: the names in the pickle that tensors do not need; none was imported or called.
+    ``counters``: how many BatchNorm layers have num_batches_tracked, and how many lack it. ``loose``: tensors of an
     nn.Module that are not in its state_dict.
-    ``prefixes``, ``hash`` (of all chosen tensors) and ``check`` are None where they were not asked for.
+    ``prefixes``, ``hash`` (of all chosen tensors) and ``check`` are None if they were not requested.
     """
 
     path: str
@@ -98,12 +90,12 @@ class InspectReport:
 
 
 def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
-    """Returns the description of a checkpoint; with the tensors' ``devices`` if its format records them.
+    """Returns the description of a checkpoint; ``devices``: with the tensors' devices, which not every format records.
 
     Raises: NoTensorsError if there is no tensor at root.
     """
     if not checkpoint.state_dict():
-        checkpoint.require_whole()  # if shards are missing, that is the reason to give
+        checkpoint.require_whole()  # raises if shards are missing, which then is the reason
     tensors = require_tensors(checkpoint)
     tied = checkpoint.shared()
     first_of = {key: group[0] for group in tied for key in group[1:]}
@@ -159,7 +151,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
 
 
 def volume(checkpoint: Checkpoint, choose: Callable[[str], bool], *, check: bool) -> int:
-    """Returns about how many bytes are read for statistics and hashes of the chosen keys, or to ``check`` the file."""
+    """Returns roughly how many bytes statistics and hashes of the chosen keys read, or a ``check`` of the file."""
     if check:
         return max(_stored_and_used(checkpoint)[0], checkpoint.nbytes)
     return sum({one.view: one.nbytes for key, one in checkpoint.state_dict().items() if choose(key)}.values())
@@ -178,7 +170,7 @@ def _stored_and_used(checkpoint: Checkpoint) -> tuple[int, int]:
     for node in nodes(checkpoint.tree):
         if isinstance(node, TensorInfo) and isinstance(source := node.source, Storage):
             identity = id(source)
-            if identity not in storages and node.is_whole:  # nearly every one
+            if identity not in storages and node.is_whole:  # the usual case
                 storages[identity] = source
                 whole += source.span.nbytes
                 full.add(identity)
@@ -221,7 +213,7 @@ def _notes(node: Any) -> list[str]:
 
 
 def _beside(checkpoint: Checkpoint) -> list[Beside]:
-    """Returns the values beside the path from the top of the tree to the weights, and what at root is no tensor."""
+    """Returns the entries beside the path to the weights, and the entries at root that are not tensors."""
     found: list[Beside] = []
     for depth, step in enumerate(checkpoint.root):
         path = checkpoint.root[:depth]
@@ -237,7 +229,7 @@ def _beside(checkpoint: Checkpoint) -> list[Beside]:
 
 
 def _described(path: Path, value: Any) -> Beside:
-    """Returns a value's description: the kind of an optimizer, the size of a container, a scalar itself."""
+    """Returns the description of a value: an optimizer's kind, the tensors in a container, or a value as text."""
     tensors = [node for _, node in walk(value) if isinstance(node, TensorInfo)]
     states = value if isinstance(value, list) else [value]
     nbytes: int | None = sum(tensor.nbytes for tensor in tensors)
@@ -255,13 +247,13 @@ def _described(path: Path, value: Any) -> Beside:
 
 
 def _preview(value: Any) -> str:
-    """Returns a value as Python would write it, cut to `SHOWN` characters; objects as class and attributes."""
+    """Returns the repr of a value, cut to `SHOWN` characters; objects as their class and attributes."""
     text = "".join(_pieces(value, [SHOWN * 2], 0))
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def _pieces(value: Any, left: list[int], depth: int) -> list[str]:
-    """Returns the text of a value in pieces; takes their length off ``left``, and stops when nothing is left of it."""
+    """Returns the text of a value in pieces; subtracts their length from ``left[0]``, and stops at 0."""
     if left[0] <= 0 or depth > 6:
         return ["..."]
     made: list[str]

@@ -1,4 +1,4 @@
-"""Rename keys and reshape tensors by rules, or undo that with the map file which lists exactly what was done."""
+"""Renames keys and reshapes tensors by rules, or undoes that with the map file, which lists every change."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class RemapReport:
 
 
 Same = Callable[[TensorInfo, TensorInfo], bool]
-"""Whether two tensors of one dtype and shape hold the same bytes."""
+"""Returns whether two tensors of one dtype and shape have the same bytes."""
 
 
 def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -> tuple[Checkpoint, RemapReport]:
     """Returns (checkpoint, report) with the rules applied in order to the keys at root.
 
-    Everything that has key names in it is renamed too: ``_metadata``, name-keyed optimizer state and ``param_names``.
+    Keys are renamed in ``_metadata``, in optimizer state that is keyed by name, and in ``param_names`` too.
     Raises: CollisionError listing all colliding and empty names and all sizes that do not add up; UsageError for
-    rules that matched nothing (unless ``allow_unused``); NoTensorsError if nothing would be left.
+    rules that match no key (unless ``allow_unused``); NoTensorsError if no tensor would be left.
     """
     with _uncollected():
         node, values = _weights(checkpoint)
@@ -77,10 +77,10 @@ def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -
 
 
 def invert(checkpoint: Checkpoint, saved: Any, *, same: Same | None = None) -> tuple[Checkpoint, RemapReport]:
-    """Returns (checkpoint, report) with a saved map undone, operations and the order of keys included.
+    """Returns (checkpoint, report) with a saved map undone; the old order of keys is restored.
 
-    Keys that an operation untied are tied again where ``same`` says that they have the same bytes; without ``same``
-    the map is trusted. Raises: UsageError if it is no map, does not fit these keys, or dropped any.
+    Keys that an operation untied are tied again if ``same`` finds the same bytes in them; without ``same`` the map is
+    trusted. Raises: UsageError if it is not a map, is of other keys or shapes, or dropped any key.
     """
     with _uncollected():
         recorded = maps.read(saved)
@@ -89,10 +89,10 @@ def invert(checkpoint: Checkpoint, saved: Any, *, same: Same | None = None) -> t
         shapes = _shapes(values)
         absent = [key for key in recorded.shapes if key not in shapes]
         if absent:
-            raise UsageError(f"the map speaks of keys that are not there: {listed(absent)}", checkpoint.url)
+            raise UsageError(f"keys of the map are not in the checkpoint: {listed(absent)}", checkpoint.url)
         other = [key for key, shape in recorded.shapes.items() if shapes[key] != shape]
         if other:
-            raise UsageError(f"the map is of tensors of other shapes: {listed(other)}", checkpoint.url)
+            raise UsageError(f"the map has other shapes for: {listed(other)}", checkpoint.url)
         after = _followed(batches, shapes, checkpoint.url)
         lost = [key for key in recorded.keys if key not in after]
         if lost:
@@ -108,7 +108,7 @@ def invert(checkpoint: Checkpoint, saved: Any, *, same: Same | None = None) -> t
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Turns the garbage collector off: with 100,000 new rows to search again and again it took most of the time."""
+    """Turns the garbage collector off: with 100,000 new rows it searched them repeatedly, for most of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -119,9 +119,9 @@ def _uncollected() -> Iterator[None]:
 
 
 def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
-    """Returns (the dict at root, or the state_dict of an nn.Module there; {key: value} of its content).
+    """Returns (the dict at root, or the state_dict of an nn.Module there; {key: value}).
 
-    The dict is None if the weights are spread over nested containers.
+    The dict is None if the weights are in nested containers.
     """
     node = checkpoint.at(checkpoint.root)
     values = {key: value for key, (_, value) in checkpoint.entries().items()}
@@ -156,7 +156,7 @@ def _followed(batches: Sequence[Sequence[Step]], current: Shapes, url: str) -> S
 
 
 class _Done(NamedTuple):
-    """The new content at root: its values in order, a row for each of its keys, the dropped keys, the new shapes."""
+    """The new entries at root in order, a row for each key, the dropped keys and the new shapes."""
 
     values: dict[str, Any]
     rows: list[Mapped]
@@ -166,7 +166,7 @@ class _Done(NamedTuple):
 
 def _applied(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], after: Shapes, url: str) -> _Done:
     """Returns the values at root after steps that `fits` has checked, in the order of ``after``."""
-    now: dict[str, str | _Computed] = {}  # new key -> old key while it is only renamed; no entry while it has its name
+    now: dict[str, str | _Computed] = {}  # new key -> old key, or a computed tensor; unchanged keys have no entry
     dropped: list[str] = []
     maker = Maker()
     for batch in batches:
@@ -180,7 +180,7 @@ def _applied(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], after
             if step.op == "drop":
                 dropped += [key for origin in origins for key in origin.past.keys]
             elif not all(isinstance(origin.value, TensorInfo) for origin in origins):
-                raise UsageError(f"{', '.join(step.old)}: not tensors, {step.op} does not apply", url)
+                raise UsageError(f"{', '.join(step.old)}: not tensors, so {step.op} does not apply", url)
             else:
                 tensors = maker.make(step, [origin.value for origin in origins])
                 histories = pasts(step, [origin.past for origin in origins])
@@ -201,7 +201,7 @@ def _applied(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], after
 
 
 class _Computed(NamedTuple):
-    """A tensor that operations made, and the keys and operations that it was made from."""
+    """A tensor that operations computed, with their keys and text."""
 
     past: Past
     value: Any
@@ -215,9 +215,9 @@ def _finished(
     done: _Done,
     follow: Moved | None,
 ) -> tuple[Checkpoint, RemapReport]:
-    """Returns (checkpoint, report) with everything that has key names in it renamed too."""
+    """Returns (checkpoint, report) with the new entries, and key names changed in metadata and optimizer state too."""
     changed = _with_content(checkpoint, node, done, follow)
-    # Metadata that records ties still has the old names; a writer makes these records anew from the tensors.
+    # Metadata that records ties keeps the old names: writers derive these records from the tensors again.
     changed, notes = _with_renamed_optimizers(changed, done)
     content = maps.Map(
         batches, list(before), done.shapes, _broken_ties(checkpoint, before, batches, done),
@@ -235,7 +235,7 @@ def _broken_ties(
 ) -> list[list[list[str]]]:
     """Returns the groups of old keys that were tied and are not any more.
 
-    Within a group, keys of one object are in one list: torch.load gives one object for them too.
+    Within a group, keys of one tensor object are in one list, as torch.load returns one object for them.
     """
     if all(step.op in ("rename", "drop") for batch in batches for step in batch):
         return []
@@ -254,14 +254,14 @@ def _broken_ties(
 
 
 def _still_tied(became: Sequence[Sequence[str]], values: Mapping[str, Any]) -> bool:
-    """Returns whether the new keys of tied old keys, a list for each of these, are tied in the same way."""
+    """Returns whether the new keys, a list for each of the tied old keys, are tied in the same way."""
     names = [new for members in became for new in members]
     views = {tuple(values[new].view for new in members) for members in became}
     return len(set(names)) == len(names) and len(views) == 1
 
 
 def _retied(values: dict[str, Any], groups: Sequence[Sequence[Sequence[str]]], same: Same | None) -> list[str]:
-    """Ties the keys of each group in ``values`` again where `_may_be_tied`; returns notes that say so."""
+    """Ties the keys of each group in ``values`` again if they `_may_be_tied`; returns notes about it."""
     pairs = []
     for group in groups:
         tensors = {key: values[key] for keys in group for key in keys if isinstance(values.get(key), TensorInfo)}
@@ -283,11 +283,11 @@ def _may_be_tied(one: TensorInfo, other: TensorInfo, same: Same | None) -> bool:
     return alike and (same is None or same(one, other))
 
 
-# --- what has key names in it ----------------------------------------------------------------------------------
+# --- other places with key names ----------------------------------------------------------------------------------
 
 
 def _with_content(checkpoint: Checkpoint, node: Any, done: _Done, follow: Moved | None) -> Checkpoint:
-    """Returns the checkpoint with the new entries at root; entries that are no tensors are renamed like any other."""
+    """Returns the checkpoint with the new entries at root, entries that are not tensors included."""
     if node is None:
         return checkpoint.with_state_dict(
             {key: value for key, value in done.values.items() if isinstance(value, TensorInfo)}
@@ -298,7 +298,7 @@ def _with_content(checkpoint: Checkpoint, node: Any, done: _Done, follow: Moved 
     state = node.state
     if follow is not None:
         versions = follow.versions
-        # a BatchNorm's version promises its counter, see `Checkpoint.with_state_dict`
+        # A BatchNorm's version implies its counter, see `Checkpoint.with_state_dict`.
         for path in {key.rpartition(".")[0] for key in done.dropped if is_counter(key)}:
             for new in follow.paths.get(path, ()):
                 versions.pop(new, None)
@@ -307,7 +307,7 @@ def _with_content(checkpoint: Checkpoint, node: Any, done: _Done, follow: Moved 
 
 
 def _with_own_keys(checkpoint: Checkpoint, node: Any, done: _Done) -> dict[Any, Any]:
-    """Returns the new content; keys that were not renamed are those of the dict itself, which may be numbers."""
+    """Returns the new content; keys that were not renamed stay the dict's own objects, which may be numbers."""
     entries = checkpoint.entries()
     if list(entries) == list(as_mapping(node) or ()):
         return done.values
@@ -318,8 +318,8 @@ def _with_own_keys(checkpoint: Checkpoint, node: Any, done: _Done) -> dict[Any, 
 def _with_renamed_optimizers(checkpoint: Checkpoint, done: _Done) -> tuple[Checkpoint, list[str]]:
     """Returns (checkpoint, notes) with the key names in optimizer states renamed.
 
-    These are ``param_names`` and states keyed by name. States keyed by position need no change while every parameter
-    stays; a note says so if one was reshaped or dropped.
+    Names are in ``param_names`` and in states keyed by name. States keyed by position stay valid unless a parameter was
+    reshaped or dropped, which a note then says.
     """
     states = list(optimizer_states(checkpoint))
     names = {row.old[0]: row.new for row in done.rows if row.op == "rename"} if states else {}

@@ -1,6 +1,6 @@
-"""Steps: one change each, with every key spelled out, and what it does to names, to shapes and to tensors.
+"""Steps: elementary changes with every key spelled out, and their effects on names, shapes and tensors.
 
-Rules are planned into steps, a map file lists them, and the way back is their inverses in reverse order.
+Rules are planned into steps, and a map file lists them; the inverse steps in reverse order undo them.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ from ckptool.errors import UnsupportedError, UsageError
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape | None]
-"""{key: shape} in the order of the keys; None for what is no tensor."""
+"""{key: shape} in the order of the keys; None for an entry that is not a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One elementary change, with every key spelled out.
+    """One elementary change. ``op``, its ``args`` (sizes in elements along ``dim``), and its effect:
 
-    ``op`` and what ``args`` then holds (sizes in elements along ``dim``):
-
-        rename   old[i] becomes new[i]
-        drop     old is left out
-        permute  dims                      old[0] becomes new[0] = old[0] with its dimensions reordered
-        reshape  from, to                  the same elements in C order
-        split    dim, sizes                old[0] becomes the pieces new
-        cat      dim, sizes                the inverse of split
-        chunk    dim, heads, parts         old[0] is heads x parts x rest along dim; piece i takes part i of every head
-        weave    dim, heads, parts         the inverse of chunk
+    rename   old[i] becomes new[i]
+    drop     old is left out
+    permute  dims                      old[0] becomes new[0] = old[0] with its dimensions reordered
+    reshape  from, to                  the same elements in C order
+    split    dim, sizes                old[0] becomes the pieces new
+    cat      dim, sizes                the inverse of split
+    chunk    dim, heads, parts         old[0] is heads x parts x rest along dim; piece i takes part i of every head
+    weave    dim, heads, parts         the inverse of chunk
     """
 
     op: str
@@ -63,15 +61,15 @@ ARGS: Mapping[str, Mapping[str, type]] = {
     "chunk": {"dim": int, "heads": int, "parts": int},
     "weave": {"dim": int, "heads": int, "parts": int},
 }
-"""What the ``args`` of each op hold: whole numbers that are not negative, or lists of them."""
+"""The ``args`` of each op and their types; every number in them is a whole number of 0 or more."""
 
 
 def is_sound(step: Step) -> bool:
-    """Returns whether a step that someone else may have written makes sense by itself, whatever it is applied to."""
-    wanted, args = ARGS.get(step.op), step.args
-    if wanted is None or set(args) != set(wanted):
+    """Returns whether a step read from a file is valid in itself, whatever it is applied to."""
+    types, args = ARGS.get(step.op), step.args
+    if types is None or set(args) != set(types):
         return False
-    for name, kind in wanted.items():
+    for name, kind in types.items():
         numbers = args[name] if isinstance(args[name], list) else [args[name]]
         if type(args[name]) is not kind or not all(type(number) is int and number >= 0 for number in numbers):
             return False
@@ -86,7 +84,7 @@ def is_sound(step: Step) -> bool:
 
 
 def fits(step: Step, shapes: Sequence[Shape | None]) -> bool:
-    """Returns whether a sound step can be applied to tensors of these shapes (None: no tensor)."""
+    """Returns whether a sound step can be applied to entries of these shapes (None: not a tensor)."""
     solid = [shape for shape in shapes if shape is not None]
     if step.op in ("rename", "drop"):
         return True
@@ -116,9 +114,9 @@ def fits(step: Step, shapes: Sequence[Shape | None]) -> bool:
 
 
 def advance(steps: Sequence[Step], current: Shapes) -> tuple[Shapes, list[str]]:
-    """Returns ({key: shape} after steps over different keys, what forbids them: collisions, empty names).
+    """Returns ({key: shape} after steps over different keys, errors: collisions and empty names).
 
-    New keys stand where the first of their old keys stood. One pass, however many steps.
+    New keys come at the position of their first old key. Takes one pass over the keys, however many steps there are.
     """
     if all(step.op == "rename" for step in steps):
         moves: dict[str, str] = {}
@@ -131,7 +129,7 @@ def advance(steps: Sequence[Step], current: Shapes) -> tuple[Shapes, list[str]]:
 
 
 def _advance_slowly(steps: Sequence[Step], current: Shapes) -> tuple[Shapes, list[str]]:
-    """Does what `advance` does for steps of every kind, and finds the words for what forbids them."""
+    """Returns what `advance` does, for steps of every kind, with a message for each error."""
     becomes: dict[str, Shapes] = {}
     for step in steps:
         if step.op == "rename":
@@ -145,19 +143,19 @@ def _advance_slowly(steps: Sequence[Step], current: Shapes) -> tuple[Shapes, lis
             becomes[step.old[0]] = fresh
     made: Shapes = {}
     origin: dict[str, str] = {}
-    troubles = []
+    errors = []
     for key, shape in current.items():
         for name, its in becomes.get(key, {key: shape}).items():
             if key in becomes and _is_empty(name):
-                troubles.append(f"{key} would be {name!r}: an empty name")
+                errors.append(f"{key} would be {name!r}: an empty name")
             elif name in made:
-                troubles.append(f"{origin[name]} and {key} would both be {name}")
+                errors.append(f"{origin[name]} and {key} would both be {name}")
             made[name], origin[name] = its, key
-    return made, troubles
+    return made, errors
 
 
 def _may_be_empty(names: Iterable[str]) -> bool:
-    """Returns whether one of the names `_is_empty`; perhaps also where one has a line break in it."""
+    """Returns whether one of the names `_is_empty`; may be a false alarm if a name has a line break in it."""
     text = "\n".join(["", *names, ""])
     return any(mark in text for mark in ("\n\n", "\n.", ".\n", ".."))
 
@@ -167,7 +165,7 @@ def _is_empty(name: str) -> bool:
 
 
 def new_shapes(step: Step, shapes: Sequence[Shape | None]) -> list[Shape | None]:
-    """Returns the shapes that a step which `fits` gives its new keys."""
+    """Returns the shapes of a step's new keys; the step `fits` the old shapes."""
     args = step.args
     first = shapes[0] if shapes else None
     if first is None or step.op in ("rename", "drop"):
@@ -186,11 +184,11 @@ def new_shapes(step: Step, shapes: Sequence[Shape | None]) -> list[Shape | None]
     return [(*first[:dim], size, *first[dim + 1 :])] * len(step.new)
 
 
-# --- how a key came about, in words ------------------------------------------------------------------------------
+# --- the operations behind a key, as text ------------------------------------------------------------------------
 
 
 class Past(NamedTuple):
-    """How a computed key came about: the keys it was made from, and the operations as `Mapped.op` spells them.
+    """The keys that a key was computed from, and the operations as `Mapped.op` writes them.
 
     ``nested`` is the same for use inside the angle brackets of a ``concat``.
     """
@@ -206,7 +204,7 @@ class Past(NamedTuple):
 
 
 def pasts(step: Step, inputs: Sequence[Past]) -> list[Past]:
-    """Returns the pasts of a step's new keys, given those of its old ones; for steps that compute."""
+    """Returns the pasts of the new keys of a step that computes, given those of its old keys."""
     args, first = step.args, inputs[0]
     if step.op == "permute":
         return [first.then("transpose" if args["dims"] == [1, 0] else f"permute:{','.join(map(str, args['dims']))}")]
@@ -234,7 +232,7 @@ def _pieces(dim: int, sizes: Sequence[int]) -> list[str]:
 
 
 def _joined(dim: int, inputs: Sequence[Past]) -> Past:
-    """Returns the past of tensors put together: said once where all came about alike, else one by one."""
+    """Returns the past of concatenated tensors: their operations once if all the same, else one by one."""
     keys = [key for past in inputs for key in past.keys]
     one_by_one = f"concat:{dim}<{'|'.join(past.nested or 'rename' for past in inputs)}>"
     alike = len({past.nested for past in inputs}) == 1 and len(keys) == len(inputs)
@@ -245,30 +243,32 @@ def _joined(dim: int, inputs: Sequence[Past]) -> Past:
 
 
 class Maker:
-    """Makes tensors of tensors; tied inputs give tied outputs, and the same objects the same objects."""
+    """Applies steps to tensors; tied inputs give tied outputs, identical ones identical ones."""
 
     def __init__(self) -> None:
         self._made: dict[object, list[TensorInfo]] = {}
         self._same: dict[object, tuple[Sequence[TensorInfo], list[TensorInfo]]] = {}
 
     def make(self, step: Step, inputs: Sequence[TensorInfo]) -> list[TensorInfo]:
-        """Returns the new tensors of a step that `fits`. Raises: UnsupportedError for tensors that are not plain."""
+        """Returns the new tensors of a step that `fits`. Raises: UnsupportedError if one is sparse or quantised."""
         first = inputs[0]
         for tensor in inputs:
             if isinstance(tensor.source, Opaque) or DTYPES[tensor.dtype].bits % 8 or tensor.dtype.endswith("_x2"):
-                raise UnsupportedError(f"{step.op} of {step.old[0]}: a {tensor.dtype} {tensor.kind} tensor stays whole")
+                raise UnsupportedError(
+                    f"{step.op} of {step.old[0]}: a {tensor.dtype} {tensor.kind} tensor cannot be divided"
+                )
             if tensor.dtype != first.dtype:
                 raise UnsupportedError(f"{step.op} of {', '.join(step.old)}: their dtypes differ")
         what = step.op, repr(step.args)
         objects = (*what, *map(id, inputs))
         if objects not in self._same:
-            memory = (*what, *(tensor.view for tensor in inputs))
-            made = self._made.get(memory) or _views(step, inputs)
-            if memory in self._made or first.requires_grad or first.is_parameter:
+            views = (*what, *(tensor.view for tensor in inputs))
+            made = self._made.get(views) or _views(step, inputs)
+            if views in self._made or first.requires_grad or first.is_parameter:
                 flags = first.requires_grad, first.is_parameter
                 made = [replace(tensor, requires_grad=flags[0], is_parameter=flags[1]) for tensor in made]
-            self._made[memory] = made
-            self._same[objects] = inputs, made  # the inputs too: an id is theirs while they live
+            self._made[views] = made
+            self._same[objects] = inputs, made  # keeps the inputs alive, since the key has their ids in it
         return self._same[objects][1]
 
 

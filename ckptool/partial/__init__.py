@@ -1,1 +1,1 @@
-"""The wing of load-partial: fits are loaded, shapes adapted, the rest initialised, training set up."""
+"""Partial loading: loads what fits, adapts shapes, initialises the rest, and sets up fine-tuning."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import count as count_from
 from math import prod
 from typing import Any, NamedTuple, NoReturn
@@ -50,6 +51,10 @@ class Adapted(NamedTuple):
     detail: str
 
 
+def _no_reader(path: str) -> NoReturn:
+    raise UsageError(f"{path}: it cannot be read without a function `read`")
+
+
 class Adapting:
     """Adapts tensors one by one; the same adapter on the same source and target gives the same storage (tied weights).
 
@@ -57,8 +62,7 @@ class Adapting:
     """
 
     def __init__(self, read: Read | None = None) -> None:
-        self._read = read
-        self._files: dict[str, Any] = {}
+        self._file = cache(read or _no_reader)
         self._made: dict[object, tuple[Adapted, TensorInfo, TensorInfo]] = {}
 
     def adapt(self, adapter: Adapter, source: TensorInfo, target: TensorInfo, key: str) -> Adapted:
@@ -70,20 +74,12 @@ class Adapting:
         identity = adapter, source.view, target.view
         if identity not in self._made:
             here = source if target.kind == "meta" else _located(source, target.location)
-            made = _Adaptation(adapter, here, target, key, self.file).made()
-            self._made[identity] = made, source, target  # `view` has ids in it, so both tensors must stay alive
+            made = _Adaptation(adapter, here, target, key, self._file).made()
+            self._made[identity] = made, source, target  # `view` has ids in it: keeps both tensors alive
         tensor, detail = self._made[identity][0]
         extras = replace(target.extras, conj=False, neg=False) if target.extras else None
         tensor = replace(tensor, requires_grad=target.requires_grad, is_parameter=target.is_parameter, extras=extras)
         return Adapted(tensor, detail)
-
-    def file(self, path: str) -> Any:
-        """Returns the content of a file."""
-        if self._read is None:
-            raise UsageError(f"{path}: it cannot be read without a function `read`")
-        if path not in self._files:
-            self._files[path] = self._read(path)
-        return self._files[path]
 
 
 class _Adaptation:
@@ -109,7 +105,7 @@ class _Adaptation:
             row = DTYPES[tensor.dtype]
             opaque = isinstance(tensor.source, Opaque) and not (tensor is self.target and tensor.kind == "meta")
             if opaque or row.bits % 8 or tensor.dtype.endswith("_x2"):
-                self.unsupported(f"the {side} is a {tensor.dtype} {tensor.kind} tensor, which stays whole")
+                self.unsupported(f"the {side} is a {tensor.dtype} {tensor.kind} tensor, which cannot be divided")
         if 0 in self.old or 0 in self.new:
             self.refuse("one of them is empty")
         if self.old == self.new and not self.adapter.rearranges:
@@ -132,7 +128,7 @@ class _Adaptation:
         if old == new:
             return tensor
         if {DTYPES[old].kind, DTYPES[new].kind} not in ({"float"}, {"complex"}):
-            self.unsupported(f"{old} does not become {new} on the way")
+            self.unsupported(f"{old} values cannot be cast to {new}")
         return computed(new, tensor.shape or (), Derived("cast", (tensor,)))
 
     def computed(self, op: Any, tensor: TensorInfo, shape: Shape, dim: int = 0, args: Any = None) -> TensorInfo:

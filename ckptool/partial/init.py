@@ -1,8 +1,7 @@
-"""Which numbers a tensor gets that is not loaded: rules by the names of torch.nn.init, resolved to a `Draw`.
+"""Init rules for tensors that are not loaded, named like the functions of torch.nn.init.
 
-A rule is text (``kaiming_normal(mode=fan_out)``), `parse` makes an `Init` of it, and `Init.draw` with a shape, a seed
-and a key the complete recipe, which `ckptool.values.random_init` turns into bytes. `initplan` does so for all keys
-of a target.
+A rule is text (``kaiming_normal(mode=fan_out)``). `parse` makes an `Init` of it, and `Init.draw` makes a `Draw` of that
+for a shape, a seed and a key; `ckptool.values.random_init` computes its bytes. `initplan` does so for all keys.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ckptool.text import dims
 
 @dataclass(frozen=True, slots=True)
 class Init:
-    """A rule as the user wrote it (``text``), and what it says: a method of torch.nn.init with all its arguments."""
+    """A rule as the user wrote it (``text``), and its meaning: a method of torch.nn.init with all its arguments."""
 
     method: str
     args: tuple[Any, ...]
@@ -37,7 +36,7 @@ class Init:
         return Draw(kind, numbers, shape, seed, key)
 
 
-# --- how rules are written ---------------------------------------------------------------------------------------
+# --- syntax of rules ---------------------------------------------------------------------------------------
 
 METHODS: Mapping[str, tuple[tuple[str, str, str | None], ...]] = {
     "keep": (),
@@ -57,7 +56,7 @@ METHODS: Mapping[str, tuple[tuple[str, str, str | None], ...]] = {
     "orthogonal": (("gain", "any gain", "1"),),
     "sparse": (("sparsity", "fraction", None), ("std", "scale", "0.01")),
 }
-"""What a rule may be -> its arguments in order: name, kind of value, default (None: it must be given)."""
+"""{method: its arguments in order}: name, kind of value, default (None: required)."""
 
 _LINEAR = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _GAINS = {
@@ -69,7 +68,7 @@ _ROOT = re.compile(r"([+-]?)sqrt\((\d+\.?\d*|\.\d+)\)")
 
 
 def calculate_gain(nonlinearity: str, slope: float = 0.01) -> float:
-    """Returns what `torch.nn.init.calculate_gain` does; ``slope`` counts for leaky_relu only."""
+    """Returns what `torch.nn.init.calculate_gain` does; ``slope`` is used for leaky_relu only."""
     gain = _GAINS[nonlinearity]
     return sqrt(2.0 / (1 + slope * slope)) if gain is None else gain
 
@@ -82,11 +81,11 @@ def _number(text: str) -> float:
         found = float(text)
     else:
         raise ValueError
-    return _held(found, isfinite(found))
+    return _checked(found, isfinite(found))
 
 
-def _held(value: float, holds: bool) -> float:
-    if not holds:
+def _checked(value: float, valid: bool) -> float:
+    if not valid:
         raise ValueError
     return value
 
@@ -108,14 +107,14 @@ _NAMES = "linear, conv1d and kin, sigmoid, tanh, relu, leaky_relu or selu"
 
 _VALUES: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "number": (_number, "a number"),
-    "scale": (lambda text: _held(value := _number(text), value >= 0), "a number, 0 or more"),
-    "positive": (lambda text: _held(value := _number(text), value > 0), "a number over 0"),
-    "fraction": (lambda text: _held(value := _number(text), 0 <= value <= 1), "a number from 0 to 1"),
+    "scale": (lambda text: _checked(value := _number(text), value >= 0), "a number, 0 or more"),
+    "positive": (lambda text: _checked(value := _number(text), value > 0), "a number over 0"),
+    "fraction": (lambda text: _checked(value := _number(text), 0 <= value <= 1), "a number from 0 to 1"),
     "count": (
-        lambda text: int(_held(value := _number(text), text.isdecimal() and value >= 1)),
+        lambda text: int(_checked(value := _number(text), text.isdecimal() and value >= 1)),
         "a whole number over 0",
     ),
-    "gain": (lambda text: _held(value := _gain(text), value >= 0), f"a number, 0 or more, or {_NAMES}"),
+    "gain": (lambda text: _checked(value := _gain(text), value >= 0), f"a number, 0 or more, or {_NAMES}"),
     "any gain": (_gain, f"a number, or {_NAMES}"),
     "mode": (lambda text: _word(text.lower(), ("fan_in", "fan_out")), "fan_in or fan_out"),
     "name": (lambda text: _word(text, _GAINS), _NAMES),
@@ -123,7 +122,7 @@ _VALUES: Mapping[str, tuple[Callable[[str], Any], str]] = {
 
 
 def usage(method: str) -> str:
-    """Returns how a rule is written, with its defaults.
+    """Returns the signature of a rule with its defaults.
 
     >>> usage("sparse"), usage("ones")
     ('sparse(sparsity,std=0.01)', 'ones')
@@ -134,10 +133,10 @@ def usage(method: str) -> str:
 
 @lru_cache(maxsize=512)
 def parse(text: str) -> Init:
-    """Returns the rule that a text says: ``normal(0,0.01)``, ``kaiming_normal_(mode='fan_out')``, ``zeros``.
+    """Returns the rule for a text: ``normal(0,0.01)``, ``kaiming_normal_(mode='fan_out')``, ``zeros``.
 
     torch's trailing underscore and quotes are accepted, ``sqrt(5)`` is a number.
-    Raises: UsageError, one line that says what is accepted.
+    Raises: UsageError, whose message says what is accepted.
     """
     found = re.fullmatch(r"\s*([A-Za-z]\w*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     method = found[1].removesuffix("_") if found else ""
@@ -161,21 +160,21 @@ def parse(text: str) -> Init:
         given[name] = value
     args = []
     for name, kind, default in signature:
-        asked = given.get(name, default)
-        convert, words = _VALUES[kind]
-        if asked is None:
-            raise UsageError(f"{text}: {name} is missing ({words}): {usage(method)}")
-        quoted = re.fullmatch(r"(['\"])(.*)\1", asked)
+        value_text = given.get(name, default)
+        convert, expected = _VALUES[kind]
+        if value_text is None:
+            raise UsageError(f"{text}: {name} is missing ({expected}): {usage(method)}")
+        quoted = re.fullmatch(r"(['\"])(.*)\1", value_text)
         try:
-            args.append(convert(quoted[2] if quoted else asked))
+            args.append(convert(quoted[2] if quoted else value_text))
         except ValueError:
-            raise UsageError(f"{text}: {name} is {words}, not {asked!r}: {usage(method)}") from None
+            raise UsageError(f"{text}: {name} is {expected}, not {value_text!r}: {usage(method)}") from None
     _check_interval(method, args, text)
     return Init(method, tuple(args), text.strip())
 
 
 def parse_option(text: str) -> tuple[str, str]:
-    """Returns (key pattern, rule) of ``KEYGLOB=RULE``; a pattern may hold a ``=`` itself.
+    """Returns (key pattern, rule) of ``KEYGLOB=RULE``; the pattern may contain ``=``.
 
     >>> parse_option("fc.*=normal(std=0.01)")
     ('fc.*', 'normal(std=0.01)')
@@ -188,7 +187,7 @@ def parse_option(text: str) -> tuple[str, str]:
 
 
 FAR = 37.0
-"""Standard deviations from the mean beyond which a normal has no mass that a double can hold."""
+"""Standard deviations from the mean beyond which a normal's probability underflows a double."""
 
 
 def _check_interval(method: str, args: list[Any], text: str) -> None:
@@ -202,7 +201,7 @@ def _check_interval(method: str, args: list[Any], text: str) -> None:
             raise UsageError(f"{text}: from {a:g} to {b:g} is over {FAR:g} std from the mean; uniform({a:g},{b:g})?")
 
 
-# --- what rules mean for a shape ---------------------------------------------------------------------------------
+# --- rules for a shape ---------------------------------------------------------------------------------
 
 Resolved = tuple[DrawKind, tuple[float, ...]]
 
@@ -270,11 +269,11 @@ _MAX = {"float16": 65504.0, "bfloat16": (2 - 2**-7) * 2.0**127, "float32": (2 - 
         "float64": (2 - 2**-52) * 2.0**1023}  # fmt: skip
 
 _REACH = 9.0
-"""Standard deviations beyond which a normal comes once in 10^18 numbers."""
+"""Standard deviations that a normal exceeds once in 10^18 numbers."""
 
 
 def check_dtype(draw: Draw, method: str, dtype: str) -> None:
-    """Raises: UsageError if a dtype has no such values."""
+    """Raises UsageError if the dtype cannot represent the values of a draw."""
     row, value = DTYPES[dtype], draw.numbers[0] if draw.numbers else 0.0
     if row.kind in ("int", "bool"):
         if draw.kind != "constant":
@@ -291,13 +290,13 @@ def check_dtype(draw: Draw, method: str, dtype: str) -> None:
 
 
 def _reach(draw: Draw) -> float:
-    """Returns what no value's magnitude is above."""
+    """Returns an upper bound of the values' magnitude."""
     numbers = draw.numbers
     if draw.kind == "normal":
         return abs(numbers[0]) + _REACH * numbers[1]
     if draw.kind == "sparse":
         return _REACH * numbers[1]
-    if draw.kind == "uniform":  # torch wants the width to be finite in the dtype, too
+    if draw.kind == "uniform":  # torch requires the width to be finite in the dtype too
         return max(abs(numbers[0]), abs(numbers[1]), numbers[1] - numbers[0])
     if draw.kind == "trunc_normal":
         return max(abs(numbers[2]), abs(numbers[3]))

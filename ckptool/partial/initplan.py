@@ -1,4 +1,4 @@
-"""Which key gets which init rule: the user's, a preset's, or torch's default; one draw for all names of a tensor."""
+"""Chooses the init rule of each key: the user's, a preset's, or torch's default; names of one tensor share a draw."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ def plan(
     seed: int,
     classes: Mapping[str, str] | None = None,
 ) -> tuple[Made, list[str], list[str]]:
-    """Returns ({key: (tensor with drawn values, rule)}, patterns that fit no wanted key, troubles).
+    """Returns ({key: (tensor with drawn values, rule)}, patterns that fit no wanted key, problems).
 
-    ``rules`` are (key pattern, rule); the last that fits a key wins, over any preset; of presets the last that has a
-    row for it. A key that nothing fits, or whose rule is ``keep``, is not in the answer: it keeps the target's values.
-    ``tensors`` are all of the target, since layers are read from siblings; ``classes`` {module path: class name}.
-    Names of one tensor get one draw, that of the first name, so they stay tied. Troubles are all that forbids going
-    on, a line each. Raises: UsageError for a rule or a preset that does not exist.
+    ``rules`` are (key pattern, rule); the last that fits a key wins over earlier ones and over presets, of which the
+    last with a row for the key wins. A key without a rule, or with ``keep``, is left out: it keeps the target's values.
+    ``tensors`` are all of the target's, since the kind of a layer is inferred from siblings; ``classes`` is {module
+    path: class name}. Names of one tensor get the draw of its first name, so they stay tied. Each problem is a line.
+    Raises: UsageError for a rule or a preset that does not exist.
     """
     parsed = [(pattern, parse(rule)) for pattern, rule in rules]
     for preset in presets:
         if preset not in PRESETS:
             raise UsageError(f"no init preset {preset!r}; there are {', '.join(PRESETS)}")
-    asked = dict.fromkeys(wanted)
-    planner = _Plan(parsed, presets, tensors, asked, seed, classes)
+    ordered = dict.fromkeys(wanted)
+    planner = _Plan(parsed, presets, tensors, ordered, seed, classes)
     for group in planner.groups():
         planner.decide(group)
-    order = {key: planner.made[key] for key in asked if key in planner.made}
-    return order, names.unused_patterns(dict.fromkeys(pattern for pattern, _ in rules), asked), planner.complaints()
+    order = {key: planner.made[key] for key in ordered if key in planner.made}
+    return order, names.unused_patterns(dict.fromkeys(pattern for pattern, _ in rules), ordered), planner.all_problems()
 
 
 def is_random(tensor: TensorInfo) -> bool:
-    """Returns whether the values that `plan` made hang on the seed: not constants, nor ones at fixed places."""
+    """Returns whether the values that `plan` made depend on the seed."""
     source = tensor.source
     return isinstance(source, Derived) and source.args.kind not in ("constant", "eye", "dirac")
 
 
 class _Plan:
-    """The choice of a rule for every tensor, one group of tied names at a time."""
+    """Chooses a rule for every tensor, one group of tied names at a time."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class _Plan:
         self.rules, self.presets, self.tensors, self.wanted = rules, presets, tensors, wanted
         self.seed, self.classes = seed, classes
         self.made: Made = {}
-        self.troubles: list[str] = []
-        self.unread: list[str] = []
+        self.problems: list[str] = []
+        self.unknown: list[str] = []
         self.refused: dict[str, list[str]] = {}
 
     def groups(self) -> Iterable[list[str]]:
@@ -76,15 +76,15 @@ class _Plan:
         return [group for group in found.values() if any(key in self.wanted for key in group)]
 
     def decide(self, group: list[str]) -> None:
-        """Finds the one rule for a tensor and all its names, and makes it."""
+        """Chooses the one rule for a tensor and all its names, and applies it."""
         keys = [key for key in group if key in self.wanted]
         roles = {key: read(key, self.tensors, self.classes) for key in keys}
-        # A head tied to an embedding is the embedding: that is the module whose values torch's models keep.
+        # A head that is tied to an embedding is initialised as the embedding, as models of transformers do.
         leader = min(keys, key=lambda key: _rank(roles[key]))
         explicit = [(key, rule) for key in keys if (rule := self._explicit(key))]
         if len({(rule.method, rule.args) for _, rule in explicit}) > 1:
             said = ", ".join(f"{key}={rule.text}" for key, rule in explicit)
-            self.troubles.append(f"one tensor under several names gets one rule: {said}")
+            self.problems.append(f"one tensor under several names gets one rule: {said}")
             return
         init: Init | None = explicit[0][1] if explicit else parse("keep")
         text = explicit[0][1].text if explicit else "keep"
@@ -99,8 +99,8 @@ class _Plan:
             if tensor.kind == "meta":
                 self._refuse("it is on meta and has no values to keep: name a rule for it", keys[0])
         elif len(keys) < len(group):
-            left = ", ".join(key for key in group if key not in self.wanted)
-            self.troubles.append(f"{keys[0]} is the same tensor as {left}, which is not to be initialised")
+            others = ", ".join(key for key in group if key not in self.wanted)
+            self.problems.append(f"{keys[0]} is the same tensor as {others}, which is not to be initialised")
         else:
             self._make(keys, init, text)
 
@@ -119,7 +119,7 @@ class _Plan:
 
     def _by_default(self, key: str, role: Role | None) -> tuple[Init | None, str]:
         if role is None:
-            self.unread.append(key)
+            self.unknown.append(key)
             return None, ""
         return parse(role.rule), f"default: {role.rule}"
 
@@ -136,7 +136,7 @@ class _Plan:
             return
         location = "cpu" if tensor.kind == "meta" else tensor.location
         source = Derived("draw", (), shape=tensor.shape, args=draw, location=location)
-        made: dict[int, TensorInfo] = {}  # names for one object stay names for one object
+        made: dict[int, TensorInfo] = {}  # names of one tensor object stay names of one object
         for key in keys:
             one = self.tensors[key]
             self.made[key] = made.setdefault(id(one), computed_as(one, source)), text
@@ -144,14 +144,14 @@ class _Plan:
     def _refuse(self, why: str, key: str) -> None:
         self.refused.setdefault(why, []).append(key)
 
-    def complaints(self) -> list[str]:
-        """Returns all troubles, a line each, with repeated blocks folded."""
+    def all_problems(self) -> list[str]:
+        """Returns all problems, a line each, with repeated blocks folded."""
         found = [f"{key}: {why}" for why, keys in self.refused.items() for key in _folded(keys)]
-        found += self.troubles
-        if self.unread:
+        found += self.problems
+        if self.unknown:
             found.append(
-                f"no default can be read from keys and shapes for {', '.join(_folded(self.unread))}: "
-                f"name a rule, such as '{self.unread[0]}=normal(0,0.02)' or '{self.unread[0]}=keep'"
+                f"no default can be read from keys and shapes for {', '.join(_folded(self.unknown))}: "
+                f"name a rule, such as '{self.unknown[0]}=normal(0,0.02)' or '{self.unknown[0]}=keep'"
             )
         return found
 

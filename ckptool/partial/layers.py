@@ -63,7 +63,7 @@ _FIXED = {
 }
 """{kind: init of (weight, bias)} where it does not depend on the shape; "" where there is no such parameter."""
 
-_UNREAD = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "MultiheadAttention"}
+_KEYS_ONLY = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "MultiheadAttention"}
 """Classes whose roles follow from the keys alone."""
 
 _RNN = re.compile(r"(weight|bias)_(ih|hh|hr)((?:_l\d+(?:_reverse)?)?)")
@@ -126,7 +126,7 @@ def read(key: str, tensors: Tensors, classes: Mapping[str, str] | None = None) -
     if name == "bias" and parent != module and f"{parent}in_proj_bias" in tensors:
         return Role("attention bias", "zeros")
     known = (classes or {}).get(module)
-    if known in _UNREAD:
+    if known in _KEYS_ONLY:
         return None
     weight = beside("weight")
     kind = _CLASSES.get(known or "")

@@ -1,4 +1,4 @@
-"""Turns a live model into a checkpoint, and copies a planned checkpoint into it. Functions import torch themselves."""
+"""Turns a live model or a dict in memory into a checkpoint, and copies a planned checkpoint into a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from ckptool.core import keys as names
@@ -16,8 +15,9 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES, nbytes_of
 from ckptool.core.tensor import Extras, Opaque, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.core.tree import Global, PyObject, nodes, ordered_dict
-from ckptool.errors import UnsupportedError, UsageError, listed
+from ckptool.errors import CkptoolError, UnsupportedError, UsageError, listed
 from ckptool.io.source import Files
+from ckptool.pickling.load import stand_in
 from ckptool.pickling.torch_calls import builders
 from ckptool.values.codec import import_torch
 from ckptool.values.torch_bridge import to_torch
@@ -29,7 +29,7 @@ EXTRA_STATE = "_extra_state"
 
 
 def refuse_no_module(model: Any) -> Any:
-    """Returns the torch module. Raises: UsageError for what is no torch.nn.Module, DependencyError without torch."""
+    """Returns the torch module. Raises: UsageError if it is not a torch.nn.Module, DependencyError without torch."""
     torch = import_torch("loading into a model")
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"load_partial loads into a torch.nn.Module, not into a {type(model).__name__}")
@@ -59,23 +59,24 @@ def checkpoint_of(model: Any, source: Mapping[str, TensorInfo] | None = None) ->
 
 
 def state_dict_of(state: Mapping[Any, Any]) -> Checkpoint:
-    """Returns a dict of torch tensors or numpy arrays, nested as it may be, as the checkpoint that a file of it is.
+    """Returns a (nested) dict of torch tensors or numpy arrays as the checkpoint that opening a file of it would give.
 
-    Values stay where they are until they are written. Objects of other classes are taken apart as pickle does it.
-    Raises: UsageError for what no pickle holds, UnsupportedError for sparse, quantised, nested and own tensors.
+    Values stay where they are until they are written. Objects of other classes become the stand-ins that reading
+    their pickles gives.
+    Raises: UsageError for what cannot be pickled, UnsupportedError for sparse, quantised, nested and subclass tensors.
     """
-    made = _Whole(sys.modules.get("torch"), sys.modules.get("numpy"))  # not imported: then no value is one of theirs
+    made = _Whole(sys.modules.get("torch"), sys.modules.get("numpy"))  # None: not imported, so it has no values
     try:
         tree = made.node(state if isinstance(state, dict) else dict(state))
     except RecursionError:
-        raise UsageError("the state_dict is nested too deep, or holds itself") from None
+        raise UsageError("the state_dict is nested too deep, or contains itself") from None
     if made.refused:
         raise UnsupportedError(f"cannot be taken from memory, only from a file: {listed(made.refused)}", MEMORY)
     return Checkpoint(tree, url=MEMORY, nbytes=sum(storage.nbytes for storage in made.storages.values()))
 
 
 MEMORY = "<state_dict>"
-"""Stands for the path of a checkpoint that is a dict in memory."""
+"""The path reported for a checkpoint that is a dict in memory."""
 
 
 def classes_of(model: Any) -> dict[str, str]:
@@ -92,7 +93,7 @@ def classes_of(model: Any) -> dict[str, str]:
 
 
 class _Reading:
-    """Turns live values into the nodes of a checkpoint; shared objects and shared memory stay shared."""
+    """Turns live values into the nodes of a tree; shared objects and shared memory stay shared."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -152,21 +153,19 @@ def _name(dtype: Any) -> str:
 
 
 class _Whole(_Reading):
-    """Reads a dict in memory: nothing is left out, since its checkpoint may be written."""
+    """Turns a dict in memory into a tree that can be written: no value may be left out."""
 
     def __init__(self, torch: Any, numpy: Any) -> None:
         super().__init__(torch)
         self.numpy = numpy
         self.refused: list[str] = []
-        self.kept: list[Any] = []  # an object that is gone would leave its id to another
+        self.kept: list[Any] = []  # `made` is keyed by id, which a freed object would leave to another
 
     def _node(self, value: Any) -> Any:
         self.kept.append(value)
         kind = type(value)
-        if self.torch is not None and isinstance(value, self.torch.Tensor):
-            return self.tensor(value)
-        if self.numpy is not None and isinstance(value, self.numpy.ndarray) and value.dtype.name in DTYPES:
-            return self.array(value)
+        if (tensor := self.leaf(value)) is not None:
+            return tensor
         if kind in _PLAIN or kind is bytearray:
             return value
         if kind in (list, tuple, set, frozenset):
@@ -183,7 +182,7 @@ class _Whole(_Reading):
         kind = "subclass" if self.torch.nn.parameter.is_lazy(value) else _kind(self.torch, value)
         if kind == "meta":
             rebuild = builders["torch._utils", "_rebuild_meta_tensor_no_storage"]
-            dtype = Global.named("torch", str(value.dtype).removeprefix("torch."))
+            dtype = Global.named("torch", _name(value.dtype))
             made: TensorInfo = rebuild(dtype, tuple(value.shape), tuple(value.stride()), value.requires_grad)
             return made
         if kind != "dense":
@@ -192,11 +191,11 @@ class _Whole(_Reading):
         return super().tensor(value)
 
     def array(self, value: Any) -> TensorInfo:
-        """Returns a numpy array as a tensor; two of the same elements of one memory are tied."""
+        """Returns a numpy array as a tensor; arrays that view the same elements are tied."""
         interface = value.__array_interface__
-        place = (interface["data"][0], value.shape, value.strides, value.dtype.str)
+        memory_key = (interface["data"][0], value.shape, value.strides, value.dtype.str)
         dtype, shape = value.dtype.name, tuple(value.shape)
-        if place not in self.storages:
+        if memory_key not in self.storages:
             little = value.dtype.newbyteorder("<")
 
             def memory() -> memoryview:
@@ -204,34 +203,27 @@ class _Whole(_Reading):
                 return memoryview(flat.view("u1"))
 
             span = Span("", 0, nbytes_of(dtype, value.size), memory=memory)
-            self.storages[place] = Storage(span, dtype if DTYPES[dtype].storage else None)
-        return TensorInfo(dtype, shape, contiguous_stride(shape), 0, self.storages[place])
+            self.storages[memory_key] = Storage(span, dtype if DTYPES[dtype].storage else None)
+        return TensorInfo(dtype, shape, contiguous_stride(shape), 0, self.storages[memory_key])
 
     def object(self, value: Any) -> Any:
-        """Returns the stand-in that the machine makes of an object's pickle."""
-        if isinstance(value, (type, FunctionType, BuiltinFunctionType)):
-            return Global.named(value.__module__, value.__qualname__)
+        """Returns the stand-in that reading the object's pickle gives."""
         try:
-            reduced = value.__reduce_ex__(2)
+            return stand_in(value, self.leaf)
+        except (CkptoolError, RecursionError):
+            raise
         except Exception as error:  # whatever the object's own code raises
             raise UsageError(
                 f"the state_dict holds a {type(value).__name__}, which cannot be saved: {error}"
             ) from error
-        if isinstance(reduced, str):
-            return Global.named(getattr(value, "__module__", type(value).__module__), reduced)
-        function, args, state, items, pairs = (*reduced, None, None, None)[:5]
-        if function.__name__ in ("__newobj__", "__newobj_ex__"):
-            cls, *rest = args
-            given, named = (rest[0], rest[1]) if function.__name__ == "__newobj_ex__" else (rest, {})
-            named = {name: self.node(item) for name, item in named.items()}
-            made = PyObject.__new__(self.object(cls), *map(self.node, given), **named)
-        else:
-            made = self.object(function)(*map(self.node, args))
-        self.made[id(value)] = made  # which its own state may lead back to
-        made.state = None if state is None else self.node(state)
-        made.items = None if items is None else [self.node(item) for item in items]
-        made.mapping = None if pairs is None else {self.node(key): self.node(item) for key, item in pairs}
-        return made
+
+    def leaf(self, value: Any) -> TensorInfo | None:
+        """Returns the `TensorInfo` of a tensor or numpy array, None for anything else."""
+        if self.torch is not None and isinstance(value, self.torch.Tensor):
+            return self.tensor(value)
+        if self.numpy is not None and isinstance(value, self.numpy.ndarray) and value.dtype.name in DTYPES:
+            return self.array(value)
+        return None
 
 
 def _kind(torch: Any, value: Any) -> str:
@@ -270,7 +262,7 @@ def _uninitialised() -> memoryview:
 
 
 def offered(source: Checkpoint, strip: str | None, add: str | None) -> dict[str, TensorInfo]:
-    """Returns a source's tensors by the keys under which they are compared with the target's."""
+    """Returns {key: tensor} of a source, with keys unwrapped and prefixes replaced, as they are matched."""
     tensors = source.state_dict()
     return {plain: tensors[key] for plain, key in names.plain_keys(tensors, strip, add, source.url).items()}
 

@@ -112,7 +112,7 @@ class LoadPartialReport:
                 seen.add(row.key)
                 row = replace(row, reason="loaded", source=states[row.key], detail="extra state")
             elif row.key in theirs and row.shape is None:
-                continue  # the row of the source's key, whose reason is that it is not taken
+                continue  # the source's row for the same state, which says that it is not taken
             rows.append(row)
         return replace(self, rows=rows, counts=counts_of(rows))
 
@@ -123,8 +123,9 @@ class LoadPartialReport:
         for row in self.rows:
             if row.reason not in ("loaded", "bookkeeping", "ignored"):
                 differ = row.source_shape not in (None, row.shape)
-                shape = f"{shape_text(row.shape)}, source {shape_text(row.source_shape)}" if differ else ""
-                lines.append("  " + "  ".join(filter(None, (row.reason, row.key, shape, row.detail))))
+                shape, theirs = (dims_text(one, none="no tensor") for one in (row.shape, row.source_shape))
+                shapes = f"{shape}, source {theirs}" if differ else ""
+                lines.append("  " + "  ".join(filter(None, (row.reason, row.key, shapes, row.detail))))
         lines += [f"  hint  {self.hint}"] if self.hint else []
         lost = ", ".join(f"{count} of {key}" for key, count in (self.overflowed or {}).items())
         lines += [f"  overflow  values no longer finite: {lost}"] if lost else []
@@ -156,11 +157,6 @@ class LoadPartialReport:
         """
         loaded = handover.names_of(model, self.loaded)
         return handover.model_groups(model, loaded, lr=lr, new_lr_mult=new_lr_mult, weight_decay=weight_decay)
-
-
-def shape_text(shape: Sequence[int] | None) -> str:
-    """Returns a shape as it is printed: ``64x3x7x7``."""
-    return "no tensor" if shape is None else dims_text(tuple(shape))
 
 
 def counts_of(rows: Sequence[Row]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Recipes for whole models, as data: what each tensor is to its layer, or its key -> the rule that initialises it."""
+"""Init presets for whole models, as data: an init rule for each role of a tensor in its layer, or for a key pattern."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A recipe. ``rows`` are (a `layers.Role.name` or a key pattern, rule, why); of the rows that fit, the last wins.
+    """``rows``: (a `layers.Role.name` or a key pattern, rule, reason); of the rows that fit a tensor, the last wins.
 
-    A tensor that no row fits gets torch's own default, and integers (indices, masks) but counters stay as they are.
+    A tensor that no row fits gets torch's default. Integer tensors (indices, masks) other than counters are kept.
     """
 
     source: str
@@ -104,7 +104,7 @@ PRESETS = {
 
 
 def described() -> list[str]:
-    """Returns all presets as lines for people: each by its name and source, then its rows."""
+    """Returns a listing of all presets: the name and source of each, then its rows."""
     lines = []
     for name, preset in PRESETS.items():
         lines.append(f"{name}  {preset.source}")

@@ -28,7 +28,7 @@ def selected(content: Any, old: int, new: int, where: str) -> list[int]:
             raise Unclear(f"{where} is neither a JSON list nor one integer per line") from None
     content = [content] if type(content) is int else content
     if not isinstance(content, list) or not all(index is None or type(index) is int for index in content):
-        raise Unclear(f"{where} is no list of integers")
+        raise Unclear(f"{where} is not a list of integers")
     found = [-1 if index is None else index for index in content]
     if len(found) != new:
         raise Unclear(f"{where} lists {len(found)} rows, the target has {new}")

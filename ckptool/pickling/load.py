@@ -379,6 +379,30 @@ def load(
     return made, tuple(machine.found)
 
 
+def stand_in(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Returns what `load` makes of the pickle of a live object; ``leaf`` maps a tensor to its node, all else to None.
+
+    Raises: whatever pickling the object raises, and what `load` raises.
+    """
+    import _pickle
+
+    leaves: list[Any] = []
+
+    def persistent_id(item: Any) -> int | None:
+        node = leaf(item)
+        if node is None:
+            return None
+        leaves.append(node)
+        return len(leaves) - 1
+
+    stream = io.BytesIO()
+    pickler = type("_Pickler", (_pickle.Pickler,), {"persistent_id": staticmethod(persistent_id)})
+    pickler(stream, 4).dump(value)
+    buffer = stream.getvalue()
+    scan(buffer)
+    return load(buffer, persistent_load=leaves.__getitem__)[0]
+
+
 def with_arrays(made: Any, names: Collection[tuple[str, str]], span: Span, *, keep: bool = True) -> Any:
     """Returns a tree of `load` with tensors for numpy's arrays (see `numpy_calls`), where it names numpy at all."""
     if not any(module.startswith("numpy") for module, _ in names):

@@ -1,7 +1,7 @@
-"""What adapters make, worked out while it is written: rows picked, means, channels mixed, grids resampled.
+"""Computes the tensors of adapters while they are written: rows picked, means, channels mixed, grids resampled.
 
-Values are computed in float32 (float64 stays float64) and rounded once to the dtype that is written, to nearest
-even as torch rounds. Rows, means and mixtures are streamed; a grid is held whole, being a table of positions.
+Values are computed in float32 (float64 stays float64) and rounded once to the output dtype, to nearest even like
+torch. Rows, means and mixtures are streamed; a grid, which is a small table of positions, is read whole.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ckptool.core.tensor import Derived, Mix, Resample, Run, TensorInfo, narrow,
 from ckptool.errors import FormatError, UnreadableError, explain
 from ckptool.io.source import BLOCK, Bytes, Spool
 from ckptool.limits import MAX_LIST
+from ckptool.values.streams import Stream, gathered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +27,7 @@ Blocks = Callable[[TensorInfo], Iterator[Bytes]]
 
 
 def blocks(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
-    """Yields the elements of what an adapter made, in C order; ``dtype`` is what they are written in.
+    """Yields the elements of an adapter's tensor in C order; ``dtype`` is that of the output.
 
     Raises: DependencyError if a grid is resampled and torch is not installed.
     """
@@ -40,9 +41,9 @@ def blocks(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
 
 
 def read_object(path: str) -> Any:
-    """Returns what a list of rows or tokens holds: the value if it is JSON, else its text.
+    """Returns the content of a list of rows or tokens: the value if it is JSON, else the text.
 
-    Raises: UnreadableError, LimitError, FormatError for a file that is no text, or is named .json and is none.
+    Raises: UnreadableError, LimitError; FormatError for a file that is not text, or is named .json and is not JSON.
     """
     try:
         with open(path, "rb") as file:
@@ -57,12 +58,12 @@ def read_object(path: str) -> Any:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise FormatError(f"is no UTF-8 text: {error}", path) from error
+        raise FormatError(f"is not UTF-8 text: {error}", path) from error
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         if path.endswith(".json"):
-            raise FormatError(f"is no JSON: {error}", path) from error
+            raise FormatError(f"is not JSON: {error}", path) from error
         return text
 
 
@@ -70,21 +71,11 @@ def read_object(path: str) -> Any:
 
 
 def _take(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
-    """Yields rows in the order of the runs; holds one block, whatever the order."""
+    """Yields rows in the order of the runs; needs memory for one block, whatever the order."""
     width = DTYPES[dtype].bits * prod((source.shape or ())[1:]) // 8
     inputs: dict[int, _Rows] = {}
-    pending = bytearray()
     try:
-        for run in source.args:
-            for piece in _run(run, source, width, inputs, read):
-                if not pending and len(piece) >= BLOCK:
-                    yield piece
-                    continue
-                pending += piece
-                if len(pending) >= BLOCK:
-                    yield bytes(pending)
-                    pending.clear()
-        yield bytes(pending)
+        yield from gathered(piece for run in source.args for piece in _run(run, source, width, inputs, read))
     finally:
         for rows in inputs.values():
             rows.close()
@@ -107,41 +98,27 @@ def _run(run: Run, source: Derived, width: int, inputs: dict[int, _Rows], read: 
 
 
 class _Rows:
-    """The rows of a tensor at any place: read where they lie, else as a stream, else from a temporary file."""
+    """The rows of a tensor in any order: by their offsets in its file, as a stream, else from a temporary file."""
 
     def __init__(self, tensor: TensorInfo, width: int, read: Blocks, runs: Iterator[Run]) -> None:
         self.tensor, self.width, self._blocks = tensor, width, read
         self.count = (tensor.shape or (1,))[0]
         found = storage_range(tensor)
-        self._lies = found is not None and found[0].span.member != "deflated"  # then any rows are read without others
-        self._ascends = not self._lies and _ascending(runs)
-        self._stream: Iterator[Bytes] | None = None
-        self._rest: Bytes = b""
-        self._place = 0
+        self._by_offset = found is not None and found[0].span.member != "deflated"
+        self._stream = Stream(read(tensor)) if not self._by_offset and _ascending(runs) else None
         self._spool: Spool | None = None
 
     def read(self, first: int, count: int) -> Iterator[Bytes]:
         """Yields the bytes of ``count`` rows from ``first`` on, each piece valid until the next is asked for."""
-        start, end = first * self.width, (first + count) * self.width
-        if self._lies:
+        start, nbytes = first * self.width, count * self.width
+        if self._by_offset:
             return self._blocks(narrow(shaped(self.tensor, self.tensor.shape or (1,)), 0, first, count))
-        return self._forward(start, end) if self._ascends else self._anywhere(start, end)
-
-    def _forward(self, start: int, end: int) -> Iterator[Bytes]:
-        self._stream = self._stream or self._blocks(self.tensor)
-        while self._place < end:
-            self._rest = self._rest or next(self._stream)
-            behind = min(len(self._rest), max(0, start - self._place))
-            piece = self._rest[behind : behind + end - max(start, self._place)]
-            self._rest = self._rest[behind + len(piece) :]
-            self._place += behind + len(piece)
-            if piece:
-                yield piece
-
-    def _anywhere(self, start: int, end: int) -> Iterator[Bytes]:
+        if self._stream is not None:
+            self._stream.skip_to(start)
+            return self._stream.read(nbytes)
         if self._spool is None:
             self._spool = Spool(self._blocks(self.tensor))
-        return self._spool.blocks(start, end - start)
+        return self._spool.blocks(start, nbytes)
 
     def close(self) -> None:
         if self._spool is not None:
@@ -149,7 +126,7 @@ class _Rows:
 
 
 def _ascending(runs: Iterator[Run]) -> bool:
-    """Returns whether runs go forward only."""
+    """Returns whether each run begins at or after the end of the one before."""
     end = 0
     for run in runs:
         if run.first < end:
@@ -162,7 +139,7 @@ def _ascending(runs: Iterator[Run]) -> bool:
 
 
 def _mean(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
-    """Yields the mean of a tensor's rows; summed in float64, so a million of them lose nothing."""
+    """Yields the mean of a tensor's rows; summed in float64, so that a million rows lose no precision."""
     import numpy as np
 
     from ckptool.values.codec import encode
@@ -177,9 +154,9 @@ def _mean(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
 
 
 def _mix(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
-    """Yields a tensor with one dimension contracted with a few weights per new index.
+    """Yields a tensor in which each new index of one dimension is a weighted sum of a few old ones.
 
-    The weights' zeros are not multiplied with: an infinite value stays in the channels that use it.
+    Zero weights are not listed, so infinite values affect only the channels that use them.
     """
     import numpy as np
 
@@ -192,11 +169,11 @@ def _mix(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
         old = group.reshape(-1, shape[dim], behind)
         new = np.empty((len(old), len(mix.rows), behind), old.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            for place, weights in enumerate(mix.rows):
-                if place and weights == mix.rows[place - 1]:
-                    new[:, place] = new[:, place - 1]
+            for index, weights in enumerate(mix.rows):
+                if index and weights == mix.rows[index - 1]:
+                    new[:, index] = new[:, index - 1]
                 else:
-                    new[:, place] = _weighted(old, weights, mix)
+                    new[:, index] = _weighted(old, weights, mix)
         yield encode(dtype, new.reshape(-1)).tobytes()
 
 
@@ -213,8 +190,8 @@ def _weighted(old: Any, weights: tuple[tuple[int, float], ...], mix: Mix) -> Any
 def _resample(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
     """Yields a tensor with some dimensions interpolated by `torch.nn.functional.interpolate`, corners not aligned.
 
-    The grid is handed over with its dimensions last and its memory as it lay, as the libraries followed do, so
-    that the same kernel runs and the last bit agrees.
+    The grid is permuted so that its dimensions are last, without a copy, as timm and others do: torch then runs the
+    same kernel and the last bit agrees.
     """
     from ckptool.values.codec import import_torch
 

@@ -1,4 +1,4 @@
-"""From a `TensorInfo` to its bytes, a block at a time; numpy and torch are imported only where a job needs them."""
+"""Reads the bytes of a `TensorInfo`, a block at a time; numpy and torch are imported only where they are needed."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.io.source import BLOCK, Bytes, Files, Source, Spool
 from ckptool.limits import MAX_EXPANDED, MAX_EXPANSION
+from ckptool.values.streams import Stream, gathered, in_step
 
-HELD = 1 << 26
-"""Bytes up to which what a view looks into is read before it is gathered: a file that shrinks is then noticed, while
-touching a memory map behind the end of its file ends the process (SIGBUS)."""
+MAX_BUFFER = 1 << 26
+"""Most bytes of a storage that are read into memory to gather a view of it. Above, the file is mapped, at a risk:
+access behind the end of a file that was truncated meanwhile kills the process (SIGBUS)."""
 
 DENSE = 64
-"""How many times a view's own bytes may be read for it: a file may have a million views that each reach far."""
+"""How many times its own bytes may be read to gather a view: a million views of one storage may each reach far."""
 
 
 def storage_blocks(storage: Storage, files: Files, start: int, nbytes: int, swap_unit: int = 1) -> Iterator[Bytes]:
-    """Yields a range of a storage as it lies, in blocks; with ``swap_unit`` over 1, reversed in such units."""
-    for block in files.blocks(storage.span, start, nbytes):
-        yield block if swap_unit == 1 else _swapped(block, swap_unit)
-
-
-def _swapped(block: Bytes, unit: int) -> Bytes:
+    """Returns a byte range of a storage in blocks; each unit of ``swap_unit`` bytes is reversed, if that is over 1."""
+    blocks = files.blocks(storage.span, start, nbytes)
+    if swap_unit == 1:
+        return blocks
     import numpy as np
 
-    return np.frombuffer(block, f"u{unit}").byteswap().tobytes()
+    return (np.frombuffer(block, f"u{swap_unit}").byteswap().tobytes() for block in blocks)
 
 
 def tensor_blocks(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
     """Yields a dense tensor's elements in C order, little-endian, in blocks of whole elements (about `BLOCK` bytes).
 
-    Conjugation and negation bits are resolved. A contiguous tensor is a plain read; any other is gathered
-    through a memory map, which a 2-core machine does at about 2 GB/s.
+    Conjugation and negation bits are resolved. A contiguous tensor is a plain read; any other is gathered, through a
+    memory map if it is large, at about 2 GB/s on a 2-core machine.
     Raises: UnsupportedError for an `Opaque` tensor, DependencyError if a cast needs torch.
     """
     source = tensor.source
@@ -60,39 +59,39 @@ def tensor_blocks(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
 
 
 def blocks_ahead(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
-    """Yields what `tensor_blocks` does; those of a large cast one block ahead, on another thread.
+    """Yields what `tensor_blocks` does; a large cast is computed one block ahead on another thread, during the write.
 
-    Whoever writes them does so meanwhile. Nothing else may read through ``files`` until they are all there.
+    Nothing else may read through ``files`` until the iterator is exhausted.
     """
     blocks, source = tensor_blocks(tensor, files), tensor.source
-    # A cast makes new memory for every block. Others may yield a buffer that the next block is read into.
+    # A cast allocates every block anew. Other tensors may yield a buffer that the next block overwrites.
     if isinstance(source, Derived) and source.op == "cast" and tensor.is_whole and tensor.nbytes >= COMPUTED_AHEAD:
         return _ahead(blocks)
     return blocks
 
 
 COMPUTED_AHEAD = 1 << 23
-"""Bytes of a tensor from which a thread, and handing it blocks, is worth its time."""
+"""Bytes of a tensor from which computing ahead gains more than a thread costs."""
 
 
 def _ahead(blocks: Iterator[Bytes]) -> Iterator[Bytes]:
     from concurrent.futures import ThreadPoolExecutor
 
-    def following() -> Bytes | None:
+    def following_block() -> Bytes | None:
         return next(blocks, None)
 
-    run = copy_context().run  # the limits that hold here
+    run = copy_context().run  # the context holds the limits in force
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(run, following)
+        coming = thread.submit(run, following_block)
         while (block := coming.result()) is not None:
-            coming = thread.submit(run, following)
+            coming = thread.submit(run, following_block)
             yield block
 
 
 def runs(tensors: Iterable[TensorInfo]) -> Iterator[Span | TensorInfo]:
-    """Yields what the elements of one tensor after another are: spans of files, or tensors that must be worked on.
+    """Yields the spans of files that hold the tensors' bytes as they are; tensors where they are computed.
 
-    Tensors that lie behind each other in a file come as one span.
+    Tensors that follow each other in a file are merged into one span.
     """
     run: Span | None = None
     nbytes = 0
@@ -118,19 +117,19 @@ def runs(tensors: Iterable[TensorInfo]) -> Iterator[Span | TensorInfo]:
 
 
 def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap: int) -> Iterator[Bytes]:
-    """Yields the elements of a view that is not contiguous out of what it looks into: read, or mapped if it is large.
+    """Yields the elements of a view that is not contiguous; the storage is read into memory, or mapped if it is large.
 
-    What cannot be mapped goes into a temporary file first. Before every block from a map the file is looked at again,
-    which leaves microseconds for it to shrink in.
+    What cannot be mapped is spooled to a temporary file first. A mapped file is checked for changes before every block,
+    which leaves only microseconds in which truncating it is fatal.
     """
     import numpy as np
 
     _refuse_blow_up(tensor, source)
     itemsize = DTYPES[tensor.dtype].bits // 8
-    # Dimensions of 1 move nothing: without them no stride leaves the storage, and there are fewer than numpy's 64.
+    # Dimensions of size 1 are dropped: their strides may leave the storage, and numpy allows 64 dimensions at most.
     steps = [pair for pair in zip(tensor.shape or (), tensor.stride, strict=True) if pair[0] != 1]
     first = tensor.storage_offset * itemsize
-    held = reach(tensor.shape or (), tensor.stride) * itemsize
+    extent = reach(tensor.shape or (), tensor.stride) * itemsize
     with ExitStack() as stack:
         file: Source
         if isinstance(source, Derived):
@@ -144,13 +143,13 @@ def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap:
                 raise FormatError(f"a storage ends at byte {end}, behind the end of the file", span.url)
         buffer: Any
         watched: Source | None = None
-        if not isinstance(file, Spool) and held <= min(HELD, DENSE * tensor.nbytes):
-            buffer = file.read(first, held)
+        if not isinstance(file, Spool) and extent <= min(MAX_BUFFER, DENSE * tensor.nbytes):
+            buffer = file.read(first, extent)
         else:
             file.check()
-            buffer, watched = file.map(first, held), file
+            buffer, watched = file.map(first, extent), file
             if buffer is None:
-                buffer = stack.enter_context(Spool(file.blocks(first, held))).map(0, held)
+                buffer = stack.enter_context(Spool(file.blocks(first, extent))).map(0, extent)
         array: Any = np.ndarray(
             [count for count, _ in steps],
             np.dtype(f"V{itemsize}"),
@@ -164,13 +163,13 @@ def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap:
 
 
 def _refuse_blow_up(tensor: TensorInfo, source: Storage | Derived) -> None:
-    """Raises LimitError for a view of so many elements that reading it would never end: a stride of 0 is enough."""
+    """Raises LimitError for a view of far more elements than its storage has: strides may be 0."""
     if not isinstance(source, Storage) or tensor.nbytes <= source.nbytes:
-        return  # nearly all
+        return  # nearly every tensor
     if tensor.nbytes > max(MAX_EXPANDED.now(), MAX_EXPANSION.now() * source.nbytes):
         what = (
-            f"a {tensor.dtype} tensor of shape {brief(tensor.shape)} has {tensor.nbytes:,} bytes, seen in a storage of "
-            f"{source.nbytes:,}, over MAX_EXPANSION, {MAX_EXPANSION.now():,} times it"
+            f"a {tensor.dtype} tensor of shape {brief(tensor.shape)} has {tensor.nbytes:,} bytes, a view of a storage "
+            f"of {source.nbytes:,}, over MAX_EXPANSION, {MAX_EXPANSION.now():,} times it"
         )
         raise MAX_EXPANDED.passed(what, tensor.nbytes, source.span.url)
 
@@ -191,7 +190,7 @@ def _slabs(array: Any) -> Iterator[Any]:
 
 
 def _resolved(raw: Any, tensor: TensorInfo, swap: int) -> Bytes:
-    """Returns the bytes of elements with byte order, conjugation and negation made plain."""
+    """Returns the elements' bytes in little-endian order, with conjugation and negation bits applied."""
     if swap > 1:
         raw = raw.view(f"u{swap}").byteswap().view("u1")
     extras = tensor.extras
@@ -229,7 +228,7 @@ def _derived(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
 
 
 def _cast(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
-    """Yields values converted as `torch.Tensor.to` converts them; counts what becomes infinite or NaN on the way."""
+    """Yields values converted as `torch.Tensor.to` converts them; counts finite values that become infinite or NaN."""
     from ckptool.values.codec import caster
 
     tensor = source.inputs[0]
@@ -242,61 +241,33 @@ def _cast(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
 
 
 def _boxes(source: Derived) -> list[Box]:
-    """Returns the parts of a tensor that have elements: those of ``chunks``, or of ``cat`` in a row."""
+    """Returns the parts of a ``chunks`` or ``cat`` tensor that have elements, each with its offset in the whole."""
     offsets = source.args
     if source.op == "cat":
         ends = accumulate(((tensor.shape or ())[source.dim] for tensor in source.inputs), initial=0)
         before, behind = (0,) * source.dim, (0,) * (len(source.inputs[0].shape or ()) - source.dim - 1)
         offsets = [(*before, end, *behind) for end in ends][:-1]
-    places = zip(offsets, source.inputs, strict=True)
-    return [(place, tensor.shape or (), tensor) for place, tensor in places if tensor.numel]
+    pairs = zip(offsets, source.inputs, strict=True)
+    return [(offset, tensor.shape or (), tensor) for offset, tensor in pairs if tensor.numel]
 
 
 def _put_together(boxes: Sequence[Box], bits: int, files: Files) -> Iterator[Bytes]:
-    """Yields a tensor that lies in boxes: each is read in its own C order, as far as the whole's order is in it."""
+    """Yields a tensor that is divided into boxes; each box is read in its own C order, interleaved to the whole's."""
     if len(boxes) == 1:
         yield from tensor_blocks(boxes[0][2], files)
         return
-    pending = bytearray()
-    parts = [(offsets, sizes, _Stream(tensor_blocks(tensor, files))) for offsets, sizes, tensor in boxes]
-    for stream, nbytes in _turns(_order(parts, 0, bits)) if parts else ():
-        left = nbytes
-        while left:
-            piece = stream.some(left)
-            left -= len(piece)
-            if len(piece) >= BLOCK and not pending:
-                yield piece
-                continue
-            pending += piece
-            if len(pending) >= BLOCK:
-                yield bytes(pending)
-                pending.clear()
-    if pending:
-        yield bytes(pending)
+    parts = [(offsets, sizes, Stream(tensor_blocks(tensor, files))) for offsets, sizes, tensor in boxes]
+    if parts:
+        yield from gathered(_in_turn(_order(parts, 0, bits)))
 
 
-class _Stream:
-    """Blocks read as a stream of bytes."""
-
-    def __init__(self, blocks: Iterator[Bytes]) -> None:
-        self.blocks = blocks
-        self.rest: Bytes = b""
-
-    def some(self, most: int) -> Bytes:
-        """Returns the next bytes, one at least; valid until more are asked for."""
-        self.rest = self.rest or next(self.blocks)
-        piece = self.rest[:most]
-        self.rest = self.rest[len(piece) :]
-        return piece
-
-
-_Part = tuple[tuple[int, ...], tuple[int, ...], _Stream]
-_Order = list[tuple[int, "_Stream | _Order"]]
-"""What is read in turn: (bytes, of a stream), or (times, an order of its own)."""
+_Part = tuple[tuple[int, ...], tuple[int, ...], Stream]
+_Order = list[tuple[int, "Stream | _Order"]]
+"""What is read in turn: (number of bytes, stream), or (how many times, nested order)."""
 
 
 def _order(parts: Sequence[_Part], dim: int, bits: int) -> _Order:
-    """Returns how parts that fill a box follow each other from one dimension on: cut where one begins or ends."""
+    """Returns the order of parts that fill a box, from dimension ``dim`` on: it changes where a part begins or ends."""
     cuts = sorted({edge for at, sizes, _ in parts for edge in (at[dim], at[dim] + sizes[dim])})
     waiting = sorted(parts, key=lambda part: part[0][dim], reverse=True)
     begun: list[_Part] = []
@@ -313,14 +284,14 @@ def _order(parts: Sequence[_Part], dim: int, bits: int) -> _Order:
     return found
 
 
-def _turns(order: _Order) -> Iterator[tuple[_Stream, int]]:
-    """Yields (stream, bytes to take of it) in the order of the whole."""
+def _in_turn(order: _Order) -> Iterator[Bytes]:
+    """Yields the bytes of the streams in the order of the whole tensor."""
     for count, what in order:
-        if isinstance(what, _Stream):
-            yield what, count
+        if isinstance(what, Stream):
+            yield from what.read(count)
         else:
             for _ in range(count):
-                yield from _turns(what)
+                yield from _in_turn(what)
 
 
 def read_bytes(tensor: TensorInfo, files: Files) -> bytes:
@@ -334,14 +305,14 @@ def same_bytes(first: TensorInfo, second: TensorInfo, files: Files) -> bool:
         return False
     if first.view == second.view:
         return True
-    pairs = _aligned(tensor_blocks(first, files), tensor_blocks(second, files))
+    pairs = in_step(tensor_blocks(first, files), tensor_blocks(second, files))
     return all(_equal(one, other) for one, other in pairs)
 
 
 def _equal(one: Bytes, other: Bytes) -> bool:
     """Returns whether two pieces of equal length are the same.
 
-    Whole buffers compare as memory (10 GB/s); memoryviews by element, eight bytes of each at a time (6 GB/s).
+    Whole bytes objects compare by memcmp (10 GB/s); memoryviews by element, here of eight bytes (6 GB/s).
     """
     first = one.obj if isinstance(one, memoryview) else one
     second = other.obj if isinstance(other, memoryview) else other
@@ -354,17 +325,3 @@ def _equal(one: Bytes, other: Bytes) -> bool:
     if len(one) % 8:
         return bytes(one) == bytes(other)
     return memoryview(one).cast("B").cast("Q") == memoryview(other).cast("B").cast("Q")
-
-
-def _aligned(first: Iterator[Bytes], second: Iterator[Bytes]) -> Iterator[tuple[Bytes, Bytes]]:
-    """Yields pieces of equal length from two streams whose blocks may differ in size."""
-    one: Bytes = b""
-    other: Bytes = b""
-    while True:
-        one = one or next(first, b"")
-        other = other or next(second, b"")
-        length = min(len(one), len(other))
-        if not length:
-            return
-        yield one[:length], other[:length]
-        one, other = one[length:], other[length:]

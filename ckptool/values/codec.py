@@ -1,7 +1,7 @@
-"""The numbers that the bytes of each dtype stand for: decoded, encoded, and cast from one dtype to another.
+"""The dtype codec: decodes the elements of every dtype to numbers, encodes numbers, and casts between dtypes.
 
-Elements are little-endian. Rounding is to nearest, ties to even, as `torch.Tensor.to` does it; like there, float64
-becomes a 16-bit float by way of float32. Any NaN becomes bfloat16's 0x7FC0, and a NaN in any other dtype.
+Elements are little-endian. Rounding is to nearest, ties to even, as in `torch.Tensor.to`, which also converts float64
+to 16-bit floats through float32. Any NaN becomes 0x7FC0 in bfloat16, and some NaN in any other dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckptool.io.source import Bytes
 Array = np.ndarray[Any, Any]
 
 FOUR_BITS = "float4_e2m1fn_x2"
-"""Two numbers per element, that of the low bits first."""
+"""Each element is two numbers; the one in the low bits comes first."""
 
 _SMALL = {
     # exponent bits, mantissa bits, bias
@@ -30,20 +30,20 @@ _SMALL = {
     "float8_e8m0fnu": (8, 0, 127),
     FOUR_BITS: (2, 1, 1),
 }
-"""Floats of eight bits and less: OCP 8-bit Floating Point 1.0, OCP Microscaling 1.0, and arXiv 2206.02915 (fnuz)."""
+"""Floats of eight bits or fewer: OCP 8-bit Floating Point 1.0, OCP Microscaling 1.0, and arXiv 2206.02915 (fnuz)."""
 
 _FIRST_SPECIAL = {
     "float64": 0x7FF << 52, "float32": 0xFF << 23, "bfloat16": 0xFF << 7, "float16": 0x1F << 10,
     "float8_e5m2": 0x7C, "float8_e4m3fn": 0x7F,
 }  # fmt: skip
-"""The smallest code, its sign aside, that is not finite: infinity, but for float8_e4m3fn, which has none."""
+"""The smallest code without its sign bit that is not finite: infinity, or NaN for float8_e4m3fn, which has none."""
 
 _ONLY_NAN = {"float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80, "float8_e8m0fnu": 0xFF}
-"""The one code that is not finite, of dtypes that have one."""
+"""The only code that is not finite (NaN), of dtypes that have just one."""
 
 
 def has_values(dtype: str) -> bool:
-    """Returns whether `decode` knows the numbers of a dtype: all of torch's but quantized ones and plain bits."""
+    """Returns whether `decode` supports a dtype: all of torch's but quantized ones and plain bits."""
     row = DTYPES[dtype]
     return row.kind in ("float", "complex", "int", "bool") and row.in_torch
 
@@ -52,9 +52,9 @@ def has_values(dtype: str) -> bool:
 
 
 def decode(dtype: str, data: Bytes) -> Array:
-    """Returns the numbers of elements: exact integers, or float64 / complex128. See `has_values`.
+    """Returns the elements as numbers: exact integers, or float64 / complex128.
 
-    Raises: UnsupportedError for a dtype without numbers of its own.
+    Raises: UnsupportedError for a dtype that `has_values` excludes.
     """
     row = DTYPES[dtype]
     if not has_values(dtype):
@@ -69,12 +69,12 @@ def decode(dtype: str, data: Bytes) -> Array:
         return pairs.view("f4").astype("f8")
     if dtype in _SMALL:
         return np.take(_table(dtype), np.frombuffer(data, "u1"))
-    with np.errstate(invalid="ignore"):  # signalling NaNs
+    with np.errstate(invalid="ignore"):  # signalling NaNs warn
         return decode_float(dtype, data).astype("f8")
 
 
 def decode_float(dtype: str, data: Bytes) -> Array:
-    """Returns the numbers of one of the `COMMON_FLOATS`, in order: float64 ones as they are, others as float32."""
+    """Returns the elements of one of the `COMMON_FLOATS` in order: float64 stays, all others become float32."""
     values = np.frombuffer(data, _layout(dtype))
     if dtype == "bfloat16":  # the upper half of a float32
         wide = values.astype("<u4")
@@ -85,11 +85,11 @@ def decode_float(dtype: str, data: Bytes) -> Array:
 
 
 def decode_unordered(dtype: str, data: Bytes, out: Array, finite: bool = False) -> Array:
-    """Returns the numbers of a float of 32 bits or fewer as float32, in ``out`` where they are not float32 already.
+    """Returns the elements of a float dtype of 32 bits or fewer as float32; in ``out``, unless they are already.
 
-    For sums, several times faster than `decode_float`: two numbers of 16 bits are read as one word, and come as the
-    first of every pair and then the second of every pair; those of 8 bits are looked up by pairs. ``finite`` says
-    that there is neither NaN nor infinity, where the caller knows.
+    For sums: several times faster than `decode_float`, but in another order. 16-bit numbers are read two at a time; the
+    first of every pair come first, then the second of every pair. 8-bit numbers are looked up in pairs. ``finite``: the
+    caller knows that there is no NaN and no infinity.
     """
     if dtype == "float32":
         return np.frombuffer(data, "<f4")
@@ -113,7 +113,7 @@ def decode_unordered(dtype: str, data: Bytes, out: Array, finite: bool = False) 
         np.left_shift(words, 16, out=raw[:half])
         np.bitwise_and(words, 0xFFFF0000, out=raw[half:])
     elif finite or _is_finite(dtype, np.frombuffer(data, "<u2")):
-        # The exponent's bits are moved to their place, with the sign left in its own; then its bias is put right.
+        # The exponent and mantissa are shifted by 3 bits, the sign is kept; then the exponent's bias is corrected.
         np.left_shift(words, 16, out=raw[:half])
         raw[half:] = words
         np.right_shift(pairs.view("<i4"), 3, out=pairs.view("<i4"))
@@ -126,7 +126,7 @@ def decode_unordered(dtype: str, data: Bytes, out: Array, finite: bool = False) 
 
 
 def _layout(dtype: str) -> str:
-    """Returns what numpy is told of elements: a bfloat16 is a word of 16 bits."""
+    """Returns numpy's dtype string for the elements; bfloat16, which numpy lacks, is a 16-bit word."""
     plain = dtype in ("float64", "float32", "float16")
     return f"<{'f' if plain else 'i' if dtype.startswith('int') else 'u'}{DTYPES[dtype].bits // 8}"
 
@@ -153,7 +153,7 @@ def _table(dtype: str) -> Array:
 
 @cache
 def _pairs(dtype: str) -> Array:
-    """Returns what two neighbouring codes of a small float stand for, as two float32 in eight bytes."""
+    """Returns the values of every pair of codes of a small float, each pair as two float32 in eight bytes."""
     one = _table(dtype).astype("<f4")
     both: Array = np.empty((len(one), len(one), 2), "<f4")
     both[:, :, 0], both[:, :, 1] = one, one[:, None]
@@ -166,7 +166,7 @@ def _pairs(dtype: str) -> Array:
 def encode(dtype: str, values: Array) -> Array:
     """Returns numbers as the elements of an integer dtype, bool or one of the `COMMON_FLOATS`, rounded to nearest even.
 
-    What is too large becomes infinite. bfloat16 comes as words of 16 bits.
+    Values that are too large become infinite. bfloat16 is returned as 16-bit words.
     """
     row = DTYPES[dtype]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -178,7 +178,7 @@ def encode(dtype: str, values: Array) -> Array:
     rounded = words >> 16
     rounded &= 1
     rounded += 0x7FFF  # half of the last place, and a bit more where it is odd
-    rounded += words  # beyond 32 bits only for NaN, which is put right below
+    rounded += words  # overflows only for NaN, which is replaced below
     rounded >>= 16
     made: Array = rounded.astype("<u2")
     nan = np.isnan(values)
@@ -188,11 +188,11 @@ def encode(dtype: str, values: Array) -> Array:
 
 
 Cast = Callable[[Bytes], tuple[memoryview, int]]
-"""Maps a block of whole elements to their bytes as another dtype, and how many finite values became infinite or NaN."""
+"""Maps a block of whole elements to (its bytes as another dtype, how many finite values became infinite or NaN)."""
 
 
 def caster(old: str, new: str) -> Cast:
-    """Returns the cast from one dtype to another. Raises: DependencyError if it needs torch, which is not there."""
+    """Returns the cast from one dtype to another. Raises: DependencyError if it needs torch and there is none."""
     if old not in COMMON_FLOATS or new not in COMMON_FLOATS:
         return _cast_by_torch(old, new)
     wider = {"float64": 3, "float32": 2, "bfloat16": 1, "float16": 0}
@@ -225,7 +225,7 @@ def _cast_by_torch(old: str, new: str) -> Cast:
 
 
 def import_torch(what: str) -> Any:
-    """Returns the torch module. Raises: DependencyError, one line that says what needs it."""
+    """Returns the torch module. Raises: DependencyError, which names ``what`` needs it."""
     try:
         import torch
     except ImportError:
@@ -237,9 +237,9 @@ def import_torch(what: str) -> Any:
 
 
 def count_special(dtype: str, data: Bytes) -> tuple[int, int]:
-    """Returns how many floats are NaN, and how many infinite; a complex number is what a component is.
+    """Returns (number of NaN, number of infinite) elements; a complex number counts if one of its components does.
 
-    Where there are none, that is two passes over integers.
+    Costs two passes over integers if there are none.
     """
     components = 2 if DTYPES[dtype].kind == "complex" else 1
     if components == 2:
@@ -260,7 +260,7 @@ def count_special(dtype: str, data: Bytes) -> tuple[int, int]:
 
 
 def _is_finite(dtype: str, codes: Array) -> bool:
-    """Returns whether no code is NaN or infinite: without sign they order as integers, with it behind all others."""
+    """Returns whether no code is NaN or infinite: as unsigned and as signed integers, these have the largest codes."""
     first, width = _FIRST_SPECIAL[dtype], DTYPES[dtype].bits
     if not len(codes):
         return True

@@ -1,4 +1,4 @@
-"""Whether two tensors are the same: by recorded checksums, by their bytes, else by how far their numbers are apart.
+"""Compares two tensors: by recorded checksums, by their bytes, else by the distance of their values.
 
 numpy is imported only where bytes differ.
 """
@@ -15,10 +15,9 @@ from ckptool.values.blocks import same_bytes
 
 
 def compare_bytes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
-    """Returns whether two tensors of one shape are the same bytes: by recorded checksums, where there are any.
+    """Returns whether two tensors of one shape have the same bytes: by their recorded CRC-32, else by reading both.
 
-    Different checksums are certainly different bytes. Equal ones are equal bytes but for an accident of 1 in 2^32,
-    and are no proof against somebody who wants to deceive. Where there are none, both are read.
+    Different checksums prove different bytes. Equal ones are wrong by accident once in 2^32, and can be forged.
     """
     sums = _recorded(a), _recorded(b)
     if None not in sums and a.dtype == b.dtype:
@@ -29,7 +28,7 @@ def compare_bytes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
 
 
 def _recorded(tensor: TensorInfo) -> int | None:
-    """Returns the CRC-32 that a file records of a tensor's bytes: of a storage of which it is all."""
+    """Returns the CRC-32 that the file records for a tensor's bytes, if the tensor is all of its storage."""
     storage = whole_storage(tensor)
     return None if storage is None else storage.crc32
 
@@ -42,11 +41,9 @@ def compare(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float
     """
     if isinstance(a.source, Opaque) or isinstance(b.source, Opaque):
         return _compare_parts(a, b, files, rtol, atol)
-    if a.dtype == b.dtype and a.view == b.view:
-        return Distance("equal")
     recorded = _recorded(a), _recorded(b)
-    known_to_differ = None not in recorded and recorded[0] != recorded[1]  # then nobody need read them to find out
-    if a.dtype == b.dtype and not known_to_differ and same_bytes(a, b, files):
+    known_to_differ = None not in recorded and recorded[0] != recorded[1]  # then they need not be read to find that out
+    if not known_to_differ and same_bytes(a, b, files):
         return Distance("equal")
     from ckptool.values.codec import FOUR_BITS, has_values
     from ckptool.values.distance import distance
@@ -57,7 +54,7 @@ def compare(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float
 
 
 def _compare_parts(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
-    """Compares sparse, quantised and nested tensors part by part, and what else rebuilds them exactly."""
+    """Compares sparse, quantised and nested tensors part by part; all other arguments of their rebuild call exactly."""
     if not (isinstance(a.source, Opaque) and isinstance(b.source, Opaque)) or a.form != b.form:
         return Distance("differ", None, None)
     if len(a.parts) != len(b.parts) or _plain(a.source.node.args) != _plain(b.source.node.args):
@@ -67,7 +64,7 @@ def _compare_parts(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol
 
 
 def _plain(node: Any) -> Any:
-    """Returns what of a rebuild call is neither tensor nor storage, in a form that compares by value."""
+    """Returns the arguments of a rebuild call that are neither tensor nor storage, in a form that compares by value."""
     if isinstance(node, (list, tuple)):
         return [_plain(item) for item in node]
     if isinstance(node, dict):

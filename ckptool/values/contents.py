@@ -1,4 +1,4 @@
-"""What the bytes of a checkpoint say: statistics, hashes, damage. Planned so that no byte is read twice.
+"""Statistics, hashes and damage of a checkpoint's data. Planned so that no byte is read twice.
 
 The hash of a tensor is the sha256 of ``DTYPE[SHAPE]`` and a newline in ASCII (torch's name of the dtype, the sizes
 joined with commas: ``float32[64,3,7,7]``, ``int64[]``), then its elements in C order, little-endian. That of a tensor
@@ -34,7 +34,7 @@ Choose = Callable[[str], bool]
 
 @dataclass(slots=True)
 class Contents:
-    """What was found: by key, by prefix, of the whole. ``missed`` says what could not be computed, and why."""
+    """The results by key, by prefix and of the whole. ``missed`` says what could not be computed, and why."""
 
     stats: dict[str, Stats] = field(default_factory=dict)
     prefixes: list[PrefixStats] = field(default_factory=list)
@@ -54,10 +54,10 @@ def look_into(
     check: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Contents:
-    """Returns what is asked for of the tensors at root that ``choose`` takes; ``check`` without it looks at all.
+    """Returns the results for the tensors at root that ``choose`` accepts; ``check`` without it checks the whole file.
 
-    Each tie group is read once. Memory does not grow with the file. Raises: FormatError and UnreadableError, but
-    with ``check`` bytes that are not what they claim to be are a finding.
+    Each tie group is read once. Memory does not grow with the file. Raises: UnreadableError; FormatError, which with
+    ``check`` becomes a finding.
     """
     chosen = {key: tensor for key, tensor in checkpoint.state_dict().items() if choose is None or choose(key)}
     found = Contents()
@@ -72,12 +72,13 @@ def look_into(
                 measured[key] = plan.job(tensor)
                 measured[key].moments = True
             else:
-                missed.setdefault(_what(tensor), []).append(key)
+                kind = f"{tensor.kind} tensors" if isinstance(tensor.source, Opaque) else tensor.dtype
+                missed.setdefault(kind, []).append(key)
         found.missed += [f"no statistics of {what}: {listed(keys)}" for what, keys in missed.items()]
     if hashes:
         for tensor in chosen.values():
             for part in tensor.parts if isinstance(tensor.source, Opaque) else (tensor,):
-                plan.job(part).head = _head(part)
+                plan.job(part).head = f"{_form(part)}\n".encode("ascii")
     named = _named(checkpoint, chosen, whole=choose is None) if check else {}
     floats = [(tensor, key) for tensor, key in named.values() if DTYPES[tensor.dtype].kind in ("float", "complex")]
     for tensor, _ in floats:
@@ -96,22 +97,18 @@ def look_into(
         found.whole = _whole(found.hashes) if len(found.hashes) == len(chosen) else None
     if check:
         found.findings += _wrong(records, named)
-        told = {id(record.job) for record in records}
+        reported = {id(record.job) for record in records}
         for tensor, key in floats:
             job = plan.job(tensor)
             if job.error is None:
                 found.findings += not_finite(key, *job.found_special, tensor.numel)
-            elif id(job) not in told:
+            elif id(job) not in reported:
                 found.findings.append(Finding("data", job.error, key))
     return found
 
 
-def _what(tensor: TensorInfo) -> str:
-    return f"{tensor.kind} tensors" if isinstance(tensor.source, Opaque) else tensor.dtype
-
-
 class _Plan:
-    """The jobs so far, one for every view of memory."""
+    """The jobs so far, one for each view of a storage."""
 
     def __init__(self, lenient: bool) -> None:
         self.lenient = lenient
@@ -130,7 +127,7 @@ class _Plan:
 
 
 def _by_prefix(moments: Mapping[str, tuple[object, Moments]]) -> list[PrefixStats]:
-    """Returns the statistics below every prefix with two tensors or more, "" being all; each tie group counts once."""
+    """Returns the statistics below each prefix of two tensors or more, "" being the whole; a tie group counts once."""
     from ckptool.values.stats import Moments
 
     sums: dict[str, Moments] = {}
@@ -157,10 +154,6 @@ def _form(tensor: TensorInfo) -> str:
     return f"{tensor.dtype}[{shape}]"
 
 
-def _head(tensor: TensorInfo) -> bytes:
-    return f"{_form(tensor)}\n".encode("ascii")
-
-
 def _hash(tensor: TensorInfo, plan: _Plan) -> str | None:
     """Returns the hash of a tensor whose bytes have been read; None where they could not be."""
     source = tensor.source
@@ -169,17 +162,14 @@ def _hash(tensor: TensorInfo, plan: _Plan) -> str | None:
     lines = [f"{source.kind} {_form(tensor)}"]
     if source.kind == "quantized":
         parameters = source.node.args[4] if len(source.node.args) > 4 else ()
-        lines.append(" ".join(_text(one) for one in parameters if not isinstance(one, TensorInfo)))
+        plain = [one for one in parameters if not isinstance(one, TensorInfo)]
+        lines.append(" ".join(one.qualname if isinstance(one, Global) else repr(one) for one in plain))
     for part in source.parts:
         digest = plan.job(part).digest
         if digest is None:
             return None
         lines.append(digest)
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _text(value: object) -> str:
-    return value.qualname if isinstance(value, Global) else repr(value)
 
 
 def _whole(hashes: Mapping[str, str]) -> str:
@@ -196,7 +186,7 @@ def _whole(hashes: Mapping[str, str]) -> str:
 def _named(
     checkpoint: Checkpoint, chosen: Mapping[str, TensorInfo], whole: bool
 ) -> dict[object, tuple[TensorInfo, str]]:
-    """Returns {view: (tensor, name)} of all tensors: at root by key, elsewhere by path; a tie group once."""
+    """Returns {view: (tensor, name)} of all tensors, named by key at root and by path elsewhere; a tie group once."""
     found: dict[object, tuple[TensorInfo, str]] = {}
 
     def put(tensor: TensorInfo, name: str) -> None:
@@ -211,7 +201,7 @@ def _named(
     if whole:
         for path, tensor in checkpoint.tensors():
             put(tensor, path_text(path))
-        for path, node in walk(checkpoint.tree, inside=True):  # plain attributes of modules, of tensors, of objects
+        for path, node in walk(checkpoint.tree, inside=True):  # attributes of modules, tensors and other objects
             if isinstance(node, TensorInfo):
                 put(node, path_text(path))
     return found
@@ -219,7 +209,7 @@ def _named(
 
 @dataclass(slots=True)
 class _Record:
-    """A member of a zip, its checksum, and what reads it."""
+    """A zip member and the job that reads it."""
 
     name: str
     member: zips.Member
@@ -227,7 +217,7 @@ class _Record:
 
 
 def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files) -> Iterator[_Record]:
-    """Yields the zip records to be checked, each with the job of the tensor that is all of it, or one of its own."""
+    """Yields the zip members to be checked, each with the job of the tensor that fills it, or with a job of its own."""
     whole = {
         (storage.span.url, storage.span.offset): job
         for job in plan.jobs.values()
@@ -268,7 +258,7 @@ def _urls(checkpoint: Checkpoint) -> list[str]:
 
 
 def _moved(name: str, span: Span, files: Files) -> Finding | None:
-    """Returns a finding where no member of that name is at the place that the directory gives."""
+    """Returns a finding if the local header at a member's offset is missing or has another name."""
     try:
         files.locate(span)
         there = files.member_name(span)
@@ -280,7 +270,7 @@ def _moved(name: str, span: Span, files: Files) -> Finding | None:
 
 
 def _wrong(records: list[_Record], named: Mapping[object, tuple[TensorInfo, str]]) -> Iterator[Finding]:
-    """Yields the records whose bytes are not those that were written; the key is the first that looks into them."""
+    """Yields a finding for each damaged record; its key is the first whose tensor is stored there."""
     keys: dict[tuple[str, int], str] = {}
     for tensor, name in named.values():
         for storage in tensor.storages():
@@ -290,5 +280,5 @@ def _wrong(records: list[_Record], named: Mapping[object, tuple[TensorInfo, str]
         if record.job.error is not None:
             yield Finding("data", f"record {record.name}: {record.job.error}", key)
         elif record.job.crc32 != record.member.crc32:
-            told = f"its bytes have the checksum {record.job.crc32:08x}, the directory says {record.member.crc32:08x}"
-            yield Finding("crc", f"record {record.name}: {told}", key)
+            what = f"its bytes have the checksum {record.job.crc32:08x}, the directory says {record.member.crc32:08x}"
+            yield Finding("crc", f"record {record.name}: {what}", key)

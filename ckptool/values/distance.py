@@ -1,4 +1,4 @@
-"""How far the numbers of two tensors are apart: in float64, or in float32 where that is enough."""
+"""The distance of two tensors' values: computed in float64, or in float32 where that is enough."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ckptool.io.source import Bytes, Files
 from ckptool.values.blocks import tensor_blocks
 from ckptool.values.codec import Array, decode, decode_unordered
 from ckptool.values.stats import LARGE, TINY, squares
+from ckptool.values.streams import in_step
 
 SMALL = 1 << 14
-"""Elements up to which two tensors are simply compared in float64."""
+"""Elements up to which two tensors are always compared in float64."""
 
 
 def distance(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
@@ -27,7 +28,8 @@ def distance(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: floa
     if a.numel > SMALL and is_fast(a, b):
         _Kernel(sums, a.dtype).add(tensor_blocks(a, files), tensor_blocks(b, files))
     else:
-        for one, other in _same_count(tensor_blocks(a, files), tensor_blocks(b, files), a.dtype, b.dtype):
+        widths = (DTYPES[tensor.dtype].bits // 8 for tensor in (a, b))
+        for one, other in in_step(tensor_blocks(a, files), tensor_blocks(b, files), *widths):
             sums.add(decode(a.dtype, one), decode(b.dtype, other))
     return sums.distance()
 
@@ -44,7 +46,7 @@ class Norm:
             self.add_squares(float(np.square(values / largest).sum()), largest)
 
     def add_squares(self, total: float, scale: float = 1.0) -> None:
-        """Adds ``scale**2 * total``, a sum of squares that was made elsewhere."""
+        """Adds ``scale**2 * total``, a sum of squares computed by the caller."""
         if not total or not scale:
             return
         if scale > self.scale:
@@ -53,7 +55,7 @@ class Norm:
         self.total += total * (scale / self.scale) ** 2
 
     def over(self, other: Norm) -> float | None:
-        """Returns this norm over another; None over zero, or where it is beyond float64."""
+        """Returns this norm over another; None if that is zero, or the ratio overflows float64."""
         if not self.scale:
             return 0.0
         if not other.scale:
@@ -100,7 +102,7 @@ class Sums:
 
 
 def _integer_gaps(a: Array, b: Array) -> tuple[Any, Any]:
-    """Returns (which differ, |a - b| as float64), exact for integers of any two dtypes before the last rounding."""
+    """Returns (mask of differing elements, |a - b| as float64); exact but for that rounding."""
     one, other = a.astype("u8"), b.astype("u8")  # modulo 2^64 the larger minus the smaller is exact
     negative, other_negative = a < 0, b < 0
     larger = np.where(negative == other_negative, one >= other, other_negative)
@@ -108,40 +110,23 @@ def _integer_gaps(a: Array, b: Array) -> tuple[Any, Any]:
     return gap > 0, gap.astype("f8")
 
 
-def _same_count(
-    first: Iterator[Bytes], second: Iterator[Bytes], dtype: str, other_dtype: str
-) -> Iterator[tuple[Bytes, Bytes]]:
-    """Yields pieces with equally many elements from two streams of whole elements."""
-    width, other_width = DTYPES[dtype].bits // 8, DTYPES[other_dtype].bits // 8
-    one: Bytes = b""
-    other: Bytes = b""
-    while True:
-        one = one or next(first, b"")
-        other = other or next(second, b"")
-        count = min(len(one) // width, len(other) // other_width)
-        if not count:
-            return
-        yield one[: count * width], other[: count * other_width]
-        one, other = one[count * width :], other[count * other_width :]
-
-
 # --- large tensors of one common dtype -----------------------------------------------------------------------------
 #
 # A difference of two 16-bit floats, or of two float32, has a relative error of 2**-24 in float32, so sums of squares
-# (in runs, put together in float64) and most decisions need no more. What does need more is computed again in float64:
+# (in runs that are added in float64) and most decisions need no more. These do, and are computed again in float64:
 # the largest difference, a tolerance that is nearly met, and pieces with NaN, infinities or extreme magnitudes.
 
 FAST = ("bfloat16", "float16", "float32")
 """dtypes that are exact in float32."""
 
 PIECE = 1 << 17
-"""Elements looked at together. A second thread gains little: after each of these calls it waits for Python's lock."""
+"""Elements processed together. A second thread gains little: after each of these calls it waits for the GIL."""
 
 NEAR = 1e-5
-"""How near to the tolerance, relative to it, float32 may err."""
+"""Relative distance from the tolerance within which a float32 result is recomputed in float64."""
 
-_HELD = threading.local()
-"""The memory of a thread's kernels: touching 2 MB of new memory for every tensor takes a tenth of the time."""
+_ARRAYS = threading.local()
+"""Arrays that a thread's kernels share: allocating 2 MB anew for every tensor takes a tenth of the time."""
 
 
 def is_fast(a: TensorInfo, b: TensorInfo) -> bool:
@@ -150,14 +135,14 @@ def is_fast(a: TensorInfo, b: TensorInfo) -> bool:
 
 
 class _Kernel:
-    """Memory that is used again for every piece of every tensor, and the totals it adds to."""
+    """Adds blocks of two tensors to totals, in float32 arrays that are reused for every piece of every tensor."""
 
     def __init__(self, sums: Sums, dtype: str) -> None:
         self.sums, self.dtype = sums, dtype
         self.width = DTYPES[dtype].bits // 8
-        if getattr(_HELD, "count", 0) != PIECE:
-            _HELD.count, _HELD.arrays = PIECE, [np.empty(PIECE, "f4") for _ in range(4)]
-        self.a, self.b, self.gap, self.room = _HELD.arrays
+        if getattr(_ARRAYS, "count", 0) != PIECE:
+            _ARRAYS.count, _ARRAYS.arrays = PIECE, [np.empty(PIECE, "f4") for _ in range(4)]
+        self.a, self.b, self.gap, self.room = _ARRAYS.arrays
 
     def add(self, first: Iterator[Bytes], second: Iterator[Bytes]) -> None:
         """Adds two streams of blocks of equal sizes: both tensors are read from ranges of the same length."""
@@ -191,7 +176,7 @@ class _Kernel:
             sums.close = self.is_close(a, b, gap, room)
 
     def is_close(self, a: Array, b: Array, gap: Array, room: Array) -> bool:
-        """Returns whether every gap is within the tolerance; where float32 cannot tell, float64 does."""
+        """Returns whether every gap is within the tolerance; decided in float64 where float32 is not enough."""
         np.abs(b, out=room)
         room *= np.float32(self.sums.rtol)
         room += np.float32(self.sums.atol)

@@ -1,10 +1,10 @@
-"""From a `Draw` to its bytes: constants and random numbers, by the methods of torch.nn.init.
+"""Computes the bytes of a `Draw`: constants and random numbers, by the methods of torch.nn.init.
 
-Every tensor has a stream of its own, Philox4x64-10 keyed by a hash of the seed and the tensor's name, so other tensors
-change nothing in it. What numpy makes of the stream may change with numpy's version (NEP 19), and the last digits of
-``orthogonal`` with the processor too, for which the linear algebra library has kernels of its own.
+Every tensor has its own random stream, Philox4x64-10 keyed by a hash of the seed and the tensor's name, so its values
+do not depend on other tensors. They may change with numpy's version (NEP 19), and the last digits of ``orthogonal``
+with the processor too, since the linear algebra library picks its kernels by it.
 
-Values are computed as float64 and rounded to the dtype as a cast is.
+Values are computed as float64 and rounded to the dtype as in a cast.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ckptool.io.source import BLOCK
 from ckptool.values.codec import Array, decode, encode
 
 CHUNK = 1 << 14
-"""Numbers that are computed at a time: they stay in a core's cache."""
+"""Numbers computed at a time: few enough to stay in a core's cache."""
 
 
 def blocks(draw: Draw, dtype: str) -> Iterator[bytes]:
     """Yields a tensor's elements in C order, little-endian, in blocks of `BLOCK` bytes.
 
-    Memory is a few blocks whatever the size, but for ``orthogonal``, which has the matrix as float64 three times.
-    Raises: UnsupportedError for a dtype that has no such numbers.
+    Memory is a few blocks whatever the size, but for ``orthogonal``, which needs three copies of the matrix in float64.
+    Raises: UnsupportedError for a dtype that is neither integer, bool nor a common float.
     """
     if DTYPES[dtype].kind not in ("int", "bool") and dtype not in COMMON_FLOATS:
         raise UnsupportedError(f"values of {dtype} are not made here")
@@ -44,17 +44,17 @@ def blocks(draw: Draw, dtype: str) -> Iterator[bytes]:
     yield bytes(pending)
 
 
-def _counts(total: int) -> Iterator[int]:
-    """Yields how many numbers are made at a time, until there are ``total``."""
+def _chunks(total: int) -> Iterator[tuple[int, int]]:
+    """Yields (first, count) for the numbers to compute at a time, ``total`` in sum."""
     for start in range(0, total, CHUNK):
-        yield min(CHUNK, total - start)
+        yield start, min(CHUNK, total - start)
 
 
-# --- the same for every key --------------------------------------------------------------------------------------
+# --- without random numbers --------------------------------------------------------------------------------------
 
 
 def _constant(draw: Draw, dtype: str) -> Iterator[Array]:
-    for count in _counts(prod(draw.shape)):
+    for _, count in _chunks(prod(draw.shape)):
         yield np.full(count, draw.numbers[0])
 
 
@@ -74,22 +74,20 @@ def _dirac(draw: Draw, dtype: str) -> Iterator[Array]:
     return _ones_at(((ones * into + inside) * prod(field) + centre)[inside < into], prod(draw.shape))
 
 
-def _ones_at(places: Array, total: int) -> Iterator[Array]:
-    """Yields 1 at some flat positions, which ascend, and 0 elsewhere."""
-    start = 0
-    for count in _counts(total):
+def _ones_at(positions: Array, total: int) -> Iterator[Array]:
+    """Yields 1 at the given flat positions (ascending) and 0 elsewhere."""
+    for start, count in _chunks(total):
         values = np.zeros(count)
-        first, last = np.searchsorted(places, (start, start + count))
-        values[places[first:last] - start] = 1.0
+        first, last = np.searchsorted(positions, (start, start + count))
+        values[positions[first:last] - start] = 1.0
         yield values
-        start += count
 
 
 # --- random numbers ----------------------------------------------------------------------------------------------
 
 
 def _generator(draw: Draw, purpose: str = "values") -> np.random.Generator:
-    """Returns the random numbers of a seed, a key and a purpose."""
+    """Returns the random generator for the draw's seed and key, and for a purpose."""
     text = f"ckptool draw 1\0{draw.seed}\0{purpose}\0{draw.key}"
     digest = sha256(text.encode("utf-8", "surrogatepass")).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
@@ -99,14 +97,14 @@ def _uniform(draw: Draw, dtype: str) -> Iterator[Array]:
     a, b = draw.numbers
     low, high = _inside(a, b, dtype, open_end=True)
     random = _generator(draw)
-    for count in _counts(prod(draw.shape)):
+    for _, count in _chunks(prod(draw.shape)):
         yield np.clip(random.random(count) * (b - a) + a, low, high)
 
 
 def _normal(draw: Draw, dtype: str) -> Iterator[Array]:
     mean, std = draw.numbers
     random = _generator(draw)
-    for count in _counts(prod(draw.shape)):
+    for _, count in _chunks(prod(draw.shape)):
         yield random.standard_normal(count) * std + mean
 
 
@@ -127,18 +125,18 @@ def _trunc_normal(draw: Draw, dtype: str) -> Iterator[Array]:
 
 
 def _truncated(draw: Draw, alpha: float, beta: float, count: int) -> Iterator[Array]:
-    """Yields standard normals between ``alpha`` and ``beta``, of which ``beta`` is the farther from 0, without end.
+    """Yields standard normals between ``alpha`` and ``beta`` without end; ``beta`` is the farther one from 0.
 
-    By rejection, which keeps one proposal in four or more, wherever the interval lies (after Robert 1995). What is
-    proposed, ``count`` at a time, and what decides are two streams, so that the result does not depend on ``count``.
+    By rejection, which accepts at least a quarter of the proposals for any interval (after Robert 1995). Proposals,
+    ``count`` at a time, and decisions come from two streams, so the result does not depend on ``count``.
     """
     random, judge = _generator(draw), _generator(draw, "accepted")
     if erf(beta / sqrt(2)) - erf(alpha / sqrt(2)) > 0.5:  # a quarter of all normals, or more
         while True:
             values = random.standard_normal(count)
             yield values[(values >= alpha) & (values <= beta)]
-    # Above 0 the density falls like an exponential one of rate alpha, and faster: exp(-(x - alpha)²/2) is accepted.
-    # Around 0 few normals fall into the interval only if it is narrow; then it is the uniform distribution.
+    # Above 0 proposals are exponential of rate alpha, accepted with probability exp(-(x - alpha)²/2). An interval
+    # around 0 comes here only if it is narrow; there proposals are uniform.
     rate, width = max(alpha, 0.0), beta - alpha
     while True:
         values = random.random(count)
@@ -146,24 +144,22 @@ def _truncated(draw: Draw, alpha: float, beta: float, count: int) -> Iterator[Ar
             values = np.log1p(values * expm1(-rate * width)) / -rate
         else:
             values *= width
-        beyond = values + (alpha - rate)  # how far above alpha, or from 0 if alpha is below
+        beyond = values + (alpha - rate)  # distance from alpha, or from 0 if alpha is below it
         yield alpha + values[judge.random(count) <= np.exp(beyond * beyond / -2)]
 
 
 def _sparse(draw: Draw, dtype: str) -> Iterator[Array]:
-    """Yields normals and, in each column, exactly as many zeros: by selection sampling (Knuth, 3.4.2 S)."""
+    """Yields normals with the given number of zeros in each column, by selection sampling (Knuth, 3.4.2 S)."""
     zeros, std = draw.numbers
     rows, cols = draw.shape
     random, judge = _generator(draw), _generator(draw, "zeros")
     left = np.full(cols, zeros)  # zeros that each column still gets
     for row in range(rows):
-        start = 0
-        for count in _counts(cols):
-            # Zero with probability (zeros left) / (rows left): surely if all are, and never if none is.
+        for start, count in _chunks(cols):
+            # Zero with probability (zeros left) / (rows left).
             hit = judge.random(count) * (rows - row) < left[start : start + count]
             left[start : start + count] -= hit
             yield np.where(hit, 0.0, random.standard_normal(count) * std)
-            start += count
 
 
 def _orthogonal(draw: Draw, dtype: str) -> Iterator[Array]:
@@ -174,10 +170,8 @@ def _orthogonal(draw: Draw, dtype: str) -> Iterator[Array]:
     q, r = np.linalg.qr(matrix)
     q *= np.copysign(1.0, np.diagonal(r)) * draw.numbers[0]
     flat = (q if rows >= cols else q.T).reshape(-1)
-    start = 0
-    for count in _counts(len(flat)):
+    for start, count in _chunks(len(flat)):
         yield flat[start : start + count]
-        start += count
 
 
 _MAKERS: dict[str, Callable[[Draw, str], Iterator[Array]]] = {
@@ -186,11 +180,11 @@ _MAKERS: dict[str, Callable[[Draw, str], Iterator[Array]]] = {
 }  # fmt: skip
 
 
-# --- what a dtype can hold ---------------------------------------------------------------------------------------
+# --- bounds that a dtype can represent ---------------------------------------------------------------------------
 
 
 def _inside(a: float, b: float, dtype: str, open_end: bool) -> tuple[float, float]:
-    """Returns the least and the greatest value of a dtype from a to b (``open_end``: below b); a's twice if none is."""
+    """Returns a dtype's least and greatest values in [a, b] (``open_end``: [a, b)); the one nearest a if none is."""
     low, high = _stepped(a, dtype, 0), _stepped(b, dtype, 0)
     if low < a:
         low = _stepped(a, dtype, 1)
@@ -202,10 +196,10 @@ def _inside(a: float, b: float, dtype: str, open_end: bool) -> tuple[float, floa
 
 
 def _stepped(value: float, dtype: str, steps: int) -> float:
-    """Returns the dtype's value nearest to a number, or one that many steps above it."""
+    """Returns the dtype's value nearest to a number, moved by ``steps`` values of the dtype."""
     width = DTYPES[dtype].bits // 8
     sign = 1 << (8 * width - 1)
     word = int(encode(dtype, np.array([value])).view(f"<u{width}")[0])
-    place = (-(word - sign) if word & sign else word) + steps
-    word = place if place >= 0 else sign - place
+    rank = (-(word - sign) if word & sign else word) + steps
+    word = rank if rank >= 0 else sign - rank
     return float(decode(dtype, word.to_bytes(width, "little"))[0])

@@ -1,7 +1,7 @@
-"""Bytes read once for all that is asked of them: moments, a digest, a checksum, NaN and infinities; on two threads.
+"""Reads tensors and zip members once for moments, sha256, CRC-32 and counts of NaN and infinity; on several threads.
 
-A job is one tensor, or one member of a zip. numpy, hashlib and zlib all let go of Python's lock over a block, so
-threads help; what is found does not depend on how many there are, nor on which of them did what.
+A job is one tensor, or one member of a zip. numpy, hashlib and zlib all release the GIL over a block, so threads help.
+Results do not depend on the number of threads, nor on which of them read what.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from ckptool.values.stats import Workspace
 
 THREADS = 4
-"""Threads at most; no more than the processor has cores for us. Each takes 2 to 4 MB."""
+"""Most threads; fewer if this process may use fewer cores. Each needs 2 to 4 MB."""
 
 CHUNK = 1 << 21
-"""Bytes read at a time: after each numpy call a thread waits for Python's lock, so calls should not be too short."""
+"""Bytes read at a time: after each numpy call a thread waits for the GIL, so calls should not be too short."""
 
 SEGMENT = 1 << 25
-"""Bytes of a large tensor that one thread takes at a time, where blocks need not be seen in turn."""
+"""Bytes of a large tensor that one thread takes at a time, where its blocks may be read in any order."""
 
 BATCH = 1 << 22
-"""Bytes of small jobs that one thread takes at a time, and `MANY` of them at most."""
+"""Bytes of small jobs that one thread takes at a time, at most `MANY` jobs."""
 
 MANY = 256
 
 
 @dataclass(slots=True)
 class Job:
-    """What to read, and what to find out. ``crc32`` is that of the bytes, ``digest`` the sha256 with ``head`` first.
+    """What to read and compute, and the results. ``digest`` is the sha256 of ``head`` and the bytes.
 
-    ``error`` is why the bytes could not be read, where the job was told to say so instead of raising.
+    ``error`` says why the bytes could not be read, where the job is ``lenient``; others raise.
     """
 
     source: TensorInfo | Span
@@ -63,47 +63,47 @@ class Job:
         self.nbytes = self.source.nbytes
 
 
-Piece = tuple[Job, int, int]
-"""Bytes of a job: from, and how many; all of it, if -1."""
+@dataclass(slots=True)
+class _Piece:
+    """A part of a job for one thread: ``nbytes`` from ``start`` on, or all of it if -1; then what was found in it."""
 
-Found = tuple[Any, tuple[int, int]]
-"""What one piece gave: moments (None if not asked for), NaN and infinities."""
+    job: Job
+    start: int = 0
+    nbytes: int = -1
+    moments: Any = None
+    special: tuple[int, int] = (0, 0)
 
 
 def read(jobs: Sequence[Job], files: Files, threads: int | None = None) -> None:
-    """Reads every job's bytes once, and puts what was found into it; the progress of ``files`` is told the bytes read.
+    """Reads every job's bytes once and sets its results; reports the bytes read to the progress of ``files``.
 
     Raises: FormatError where a file is not what it claims, but for lenient jobs; UnreadableError.
     """
     units = list(_units(jobs))
-    parts: dict[int, list[Found]] = {id(job): [None] * count for job, count in _counts(units)}  # type: ignore[list-item]
-    total = sum(_nbytes(piece) for unit in units for piece, _ in unit)
+    total = sum(job.nbytes for job in jobs)
     threads = min(threads or min(THREADS, _cores()), len(units)) if total > BATCH else 1
     if threads <= 1:
         worker = _Worker(files)
         for unit in units:
-            worker.do(unit, parts)
+            worker.read(unit)
     else:
-        _together(units, parts, files, threads)
-    for job in jobs:
-        _join(job, parts[id(job)])
+        _together(units, files, threads)
+    for unit in units:
+        for piece in unit:
+            _add(piece)
 
 
-Unit = list[tuple[Piece, int]]
-"""Pieces that one thread takes at a time, each with its number among its job's."""
-
-
-def _units(jobs: Sequence[Job]) -> Iterator[Unit]:
-    """Yields what threads are handed, the largest first: so that at the end none waits long for another."""
-    batch: Unit = []
+def _units(jobs: Sequence[Job]) -> Iterator[list[_Piece]]:
+    """Yields the pieces that one thread takes at a time; large jobs first, so that no thread waits long at the end."""
+    batch: list[_Piece] = []
     size = 0
     for job in sorted(jobs, key=lambda job: job.nbytes, reverse=True):
         nbytes = job.nbytes
         if nbytes > SEGMENT and _is_divisible(job):
-            for number, start in enumerate(range(0, nbytes, SEGMENT)):
-                yield [((job, start, min(SEGMENT, nbytes - start)), number)]
+            for start in range(0, nbytes, SEGMENT):
+                yield [_Piece(job, start, min(SEGMENT, nbytes - start))]
             continue
-        batch.append(((job, 0, -1), 0))
+        batch.append(_Piece(job))
         size += nbytes
         if size >= BATCH or len(batch) == MANY:
             yield batch
@@ -112,20 +112,8 @@ def _units(jobs: Sequence[Job]) -> Iterator[Unit]:
         yield batch
 
 
-def _counts(units: Sequence[Unit]) -> Iterator[tuple[Job, int]]:
-    """Yields every job and how many pieces it has; the last word on a job counts."""
-    for unit in units:
-        for (job, _, _), number in unit:
-            yield job, number + 1
-
-
-def _nbytes(piece: Piece) -> int:
-    job, _, nbytes = piece
-    return nbytes if nbytes >= 0 else job.nbytes
-
-
 def _is_divisible(job: Job) -> bool:
-    """Returns whether a job's pieces may be read apart: what is found does not hang on their order, and they lie so."""
+    """Returns whether a job's pieces may be read in any order: no digest or checksum, and a range of a local file."""
     tensor = job.source
     if job.head is not None or job.checksum or not isinstance(tensor, TensorInfo):
         return False
@@ -133,15 +121,16 @@ def _is_divisible(job: Job) -> bool:
     return found is not None and found[0].span.member != "deflated" and found[0].span.memory is None
 
 
-def _join(job: Job, parts: Sequence[Found]) -> None:
-    """Puts the pieces of a job together, in their order."""
+def _add(piece: _Piece) -> None:
+    """Adds what was found in a piece to the results of its job; pieces come in the order of their bytes."""
+    job = piece.job
     if job.error is not None:
         return
-    job.found_special = (sum(special[0] for _, special in parts), sum(special[1] for _, special in parts))
-    if job.moments:
-        job.found_moments = parts[0][0]
-        for moments, _ in parts[1:]:
-            job.found_moments.add(moments)
+    job.found_special = (job.found_special[0] + piece.special[0], job.found_special[1] + piece.special[1])
+    if job.found_moments is None:
+        job.found_moments = piece.moments
+    else:
+        job.found_moments.add(piece.moments)
 
 
 def _cores() -> int:
@@ -149,41 +138,44 @@ def _cores() -> int:
 
 
 class _Worker:
-    """One thread's files and memory."""
+    """One thread's open files and working memory."""
 
     def __init__(self, files: Files) -> None:
         self.files = files
         self.space: Workspace | None = None
 
-    def do(self, unit: Unit, parts: dict[int, list[Found]]) -> None:
-        for (job, start, nbytes), number in unit:
-            parts[id(job)][number] = self._read(job, start, nbytes)
+    def read(self, unit: Sequence[_Piece]) -> None:
+        for piece in unit:
+            source = piece.job.source
+            # Outside the `try`: even a lenient job must fail if a file was changed since it was opened.
+            for span in [source] if isinstance(source, Span) else [one.span for one in source.storages()]:
+                if span.memory is None:
+                    self.files.get(span)
+            try:
+                self._read(piece)
+            except FormatError as error:
+                if not piece.job.lenient:
+                    raise
+                piece.job.error = error.message
 
-    def _read(self, job: Job, start: int, nbytes: int) -> Found:
-        spans = [job.source] if isinstance(job.source, Span) else [one.span for one in job.source.storages()]
-        for span in spans:  # that a file was changed meanwhile is nothing that a lenient job may keep to itself
-            if span.memory is None:
-                self.files.get(span)
-        if not job.lenient:
-            return self._see(job, start, nbytes)
-        try:
-            return self._see(job, start, nbytes)
-        except FormatError as error:
-            job.error = error.message
-            return None, (0, 0)
-
-    def _see(self, job: Job, start: int, nbytes: int) -> Found:
+    def _read(self, piece: _Piece) -> None:
+        job = piece.job
         dtype = job.source.dtype if isinstance(job.source, TensorInfo) else ""
-        moments = self._measured(dtype) if job.moments else None
+        space: Workspace | None = None
+        if job.moments:
+            from ckptool.values.stats import Moments, Workspace
+
+            space = self.space = self.space or Workspace()
+            piece.moments = Moments()
         digest = None if job.head is None else hashlib.sha256(job.head)
         crc = nan = inf = 0
-        for block in self._blocks(job.source, start, nbytes):
+        for block in self._blocks(job.source, piece.start, piece.nbytes):
             if job.checksum:
                 crc = zlib.crc32(block, crc)
             if digest is not None:
                 digest.update(block)
-            if moments is not None and self.space is not None:
-                moments.add(self.space.moments(dtype, block))
+            if space is not None:
+                piece.moments.add(space.moments(dtype, block))
             elif job.special:
                 from ckptool.values.codec import count_special
 
@@ -193,15 +185,7 @@ class _Worker:
             job.crc32 = crc
         if digest is not None:
             job.digest = digest.hexdigest()
-        if moments is not None and job.special:
-            nan, inf = moments.nan, moments.inf
-        return moments, (nan, inf)
-
-    def _measured(self, dtype: str) -> Any:
-        from ckptool.values.stats import Moments, Workspace
-
-        self.space = self.space or Workspace()
-        return Moments()
+        piece.special = (piece.moments.nan, piece.moments.inf) if job.moments else (nan, inf)
 
     def _blocks(self, source: TensorInfo | Span, start: int, nbytes: int) -> Iterator[Bytes]:
         if isinstance(source, Span):
@@ -214,18 +198,18 @@ class _Worker:
 
 
 class _Stopped(Exception):
-    """Ends a thread whose work nobody waits for any more."""
+    """Ends a thread after another one failed."""
 
 
-def _together(units: Sequence[Unit], parts: dict[int, list[Found]], files: Files, threads: int) -> None:
-    """Has threads take units until there are none; raises what the first to fail raised, or an interrupt, at once."""
+def _together(units: Sequence[list[_Piece]], files: Files, threads: int) -> None:
+    """Reads all units on several threads; raises what the first to fail raised, or an interrupt, at once."""
     events: SimpleQueue[int | BaseException | None] = SimpleQueue()
     stop = threading.Event()
     lock = threading.Lock()
-    left = iter(units)
+    waiting = iter(units)
     progress = files.progress
 
-    def tell(nbytes: int) -> None:
+    def report(nbytes: int) -> None:
         if stop.is_set():
             raise _Stopped
         if progress is not None:
@@ -233,18 +217,18 @@ def _together(units: Sequence[Unit], parts: dict[int, list[Found]], files: Files
 
     def work() -> None:
         try:
-            worker = _Worker(files.beside(tell))
+            worker = _Worker(files.beside(report))
             while not stop.is_set():
                 with lock:
-                    unit = next(left, None)
+                    unit = next(waiting, None)
                 if unit is None:
                     break
-                worker.do(unit, parts)
+                worker.read(unit)
             events.put(None)
-        except BaseException as error:  # to be raised where it was called from
+        except BaseException as error:  # raised again in the calling thread
             events.put(error)
 
-    # Each in a context of its own: the limits that hold here.
+    # Each runs in a copy of this context, which holds the limits in force.
     running = [threading.Thread(target=copy_context().run, args=(work,), daemon=True) for _ in range(threads)]
     try:
         for thread in running:

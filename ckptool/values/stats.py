@@ -1,8 +1,8 @@
-"""Statistics of numbers: of a block, computed where it lies in the cache, and put together for tensors and modules.
+"""Statistics of a block of elements, and their sums over blocks, tensors and modules.
 
-A float of 16 or 8 bits is widened to float32, which is exact, and float32 is summed in runs of `RUN` elements whose
-sums are put together in float64: an error grows with the length of a run, not with that of the tensor. Where the mean
-is not small beside the spread, the squares are those of the distances from it.
+Floats of 16 or 8 bits are widened to float32, which is exact. float32 is summed in runs of `RUN` elements, and the runs
+in float64: the error grows with the length of a run, not of the tensor. Where the mean is not small relative to the
+standard deviation, squares are of the distances from the mean.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ckptool.io.source import Bytes
 from ckptool.values.codec import FOUR_BITS, Array, decode, decode_unordered
 
 PIECE = 1 << 19
-"""Elements looked at together: 2 MB as float32. Half as many fit the second-level cache, and threads wait more."""
+"""Elements processed together: 2 MB as float32. Half as many fit the second-level cache, but then threads wait more."""
 
 RUN = 256
 """Elements whose sum is one float32: 256 squares of an 8-bit integer have an exact one."""
 
 LARGE, TINY = 1e15, 1e-12
-"""Magnitudes between which squares, and sums of `RUN` of them, neither overflow nor vanish in float32."""
+"""Magnitudes between which squares, and sums of `RUN` of them, neither overflow nor underflow in float32."""
 
 HUGE = 1e140
-"""The magnitude from which float64 numbers are scaled before they are squared; below its inverse too."""
+"""float64 numbers above this magnitude or below its inverse are scaled before they are squared."""
 
 SCALE = 700
-"""The power of two they are scaled by."""
+"""The power of two that they are scaled by."""
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class Moments:
     exponent: int = 0
 
     def add(self, other: Moments) -> None:
-        """Makes these the moments of both (Chan, Golub and LeVeque 1979: nothing cancels, as in sums of squares)."""
+        """Adds other moments (Chan, Golub and LeVeque 1979, which avoids the cancellation of plain sums of squares)."""
         self.zeros += other.zeros
         self.nan += other.nan
         self.inf += other.inf
@@ -71,7 +71,7 @@ class Moments:
         other_mean, other_spread = _scaled(other, exponent)
         count = self.count + other.count
         if self.total is not None and other.total is not None:
-            # Integers of 2**62 that lie close together have the same float for a mean: their sums are exact.
+            # The means of close integers near 2**62 are the same float, so the gap is computed from the exact sums.
             gap = (other.total * self.count - self.total * other.count) / (self.count * other.count)
             self.total += other.total
             self.mean = self.total / count
@@ -86,7 +86,7 @@ class Moments:
         """Returns the `Stats` for these moments."""
         if not self.count:
             return Stats(None, None, None, None, None, self.zeros, self.nan, self.inf)
-        # + 0 makes a 0.0 of a -0.0: which of them is the smallest would depend on how the numbers were split.
+        # + 0 turns -0.0 into 0.0: which of the two is the minimum would depend on how the numbers were split.
         low, high = self.low + 0, self.high + 0
         std = None
         if self.count > 1:
@@ -99,17 +99,17 @@ class Moments:
 
 
 def _scaled(one: Moments, exponent: int) -> tuple[float, float]:
-    """Returns (mean, spread) in units of 2 ** ``exponent``, which is no smaller than its own."""
+    """Returns (mean, spread) in units of 2 ** ``exponent``, which is at least its own exponent."""
     down = one.exponent - exponent
     return (one.mean, one.spread) if not down else (math.ldexp(one.mean, down), math.ldexp(one.spread, 2 * down))
 
 
 def squares(values: Array) -> float:
-    """Returns the sum of squares of float32 numbers; infinite where it is no number."""
+    """Returns the sum of squares of float32 numbers; infinite where it overflows or is NaN."""
     whole = len(values) - len(values) % RUN
     total = 0.0
     if whole:
-        # A matrix product of one row by one column, many times over: the BLAS library's dot, on one thread.
+        # A batch of products of one row by one column: BLAS's dot, on one thread.
         runs = values[:whole].reshape(-1, 1, RUN)
         total = float(np.matmul(runs, runs.reshape(-1, RUN, 1)).sum(dtype="f8"))
     if whole < len(values):
@@ -118,7 +118,7 @@ def squares(values: Array) -> float:
 
 
 class Workspace:
-    """Memory for one thread's computations, used again for every block: fresh pages cost more than the sums."""
+    """Arrays for one thread's computations, reused for every block: allocating them costs more than the sums."""
 
     def __init__(self) -> None:
         self.floats = np.empty(PIECE, "f4")
@@ -127,12 +127,12 @@ class Workspace:
         self.ones = np.ones((RUN, 1), "f4")
 
     def moments(self, dtype: str, block: Bytes) -> Moments:
-        """Returns the moments of a block of whole elements, little-endian. See `is_measured`."""
+        """Returns the moments of a block of whole elements, little-endian, of a dtype that `has_values`."""
         found = Moments()
         kind, width = DTYPES[dtype].kind, DTYPES[dtype].bits // 8
         measure: Callable[[str, Bytes], Moments] = {
             "bool": self._booleans, "int": self._integers, "complex": self._complex,
-        }.get(kind, {8: self._doubles, 4: self._singles, 2: self._halves}.get(width, self._small))  # fmt: skip
+        }.get(kind, {8: self._doubles, 2: self._halves}.get(width, self._floats))  # fmt: skip
         step = PIECE * width if dtype != FOUR_BITS else PIECE // 2
         for start in range(0, len(block), step):
             found.add(measure(dtype, block[start : start + step]))
@@ -140,20 +140,17 @@ class Workspace:
 
     # --- floats --------------------------------------------------------------------------------------------------
 
-    def _singles(self, dtype: str, block: Bytes) -> Moments:
-        return self._of_floats(np.frombuffer(block, "<f4"))
-
     def _doubles(self, dtype: str, block: Bytes) -> Moments:
         return self._of_floats(np.frombuffer(block, "<f8"))
 
-    def _small(self, dtype: str, block: Bytes) -> Moments:
-        """Eight or four bits."""
+    def _floats(self, dtype: str, block: Bytes) -> Moments:
+        """Floats of 32, 8 or 4 bits."""
         return self._of_floats(decode_unordered(dtype, block, self.floats))
 
     def _halves(self, dtype: str, block: Bytes) -> Moments:
-        """Sixteen bits, whose extremes are found among the codes."""
+        """Floats of sixteen bits, whose minimum and maximum are found from their codes."""
         codes = np.frombuffer(block, "<u2")
-        # As integers these order as they do as numbers: positive ones upwards, and negative ones downwards.
+        # As integers, positive codes have the order of their numbers, and negative ones the reverse order.
         signed = codes.view("<i2")
         top, bottom = int(codes.max()), int(codes.min())
         high, low = int(signed.max()), int(signed.min())
@@ -216,7 +213,7 @@ class Workspace:
             wide *= 2.0**-exponent
         mean = float(wide.sum()) / count
         wide -= mean
-        total = float(wide.sum())  # what rounding left of the mean
+        total = float(wide.sum())  # the rounding error of the mean
         spread = max(float(np.square(wide, out=wide).sum()) - total * total / count, 0.0)
         return Moments(count, low, high, mean + total / count, spread, zeros, exponent=exponent)
 
@@ -227,7 +224,7 @@ class Workspace:
         finite = np.isfinite(values)
         nan = int(np.count_nonzero(np.isnan(values)))
         left = values[finite]
-        with np.errstate(over="ignore"):  # only that of the largest complex128 is beyond float64
+        with np.errstate(over="ignore"):  # only the magnitude of the largest complex128 overflows
             sizes = np.minimum(np.abs(left), np.finfo("f8").max)
         found = Moments()
         for start in range(0, len(sizes), PIECE):
@@ -254,7 +251,7 @@ class Workspace:
             return Moments(
                 count, low, high, total / count, (count * squares - total * total) / count, zeros, 0, 0, total
             )
-        unsigned = values.astype("u8") - np.uint64(low % 2**64)  # how far above the smallest: exact, modulo 2**64
+        unsigned = values.astype("u8") - np.uint64(low % 2**64)  # distance from the smallest: exact modulo 2**64
         above = (int((unsigned >> np.uint64(32)).sum()) << 32) + int((unsigned & np.uint64(0xFFFFFFFF)).sum())
         wide = unsigned.astype("f8")
         wide -= above / count

@@ -1,8 +1,8 @@
-"""From a tree to real tensors, by the rules of `torch.load`."""
+"""Builds real tensors from a tree, by the rules of `torch.load`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
 from ckptool.core.tree import Global, PyObject, as_mapping, attributes
 from ckptool.errors import UnsupportedError
-from ckptool.io.source import Files
+from ckptool.io.source import Bytes, Files
 from ckptool.values.blocks import storage_blocks, tensor_blocks
 from ckptool.values.codec import import_torch
 
@@ -24,8 +24,8 @@ def to_torch(tree: Any, files: Files, map_location: Any, module_state_dict: Call
     """Returns the tree with real tensors, as torch.load would: ties and views share memory, OrderedDicts are real.
 
     ``map_location``: None, a string, a torch.device, a dict of tags, or a callable (storage, tag) -> storage.
-    Objects of classes that were not imported stay stand-ins; ``module_state_dict`` answers with the
-    state_dict tree of an nn.Module stand-in, None for anything else.
+    Stand-ins of classes that were not imported stay as they are; ``module_state_dict`` returns the state_dict
+    tree of an nn.Module stand-in, None for anything else.
     Raises: DependencyError without torch, UnsupportedError for a tensor that only its own class can rebuild.
     """
     return _Builder(import_torch("making real tensors"), files, map_location, module_state_dict).build(tree)
@@ -89,47 +89,44 @@ class _Builder:
         if name == ("torch", "device"):
             return self.torch.device(*args)
         if name == ("torch.serialization", "_get_layout") and len(args) == 1:
-            return {str(self.torch.strided): self.torch.strided}.get(args[0]) or getattr(
-                self.torch, str(args[0]).removeprefix("torch.")
-            )
+            return getattr(self.torch, str(args[0]).removeprefix("torch."))
         return node
 
     def storage(self, storage: Storage, views: list[TensorInfo]) -> Any:
         if id(storage) not in self.storages:
-            raw = bytearray(storage.nbytes)
             unit = 1
             if storage.byteorder == "big":
                 dtype = storage.dtype or (views[0].dtype if views else "uint8")
                 unit = DTYPES[dtype].swap_unit
-            position = 0
-            for block in storage_blocks(storage, self.files, 0, storage.nbytes, unit):
-                raw[position : position + len(block)] = block
-                position += len(block)
-            self.storages[id(storage)] = self.restored(self.untyped(raw), storage.location)
-            self.kept.append(storage)
+            blocks = storage_blocks(storage, self.files, 0, storage.nbytes, unit)
+            self.fill(storage, storage.nbytes, blocks, storage.location)
         return self.storages[id(storage)]
 
     def computed(self, info: TensorInfo) -> Any:
-        """Returns the memory of computed values, of which a tensor is a view."""
+        """Returns the storage of computed values that a tensor is a view of."""
         source = info.source
         if id(source) not in self.storages:
             count = source.numel if isinstance(source, Derived) else 0
             whole = replace(info, shape=(count,), stride=(1,), storage_offset=0, extras=None)
-            raw = bytearray(whole.nbytes)
-            position = 0
-            for block in tensor_blocks(whole, self.files):
-                raw[position : position + len(block)] = block
-                position += len(block)
-            self.storages[id(source)] = self.restored(self.untyped(raw), info.location)
-            self.kept.append(source)
+            self.fill(source, whole.nbytes, tensor_blocks(whole, self.files), info.location)
         return self.storages[id(source)]
+
+    def fill(self, source: Any, nbytes: int, blocks: Iterator[Bytes], location: str) -> None:
+        """Makes the real storage for a `Storage` or `Derived` source, and copies its bytes there."""
+        raw = bytearray(nbytes)
+        position = 0
+        for block in blocks:
+            raw[position : position + len(block)] = block
+            position += len(block)
+        self.storages[id(source)] = self.restored(self.untyped(raw), location)
+        self.kept.append(source)
 
     def untyped(self, raw: bytearray) -> Any:
         torch = self.torch
         return torch.frombuffer(raw, dtype=torch.uint8).untyped_storage() if raw else torch.UntypedStorage(0)
 
     def restored(self, untyped: Any, location: str) -> Any:
-        """Returns the storage where ``map_location`` wants it, by the rules of torch.load."""
+        """Returns the storage on the device that ``map_location`` names, by the rules of torch.load."""
         restore = self.torch.serialization.default_restore_location
         where = self.map_location
         if isinstance(where, dict):

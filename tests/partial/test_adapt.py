@@ -206,7 +206,7 @@ def test_floats_are_cast_and_other_kinds_are_not() -> None:
     assert isinstance(cast.source, Derived)
     assert cast.source.op == "cast"
     for old, new in (("int64", "int32"), ("float32", "int8"), ("int8", "float32"), ("complex64", "float32")):
-        with pytest.raises(UnsupportedError, match=f"{old} does not become {new}"):
+        with pytest.raises(UnsupportedError, match=f"{old} values cannot be cast to {new}"):
             adapt(parse("rows"), info(3, dtype=old), info(6, dtype=new), "k")
 
 
@@ -255,9 +255,9 @@ def test_rows_are_selected_by_index() -> None:
         ([0, 1, 5], "f names rows 5, the source has 0 to 4"),
         ([0, 1, -2], "f names rows -2"),
         ([-1, None, -1], "f takes no row of the source"),
-        ([0, True, 1], "f is no list of integers"),
-        ([0, 1.0, 1], "f is no list of integers"),
-        ({"0": 1}, "f is no list of integers"),
+        ([0, True, 1], "f is not a list of integers"),
+        ([0, 1.0, 1], "f is not a list of integers"),
+        ({"0": 1}, "f is not a list of integers"),
         ("0\none\n2", "neither a JSON list nor one integer per line"),
     ],
 )

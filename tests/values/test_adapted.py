@@ -356,11 +356,11 @@ def test_files_that_cannot_be_read_are_one_line() -> None:
     with pytest.raises(UnreadableError, match="cannot be read"):
         read_object(".")
     Path("bad.json").write_text("[1,")
-    with pytest.raises(FormatError, match=r"bad\.json: is no JSON"):
+    with pytest.raises(FormatError, match=r"bad\.json: is not JSON"):
         read_object("bad.json")
     Path("deep.json").write_text("[" * 200_000)
-    with pytest.raises(FormatError, match=r"deep\.json: is no JSON"):
+    with pytest.raises(FormatError, match=r"deep\.json: is not JSON"):
         read_object("deep.json")
     Path("bytes").write_bytes(b"\xff\xfe")
-    with pytest.raises(FormatError, match="bytes: is no UTF-8 text"):
+    with pytest.raises(FormatError, match="bytes: is not UTF-8 text"):
         read_object("bytes")
