@@ -17,12 +17,12 @@ import io
 import re
 from array import array
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ckptool.core import tree
 from ckptool.core.tensor import Span
-from ckptool.core.tree import Global
+from ckptool.core.tree import Global, nodes, walk
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 from ckptool.limits import MAX_DIGITS, MAX_GLOBALS, MAX_MEMO, MAX_NAME, MAX_TUPLES, MAX_WIDE
 from ckptool.pickling import guard as nesting
@@ -363,9 +363,9 @@ def load(
     gc.disable()  # every new container would be a candidate: halves the time at 100,000 keys
     try:
         made = machine.run(buffer, start)
-        tree.check(made)
+        deque(walk(made), maxlen=0)  # raises the LimitError of any later walk here, once
         if not closed(machine.found):
-            tree.check_inside(made)
+            deque(nodes(made), maxlen=0)
     except CkptoolError:
         raise
     except (
