@@ -1,20 +1,20 @@
-"""What can go wrong, as a tree; one slug and one exit code per kind.
+"""The errors that ckptool raises; each class has a slug and an exit code.
 
     CkptoolError                 2  error              (never raised itself)
       UsageError                 2  usage              the call contradicts itself
-      UnreadableError            2  unreadable         the system would not give the bytes
-      FormatError                2  damaged            the bytes are not what they claim to be
-        LimitError               2  limit              a named limit was passed
+      UnreadableError            2  unreadable         the operating system could not read the file
+      FormatError                2  damaged            not a valid file of its format
+        LimitError               2  limit              a named limit was exceeded
         IncompleteError          2  incomplete         a sharded checkpoint with a part missing
       UnsupportedError           2  unsupported        known by name, not read or written here
-      NoTensorsError             2  no-tensors         nothing to work on: never an empty output
+      NoTensorsError             2  no-tensors         no tensors to work on; no empty output is written
       OutputError                2  output             would overwrite, or cannot be written
       CollisionError             2  collision          two things claim one name
       LossError                  2  loss               the target format cannot hold it
       DependencyError            2  dependency         an optional library is absent
-      StrictError                2  strict             what `strict` demands of a plan does not hold (library only)
+      StrictError                2  strict             a plan does not meet ``strict`` (library only)
 
-An exit code of 1 is no error: it is an answer ("they differ", "the gate does not hold").
+Exit code 1 is no error but a negative answer: the checkpoints differ, or a required condition does not hold.
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ class UsageError(CkptoolError):
 
 
 class UnreadableError(CkptoolError):
-    """The operating system would not give the bytes: absent, forbidden, a failing disk."""
+    """The operating system could not read the file: it is absent, permission is denied, or the disk fails."""
 
     slug = "unreadable"
 
 
 class FormatError(CkptoolError):
-    """The bytes are not what they claim to be: truncated, corrupt, or no checkpoint at all."""
+    """The file is truncated, corrupt, or no checkpoint at all."""
 
     slug = "damaged"
 
 
 class LimitError(FormatError):
-    """A limit that guards against hostile files was passed; `limits.Limit.passed` makes the message."""
+    """A limit that protects against hostile files was exceeded; `limits.Limit.passed` makes the message."""
 
     slug = "limit"
 
 
 class IncompleteError(FormatError):
-    """A sharded checkpoint lacks a part that its index promises, or holds it twice."""
+    """A sharded checkpoint lacks a part that its index lists, or has it twice."""
 
     slug = "incomplete"
 
 
 class UnsupportedError(CkptoolError):
-    """A format or feature that is recognised, and not supported."""
+    """A format or feature that is recognised but not supported."""
 
     slug = "unsupported"
 
@@ -92,25 +92,25 @@ class CollisionError(CkptoolError):
 
 
 class LossError(CkptoolError):
-    """The target format cannot hold what it was given."""
+    """The target format cannot represent the data."""
 
     slug = "loss"
 
 
 class DependencyError(CkptoolError):
-    """An optional library is needed and absent."""
+    """An optional library is needed and not installed."""
 
     slug = "dependency"
 
 
 class StrictError(CkptoolError):
-    """A plan was made and is not good enough: keys are missing, unexpected or mismatched under ``strict``."""
+    """Keys of a plan are missing, unexpected or mismatched under ``strict``."""
 
     slug = "strict"
 
 
 def listed(items: Iterable[object], limit: int = 8) -> str:
-    """Returns ``a, b, c and 4 more``: for messages about many things at once."""
+    """Returns ``a, b, c and 4 more``: a list for a message, cut after ``limit`` items."""
     names = [str(item) for item in items]
     if len(names) <= limit:
         return ", ".join(names)
@@ -118,17 +118,17 @@ def listed(items: Iterable[object], limit: int = 8) -> str:
 
 
 def needs_torch(what: str) -> DependencyError:
-    """Returns the one line said when a job needs torch and it is not installed."""
+    """Returns the error for an operation that needs torch, which is not installed."""
     return DependencyError(f"{what} needs torch, which is not installed: pip install 'ckptool[torch]'")
 
 
 def explain(error: OSError) -> str:
-    """Returns what the system said, in lower case, without the path."""
+    """Returns the operating system's message, in lower case, without the path."""
     return (error.strerror or str(error)).lower()
 
 
 def kind_of(value: object) -> str:
-    """Returns what a wrong argument is, for a message: ``'zeros'``, ``an int``."""
+    """Returns the description of a wrong argument for a message: ``'zeros'``, ``an int``."""
     if isinstance(value, str):
         return repr(value)
     name = type(value).__name__

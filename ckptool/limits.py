@@ -1,8 +1,9 @@
-"""How much one file may ask for: every limit with its figure and its reason, and what raises it.
+"""The limits on the memory and time that one file may cost, each with its figure and its reason.
 
-A `Limit` that guards memory or time is raised with ``--limit NAME=FIGURE`` or `limited`; one that is a fact of a
-format, of Python or of another library is not, as nothing would be won. What reads a file asks for `Limit.now` once,
-not per tensor; a thread sees what `limited` has set only in a copy of the context. SECURITY.md has the table.
+A `Limit` that protects memory or time can be raised with ``--limit NAME=FIGURE`` or `limited`; one that a format,
+Python or another library sets cannot, as raising it here would change nothing. Readers call `Limit.now` once per
+file, not per tensor; another thread sees the figures of `limited` only in a copy of the context. SECURITY.md has the
+table.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class Limit:
         ALL[name] = self
 
     def now(self) -> int:
-        """Returns the figure that counts here: the one given to `limited`, else the default. Some 0.1 us."""
+        """Returns the figure in force: the one given to `limited`, else the default. Costs 0.1 us."""
         return _given.get().get(self.name, self.figure)
 
     def passed(self, what: str, enough: int | None = None, path: str | None = None) -> LimitError:
-        """Returns the error, one line: what was found, the limit, its figure, and the option that raises it.
+        """Returns the error, one line: ``what`` was found, the limit, its figure, and the option that raises it.
 
-        The option names ``enough``, or twice the figure where what would be enough is not known.
+        The option suggests ``enough``, or twice the figure where it is not known what would be enough.
         """
         figure = self.now()
         offer = f" (--limit {self.name}={2 * figure if enough is None else enough} raises it)" if self.raisable else ""
@@ -46,14 +47,14 @@ ALL: dict[str, Limit] = {}
 
 @contextmanager
 def limited(**figures: int) -> Iterator[None]:
-    """Sets limits, as in ``limited(MAX_PICKLE=2 << 30)``, for all that is read inside ``with``; the innermost counts.
+    """Sets limits, as in ``limited(MAX_PICKLE=2 << 30)``, for all reading inside the block; the innermost block counts.
 
-    They hold in this thread (and task of asyncio) only. Keys and data are read when they are asked for: what is done
-    outside with a checkpoint that was opened inside meets the limits outside. Raises: UsageError.
+    They apply in this thread (and asyncio task) only. Keys and data are read lazily: a checkpoint opened inside the
+    block and used outside it is under the limits outside. Raises: UsageError.
     """
     for name, figure in figures.items():
         if name not in ALL or not ALL[name].raisable:
-            fixed = f"the limit {name} is a fact that nothing raises" if name in ALL else f"there is no limit {name}"
+            fixed = f"the limit {name} is fixed" if name in ALL else f"there is no limit {name}"
             known = ", ".join(limit.name for limit in ALL.values() if limit.raisable)
             raise UsageError(f"{fixed}; those that can be set are {known}")
         if type(figure) is not int or not 0 < figure < 1 << 63:
@@ -77,50 +78,50 @@ MAX_NAME = Limit("MAX_NAME", 1_000)
 """Characters of the name of one class or function, its module included. Real ones have under 200."""
 
 MAX_MEMO = Limit("MAX_MEMO", 1 << 16)
-"""By how much a memo index may pass the pickle's length: a PUT takes bytes, and the machine has room for all below."""
+"""How far a memo index may exceed the pickle's length; the C unpickler allocates a slot per index up to the highest."""
 
 MAX_DIGITS = Limit("MAX_DIGITS", 4300, raisable=False)
-"""Digits of an integer: Python itself will not print longer ones."""
+"""Digits of an integer: Python itself refuses to print longer ones."""
 
 MAX_TUPLES = Limit("MAX_TUPLES", 500, raisable=False)
-"""Tuples inside tuples, which C hashes by recursion: a crash. Even repr() gives up at 1,000."""
+"""Depth of nested tuples, which C hashes recursively, up to a crash. Even repr() fails at 1,000."""
 
 MAX_TUPLE_ITEMS = Limit("MAX_TUPLE_ITEMS", 10_000_000)
-"""Items of one tuple, and of all keys together, shared ones counted at each place: a second of hashing."""
+"""Items of one tuple, and of all keys together, shared ones counted each time: a second of hashing."""
 
 MAX_WIDE = Limit("MAX_WIDE", 5_000)
-"""Integers of eight bytes and more in one pickle: thousands can have one hash, and a dict compares them all."""
+"""Integers of eight bytes and more in one pickle: thousands can share a hash, and a dict compares them all."""
 
 MAX_TUPLE_KEYS = Limit("MAX_TUPLE_KEYS", 5_000)
-"""Tuples that are keys, in a pickle whose numbers may have one hash: -1 and -2 have, and 20 of them make a million."""
+"""Tuples as keys in a pickle whose numbers may share a hash, as -1 and -2 do: 20 of these make a million tuples."""
 
 # --- trees and keys --------------------------------------------------------------------------------------------------
 
 MAX_DEPTH = Limit("MAX_DEPTH", 2_000)
-"""Containers inside containers. torch.load itself gives up near there, and paths as long as that cost their square."""
+"""Depth of nested containers. torch.load itself fails near there, and the cost of paths is quadratic in it."""
 
 MAX_SHARED = Limit("MAX_SHARED", 500_000)
-"""Nodes one walk may see again, beyond four times those it saw once: memoised pickles share subtrees 2^n-fold."""
+"""Nodes one walk may see again, beyond four times those it saw once: shared subtrees can repeat 2^n times."""
 
 MAX_STEPS = Limit("MAX_STEPS", 50_000_000)
 """Steps in all paths of one walk: its memory, if they are kept. A million keys with Adam have 32 million."""
 
 MAX_KEY = Limit("MAX_KEY", 1 << 16)
-"""Characters of a key: one memoised name can be every one of 2,000 steps that a key is put together from."""
+"""Characters of a key: one memoised name can be each of the 2,000 steps that are joined into a key."""
 
 MAX_KEYS = Limit("MAX_KEYS", 1 << 28)
-"""Characters of all keys that are put together from names above them: a million keys have 100 million."""
+"""Characters of all keys that are joined from the names above them: a million keys have 100 million."""
 
 MAX_LEVELS = Limit("MAX_LEVELS", 200)
-"""Levels (dots) of a key. What is summed up below every prefix costs their square; real keys have under 20."""
+"""Levels (dots) of a key. Work per prefix is quadratic in them; real keys have under 20."""
 
 # --- pickled models --------------------------------------------------------------------------------------------------
 
 MAX_MODULES = Limit("MAX_MODULES", 1_000_000)
-"""Modules one model may have, counting shared ones at each place."""
+"""Modules of one model, shared ones counted each time."""
 
 MAX_SHARED_PARTS = Limit("MAX_SHARED_PARTS", 20_000)
-"""Modules, parameters and buffers met again because their module is shared: submodules can nest 2^n-fold."""
+"""Modules, parameters and buffers seen again because their module is shared: submodules can repeat 2^n times."""
 
 MAX_MODULE_DEPTH = Limit("MAX_MODULE_DEPTH", 500)
 """Levels of submodules. Real models have under 20."""
@@ -134,7 +135,7 @@ MAX_RECORDS = Limit("MAX_RECORDS", 10_000_000)
 """Members of one archive, each some 500 bytes of memory. A million tensors with Adam have 4 million."""
 
 MAX_RATIO = Limit("MAX_RATIO", 32)
-"""How much smaller than itself a member read into memory may be stored. Pickles of torch deflate 4 to 10 fold."""
+"""Compression ratio of a member that is read into memory. Torch's pickles have 4 to 10."""
 
 MAX_BYTEORDER = Limit("MAX_BYTEORDER", 16, raisable=False)
 """Bytes of the record that says "little" or "big"."""
@@ -157,18 +158,18 @@ MAX_EXPANDED = Limit("MAX_EXPANDED", 1 << 30)
 """Bytes of a view over `MAX_EXPANSION` times its storage: a second's work. Real ones are masks of some megabytes."""
 
 MAX_EXPANSION = Limit("MAX_EXPANSION", 64)
-"""How many times the bytes of its storage a view may have, whatever they are."""
+"""How many times the bytes of its storage a view may have, up to any size."""
 
-# What passes one of these is no longer a checkpoint, hence `damaged`: plain numbers, looked at for every tensor.
+# A file over one of these is no valid checkpoint (`damaged`). Plain numbers, as they are checked for every tensor.
 
 MAX_NESTING = 127
-"""Objects and arrays inside one another in a safetensors header, the outermost counted: the library's parser's own."""
+"""Depth of nested JSON objects and arrays in a safetensors header: the limit of the reference library's parser."""
 
 MAX_TAR_MEMBERS = 1_000
-"""Members of a tar of 2016, headers of headers counted. torch wrote four."""
+"""Members of a tar of 2016, extended headers included. torch wrote four."""
 
 MAX_PAX = 1 << 12
-"""Bytes of a header that says more of a tar's member: those of Python hold a time, a size and a user's name."""
+"""Bytes of an extended header of a tar's member: those of Python have a time, a size and a user's name."""
 
 MAX_DIMS = 1_000
 """Dimensions of a tensor. torch computes with 64 at most."""

@@ -1,4 +1,4 @@
-"""Sizes, shapes and counts as people read them."""
+"""Formats sizes, shapes and counts for display."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def plural(number: int, noun: str) -> str:
 
 
 def dims(shape: Sequence[int] | None, scalar: str = "scalar", none: str = "nested") -> str:
-    """Returns a shape: ``64x3x7x7``; ``scalar`` without dimensions, ``none`` where there is no shape."""
+    """Returns a shape: ``64x3x7x7``; ``scalar`` for no dimensions, ``none`` for no shape."""
     return none if shape is None else "x".join(map(str, shape)) or scalar
 
 
 def percent(fraction: float) -> str:
-    """Returns a share that reads 100 % only when it is."""
+    """Returns a fraction as a percentage, rounded, but 100 % only if it is exactly that."""
     text = f"{100 * fraction:.1f}"
     if text == "100.0" and fraction < 1:
         text = "99.9"

@@ -281,7 +281,7 @@ def test_python_is_told_of_a_figure_that_is_none(figure: object) -> None:
 
 
 def test_no_memo_index_that_is_no_number_passes() -> None:
-    with pytest.raises(LimitError, match=r"memoises at no index that there can be \(byte \d+, MAX_MEMO\)$"):
+    with pytest.raises(LimitError, match=r"memoises at an impossible index \(byte \d+, MAX_MEMO\)$"):
         ckptool.open(zipped(beside(b"Npx\n")))
 
 

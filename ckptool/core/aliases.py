@@ -1,9 +1,9 @@
-"""Tied weights in formats that store each name's bytes once: Hugging Face's record ``{dropped alias: kept name}``.
+"""Tied weights in formats where names cannot share bytes: Hugging Face's metadata ``{dropped alias: kept name}``.
 
-It stands in safetensors' ``__metadata__``, or in the index's metadata when sharded. A dropped alias comes back
-behind the name that was kept, several of one name in alphabetical order, as JSON maps are written sorted. Where
-that is not where they stood, a record of ours that other readers ignore, `ORDER`, has their positions; another,
-`PLAIN`, names the entries that only read like records of ties: ``{"arch": "conv"}`` beside a tensor ``conv``.
+They are entries of safetensors' ``__metadata__``, or of the index's metadata when sharded. Reading restores a dropped
+alias right after the kept name, several in alphabetical order, as JSON maps are written sorted. Where that is another
+order than the state_dict's, ckptool's own entry `ORDER`, which other readers ignore, has the positions; another,
+`PLAIN`, names the entries that only look like ties: ``{"arch": "conv"}`` beside a tensor ``conv``.
 Source: ``huggingface_hub/serialization/_torch.py`` (`save_torch_state_dict`).
 """
 
@@ -13,17 +13,20 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
+from typing import Any, TypeVar
 
 from ckptool.core.tensor import TensorInfo
 
+T = TypeVar("T", list[Any], dict[str, Any])
+
 ORDER = "ckptool.alias_order"
-"""Name in the metadata of JSON ``{alias: position in the state_dict}``; there only if an alias would else move."""
+"""Metadata entry: JSON ``{alias: position in the state_dict}``, written only if an alias would otherwise move."""
 
 PLAIN = "ckptool.no_alias"
-"""Name in the metadata of a JSON list of entries that read like a record of a tie and are none."""
+"""Metadata entry: JSON list of the entries that look like ties and are none."""
 
 RESERVED = frozenset({"format", "total_size", "total_parameters", ORDER, PLAIN})
-"""Names in the metadata that mean something else: a tensor of such a name is stored, tied or not."""
+"""Metadata entries with a meaning of their own: a tensor of such a name is always stored, tied or not."""
 
 
 def ties(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -34,12 +37,12 @@ def ties(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 
 def record(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Returns {dropped alias: kept name} of what can be recorded: of names for the same elements the first is kept."""
+    """Returns {dropped alias: kept name} of the ties that metadata can record; the first name of each is kept."""
     return ties({name: tensor for name, tensor in tensors.items() if name not in RESERVED})
 
 
 def described(tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> dict[str, str]:
-    """Returns what the metadata says of the aliases that `record` found: each of them, and `ORDER` where needed."""
+    """Returns the metadata entries for the aliases of `record`: one for each, and `ORDER` where needed."""
     if not aliases or _order((name for name in tensors if name not in aliases), aliases) == list(tensors):
         return dict(aliases)
     positions = {name: position for position, name in enumerate(tensors) if name in aliases}
@@ -47,20 +50,22 @@ def described(tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> 
 
 
 def restored(tensors: dict[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """Returns the tensors with each recorded alias put back where it stood, on the storage of the kept name."""
+    """Returns the tensors with each recorded alias restored at its position, sharing the storage of the kept name."""
     aliases = _recorded(tensors, metadata)
     if not aliases:
         return tensors
     names = _order(tensors, aliases)
-    positions = _positions(metadata.get(ORDER), aliases)
+    recorded = _parsed(metadata.get(ORDER), dict)
+    positions = {alias: place for alias, place in recorded.items() if alias in aliases and type(place) is int}
     if positions:
         names = _moved(names, positions)
     return {name: tensors[name] if name in tensors else replace(tensors[aliases[name]]) for name in names}
 
 
 def _recorded(stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns the entries of a file's metadata that are records of ties: {name that is not stored: stored name}."""
-    plain = _names(metadata.get(PLAIN))
+    """Returns the entries of a file's metadata that record ties: {name that is not stored: stored name}."""
+    listed = _parsed(metadata.get(PLAIN), list)
+    plain = {name for name in listed if isinstance(name, str)}
     return {
         dropped: kept
         for dropped, kept in metadata.items()
@@ -69,15 +74,15 @@ def _recorded(stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> 
 
 
 def plain(metadata: Mapping[str, str], stored: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Returns a file's metadata without the records of ties: what they said, `restored` has put into the tensors."""
+    """Returns a file's metadata without the entries that record ties, which `restored` has applied."""
     records = _recorded(stored, metadata)
     return {name: text for name, text in metadata.items() if name not in records and name not in (ORDER, PLAIN)}
 
 
 def carried(metadata: Mapping[str, str], stored: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Returns what a file gets of a checkpoint's metadata; where an entry reads like a tie, `PLAIN` says it is none.
+    """Returns a checkpoint's metadata to be written to a file, with `PLAIN` if entries look like ties.
 
-    An index's totals stay behind: they are made anew.
+    Without an index's totals, which are computed for each file.
     """
     found = {name: text for name, text in metadata.items() if name not in RESERVED or name == "format"}
     like = list(_recorded(stored, found))
@@ -85,40 +90,29 @@ def carried(metadata: Mapping[str, str], stored: Mapping[str, TensorInfo]) -> di
 
 
 def clashes(metadata: Mapping[str, str], aliases: Mapping[str, str]) -> list[str]:
-    """Returns the names for which the metadata and a record of a tie say different things: one map holds the two."""
+    """Returns the aliases that are also names of metadata entries with another value: one map holds both."""
     return [name for name, kept in aliases.items() if metadata.get(name, kept) != kept]
 
 
-def _names(record: str | None) -> set[str]:
-    """Returns the names that `PLAIN` lists; none where it says nothing that can be understood."""
+def _parsed(text: str | None, kind: type[T]) -> T:
+    """Returns the JSON list or dict of an entry; an empty one if the entry is absent or not valid."""
     try:
-        found = json.loads(record or "[]")
+        found = json.loads(text or "null")
     except (ValueError, RecursionError):
-        return set()
-    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+        return kind()
+    return found if isinstance(found, kind) else kind()
 
 
 def _order(stored: Iterable[str], aliases: Mapping[str, str]) -> list[str]:
-    """Returns all names, every alias behind the name that was kept for it."""
+    """Returns all names, every alias right after its kept name."""
     behind: dict[str, list[str]] = {}
     for alias in sorted(aliases):
         behind.setdefault(aliases[alias], []).append(alias)
     return [name for kept in stored for name in (kept, *behind.get(kept, ()))]
 
 
-def _positions(record: str | None, aliases: Mapping[str, str]) -> dict[str, int]:
-    """Returns {alias: position} as `ORDER` says; {} where it says nothing that can be understood: it is order only."""
-    try:
-        found = json.loads(record or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {alias: position for alias, position in found.items() if alias in aliases and type(position) is int}
-
-
 def _moved(names: list[str], positions: Mapping[str, int]) -> list[str]:
-    """Returns the names with those of ``positions`` at their places, the others in their order around them."""
+    """Returns the names with those of ``positions`` at these indices, and the others around them in their order."""
     others = iter([name for name in names if name not in positions])
     moved: list[str] = []
     for name in sorted(positions, key=positions.__getitem__):

@@ -42,11 +42,11 @@ from ckptool.limits import MAX_KEY, MAX_KEYS
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint file (or directory of shards) with every tensor left where it is.
+    """A checkpoint file (or directory of shards), its tensors not read.
 
     ``root`` is the path to the weights in ``tree``. ``metadata`` is safetensors' ``__metadata__``.
-    ``nbytes`` is the size of the file(s). ``names`` are all classes and functions its pickle names.
-    ``problems`` says where a sharded checkpoint contradicts its own index; ``broken`` whether tensors are missing.
+    ``nbytes`` is the size of the file(s). ``names`` are all classes and functions that its pickle names.
+    ``problems`` are the contradictions of shards and index; ``broken``: tensors are missing.
     """
 
     tree: Any
@@ -58,15 +58,15 @@ class Checkpoint:
     names: tuple[tuple[str, str], ...] = ()
     problems: tuple[str, ...] = ()
     broken: bool = False
-    _cache: dict[Path, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _cache: dict[Path, dict[str, tuple[Path, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def require_whole(self) -> None:
-        """Raises IncompleteError if tensors are missing from a sharded checkpoint: nothing may be built on it."""
+        """Raises IncompleteError if tensors are missing from a sharded checkpoint."""
         if self.broken:
             raise IncompleteError("; ".join(self.problems), self.url)
 
     def at(self, path: Path) -> Any:
-        """Returns the node at ``path``. Raises: FormatError if the tree has no such place."""
+        """Returns the node at ``path``. Raises: FormatError if the tree has no such path."""
         node = self.tree
         for step in path:
             found = [child for name, child in children(node) if name == step and type(name) is type(step)]
@@ -79,21 +79,20 @@ class Checkpoint:
         """Returns {key: (path below root, value)} of the dict at ``root``, objects that are no tensors included.
 
         An nn.Module stand-in gives its state_dict; a tree without any tensor directly at root is flattened with "/",
-        optimizer states and averaged copies (EMA) left out. Made once: not to be changed.
+        without optimizer states and averaged copies (EMA). Cached: do not change the result.
         """
         if self.root not in self._cache:
             self._cache[self.root] = _entries(self.at(self.root), self.url)
-        found: dict[str, tuple[Path, Any]] = self._cache[self.root]
-        return found
+        return self._cache[self.root]
 
     def state_dict(self) -> dict[str, TensorInfo]:
         """Returns {key: TensorInfo} at ``root``, in the file's order: the keys `model.state_dict()` would give."""
         return {key: value for key, (_, value) in self.entries().items() if isinstance(value, TensorInfo)}
 
     def hidden(self) -> dict[str, dict[str, TensorInfo]]:
-        """Returns {key: {path inside: tensor}} of what at ``root`` is no tensor itself and holds some.
+        """Returns {key: {path inside: tensor}} of the objects at ``root`` that are no tensors and contain some.
 
-        Packed parameters of quantised modules and ``_extra_state`` are such: weights that no state_dict key names.
+        Examples are the packed parameters of quantised modules and ``_extra_state``.
         """
         found: dict[str, dict[str, TensorInfo]] = {}
         for key, (_, value) in self.entries().items():
@@ -110,7 +109,7 @@ class Checkpoint:
     def tensors(self) -> Iterator[tuple[Path, TensorInfo]]:
         """Yields (path, tensor) for all tensors of the tree, optimizer and EMA copies included.
 
-        Below an nn.Module these are the ones of its state_dict, each under its dotted key.
+        Of an nn.Module it yields those of its state_dict, each under its dotted key.
         """
         for path, node in walk(self.tree, closed=modules.is_module):
             if isinstance(node, TensorInfo):
@@ -121,7 +120,7 @@ class Checkpoint:
                         yield (*path, key), value
 
     def leaves(self) -> Iterator[tuple[Path, Any]]:
-        """Yields (path, object) for everything that is neither a tensor nor a container of others."""
+        """Yields (path, object) for every object without children that is no tensor."""
         for path, node in walk(self.tree):
             if not isinstance(node, TensorInfo) and next(children(node), None) is None:
                 yield path, node
@@ -149,7 +148,7 @@ class Checkpoint:
         Raises: DependencyError without torch; UnsupportedError for a tensor only its own class can rebuild.
         """
         if _realise is None:
-            raise UnsupportedError("nothing that makes real tensors was set; `import ckptool` sets it")
+            raise UnsupportedError("no function that makes real tensors is set; `import ckptool` sets it")
         self.require_whole()
         tree = self.tree
         if only_root:
@@ -160,7 +159,7 @@ class Checkpoint:
     def with_state_dict(self, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
         """Returns a checkpoint with these tensors at root; all else is the same objects.
 
-        Keys keep the order of ``tensors``; objects at root that are no tensors keep their place among them.
+        Keys are in the order of ``tensors``; an object at root that is no tensor stays behind the same key.
         An nn.Module becomes the OrderedDict that its `state_dict()` would be. ``_metadata`` follows.
         Raises: UnsupportedError if root is a list or a nest of dicts and the keys change there.
         """
@@ -183,20 +182,26 @@ class Checkpoint:
                 )
             made = node
             for key, tensor in tensors.items():
-                if tensor is not old[key][1]:
-                    made = _with_tensor(made, old[key][0], tensor, self.url)
+                path, unchanged = old[key]
+                if tensor is unchanged:
+                    continue
+                try:
+                    made = replaced(made, path, tensor)
+                except UnsupportedError as error:
+                    what = f"{error.message}: choose where its weights are with --root"
+                    raise UnsupportedError(what, self.url) from error
         return replace(self, tree=replaced(self.tree, self.root, made))
 
 
 Realise = Callable[[Any, Any, Callable[[Any], Any]], Any]
-"""(tree, map_location, what gives the state_dict of a module stand-in) -> the tree with real tensors."""
+"""(tree, map_location, function from a module stand-in to its state_dict) -> the tree with real tensors."""
 
 
 _realise: Realise | None = None
 
 
 def set_realise(realise: Realise) -> None:
-    """Sets what `Checkpoint.to_torch` calls: core reads no bytes, so `ckptool.api` hands it in."""
+    """Sets the function that `Checkpoint.to_torch` calls: core reads no bytes, so `ckptool.api` provides it."""
     global _realise
     _realise = realise
 
@@ -207,7 +212,7 @@ def _module_state_dict(node: Any) -> Any:
 
 
 def detached(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns tensors as `Module.state_dict()` gives them: no parameters, no gradients; one object stays one object."""
+    """Returns the tensors as `Module.state_dict()` gives them, no parameters; shared objects stay shared."""
     made: dict[int, Any] = {}
     for value in tensors.values():
         if isinstance(value, TensorInfo) and id(value) not in made:
@@ -217,18 +222,11 @@ def detached(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_flat(node: object) -> bool:
-    """Returns whether a node is a dict with tensors directly in it (an empty dict is flat too)."""
+    """Returns whether a node is a dict with tensors among its values, or an empty dict."""
     mapping = as_mapping(node)
     return mapping is not None and (
         not mapping or any(isinstance(value, TensorInfo) and not value.is_beside for value in mapping.values())
     )
-
-
-def _with_tensor(node: Any, path: Path, tensor: TensorInfo, url: str) -> Any:
-    try:
-        return replaced(node, path, tensor)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{error.message}: choose where its weights are with --root", url) from error
 
 
 def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
@@ -251,7 +249,7 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
     for path, value in pairs:
         steps = [key_text(step) for step in path]
         if len(steps) > 1 and (length := sum(map(len, steps)) + len(steps) - 1) > longest:
-            what = f"a key put together from the names above it has {length:,} characters"
+            what = f"a key joined from the names above it has {length:,} characters"
             raise MAX_KEY.passed(what, length, url)
         key = "/".join(steps)
         if len(key) >= least:
@@ -259,10 +257,10 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
         if len(steps) > 1:
             total += len(key)
             if total > most:
-                raise MAX_KEYS.passed("its keys have too many characters, put together", path=url)
+                raise MAX_KEYS.passed("its keys have too many characters in all", path=url)
         if key in found and all(isinstance(step, (str, int, float, NoneType)) for step in path):
             raise CollisionError(f"two keys read {key!r} (one of them is no string)", url)
-        while key in found:  # objects that are shown alike
+        while key in found:  # different objects of the same text
             times[key] += 1
             key = f"{key} ({times[key] + 1})"
         found[key] = path, value
@@ -270,7 +268,7 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
 
 
 def _nested_entries(top: object) -> Iterator[tuple[Path, Any]]:
-    """Yields (path, value) below a nest of containers, but not of optimizer states and averaged copies."""
+    """Yields (path, value) for the leaves of nested containers, without optimizer states and averaged copies."""
     for path, node in walk(top, closed=lambda node: is_optimizer(node) or modules.is_module(node)):
         if path and path[0] in EMA:
             continue
@@ -283,7 +281,7 @@ def _nested_entries(top: object) -> Iterator[tuple[Path, Any]]:
 def _merged(
     old: Mapping[str, tuple[Path, Any]], names: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> dict[Any, Any]:
-    """Returns the new content: tensors in their order, each non-tensor behind the key it stood behind."""
+    """Returns the new content: tensors in their order, every other object behind the same key as before."""
     others: dict[str | None, list[str]] = {}
     last: str | None = None
     for key, (_, value) in old.items():

@@ -78,7 +78,7 @@ _ROWS = (
 DTYPES = {row.name: row for row in _ROWS}
 
 COMMON_FLOATS = ("float64", "float32", "float16", "bfloat16")
-"""The dtypes whose numbers are cast and drawn without torch."""
+"""The dtypes whose values are cast and initialised without torch."""
 
 BY_STORAGE = {row.storage: row for row in _ROWS if row.storage}
 BY_SAFETENSORS = {row.safetensors: row for row in _ROWS if row.safetensors}
@@ -92,14 +92,14 @@ _ALIASES = {
 
 
 def lookup(name: str) -> DType:
-    """Returns the row of a dtype as a user writes it: ``bfloat16``, ``torch.bfloat16``, ``bf16`` or ``BF16``.
+    """Returns the row of a dtype by any of its names: ``bfloat16``, ``torch.bfloat16``, ``bf16`` or ``BF16``.
 
     >>> lookup("BF16").name, lookup("torch.half").name
     ('bfloat16', 'float16')
     """
-    word = name.strip().removeprefix("torch.")
-    row = DTYPES.get(word.lower()) or BY_SAFETENSORS.get(word.upper())
-    row = row or DTYPES.get(_ALIASES.get(word.lower(), ""))
+    bare = name.strip().removeprefix("torch.")
+    row = DTYPES.get(bare.lower()) or BY_SAFETENSORS.get(bare.upper())
+    row = row or DTYPES.get(_ALIASES.get(bare.lower(), ""))
     if row is None:
         raise UsageError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
     return row

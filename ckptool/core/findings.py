@@ -1,4 +1,4 @@
-"""What reading a checkpoint finds: statistics of its values, how far they are from others, and damage."""
+"""Results of reading a checkpoint's values: statistics, distances to another's, and findings of damage."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Literal
 Kind = Literal["index", "offsets", "crc", "data", "nan", "inf", "unsafe"]
 
 KINDS: tuple[Kind, ...] = ("index", "offsets", "crc", "data", "nan", "inf", "unsafe")
-"""What may be found, in the order in which it is told."""
+"""All kinds of finding, in the order of a report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What the values of a tensor are like. ``nan`` and ``inf`` are counts; all else is of the finite values.
+    """Statistics of a tensor's values. ``nan`` and ``inf`` are counts; all else is of the finite values.
 
     ``std`` divides by n - 1, as `torch.std` does, and is None for fewer than two values; ``mean``, ``min``, ``max``
-    and ``abs_max`` are None where there is none. Integers have exact extremes. Of complex numbers it is the absolute
-    values that are told, of booleans 0 and 1.
+    and ``abs_max`` are None where there is none. Integers have exact extremes. Complex numbers count as their
+    absolute values, booleans as 0 and 1.
     """
 
     mean: float | None
@@ -42,7 +42,7 @@ class PrefixStats:
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far two tensors of one shape are apart.
+    """The distance between two tensors of one shape.
 
     ``status``: ``equal`` (every element, NaN equal to NaN), ``close`` (within the tolerance) or ``differ``.
     ``max_abs`` is the largest |a - b|, ``rel_l2`` is |a - b| / |a| over all elements; None where an element is
@@ -56,11 +56,12 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to know before a file is used.
+    """A problem of a file to know before it is used.
 
-    ``index``: shards and their index contradict each other. ``offsets``: a record is not where the directory says.
-    ``crc``: bytes have changed since they were written. ``data``: they cannot be read. ``nan``, ``inf``: ``count``
-    elements are. ``unsafe``: the pickle names what tensors do not need. ``key`` is below root, or a whole path.
+    ``index``: shards and their index contradict each other. ``offsets``: a zip member is not at the directory's
+    offset. ``crc``: bytes differ from their checksum. ``data``: they cannot be read. ``nan``, ``inf``: ``count``
+    elements are NaN or infinite. ``unsafe``: the pickle names classes or functions that tensors do not need.
+    ``key`` is below root, or a whole path.
     """
 
     kind: Kind
@@ -71,7 +72,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was found, nothing if all is well; and what could not be looked at."""
+    """The findings, none if the file is sound; and what could not be checked."""
 
     findings: list[Finding] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Names of tensors: wrapper prefixes, patterns, counters, and the folding of repeated blocks for the eye."""
+"""Keys of tensors: wrapper prefixes, patterns, counters, and numbered blocks folded into one line for display."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import translate
 from functools import lru_cache
+from itertools import takewhile
+from math import prod
 
 from ckptool.errors import CollisionError, UsageError, kind_of, listed
 
@@ -22,10 +24,10 @@ ROOTS = (
 """Names under which training scripts and frameworks keep the weights, first match first."""
 
 EMA = ("state_dict_ema", "model_ema", "ema", "params_ema", "ema_state_dict")
-"""Names of an exponential moving average of the weights: another set of values, taken only when asked for."""
+"""Names of an exponential moving average of the weights: other values, used only where --root names them."""
 
 COUNTER = "num_batches_tracked"
-"""BatchNorm's buffer since torch 0.4.1; older files lack it, and it is bookkeeping wherever it is lacking."""
+"""BatchNorm's buffer since torch 0.4.1, which older files lack: a model can do without it."""
 
 
 def is_counter(key: str) -> bool:
@@ -58,20 +60,14 @@ def unwrap_all(keys: Iterable[str]) -> dict[str, str]:
 
 
 def wrapper_of(keys: Sequence[str]) -> str:
-    """Returns the wrapper segments these keys carry, for people: ``module.``, ``_orig_mod.``; "" for none."""
-    seen: dict[str, None] = {}
-    for key in keys:
-        plain = unwrapped(key)
-        if plain == key:
-            continue
-        segments = [part for part in key.split(".")[:-1] if part in WRAPPERS or part == "module"]
-        for segment in segments:
-            seen.setdefault(segment)
-    return "".join(f"{segment}." for segment in seen)
+    """Returns the wrapper segments of these keys, for display: ``module.``, ``_orig_mod.``; "" for none."""
+    wrapped = [key for key in keys if unwrapped(key) != key]
+    segments = (part for key in wrapped for part in key.split(".")[:-1] if part in WRAPPERS or part == "module")
+    return "".join(f"{segment}." for segment in dict.fromkeys(segments))
 
 
 def looked_through(keys: Sequence[str]) -> str:
-    """Returns the wrapper segments that `unwrap_all` takes off these keys; "" where it leaves them alone."""
+    """Returns the wrapper segments that `unwrap_all` removes from these keys; "" where it changes none."""
     return wrapper_of(keys) if any(plain != key for plain, key in unwrap_all(keys).items()) else ""
 
 
@@ -79,13 +75,8 @@ def common_prefix(keys: Sequence[str]) -> str:
     """Returns the leading whole segments that all keys share, with the final dot; "" for none or a single key."""
     if len(keys) < 2:
         return ""
-    first, last = min(keys).split("."), max(keys).split(".")
-    shared = []
-    for one, other in zip(first[:-1], last[:-1], strict=False):
-        if one != other:
-            break
-        shared.append(one)
-    return "".join(f"{segment}." for segment in shared)
+    pairs = zip(min(keys).split(".")[:-1], max(keys).split(".")[:-1], strict=False)
+    return "".join(f"{segment}." for segment, other in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @lru_cache(maxsize=512)
@@ -99,18 +90,18 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def matches(pattern: str, key: str) -> bool:
-    """Returns whether a key fits a glob (``layer1.*``, whole name) or a regular expression (``re:...``, anywhere)."""
+    """Returns whether a key matches a glob (``layer1.*``: all of it) or contains a match of a regex (``re:...``)."""
     compiled = _compiled(pattern)
     return bool(compiled.search(key) if pattern.startswith("re:") else compiled.match(key))
 
 
 def fits(pattern: str, key: str) -> bool:
-    """Returns whether a pattern fits a key, or the key without its wrappers: as keys are compared."""
+    """Returns whether a pattern matches a key, or the key without its wrappers."""
     return matches(pattern, key) or matches(pattern, unwrapped(key))
 
 
 def chooser(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
-    """Returns the test for keys that an ``include`` pattern `fits` (all, if there is none), and no ``exclude`` one."""
+    """Returns the test for keys that fit an ``include`` pattern (any key, if there is none) and no ``exclude`` one."""
     for pattern in (*include, *exclude):
         _compiled(pattern)
 
@@ -122,22 +113,22 @@ def chooser(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], b
 
 
 def unused_patterns(patterns: Iterable[str], keys: Iterable[str]) -> list[str]:
-    """Returns the patterns that fit no key: each is worth a word, being most likely a slip."""
+    """Returns the patterns that fit no key, to warn of: each is most likely a typing error."""
     listed = list(keys)
     return [pattern for pattern in patterns if not any(fits(pattern, key) for key in listed)]
 
 
 def replace_prefix(key: str, strip: str | None, add: str | None) -> str:
-    """Returns a key with one prefix taken away, where it has it, and one put in front."""
+    """Returns a key with the prefix ``strip`` removed, if it has it, then ``add`` prepended."""
     if strip and key.startswith(strip):
         key = key[len(strip) :]
     return f"{add or ''}{key}"
 
 
 def plain_keys(keys: Iterable[str], strip: str | None, add: str | None, where: str) -> dict[str, str]:
-    """Returns {key as it is compared: key as it stands in the file ``where``}: without wrappers, prefixes replaced.
+    """Returns {key to compare: key in the file ``where``}: without wrappers, one prefix stripped and one added.
 
-    Prefixes are those of the keys behind any wrapper, or else of the keys as they stand.
+    ``strip`` is a prefix of the unwrapped keys, or, if none of them has it, of the keys in the file.
     Raises: UsageError if no key begins with ``strip``, CollisionError if two keys become one.
     """
     listed_keys = list(keys)
@@ -165,9 +156,9 @@ def best_prefix(
 ) -> tuple[str, str, int] | None:
     """Returns (prefix to strip from the sources, prefix to add, keys that would match), or None if nothing would.
 
-    Tries the pairs of a stripped and an added prefix that line most keys up with a target at a "."; a match
-    counts where ``agree`` (source key, target key) says so too. Looks at each key's suffixes once, so 10,000
-    keys take well under a second.
+    Of each source key the longest suffix (at a ".") that is a target's too votes for a pair of prefixes; the eight
+    pairs with the most votes are tried on all keys, and a match counts if ``agree(source key, target key)``.
+    10,000 keys take well under a second.
     """
     wanted = dict.fromkeys(targets)
     by_suffix: dict[str, list[str]] = {}
@@ -183,7 +174,7 @@ def best_prefix(
                 for added in found:
                     pair = (prefix, added)
                     votes[pair] = votes.get(pair, 0) + 1
-                break  # the longest suffix that exists says most
+                break
     ranked = sorted(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1])))[:8]
     best: tuple[str, str, int] | None = None
     for strip, add in ranked:
@@ -196,16 +187,11 @@ def best_prefix(
 
 def _splits(key: str) -> list[tuple[str, str]]:
     """Returns (prefix, suffix) at every dot, the whole key first."""
-    found = [("", key)]
-    at = key.find(".")
-    while at >= 0:
-        found.append((key[: at + 1], key[at + 1 :]))
-        at = key.find(".", at + 1)
-    return found
+    return [(key[:at], key[at:]) for at in (0, *(dot.end() for dot in re.finditer(r"\.", key)))]
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
-    """Returns numbers as people write them.
+    """Returns numbers as ranges, for display.
 
     >>> number_ranges([0, 1, 2, 3, 7])
     '{0..3,7}'
@@ -224,10 +210,10 @@ def number_ranges(numbers: Iterable[int]) -> str:
 
 
 def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
-    """Returns the rows with numbered repetitions folded: (``layers.{0..11}.w``, positions of the rows in it).
+    """Returns keys that differ only in numbers as one: (``layers.{0..11}.w``, positions of the rows it covers).
 
-    ``rows`` are (key, what must be equal): rows fold only where that is equal too, so nothing is said of a key
-    that does not hold for it. A group stands where its first row stood.
+    ``rows`` are (key, value): only rows of equal values fold, so the folded line is true of each of its keys.
+    The groups are in the order of their first rows.
     """
     parts = [re.split(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)", key) for key, _ in rows]
     groups: dict[tuple[tuple[str, ...], object], list[int]] = {}
@@ -235,45 +221,26 @@ def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
         groups.setdefault((tuple(pieces[::2]), equal), []).append(position)
     folded: list[tuple[str, list[int]]] = []
     for (frame, _), positions in groups.items():
-        if len(frame) == 1:  # no number in it: the same key more than once
-            folded.append((frame[0], positions))
-            continue
-        columns = list(zip(*(parts[position][1::2] for position in positions), strict=True))
-        distinct = [{*column} for column in columns]
-        full = 1
-        for values in distinct:
-            full *= len(values)
-        if full != len(positions):  # not every combination exists: fold the last number only
-            folded.extend(_fold_last(parts, positions, frame))
-            continue
-        folded.append((_joined(frame, [number_ranges(map(int, values)) for values in distinct]), positions))
+        columns = [{*column} for column in zip(*(parts[position][1::2] for position in positions), strict=True)]
+        # Where a combination of the numbers is missing only the last number folds.
+        fixed = 0 if prod(map(len, columns)) == len(positions) else max(len(columns) - 1, 0)
+        by_fixed: dict[tuple[str, ...], list[int]] = {}
+        for position in positions:
+            by_fixed.setdefault(tuple(parts[position][1 : 2 * fixed : 2]), []).append(position)
+        for numbers, members in by_fixed.items():
+            ends = columns if not fixed else [{parts[position][-2] for position in members}]
+            shown = [*numbers, *(number_ranges(map(int, values)) for values in ends)]
+            text = "".join(number + piece for number, piece in zip(shown, frame[1:], strict=True))
+            folded.append((frame[0] + text, members))
     folded.sort(key=lambda group: group[1][0])
     return folded
 
 
-def _fold_last(parts: list[list[str]], positions: list[int], frame: tuple[str, ...]) -> list[tuple[str, list[int]]]:
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for position in positions:
-        groups.setdefault(tuple(parts[position][1:-2:2]), []).append(position)
-    folded = []
-    for fixed, members in groups.items():
-        last = number_ranges(int(parts[position][-2]) for position in members)
-        folded.append((_joined(frame, [*fixed, last]), members))
-    return folded
-
-
-def _joined(frame: tuple[str, ...], numbers: list[str]) -> str:
-    text = frame[0]
-    for number, piece in zip(numbers, frame[1:], strict=True):
-        text += number + piece
-    return text
-
-
-# --- as arguments ------------------------------------------------------------------------------------------------
+# --- arguments of the library ------------------------------------------------------------------------------------
 
 
 def texts(given: str | Sequence[str], name: str) -> list[str]:
-    """Returns a list of texts; one text is a list of one. Raises: UsageError for anything else."""
+    """Returns the argument ``name`` as a list of str; one str becomes a list of one. Raises: UsageError."""
     several = [given] if isinstance(given, str) else given
     if isinstance(several, Mapping) or not isinstance(several, Iterable):
         raise UsageError(f"{name} is a text or a list of texts, not {kind_of(given)}")
@@ -285,7 +252,7 @@ def texts(given: str | Sequence[str], name: str) -> list[str]:
 
 
 def pairs(given: Mapping[str, str] | Sequence[tuple[str, str]], name: str, what: str) -> list[tuple[str, str]]:
-    """Returns pairs of texts. Raises: UsageError for anything else."""
+    """Returns the argument ``name`` as a list of pairs of str. Raises: UsageError."""
     wanted = f"{name} is a dict {{key pattern: {what}}} or a list of such pairs"
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise UsageError(f"{wanted}, not {kind_of(given)}")

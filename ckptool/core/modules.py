@@ -4,7 +4,7 @@ The order is `torch.nn.Module.state_dict`'s: a module's parameters, then its per
 submodules in the order they were registered. Source: ``torch/nn/modules/module.py`` (2.13), where the slots
 are dicts; before 2.0 they were OrderedDicts, and 1.0 lacks ``_non_persistent_buffers_set``.
 
-What cannot be known without running the class: ``_extra_state``, an overridden ``state_dict`` and hooks.
+Unknown without running the class: ``_extra_state``, an overridden ``state_dict`` and hooks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _VERSIONS = {
 
 
 def is_module(node: object) -> TypeGuard[PyObject]:
-    """Returns whether a node is an nn.Module, known by its slots and never by its class."""
+    """Returns whether a node has the attributes of an nn.Module, whatever its class."""
     if not isinstance(node, PyObject):
         return False
     if node.qualname == "OptimizedModule" and node.called and node.args:
@@ -32,7 +32,7 @@ def is_module(node: object) -> TypeGuard[PyObject]:
 
 
 def walk_modules(top: PyObject) -> Iterator[tuple[str, PyObject]]:
-    """Yields (prefix, module) in state_dict order; a module registered twice comes twice, prefixes end with "."."""
+    """Yields (prefix, module) in state_dict order, a shared module at each of its prefixes; these end with "."."""
     count = again = 0
     most, most_shared, deepest, longest = (
         limit.now() for limit in (MAX_MODULES, MAX_SHARED_PARTS, MAX_MODULE_DEPTH, MAX_KEY)
@@ -53,7 +53,7 @@ def walk_modules(top: PyObject) -> Iterator[tuple[str, PyObject]]:
         if len(prefix) > longest:
             raise MAX_KEY.passed(f"a module's name has {len(prefix):,} characters", len(prefix))
         if again > most_shared:
-            raise MAX_SHARED_PARTS.passed("the model has too many parts that were met before, counted at each place")
+            raise MAX_SHARED_PARTS.passed("the model has too many parts in shared modules, counted each time")
         yield prefix, module
         if not attributes(module) and module.args and is_module(module.args[0]):
             below = {"_orig_mod": module.args[0]}
@@ -65,7 +65,7 @@ def walk_modules(top: PyObject) -> Iterator[tuple[str, PyObject]]:
 
 
 def state_dict(top: PyObject) -> dict[str, Any]:
-    """Returns {key: value} with the keys and order of ``model.state_dict()``; non-persistent buffers left out."""
+    """Returns {key: value} in the order of ``model.state_dict()``, without non-persistent buffers."""
     found: dict[str, Any] = {}
     total = 0
     most, least = MAX_KEYS.now(), least_to_refuse()
@@ -84,13 +84,13 @@ def state_dict(top: PyObject) -> dict[str, Any]:
                     if len(key) >= least:
                         refuse_key(key)
                     if total > most:
-                        raise MAX_KEYS.passed("its keys have too many characters, put together")
+                        raise MAX_KEYS.passed("its keys have too many characters in all")
                     found[key] = value
     return found
 
 
 def metadata(top: PyObject) -> PyObject:
-    """Returns the ``_metadata`` that ``state_dict()`` would carry: {module path: {"version": n}}."""
+    """Returns the ``_metadata`` of ``model.state_dict()``: {module path: {"version": n}}."""
     versions: dict[Any, Any] = {}
     for prefix, module in walk_modules(top):
         named = attributes(module).get("_version")
@@ -100,7 +100,7 @@ def metadata(top: PyObject) -> PyObject:
 
 
 def state_dict_hooks(top: PyObject) -> list[str]:
-    """Returns the paths of modules whose pickled hooks may make a live state_dict differ from ours."""
+    """Returns the paths of modules with pickled hooks, which may make a live model's state_dict differ from ours."""
     return [
         prefix.removesuffix(".") or "the model itself"
         for prefix, module in walk_modules(top)

@@ -1,4 +1,4 @@
-"""Which optimizer a saved state is of, read from its hyper-parameters: torch does not write the name.
+"""The kind of an optimizer, guessed from the hyper-parameters in its state_dict, which lacks the name.
 
 Source: the ``defaults`` of the classes in ``torch/optim`` (2.13).
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptool.core.tree import as_mapping
 
-_MARKS: tuple[tuple[str, frozenset[str]], ...] = (
+_HYPERPARAMETERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("LBFGS", frozenset({"history_size", "line_search_fn"})),
     ("NAdam", frozenset({"momentum_decay", "betas"})),
     ("Adafactor", frozenset({"beta2_decay"})),
@@ -26,29 +26,29 @@ _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("Adamax", frozenset({"betas", "eps", "weight_decay"})),
     ("SparseAdam", frozenset({"betas", "eps"})),
 )
-"""The hyper-parameters that give an optimizer away, the more particular first."""
+"""The hyper-parameters that identify an optimizer, the most specific first."""
 
 
 def is_optimizer(node: Any) -> bool:
-    """Returns whether a node is what `torch.optim.Optimizer.state_dict()` gives."""
+    """Returns whether a node is a `torch.optim.Optimizer.state_dict()`."""
     mapping = as_mapping(node)
     return mapping is not None and "param_groups" in mapping and "state" in mapping
 
 
 def describe(state: Mapping[Any, Any]) -> tuple[str, int]:
-    """Returns (kind, parameters) of an optimizer's state_dict; the kind is "an optimizer" if nothing gives it away."""
+    """Returns (kind, number of parameters) of an optimizer's state_dict; "an optimizer" if the kind is unknown."""
     groups = state.get("param_groups")
     found = [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
     count = sum(len(group["params"]) for group in found if isinstance(group.get("params"), list))
     options = set(found[0]) if found else set()
-    kind = next((name for name, marks in _MARKS if marks <= options), "an optimizer")
+    kind = next((name for name, needed in _HYPERPARAMETERS if needed <= options), "an optimizer")
     if kind == "Adam" and _decoupled(found[0], state):
         kind = "AdamW"
     return kind, count
 
 
 def _decoupled(group: Mapping[str, Any], state: Mapping[Any, Any]) -> bool:
-    """Returns whether weight decay is AdamW's: torch says so since 2.6; before, only AdamW's default gives a hint."""
+    """Returns whether weight decay is AdamW's: a flag since torch 2.6; before, guessed by AdamW's default of 0.01."""
     if "decoupled_weight_decay" in group:
         return bool(group["decoupled_weight_decay"])
     return as_mapping(state.get("state")) is not None and group.get("weight_decay") == 0.01

@@ -1,4 +1,4 @@
-"""Which of the names in a pickle tensors and plain containers need: all others are code of someone's choosing."""
+"""The allow-list of classes and functions that a pickle of tensors and plain containers needs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _SAFE = {
 
 
 def is_needed_for_tensors(module: str, qualname: str) -> bool:
-    """Returns whether a name is one that tensors and plain containers need.
+    """Returns whether tensors and plain containers need this class or function; any other may run arbitrary code.
 
-    About what `torch.load(weights_only=True)` allows; anything else in a pickle is code of someone's choosing.
+    The list is close to that of `torch.load(weights_only=True)`.
     """
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     if module == "torch" and (qualname in DTYPES or qualname in BY_STORAGE):

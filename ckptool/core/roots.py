@@ -1,4 +1,4 @@
-"""Where in a checkpoint's tree the weights are."""
+"""Finds the weights in a checkpoint's tree."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, walk
 
 _DEEPEST = 20
-"""Names above the weights. Real checkpoints have two or three."""
+"""The longest path to the weights. Real checkpoints have two or three steps."""
 
 _PROBE = 10_000
-"""Nodes looked at to see whether a container holds any tensor."""
+"""How many nodes of a container are searched for a tensor."""
 
 
 class Root(NamedTuple):
-    """``path`` to the weights; ``others``: further places that could be meant; ``ema``: averaged copies."""
+    """``path`` to the weights; ``others``: other candidates; ``ema``: averaged copies."""
 
     path: Path
     others: tuple[Path, ...]
@@ -25,7 +25,7 @@ class Root(NamedTuple):
 
 
 def find_root(tree: Any) -> Root:
-    """Returns where the weights are: the tree itself if it is key -> tensor, else a known name, else a lone dict.
+    """Returns the path to the weights: the tree itself if it is key -> tensor, else a known name, else the only dict.
 
     >>> find_root({"epoch": 3}).path
     ()
@@ -51,7 +51,7 @@ def find_root(tree: Any) -> Root:
         if any(_is_weight(value) for value in mapping.values()) and (
             direct >= max(_elements(mapping[name]) for name in found)
         ):
-            others += [(*path, name) for name in found]  # key -> tensor, with something smaller among it
+            others += [(*path, name) for name in found]  # key -> tensor, and a smaller dict of weights in it
             break
         if len(found) > 1:
             others += [(*path, name) for name in (found[1:] if named else found)]
@@ -63,7 +63,7 @@ def find_root(tree: Any) -> Root:
 
 
 def _elements(node: Any) -> int:
-    """Returns how many elements the tensors of a module or a nest of dicts have, optimizer states left out."""
+    """Returns the number of elements of all tensors in a module or container, without optimizer states."""
     if modules.is_module(node):
         return sum(value.numel for value in modules.state_dict(node).values() if isinstance(value, TensorInfo))
     return sum(value.numel for _, value in walk(node, closed=is_optimizer) if isinstance(value, TensorInfo))
@@ -74,7 +74,7 @@ def _is_weight(value: Any) -> TypeGuard[TensorInfo]:
 
 
 def holds_weights(node: Any) -> bool:
-    """Returns whether a node is a module, or a dict with tensors in it that is no optimizer's."""
+    """Returns whether a node is a module, or a dict with tensors in it and no optimizer state."""
     if modules.is_module(node):
         return True
     if as_mapping(node) is None or is_optimizer(node):

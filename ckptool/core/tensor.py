@@ -1,8 +1,8 @@
-"""A tensor without its values: where its bytes lie, how they are viewed, and what may be computed of them.
+"""Lazy tensors: where the bytes of a tensor are, which view of them it is, or how its values are to be computed.
 
 `Span` (bytes of a file) <- `Storage` (the memory of one or more tensors) <- `TensorInfo` (a view of it). Two tensors
 whose source is the same `Storage` object share memory: tied weights, and views. A `Derived` source is computed while
-it is written, from a closed set of operations; an `Opaque` one is a tensor that is not one strided view.
+it is written, by one of a fixed set of operations; an `Opaque` one is a tensor that is not one strided view.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 def _frozen(cls: type[T]) -> type[T]:
-    """Makes a dataclass that the type checker holds to be frozen: really frozen ones take 1 us more to make, each."""
+    """Returns a dataclass that is frozen for the type checker only: really frozen ones take 1 us more each to make."""
     return dataclass(slots=True, eq=False)(cls)
 
 
 class Span(NamedTuple):
-    """A range of ``nbytes`` bytes of the file ``url``.
+    """A byte range of the file ``url``: ``nbytes`` bytes from ``offset``.
 
-    ``member`` is None when ``offset`` is that of the first byte. Inside a zip it says how the member is
-    stored, and ``offset`` is that of its local header: the payload begins behind a name and padding whose
-    lengths only that header knows, and reading 100,000 of them to list keys would cost more than the listing.
-    ``named`` is how long the name in it must be: what the archive's directory says.
-    ``version`` tells the file that was opened from another that has taken its name since (see `io.source.Source`).
-    ``memory`` gives the bytes of what is in no file at all, a live model's; or of an array inside a pickle.
+    ``member`` is None when ``offset`` is that of the first byte. Inside a zip it is the member's compression,
+    and ``offset`` is that of its local header: the data begin behind a name and an extra field whose
+    lengths only that header has, and reading 100,000 of them to list keys would cost more than the listing.
+    ``packed`` is the member's compressed size, ``named`` the length of its name in the central directory.
+    ``version`` identifies the opened file, should another replace it at its path (see `io.source.Source`).
+    ``memory`` returns the bytes of a tensor that is in memory: a live model's, or a NumPy array's in a pickle.
     """
 
     url: str
@@ -49,10 +49,10 @@ class Span(NamedTuple):
 
 
 class Array:
-    """The bytes of a pickled numpy array: the ``memory`` of its span.
+    """The bytes of a pickled NumPy array: the ``memory`` of its span.
 
-    ``nodes`` has, by the id of a tensor that it was read as, that tensor and what the pickle says: one that no
-    operation touched is written as the array it was. ``beside``: the pickle has tensors of torch too.
+    ``nodes``: {id(tensor): (the tensor it was read as, the array's stand-in)}, so that a tensor that no operation
+    changed is written as the array it was. ``beside``: the pickle has tensors of torch too.
     """
 
     __slots__ = ("beside", "data", "nodes")
@@ -67,10 +67,10 @@ class Array:
 
 @_frozen
 class Storage:
-    """The memory behind one or more tensors; the same object means the same memory.
+    """The memory of one or more tensors; the same object means the same memory.
 
     ``dtype`` is None for torch's UntypedStorage. ``location`` is the device tag (``cpu``, ``cuda:1``).
-    ``crc32`` is that of the whole span as the file records it, None where it does not. ``key`` is its name there.
+    ``crc32`` is the checksum of the whole span that the file records, if it does. ``key`` is its name in the file.
     """
 
     span: Span
@@ -87,13 +87,13 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Derived:
-    """Values computed while writing, which lie in C order in memory of their own.
+    """Values computed while they are written, in C order, in memory shared with no other tensor.
 
-    ``cast``: the input's, converted to the tensor's dtype. ``copy``: the input's as they are (the shape may
-    differ). ``cat``: the inputs', put together along the dimension ``dim``. ``chunks``: the inputs are boxes of it,
-    which begin at the indices ``args`` (see `chunks`). ``draw``: no inputs; ``args`` is the `Draw` that says which
-    numbers, ``shape`` theirs. Any other is an adapter's (``take``, ``mean``,
-    ``mix``, ``resample``): values of ``shape`` computed from whole inputs, see `ckptool.values.adapt`.
+    ``cast``: the input's, converted to the tensor's dtype. ``copy``: the input's, unchanged (the shape may
+    differ). ``cat``: the inputs', concatenated along the dimension ``dim``. ``chunks``: the inputs are boxes of the
+    tensor, which begin at the indices ``args`` (see `chunks`). ``draw``: new numbers of ``shape``, specified by
+    ``args``, a `Draw`. The others are an adapter's (``take``, ``mean``, ``mix``, ``resample``): values of ``shape``
+    computed from whole inputs, see `ckptool.values.adapt`.
     """
 
     op: Literal["cast", "copy", "cat", "chunks", "draw", "take", "mean", "mix", "resample"]
@@ -112,7 +112,7 @@ class Derived:
 class Run(NamedTuple):
     """Rows of a ``take``: ``length`` rows of an input from ``first`` on (of an input of one row: that row again).
 
-    ``source`` counts the inputs; -1 is no input but rows of zeros.
+    ``source`` is the index of the input; -1 means rows of zeros.
     """
 
     source: int
@@ -121,7 +121,7 @@ class Run(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """What a ``mix`` makes of one dimension: index i is the sum of weight * old index over ``rows[i]``, / divisor."""
+    """A ``mix`` of one dimension: new index i is the sum of weight * old index over ``rows[i]``, / divisor."""
 
     rows: tuple[tuple[tuple[int, float], ...], ...]
     divisor: float = 1.0
@@ -140,7 +140,7 @@ DrawKind = Literal["constant", "uniform", "normal", "trunc_normal", "orthogonal"
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The values of one tensor, said completely; ``numbers`` are resolved (gains and fans already in them):
+    """The distribution of a new tensor's values; ``numbers`` are its parameters, gains and fans included:
 
         constant      value               uniform   a, b: from a up to but not b
         normal        mean, std           trunc_normal   mean, std, a, b
@@ -160,10 +160,11 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
-    """A tensor that is not one strided view; it is listed, and passes through as the file built it.
+    """A tensor that is not one strided view; it is listed, and written back unchanged.
 
     ``kind``: ``quantized``, ``sparse_coo`` (csr, csc, bsr, bsc), ``nested_strided``, ``nested_jagged``,
-    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``. ``parts`` are the strided tensors inside.
+    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``. ``node`` is the pickled call that makes it,
+    ``parts`` are the strided tensors inside.
     """
 
     kind: str
@@ -173,7 +174,7 @@ class Opaque:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extras:
-    """What few tensors carry: lazy conjugation and negation bits, a subclass, Python attributes.
+    """Attributes that few tensors have: lazy conjugation and negation bits, a subclass, Python attributes.
 
     ``conj`` and ``neg`` change values without changing bytes.
     ``subclass`` and ``state`` are the class and attributes that `_rebuild_from_type_v2` would restore.
@@ -205,7 +206,7 @@ class TensorInfo(Leaf):
 
     @property
     def storage(self) -> Storage | None:
-        """Returns the memory of a dense tensor; None where there is none, or not one."""
+        """Returns the memory of a dense tensor that is stored; None for a computed or an `Opaque` one."""
         return self.source if isinstance(self.source, Storage) else None
 
     @property
@@ -247,19 +248,19 @@ class TensorInfo(Leaf):
 
     @property
     def array(self) -> PyObject | None:
-        """Returns the numpy array that it is in a torch file, as pickled; None if it is none, or no longer that one."""
+        """Returns the stand-in of the NumPy array that it was read from, unless an operation made this tensor."""
         memory = self.source.span.memory if isinstance(self.source, Storage) else None
         return memory.nodes.get(id(self), (None, None))[1] if isinstance(memory, Array) else None
 
     @property
     def is_beside(self) -> bool:
-        """Returns whether it is an array in a file of torch's tensors: a random state, a mean, and no weight."""
+        """Returns whether it is a NumPy array in a file of torch's tensors: a random state, a mean, but no weight."""
         memory = self.source.span.memory if isinstance(self.source, Storage) else None
         return isinstance(memory, Array) and memory.beside
 
     @property
     def is_contiguous(self) -> bool:
-        """Returns whether its elements lie in C order without gaps, as `torch.Tensor.is_contiguous` does."""
+        """Returns whether its elements are in C order without gaps, as `torch.Tensor.is_contiguous` does."""
         return _packed_nbytes(self.dtype, self.shape or (), self.stride) >= 0
 
     @property
@@ -277,11 +278,11 @@ class TensorInfo(Leaf):
 
     @property
     def is_closed(self) -> bool:
-        """Returns whether there is nothing `inside`."""
+        """Returns whether `inside` yields nothing."""
         return self.extras is None and type(self.source) is not Opaque
 
     def inside(self) -> Iterator[tuple[Any, Any]]:
-        """Yields what the file built it from, where that is more than one view: parts, attributes."""
+        """Yields the arguments of the call that makes an `Opaque` tensor, and a tensor's class and attributes."""
         if isinstance(self.source, Opaque):
             yield from parts(self.source.node)
         if self.extras is not None:
@@ -289,13 +290,13 @@ class TensorInfo(Leaf):
 
     @property
     def form(self) -> tuple[str, object]:
-        """Returns what must be equal for one tensor to take another's place: kind and shape."""
+        """Returns (kind, shape), which must be equal for one tensor to replace another."""
         shape = self.shape if self.shape is not None else tuple(part.shape for part in self.parts)
         return self.kind, shape
 
     @property
     def view(self) -> object:
-        """Returns what is equal for two tensors that are the same elements of the same memory (see `shared`)."""
+        """Returns a value that is equal for tensors of the same elements of the same memory (see `shared`)."""
         conj = (self.extras.conj, self.extras.neg) if self.extras else (False, False)
         return id(self.source), self.dtype, self.shape, self.stride, self.storage_offset, conj
 
@@ -328,7 +329,7 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Returns how many elements lie from a view's first to its last, both counted; for a view with elements.
+    """Returns the number of elements of memory from a view's first to its last inclusive, if it is not empty.
 
     >>> reach((2, 3), (10, 2)), reach((), ())
     (15, 1)
@@ -340,7 +341,7 @@ def reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def view(tensor: TensorInfo, shape: Iterable[int], stride: Iterable[int] | None = None, offset: int = 0) -> TensorInfo:
-    """Returns a view of the same memory, by the same stride if none is given, ``offset`` elements further on."""
+    """Returns a view of the same memory, ``offset`` elements further on; without ``stride``, of the same stride."""
     steps = tensor.stride if stride is None else tuple(stride)
     return replace(tensor, shape=tuple(shape), stride=steps, storage_offset=tensor.storage_offset + offset)
 
@@ -352,25 +353,25 @@ def narrow(tensor: TensorInfo, dim: int, start: int, count: int) -> TensorInfo:
 
 
 def permute(tensor: TensorInfo, dims: Sequence[int]) -> TensorInfo:
-    """Returns the view with its dimensions in another order."""
+    """Returns the view with its dimensions in the order ``dims``."""
     shape = tensor.shape or ()
     return view(tensor, [shape[dim] for dim in dims], [tensor.stride[dim] for dim in dims])
 
 
 def unflatten(tensor: TensorInfo, dim: int, sizes: tuple[int, ...]) -> TensorInfo:
-    """Returns the view with one dimension taken apart into several, of the same number of indices."""
+    """Returns the view with the dimension ``dim`` split into several of ``sizes``, as `torch.unflatten` does."""
     shape, stride = tensor.shape or (), tensor.stride
     steps = [stride[dim] * step for step in contiguous_stride(sizes)]
     return view(tensor, (*shape[:dim], *sizes, *shape[dim + 1 :]), (*stride[:dim], *steps, *stride[dim + 1 :]))
 
 
 def shaped(tensor: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
-    """Returns a contiguous tensor under another shape of as many elements."""
+    """Returns a contiguous tensor reshaped to a shape of as many elements."""
     return replace(tensor, shape=shape, stride=contiguous_stride(shape))
 
 
 def computed_as(tensor: TensorInfo, source: Derived, dtype: str | None = None) -> TensorInfo:
-    """Returns what a tensor is (shape, class, a parameter or not) with computed values; no conjugation or negation."""
+    """Returns the tensor (its shape, class and attributes) with computed values and no lazy bits."""
     extras = tensor.extras and replace(tensor.extras, conj=False, neg=False)
     stride = contiguous_stride(tensor.shape or ())
     return replace(tensor, dtype=dtype or tensor.dtype, stride=stride, storage_offset=0, source=source, extras=extras)
@@ -382,26 +383,26 @@ def computed(dtype: str, shape: tuple[int, ...], source: Derived) -> TensorInfo:
 
 
 def copied(tensor: TensorInfo, shape: tuple[int, ...] | None = None) -> TensorInfo:
-    """Returns a tensor's elements in memory of their own, under another shape if one is given."""
+    """Returns a copy of a tensor in memory of its own, reshaped if ``shape`` is given."""
     return computed(tensor.dtype, (tensor.shape or ()) if shape is None else shape, Derived("copy", (tensor,)))
 
 
 def cat(tensors: Sequence[TensorInfo], dim: int) -> TensorInfo:
-    """Returns tensors of one dtype put together along a dimension."""
+    """Returns tensors of one dtype concatenated along a dimension."""
     shape = tensors[0].shape or ()
     total = sum((tensor.shape or ())[dim] for tensor in tensors)
     return computed(tensors[0].dtype, (*shape[:dim], total, *shape[dim + 1 :]), Derived("cat", tuple(tensors), dim))
 
 
 Box = tuple[tuple[int, ...], tuple[int, ...], "TensorInfo"]
-"""A part of a tensor: where it begins and its size along every dimension, and the tensor that holds its elements."""
+"""A part of a tensor: its first index and its size along every dimension, and the tensor of its elements."""
 
 
 def chunks(dtype: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> TensorInfo:
-    """Returns one tensor that lies in several places: the boxes may come in any order, and leave nothing out.
+    """Returns one tensor made of boxes, in any order, which together cover it.
 
-    Raises: FormatError for boxes that overlap, reach outside, or hold other tensors than they say; IncompleteError
-    where a part of the tensor is in none of them.
+    Raises: FormatError for boxes that overlap, reach outside, or have another dtype or shape than declared;
+    IncompleteError where a part of the tensor is in none of them.
     """
     for offsets, sizes, tensor in boxes:
         if (tensor.dtype, tensor.shape) != (dtype, sizes) or isinstance(tensor.source, Opaque):
@@ -427,8 +428,8 @@ def chunks(dtype: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> TensorIn
 def _refuse_overlaps(boxes: Sequence[Box], dims: int) -> None:
     """Raises FormatError if two boxes share elements.
 
-    They are looked at along the dimension where most of them begin at an index of their own, and each is compared
-    with those that have not ended there: few, as tensors are cut.
+    Sorts them along the dimension with the most distinct first indices, and compares each with those that have not
+    ended there: few, as sharding splits tensors along one or two dimensions.
     """
     if len(boxes) > 1 and not dims:
         raise FormatError("a scalar has several parts")
@@ -448,9 +449,9 @@ def _refuse_overlaps(boxes: Sequence[Box], dims: int) -> None:
 
 
 def storage_range(tensor: TensorInfo) -> tuple[Storage, int, int] | None:
-    """Returns (storage, first byte, bytes to reverse at a time; 1: none) of a tensor that is one range of a storage.
+    """Returns (storage, offset in bytes, unit of the byte swap; 1: none) of a tensor that is one range of a storage.
 
-    None for one that has gaps, another order, lazy bits, or no storage.
+    None for one that is not contiguous, has lazy bits, or no storage.
     """
     source = tensor.source
     if not isinstance(source, Storage) or tensor.is_lazy or not tensor.is_contiguous:
@@ -460,7 +461,7 @@ def storage_range(tensor: TensorInfo) -> tuple[Storage, int, int] | None:
 
 
 def plain_range(tensor: TensorInfo) -> tuple[Span, int, int] | None:
-    """Returns (span, first byte in it, bytes) of a tensor whose elements, as they are written, lie so in a file."""
+    """Returns (span, offset in it, nbytes) of a tensor whose bytes in its file are the bytes to write; else None."""
     found = storage_range(tensor)
     if found is None or found[2] > 1 or found[0].span.member == "deflated" or found[0].span.memory is not None:
         return None
@@ -468,47 +469,40 @@ def plain_range(tensor: TensorInfo) -> tuple[Span, int, int] | None:
 
 
 def whole_storage(tensor: TensorInfo) -> Storage | None:
-    """Returns the storage whose bytes are all the tensor's elements as they are written, if there is one."""
+    """Returns the storage whose bytes are exactly the tensor's bytes to write; None if there is none."""
     found = storage_range(tensor)
     return found[0] if found is not None and found[2] == 1 and tensor.is_whole else None
 
 
 FORMS = 256
-"""Forms of tensors that are remembered. Large numbers may share a hash: then each is compared with so many others."""
+"""Size of the caches by shape. Hostile shapes may share a hash: then each look-up compares that many keys."""
 
 
 @lru_cache(FORMS)
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Returns the bytes of so many elements. Few shapes are met often."""
+    """Returns the bytes of a tensor. Cached, as the tensors of a file have few distinct shapes."""
     return dtypes.nbytes_of(dtype, prod(shape))
 
 
 @lru_cache(FORMS)
 def _packed_nbytes(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Returns the bytes of a view that lies in C order without gaps, -1 for any other. Few forms are met often."""
+    """Returns the bytes of a contiguous view, -1 for any other. Cached as `_nbytes` is."""
     numel = prod(shape)
-    return dtypes.nbytes_of(dtype, numel) if numel == 0 or _dense_in_c_order(shape, stride) else -1
-
-
-def _dense_in_c_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1:
-            if step != expected:
-                return False
-            expected *= size
-    return True
+    dense = zip(shape, stride, contiguous_stride(shape), strict=True)
+    if numel and any(size != 1 and step != expected for size, step, expected in dense):
+        return -1
+    return dtypes.nbytes_of(dtype, numel)
 
 
 def _no_build(self: object, state: object) -> None:
-    """Stands between a pickle's BUILD and the field-setting ``__setstate__`` that frozen slotted dataclasses get."""
+    """Refuses a pickle's BUILD, in place of the ``__setstate__`` of slotted dataclasses, which sets any field."""
     if isinstance(self, TensorInfo) and self.is_parameter and isinstance(state, tuple) and len(state) == 3:
         return  # torch 0.2 and 0.3 repeat (requires_grad, volatile, hooks) behind a Parameter
     raise FormatError("the pickle builds a tensor or a storage with a state of its own")
 
 
 def _by_fields(self: Any) -> tuple[Any, ...]:
-    """Copies and pickles these classes through their constructors, which leaves ``__setstate__`` to `_no_build`."""
+    """Copies and pickles these classes through their constructors, without ``__setstate__``."""
     return type(self), tuple(getattr(self, one.name) for one in fields(self))
 
 

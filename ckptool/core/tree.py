@@ -1,4 +1,4 @@
-"""Trees: what a pickle or a header holds, in plain Python, with a stand-in for every object of a foreign class.
+"""Trees: the content of a pickle or a header in plain Python, with a stand-in for every object of a foreign class.
 
 A tree is made of None, bool, int, float, str, bytes, list, tuple, dict, set, frozenset, of `PyObject` for
 everything else, and of leaves that other files define (tensors). Nothing here imports, calls or reads anything.
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.limits import MAX_DEPTH, MAX_KEY, MAX_LEVELS, MAX_SHARED, MAX_STEPS
 
 Path = tuple[Any, ...]
-"""Steps from the top of a tree: dict keys as they are (int keys stay int), list positions, attribute names."""
+"""Steps from the top of a tree: dict keys unchanged (int keys stay int), list indices, attribute names."""
 
 LONG = 4096
-"""Characters of a path that are shown."""
+"""The most characters of a path that a message shows."""
 
 
 class Global(type):
-    """A class or function that a pickle names, never imported: ``module`` and ``qualname`` are all there is.
+    """A stand-in for a class or function that a pickle names: only its ``module`` and ``qualname``, never imported.
 
-    It is a class, so that every opcode which makes an object has something harmless to make it from;
-    calling it gives a `PyObject` that only remembers the call.
+    It is a class itself, as the opcodes that make objects (NEWOBJ) demand one; calling it gives a `PyObject` that
+    records the call and runs nothing.
     """
 
     module: str
@@ -52,14 +52,14 @@ class Global(type):
 
 
 class PyObject(metaclass=Global):
-    """A stand-in for an object of a class that was never imported; it holds what the pickle said and runs nothing.
+    """A stand-in for an object of a class that was never imported: it records what the pickle does to the object.
 
     ``type(obj)`` is the `Global` that stands for its class. ``called``: made by calling (REDUCE), else by
-    ``__new__`` (NEWOBJ), with ``args`` and ``kwargs``. ``state``: what BUILD would have given
-    ``__setstate__`` or ``__dict__``. ``items``: what was appended. ``mapping``: what was set by key, so an
-    OrderedDict is a PyObject whose mapping is its content and whose state may hold ``_metadata``.
-    ``maker``: the object that was called to make it, where that is no class or function by name.
-    ``pairs``: what `as_mapping` has made of a list of pairs, and of how many.
+    ``__new__`` (NEWOBJ), with ``args`` and ``kwargs``. ``state``: the argument of BUILD, for ``__setstate__`` or
+    ``__dict__``. ``items``: the appended items. ``mapping``: the items set by key; an OrderedDict is a
+    PyObject whose mapping is its content and whose state may hold ``_metadata``.
+    ``maker``: the object that was called to make this one, where that is no `Global`.
+    ``pairs``: the cache of `as_mapping` for a list of pairs: (length of the list, the dict made of it).
     """
 
     __slots__ = ("args", "called", "items", "kwargs", "maker", "mapping", "pairs", "state")
@@ -81,12 +81,13 @@ class PyObject(metaclass=Global):
         made.called = False
         return made
 
-    # What the unpickling machine calls on an object:
+    # Methods that the unpickler calls:
 
     def __call__(self, *args: Any) -> PyObject:
-        """Records a call of an object, which makes one of the class that protocol 2 wraps in a ``partial``.
+        """Records a call of this object.
 
-        That is ``functools.partial(cls.__new__, cls, ...)``, for a class whose ``__new__`` takes keywords.
+        The result of a ``functools.partial(cls.__new__, cls, ...)`` is a stand-in of class ``cls``: so protocol 2
+        makes objects of a class whose ``__new__`` takes keywords.
         """
         state = self.state if self.qualname == "partial" and isinstance(self.state, tuple) else ()
         given = state[1] if len(state) > 1 and isinstance(state[1], tuple) else ()
@@ -114,13 +115,13 @@ class PyObject(metaclass=Global):
             self.mapping = {}
         self.mapping[key] = value
 
-    # What a reader of the tree asks:
+    # Methods for readers of the tree:
 
     def __getitem__(self, key: Any) -> Any:
         return (as_mapping(self) or {})[key]
 
     def with_mapping(self, mapping: dict[Any, Any], state: Any) -> PyObject:
-        """Returns the same kind of dict with other content, and other state (``_metadata``)."""
+        """Returns a copy of a dict's stand-in with this content and this state (``_metadata``)."""
         made = self.with_state(state)
         if self.args and as_mapping(self) is not self.mapping:
             made.args = ()
@@ -128,7 +129,7 @@ class PyObject(metaclass=Global):
         return made
 
     def with_state(self, state: Any) -> PyObject:
-        """Returns the same object with another state."""
+        """Returns a copy with this state."""
         made: PyObject = object.__new__(type(self))
         made.args, made.kwargs, made.called, made.maker = self.args, self.kwargs, self.called, self.maker
         made.items, made.mapping, made.state, made.pairs = self.items, self.mapping, state, None
@@ -168,20 +169,20 @@ def as_mapping(node: object) -> dict[Any, Any] | None:
         return content
     if not isinstance(content, list):
         return {}
-    if node.pairs is None or node.pairs[0] != len(content):  # made once: many places of a tree may share it
+    if node.pairs is None or node.pairs[0] != len(content):  # made once, as many parts of a tree may share it
         node.pairs = len(content), _dict_of(content)
     return node.pairs[1]
 
 
 def _dict_of(pairs: list[Any]) -> dict[Any, Any]:
-    """Returns the dict that a list of pairs makes; an empty one if it is none."""
+    """Returns ``dict(pairs)``; {} if it is no list of pairs."""
     if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         return {}
     return {} if any(isinstance(name, _NO_KEYS) for name, _ in pairs) else dict(pairs)
 
 
 _NO_KEYS = (dict, list, set, bytearray, tuple)
-"""What such pairs do not begin with: not hashable, or tuples, which the machine has not hashed and counted before."""
+"""Types that are refused as keys of such pairs: unhashable ones, and tuples, which `pickling.guard` has not counted."""
 
 
 def layers(node: object) -> tuple[Any, ...]:
@@ -201,7 +202,7 @@ def attributes(node: object) -> dict[str, Any]:
 
 
 def children(node: object) -> Iterator[tuple[Any, Any]]:
-    """Yields (step, child) for what lies directly below a node, in the file's order."""
+    """Yields (step, child) for the nodes directly below a node, in the file's order."""
     if isinstance(node, dict):
         yield from node.items()
     elif isinstance(node, (list, tuple, set, frozenset)):
@@ -224,7 +225,7 @@ def children(node: object) -> Iterator[tuple[Any, Any]]:
 
 
 def parts(node: object) -> Iterator[tuple[Any, Any]]:
-    """Yields (step, part) for all that a node is made of, as a pickle names it: keys and arguments included."""
+    """Yields (step, part) for everything that a pickle of the node holds: its children, keys and arguments."""
     if isinstance(node, dict):
         for name, value in node.items():
             if isinstance(name, _INNER):
@@ -246,17 +247,17 @@ def parts(node: object) -> Iterator[tuple[Any, Any]]:
 
 
 class Leaf:
-    """A leaf with a tree of its own behind it, which a walk enters only when asked to (``inside``)."""
+    """A leaf that may have a tree of its own (a tensor's attributes), which only a walk with ``inside`` enters."""
 
     __slots__ = ()
 
     @property
     def is_closed(self) -> bool:
-        """Returns whether nothing hangs on it."""
+        """Returns whether `inside` yields nothing."""
         return True
 
     def inside(self) -> Iterator[tuple[Any, Any]]:
-        """Yields (step, child) for what hangs on it."""
+        """Yields (step, child) for the top nodes of its own tree."""
         return iter(())
 
 
@@ -265,9 +266,9 @@ def walk(
 ) -> Iterator[tuple[Path, Any]]:
     """Yields (path, node) for every node of a tree, parents first, in the file's order.
 
-    A container that holds itself is not entered again, nor is one for which ``closed`` is true. With ``inside``
-    come all the `parts` that a pickle of the tree would have, of leaves too, and a shared container is entered
-    only once. Raises: LimitError past `MAX_DEPTH`, `MAX_SHARED`, `MAX_STEPS`.
+    A container inside itself is not entered again; one for which ``closed`` is true is not entered. With ``inside``
+    it also yields what only a pickle of the tree has (see `parts`), the trees of leaves too, and enters a shared
+    container only once. Raises: LimitError past `MAX_DEPTH`, `MAX_SHARED`, `MAX_STEPS`.
     """
     yield (), top
     inner = _INNER if inside else _CONTAINERS
@@ -292,7 +293,7 @@ def walk(
             here = (*path, step)
             yield here, node
             if isinstance(node, Leaf) and (not inside or node.is_closed):
-                continue  # nearly every one
+                continue  # nearly every leaf
             if not isinstance(node, inner) or id(node) in on_trail or (closed and closed(node)):
                 continue
             before = id(node) in entered
@@ -314,52 +315,20 @@ _INNER = (*_CONTAINERS, Leaf)
 
 
 def nodes(top: object) -> Iterator[Any]:
-    """Yields every node that a pickle of the tree has, as `walk` does with ``inside``, but in no order to rely on.
+    """Yields the nodes of a `walk` with ``inside``, in the same order, without their paths: a fifth of the cost.
 
-    A container is entered once. Without paths it costs a fifth of a walk.
+    Raises: LimitError past `MAX_DEPTH`.
     """
     yield top
-    entered = {id(top)}
-    trail = [top] if isinstance(top, _INNER) else []
-    while trail:
-        node = trail.pop()
-        for part in _below(node):
-            yield part
-            if isinstance(part, Leaf) and part.is_closed:
-                continue  # nearly every one
-            if isinstance(part, _INNER) and id(part) not in entered:
-                entered.add(id(part))
-                trail.append(part)
-
-
-def _below(node: object) -> Iterator[Any]:
-    """Returns the `parts` of a node without their steps: a fifth of the cost for a dict of names."""
-    return iter(node.values()) if _plain_dict(node) else (part for _, part in parts(node))
-
-
-def _plain_dict(node: object) -> TypeGuard[dict[str, Any]]:
-    return type(node) is dict and set(map(type, node)) <= {str, int}
-
-
-def check(top: object) -> None:
-    """Raises LimitError if a `walk` over the tree would: once, so that whoever walks later need not be prepared."""
-    for _ in walk(top):
-        pass
-
-
-def check_inside(top: object) -> None:
-    """Raises LimitError if what a pickle of the tree has is nested too deep: behind leaves and in keys, too.
-
-    It enters what a `walk` with ``inside`` does, in the same order, and makes no paths.
-    """
     deepest = MAX_DEPTH.now()
     entered = {id(top)}
-    trail = [_below(top)]
+    trail = [_below(top)] if isinstance(top, _INNER) else []
     while trail:
         for part in trail[-1]:
+            yield part
             if isinstance(part, Leaf):
                 if part.is_closed:
-                    continue  # nearly every one
+                    continue  # nearly every leaf
             elif not isinstance(part, _CONTAINERS):
                 continue
             if id(part) in entered:
@@ -373,16 +342,23 @@ def check_inside(top: object) -> None:
             trail.pop()
 
 
-def replaced(top: Any, path: Path, value: Any) -> Any:
-    """Returns the tree with ``value`` at ``path``: containers on the way are copied, all else is the same objects.
+def _below(node: object) -> Iterator[Any]:
+    """Returns the `parts` of a node without their steps, which for a dict of names takes a fifth of the time."""
+    if type(node) is dict and set(map(type, node)) <= {str, int}:
+        return iter(node.values())
+    return (part for _, part in parts(node))
 
-    Raises: UnsupportedError if the way leads through something that cannot be copied with one part changed.
+
+def replaced(top: Any, path: Path, value: Any) -> Any:
+    """Returns the tree with ``value`` at ``path``: the containers above it are copied, all else is the same objects.
+
+    Raises: UnsupportedError if one of these containers cannot be copied with one part changed.
     """
-    way = []
+    above = []
     for step in path:
-        way.append((top, step))
+        above.append((top, step))
         top = _part(top, step)
-    for holder, step in reversed(way):
+    for holder, step in reversed(above):
         value = _with_part(holder, step, value)
     return value
 
@@ -411,11 +387,11 @@ def _with_part(node: Any, step: Any, value: Any) -> Any:
     return node.with_state(_with_part(node.state, last, _with_part(node.state[last], step, value)))
 
 
-# --- what is said of a value -------------------------------------------------------------------------------------
+# --- values in messages ------------------------------------------------------------------------------------------
 
 
 def brief(value: object, room: int = 100) -> str:
-    """Returns a value as Python would write it, cut to ``room`` characters: for messages, whatever the value is."""
+    """Returns the ``repr`` of any value, cut to ``room`` characters, at a bounded cost: for messages."""
     text = _brief(value, room, 4)
     return text if len(text) <= room else f"{text[: room - 3]}..."
 
@@ -447,9 +423,9 @@ def _brief(value: object, room: int, depth: int) -> str:
 
 
 def key_text(step: object) -> str:
-    """Returns a key of a dict as it is shown: text as it is, and text and bytes that protocol 2 wraps in a call.
+    """Returns the text of a dict's key: a str unchanged, else what the pickled text, bytes or integer would show.
 
-    Those are bytes (``_codecs.encode``), NumPy's ``str_`` and ``bytes_``, and instances of subclasses of str.
+    Protocol 2 wraps some in a call: bytes (``_codecs.encode``), NumPy's scalars, and instances of subclasses of str.
     """
     if isinstance(step, str):
         return step
@@ -464,9 +440,9 @@ def key_text(step: object) -> str:
 
 
 def path_text(path: Path) -> str:
-    """Returns a path as it is shown: its steps joined with "/", each in few words where it is no text.
+    """Returns the steps of a path joined with "/", each as `key_text` gives it.
 
-    Of a path beyond `LONG` characters it is the begin and the end.
+    Of a path longer than `LONG` characters only the beginning and the end.
     """
     steps = [key_text(step) for step in path]
     if sum(map(len, steps)) + len(steps) <= LONG:
@@ -476,7 +452,7 @@ def path_text(path: Path) -> str:
 
 
 def refuse_key(key: str, url: str | None = None) -> None:
-    """Raises LimitError for a key that is longer, or has more levels, than any work with all of its prefixes bears."""
+    """Raises LimitError for a key over MAX_KEY characters or MAX_LEVELS dots (work per prefix is quadratic)."""
     if len(key) > MAX_KEY.now():
         raise MAX_KEY.passed(f"a key has {len(key):,} characters", len(key), url)
     levels = key.count(".")
@@ -485,7 +461,7 @@ def refuse_key(key: str, url: str | None = None) -> None:
 
 
 def least_to_refuse() -> int:
-    """Returns the characters that a key has at least if `refuse_key` refuses it."""
+    """Returns the length of the shortest key that `refuse_key` could refuse."""
     return min(MAX_KEY.now(), MAX_LEVELS.now()) + 1
 
 
@@ -500,7 +476,7 @@ def _as_bytes(node: object) -> bytes | None:
 
 
 def _numpy_text(dtype: object, data: object) -> str | None:
-    """Returns the text of a pickled NumPy scalar: ``str_`` is UTF-32, padded with zeros; None for another dtype."""
+    """Returns the text of a pickled NumPy text, bytes or integer (``str_`` is UTF-32 with NULs behind), else None."""
     name = dtype.args[0] if isinstance(dtype, PyObject) and dtype.qualname == "dtype" and dtype.args else None
     state = dtype.state if isinstance(dtype, PyObject) and isinstance(dtype.state, tuple) else ()
     raw = _as_bytes(data)

@@ -1,4 +1,4 @@
-"""``_metadata``, the modules' versions on a state_dict: read, written, and carried along when keys move or go."""
+"""``_metadata``, the modules' versions in a state_dict: read, written, and updated as keys are renamed or dropped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ckptool.core.tree import PyObject, as_mapping, ordered_dict
 from ckptool.limits import MAX_MODULE_DEPTH
 
 Moves = dict[str, list[str]]
-"""{module's path: its new paths}: more than one where a module was taken apart."""
+"""{module's path: its new paths}; several where the module was split."""
 
 
 class Moved(NamedTuple):
-    """New versions, and what a map file needs to bring the old ones back.
+    """New versions, and what a map file needs to restore the old ones.
 
-    ``paths``: {old path: the new paths that have its entry}, all old ones in their order. ``lost``: {old path: its
-    entry} where no new path has it, as far as JSON can hold it.
+    ``paths``: {old path: the new paths that have its entry}, for all old paths in order. ``lost``: {old path: its
+    entry} where no new path has it and JSON can hold it.
     """
 
     versions: dict[Any, Any]
@@ -47,10 +47,10 @@ def versioned(mapping: dict[Any, Any], node: Any) -> PyObject:
 
 
 def without_lost_counters(node: Any, old: Iterable[str], new: Container[str]) -> Any:
-    """Returns a state_dict's state with ``_metadata`` fit for the keys that are left.
+    """Returns a state_dict's state with ``_metadata`` corrected for dropped keys.
 
-    BatchNorm's version 2 promises a ``num_batches_tracked``; where that key was dropped the module's entry
-    goes too, or a strict `load_state_dict` would call it missing.
+    BatchNorm's version 2 promises a ``num_batches_tracked``; where that key was dropped the module's entry is
+    dropped too, or a strict `load_state_dict` would report the key as missing.
     """
     versions = versions_of(node)
     gone = {key.rpartition(".")[0] for key in old if is_counter(key) and key not in new} if versions else set()
@@ -60,10 +60,10 @@ def without_lost_counters(node: Any, old: Iterable[str], new: Container[str]) ->
 
 
 def moved(versions: Mapping[Any, Any], pairs: Iterable[tuple[str, str]]) -> Moved:
-    """Returns the versions under the modules' new names, where ``pairs`` are (old key, new key) of all that is left.
+    """Returns the versions under the modules' new paths; ``pairs`` are (old key, new key) of all remaining keys.
 
-    A module goes where its keys went; one without keys stays below the module above it. Where two modules become
-    one, the one that came with its keys gives the entry. Order is the old one.
+    A module moves with its keys; one without keys moves with its parent. Where two modules become one, the entry is
+    that of the one that moved with its keys. The order is the old one.
     """
     known = _moves(pairs)
     ranks: tuple[Moves, Moves, Moves] = ({}, {}, {})
@@ -86,7 +86,7 @@ def moved(versions: Mapping[Any, Any], pairs: Iterable[tuple[str, str]]) -> Move
 
 
 def restored(versions: Mapping[Any, Any], paths: Moves, lost: Mapping[str, Any]) -> Moved:
-    """Returns the versions that a map recorded (`Moved.paths`, `Moved.lost`), brought back from what is there now."""
+    """Returns the old versions, from the current ones and those that a map recorded (`Moved.paths`, `Moved.lost`)."""
     made: dict[Any, Any] = {}
     origin: dict[str, str] = {}
     for old, found in paths.items():
@@ -113,7 +113,7 @@ def _recorded(versions: Mapping[Any, Any], made: dict[Any, Any], origin: Mapping
 
 
 def is_entry(entry: Any) -> bool:
-    """Returns whether an entry is a dict of plain values, which JSON gives back as they were."""
+    """Returns whether an entry is a dict of plain values, which JSON keeps exactly."""
     return (
         type(entry) is dict
         and all(type(name) is str for name in entry)
@@ -125,7 +125,7 @@ def is_entry(entry: Any) -> bool:
 
 
 def _found(path: str, known: Mapping[str, list[str]]) -> tuple[int, list[str]]:
-    """Returns (how sure that is: 0 by its keys, 1 by the module above, 2 not at all; the new paths of a module)."""
+    """Returns (rank, new paths) of a module. Ranks: 0 by its own keys, 1 by its nearest known parent, 2 unknown."""
     if path in known:
         return 0, known[path]
     above, rest, deepest = path, "", MAX_MODULE_DEPTH.now()
@@ -139,11 +139,11 @@ def _found(path: str, known: Mapping[str, list[str]]) -> tuple[int, list[str]]:
 
 
 def _moves(pairs: Iterable[tuple[str, str]]) -> Moves:
-    """Returns where the keys of modules went, and of the modules above them, as far as the names below are the same.
+    """Returns the new paths of modules whose keys were renamed, and of their parents while the names below are equal.
 
-    ``layers.0.fc.weight`` to ``h.0.fc.weight`` says it of ``layers.0.fc`` and ``layers.0``, and of ``layers``; that
-    ``layers`` is ``h`` now says that the module above it has stayed. Where only the last name differs, it says so of
-    its own module alone, and less surely.
+    ``layers.0.fc.weight`` to ``h.0.fc.weight`` moves ``layers.0.fc``, ``layers.0`` and ``layers``; the parent of
+    ``layers`` stays, as it also is the parent of ``h``. Where the last names of the keys differ too, that only moves
+    their own module, and only if nothing else does.
     """
     sure: dict[tuple[str, str], None] = {}
     unsure: dict[tuple[str, str], None] = {}

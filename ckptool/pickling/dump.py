@@ -1,4 +1,4 @@
-"""From a tree to a pickle: protocol 2, the only one that `torch.load(weights_only=True)` accepts."""
+"""Writes a tree as a pickle of protocol 2, the only one that `torch.load(weights_only=True)` accepts."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ckptool.pickling.load import Builder
 
 
 class Hole:
-    """A place in the arguments of a `Form` that a value fills: a text, a whole number, or a tuple of those."""
+    """A placeholder in the arguments of a `Form`, for a str, an int, or a tuple of those."""
 
 
 HOLE = Hole()
 
 
 class Persistent(tuple[Any, ...]):
-    """A persistent id among the arguments of a call: what stands there is kept outside the pickle."""
+    """A persistent id among the arguments of a call, for an object outside the pickle."""
 
 
 class Form(NamedTuple):
-    """A call that many leaves share but for the values in its holes, so that the rest is encoded once.
+    """A call whose arguments are equal for many leaves but for the holes, so that the rest is encoded once.
 
-    The first hole takes a text that is another for every leaf; what fills the others comes again and again.
+    The first hole takes a str that differs for every leaf; the values of the others, which repeat, are cached.
     """
 
     function: Global
@@ -35,8 +35,8 @@ class Form(NamedTuple):
 
 
 Reduced = tuple[Global, tuple[Any, ...]] | tuple[Form, str, tuple[Any, ...]] | PyObject | None
-"""What a leaf is written as: a call, whose arguments are of that call alone and remembered by nobody; a form with
-the values of its holes; or an object."""
+"""A leaf to write: as a call, whose arguments are used nowhere else and so not memoised; as a form and the values
+of its holes; or as an object."""
 
 
 def dump(
@@ -47,13 +47,13 @@ def dump(
 ) -> bytes:
     """Returns the protocol-2 pickle of a tree.
 
-    ``reduce`` maps a leaf to what it is written as; ``persistent_id`` maps an object kept elsewhere to its id.
-    Both answer None for anything else. Shared objects stay shared, cycles stay cycles.
-    Raises: UnsupportedError for what protocol 2 cannot say, LimitError past `MAX_DEPTH`.
+    ``reduce`` maps a leaf to its `Reduced`; ``persistent_id`` maps an object outside the pickle to its id.
+    Both return None for anything else. Shared objects stay shared, cycles stay cycles.
+    Raises: UnsupportedError for what protocol 2 cannot express, LimitError past `MAX_DEPTH`.
     """
     writer = _Writer(reduce, persistent_id)
     limit = sys.getrecursionlimit()
-    frames = min(8 * MAX_DEPTH.now(), (1 << 31) - 1)  # at most five per container, none of them C's
+    frames = min(8 * MAX_DEPTH.now(), (1 << 31) - 1)  # at most five Python frames per container, and none in C
     sys.setrecursionlimit(max(limit, frames))
     try:
         writer.save(top)
@@ -69,19 +69,14 @@ def _order(item: Any) -> str:
 _TUPLES = (b")", b"\x85", b"\x86", b"\x87", b"t")
 """Opcodes that make a tuple of 0, 1, 2, 3, and of all items since the mark."""
 
-
 _LENGTH = struct.Struct("<I").pack
 
 _CUT = bytes(bytearray(b"hole"))
-"""Stands for a hole among the bytes of a form: known by identity."""
+"""Marks a hole among the bytes of a form; compared by identity."""
 
 
 class _Writer:
-    def __init__(
-        self,
-        reduce: Callable[[Any], Reduced],
-        persistent_id: Callable[[Any], Any],
-    ) -> None:
+    def __init__(self, reduce: Callable[[Any], Reduced], persistent_id: Callable[[Any], Any]) -> None:
         self.reduce = reduce
         self.persistent_id = persistent_id
         self.out: list[bytes] = []
@@ -135,7 +130,7 @@ class _Writer:
         else:
             function, args = reduced
             self.enter()
-            self.save_fresh_call(function, args)  # not (*reduced): that call would be one of C's
+            self.save_fresh_call(function, args)  # not (*reduced): such a call recurses in C
             self.depth -= 1
         self.memo[id(node)] = self.count  # the tree keeps it alive
         self.put_index()
@@ -156,12 +151,12 @@ class _Writer:
         elif isinstance(node, PyObject):
             self.save_object(node)
         elif kind is bytes:
-            # bytes in protocol 2 are text that _codecs.encode turns back
+            # protocol 2 has no bytes: torch too writes a str and a call of _codecs.encode
             self.save_call("_codecs", "encode", (node.decode("latin1"), "latin1"), node)
         elif kind is bytearray:
             self.save_call("__builtin__", "bytearray", (bytes(node),), node)
         elif kind is set or kind is frozenset:
-            # a set's order changes from run to run; the file's must not
+            # sorted, as a set's order changes from run to run
             self.save_call("__builtin__", kind.__name__, (sorted(node, key=_order),), node)
         else:
             pid = self.persistent_id(node)
@@ -214,7 +209,7 @@ class _Writer:
         self.put_index()
 
     def save_fresh_call(self, function: Global, args: tuple[Any, ...]) -> None:
-        """Writes a call whose arguments nothing else refers to: they need no place in the memo."""
+        """Writes a call whose arguments are used nowhere else, and so not memoised."""
         self.save_global(function.module, function.qualname)
         self.save_fresh(args)
         self.out.append(b"R")
@@ -239,7 +234,7 @@ class _Writer:
         self.out.append(_TUPLES[min(len(items), 4)])
 
     def save_form(self, form: Form, first: str, rest: tuple[Any, ...]) -> None:
-        """Writes a form's call: in full the first time, which puts its constants into the memo; then piece by piece."""
+        """Writes a form's call: the first time in full, which memoises its constants, then from encoded pieces."""
         known = self.forms.get(id(form))
         if known is None:
             self.kept.append(form)
@@ -255,7 +250,7 @@ class _Writer:
         self.out.append(b"%bX%b%b%b" % (pieces[0], _LENGTH(len(text)), text, tail))
 
     def cut(self, form: Form) -> tuple[bytes, ...]:
-        """Returns the bytes of a form's call before, between and behind its holes."""
+        """Returns the bytes of a form's call before, between and after its holes."""
         whole, self.out = self.out, []
         self.save_fresh_call(form.function, form.args)
         parts, self.out = self.out, whole
@@ -272,12 +267,12 @@ class _Writer:
             self.out.append(b"(")
         for item in node:
             self.save(item)
-        if id(node) in self.memo:  # it holds itself, and was made on the way: drop this copy
+        if id(node) in self.memo:  # it contains itself, and was written among its items: drop this copy
             self.out.append(b"1" if len(node) > 3 else b"0" * len(node))
             self.get(self.memo[id(node)])
             return
         self.out.append(_TUPLES[min(len(node), 4)])
-        if not all(type(item) is int for item in node):  # of a shape nobody asks whether it is the same object
+        if not all(type(item) is int for item in node):  # shapes are not memoised: their identity has no meaning
             self.put(node)
 
     def save_call(self, module: str, qualname: str, args: tuple[Any, ...], node: Any) -> None:
@@ -333,7 +328,7 @@ class _Writer:
 
 
 def _int(value: int) -> bytes:
-    """Returns the opcode of a whole number."""
+    """Returns the opcode of an int."""
     if 0 <= value < 256:
         return b"K%c" % value
     if 0 <= value < 65536:
@@ -346,7 +341,7 @@ def _int(value: int) -> bytes:
 
 
 def _plain(value: Any) -> bytes:
-    """Returns the opcodes of what may fill a hole; no place in the memo."""
+    """Returns the opcodes of a value for a hole, not memoised."""
     if type(value) is int:
         return _int(value)
     if type(value) is str:

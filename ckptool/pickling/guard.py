@@ -1,12 +1,12 @@
-"""How deep and how often the tuples of a pickle hold each other: the one danger of CPython's C unpickler.
+"""Bounds how deep and how often the tuples of a pickle nest, as hashing them can crash or hang CPython's C unpickler.
 
-A tuple that is a key is hashed, in C: recursively, without a limit and without a memory of what it hashed. So
-200,000 tuples in one another overflow the C stack, and 64 that each hold the one before twice take years.
-torch.load dies of both. Frozensets are counted as tuples are: comparing two walks through what both hold.
+A tuple that is a key is hashed in C: recursively, without a depth limit and without a cache. So 200,000 nested
+tuples overflow the C stack, and 64 of which each contains the one before twice take years. torch.load crashes or
+hangs on both. Frozensets count as tuples: comparing two compares their items.
 
-The tuples of an honest pickle are nearly all of a kind that cannot nest (`ckptool.pickling.load` reads those at the
-speed of a regular expression), so what is left is counted: few loose ones cannot nest deep, and without a GET
-that brings a tuple back no tuple is in two others. Only where that proves nothing, `check` follows every opcode.
+Nearly all tuples of an ordinary pickle are of a kind that cannot nest (`ckptool.pickling.load` recognises them by a
+regular expression), so it counts the others: a few cannot nest deep, and without a GET of a tuple no tuple
+is in two others. Only where that proves nothing does `check` simulate every opcode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from ckptool.limits import MAX_TUPLE_ITEMS, MAX_TUPLE_KEYS, MAX_TUPLES
 
 Size = tuple[int, int]
-"""Of a value: items, shared ones counted at each place, and how many tuples are inside one another."""
+"""Of a value: (number of items, shared ones counted each time; depth of nested tuples)."""
 
 _ATOM: Size = (1, 0)
 
@@ -26,23 +26,23 @@ def _tuple_of(items: list[Size], deepest: int, most: int) -> Size:
     if depth > deepest:
         raise MAX_TUPLES.passed("tuples are nested too deep")
     if size > most:
-        raise MAX_TUPLE_ITEMS.passed("a tuple has too many items, shared ones counted at each place")
+        raise MAX_TUPLE_ITEMS.passed("a tuple has too many items, shared ones counted each time")
     return size, depth
 
 
 _POPS = {**dict.fromkeys(b"ab", (1, 0)), **dict.fromkeys(b"RQ\x81\x93", (2, 1)), ord("Q"): (1, 1), 0x92: (3, 1)}
-"""Opcodes that take values off the stack -> (how many, how many they put there)."""
+"""Opcodes that pop values -> (how many they pop, how many they push)."""
 
 _NOTHING = frozenset(b"\x80\x95.")
 
 
 def check(opcodes: Iterable[tuple[int, int]], alike: bool = False) -> None:
-    """Raises LimitError if tuples nest, or multiply, more than hashing can bear; ``opcodes`` come with memo indices.
+    """Raises LimitError if tuples are nested or shared too much to be hashed; ``opcodes`` are (opcode, memo index).
 
-    With ``alike`` there are numbers of one hash, so that many tuples may have one too: fewer of them may be keys.
+    ``alike``: the pickle may have different numbers of one hash, and so many tuples of one hash: fewer may be keys.
 
-    Follows the machine's stack, marks and memo with the size of each value alone. Where the machine would find too
-    little on its stack it ends, as the machine will. Cost: about 0.5 us per opcode.
+    Simulates the unpickler's stack, marks and memo with only the size of each value. Returns where the stack
+    underflows, as the unpickler will fail there. Cost: about 0.5 us per opcode.
     """
     stack: list[Size] = []
     marked: list[list[Size]] = []

@@ -1,38 +1,39 @@
-"""From a pickle stream to a tree, without running anything: done by CPython's own C machine, in three walls:
+"""Reads a pickle stream into a tree with CPython's C unpickler, running no code of the pickle. Three defences:
 
-1. `scan` reads the opcodes first. It finds where the pickle ends, refuses opcodes that reach outside the
-   stream (EXT1/2/4 and the out-of-band buffers), and bounds what a few bytes can make the machine allocate
-   (memo indices, declared lengths, digits; tuples in tuples, see `ckptool.pickling.guard`).
-2. The machine resolves every name through ``find_class``, which here never imports: it gives a `Global`, a
-   class whose calls only record themselves, or one of the caller's builders.
-3. Every object the machine can hold takes BUILD, APPEND and SETITEM through methods defined in this package.
+1. `scan` reads the opcodes first. It finds the end of the pickle, refuses opcodes that reach outside the
+   stream (EXT1/2/4 and the out-of-band buffers), and bounds what a few bytes can make the unpickler allocate
+   (memo indices, declared lengths, digits; nested tuples, see `ckptool.pickling.guard`).
+2. The unpickler resolves every name through ``find_class``, which here never imports: it returns a `Global`, a
+   class whose calls are only recorded, or one of the caller's builders.
+3. Every object that the unpickler can get takes BUILD, APPEND and SETITEM through methods defined in this package.
 
-Opcodes: ``pickletools`` of CPython 3.13. The way back is `ckptool.pickling.dump`.
+Opcodes: ``pickletools`` of CPython 3.13. `ckptool.pickling.dump` writes pickles.
 """
 
 from __future__ import annotations
 
+import _pickle
 import gc
 import io
 import re
 from array import array
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ckptool.core import tree
 from ckptool.core.tensor import Span
-from ckptool.core.tree import Global
+from ckptool.core.tree import Global, nodes, walk
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 from ckptool.limits import MAX_DIGITS, MAX_GLOBALS, MAX_MEMO, MAX_NAME, MAX_TUPLES, MAX_WIDE
 from ckptool.pickling import guard as nesting
 
 Builders = Mapping[tuple[str, str], Callable[..., Any]]
-"""What to call instead of recording, by (module, qualname)."""
+"""{(module, qualname): the function to call instead of recording the call}."""
 
 
 class Builder:
-    """A callable for ``find_class`` that a pickle can call and not alter."""
+    """A callable that ``find_class`` returns: a pickle can call it, but not change it."""
 
     __slots__ = ("function", "module", "qualname")
 
@@ -53,7 +54,7 @@ class Builder:
 
 
 class CutOffError(FormatError):
-    """The bytes end before the pickle does: more of the file may hold the rest."""
+    """The buffer ends before the pickle does; the rest may follow in the file."""
 
 
 _LENGTHS = {
@@ -62,10 +63,10 @@ _LENGTHS = {
 """Opcodes with a length in front of their bytes -> size of that length."""
 
 _LINES = {ord("c"): 2, ord("i"): 2, **dict.fromkeys(b"FILSVPgp", 1)}
-"""Opcodes whose arguments end with newlines -> how many."""
+"""Opcodes whose arguments end with newlines -> number of lines."""
 
 _FIXED = {**dict.fromkeys(b"Khq\x80", 1), ord("M"): 2, **dict.fromkeys(b"Jjr", 4), **dict.fromkeys(b"G\x95", 8)}
-"""Opcodes with arguments of fixed size -> their bytes: met outside a run only where the bytes end."""
+"""Opcodes with arguments of fixed size -> that size. Nearly all of them are matched as part of a run (see `_run`)."""
 
 _REFUSED = {
     0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4", 0x97: "NEXT_BUFFER", 0x98: "READONLY_BUFFER",
@@ -73,17 +74,17 @@ _REFUSED = {
 
 
 MANY = 10_000
-"""GETs and texts looked at one by one; then a run may hold short texts, and GETs of the same indices.
+"""After this many GETs and texts read one by one, the pattern of a run also matches short texts and these GETs.
 
-Real pickles have a handful of those. The pattern for it takes 8 ms to make, as long as so many looks, and is then 15
-times as fast.
+Real pickles GET a handful of indices. That pattern takes 8 ms to compile, as long as reading this many one by
+one, and is then 15 times as fast.
 """
 
 WIDE = 8
-"""Bytes of an integer from which on two may have one hash: below they are their own, but for -1 and -2."""
+"""Integers of this many bytes may share a hash; a shorter one is its own hash, but for -1, whose hash is that of -2."""
 
 _MINUS_TWO = b"J\xfe\xff\xff\xff", b"G\xc0" + bytes(7)
-"""The one small number that shares its hash, with -1, where a run may hide it."""
+"""``-2`` as pickled: CPython has ``hash(-1) == hash(-2)``, so `scan` searches the buffer for it."""
 
 _NUMBER = rb"(?:K.|M..|J....|[N\x88\x89]|G.{8})"
 _TUPLE = rb"[\x85-\x87t]"
@@ -101,7 +102,7 @@ def _put(bound: int) -> bytes:
 
 
 def _record(put: bytes, get: bytes, made: bytes) -> bytes:
-    """Returns the pattern for a key and its tensor in the order of torch.save; behind every tuple comes ``made``."""
+    """Returns the pattern for a key and its tensor as torch.save writes them, with ``made`` after every tuple."""
     return (
         _TEXT + put + get + rb"\(\(" + get + get + _TEXT + put + get + _NUMBER + rb"t" + made + rb"Q" + _NUMBER
         + (_NUMBERS + made) * 2 + _NUMBER + get + rb"\)R" + put + rb"t" + made + rb"R" + put
@@ -109,16 +110,16 @@ def _record(put: bytes, get: bytes, made: bytes) -> bytes:
 
 
 def _run(put: bytes, gets: Collection[bytes] = ()) -> re.Pattern[bytes]:
-    """Returns the pattern for a run of opcodes that nest no tuples: no GETs but ``gets``, and texts only with those.
+    """Returns the pattern for a run: opcodes that nest no tuples. With ``gets`` it matches these GETs and texts too.
 
-    A tuple in a run is made of numbers, or is the arguments of a call, a persistent id, an item or a value, and
-    so no part of another tuple unless a GET brings it back. Every PUT stands right behind what made the object.
+    A tuple in a run has only numbers, or is the arguments of a call, a persistent id, an item or a value, and
+    so it is in no other tuple unless a GET fetches it. Every PUT follows the opcode that made its object.
     """
     put += rb"?+"
     first = last = b""
     if gets:
         get = rb"(?:" + rb"|".join(map(re.escape, gets)) + rb")"
-        first = _record(put, get, put) + rb"|"  # all of it may stand in a run anyway
+        first = _record(put, get, put) + rb"|"  # only faster: the other branches match each part of it
         last = rb"|" + _TEXT + put + rb"|" + get
     return re.compile(
         put + rb"(?:" + first
@@ -131,10 +132,10 @@ def _run(put: bytes, gets: Collection[bytes] = ()) -> re.Pattern[bytes]:
 
 
 def scan(buffer: bytes, start: int = 0) -> int:
-    """Returns the offset behind the STOP of the pickle that begins at ``start``; reads opcodes, builds nothing.
+    """Returns the offset after the STOP of the pickle that begins at ``start``; reads opcodes, builds nothing.
 
-    Raises: FormatError if it is cut off or holds an unknown opcode, UnsupportedError for opcodes that reach
-    outside the stream, LimitError if a memo index is beyond what its length can need, or tuples nest too deep.
+    Raises: FormatError if it is cut off or has an unknown opcode, UnsupportedError for opcodes that reach
+    outside the stream, LimitError if a memo index is too far beyond its length, or tuples are nested too deep.
     """
     size = len(buffer)
     bound = size - start + MAX_MEMO.now()
@@ -152,7 +153,7 @@ def scan(buffer: bytes, start: int = 0) -> int:
         if position >= size:
             raise CutOffError(f"the pickle at byte {start} is cut off: no STOP in {size - start} bytes")
         opcode = buffer[position]
-        if opcode == 0x58 and position + 5 <= size:  # BINUNICODE, nearly all of the rest
+        if opcode == 0x58 and position + 5 <= size:  # BINUNICODE, the most frequent opcode outside runs
             position += 5 + int.from_bytes(buffer[position + 1 : position + 5], "little")
             met += 1
         elif opcode in b"hj" and position + 1 + _FIXED[opcode] <= size:
@@ -184,7 +185,7 @@ def scan(buffer: bytes, start: int = 0) -> int:
             raise UnsupportedError(f"the pickle uses {_REFUSED[opcode]} (byte {position}), which reaches outside it")
         elif opcode in b"t\x85\x86\x87":
             loose += 1
-            loosened = 1  # a PUT of it begins the next run
+            loosened = 1  # the next run begins one byte earlier, so that `_may_share` sees a PUT of this tuple
             position += 1
         elif (
             opcode == 0x72
@@ -211,9 +212,9 @@ def scan(buffer: bytes, start: int = 0) -> int:
 
 
 def _may_share(buffer: bytes, runs: array[int], fetched: set[bytes], put: bytes) -> bool:
-    """Returns whether one of the GETs may bring back a tuple that was PUT in one of the runs (begin, end, ...).
+    """Returns whether one of the GETs may fetch a tuple that was PUT in one of the ``runs``: begin, end, begin, ...
 
-    First it is looked whether the bytes of such a PUT stand anywhere at all, arguments and texts included.
+    First it searches for the bytes of such a PUT anywhere, even in arguments and texts, and only then parses the run.
     """
     if not (fetched and runs):
         return False
@@ -234,7 +235,7 @@ def _may_share(buffer: bytes, runs: array[int], fetched: set[bytes], put: bytes)
 
 
 def _tuple_puts(put: bytes) -> re.Pattern[bytes]:
-    """Returns the pattern that finds, read from the begin of a run on, the PUTs of tuples in it."""
+    """Returns the pattern whose matches, from the beginning of a run on, capture the PUTs of its tuples."""
     get, bare = rb"(?:h.|j....)", rb"(?!" + put + rb")"
     return re.compile(
         put + rb"?+(?:" + _record(put + rb"?+", get, bare) + rb"|" + _NUMBER + rb"|" + get
@@ -245,7 +246,7 @@ def _tuple_puts(put: bytes) -> re.Pattern[bytes]:
 
 
 def _opcodes(buffer: bytes, start: int) -> Iterator[tuple[int, int]]:
-    """Yields (opcode, memo index of a PUT or GET) of a pickle that `scan` has found well-formed; slow."""
+    """Yields (opcode, memo index of a PUT or GET, else 0) of a pickle that `scan` found well-formed. Slow."""
     position = start
     while (opcode := buffer[position]) != 0x2E:
         begin = position + 1
@@ -273,7 +274,7 @@ def _after_lines(buffer: bytes, position: int, bound: int) -> int:
             raise CutOffError(f"the pickle is cut off in the line at byte {end}")
         text, end = buffer[end:newline], newline + 1
     if opcode == ord("p") and not (text.isdigit() and len(text) < 12):
-        raise LimitError(f"the pickle memoises at no index that there can be (byte {position}, MAX_MEMO)")
+        raise LimitError(f"the pickle memoises at an impossible index (byte {position}, MAX_MEMO)")
     if opcode == ord("p") and int(text) > bound:
         raise _memo_beyond(int(text), bound, position)
     if opcode in b"IL" and len(text) > MAX_DIGITS.now():
@@ -290,8 +291,8 @@ def _too_many_digits(count: int, position: int) -> LimitError:
     return MAX_DIGITS.passed(f"the pickle has an integer of some {count:,} digits (byte {position})")
 
 
-class _Machine:
-    """One run of the C machine; remembers the names that it was asked for."""
+class _Unpickling:
+    """One run of the C unpickler; ``found`` has the classes and functions that the pickle names."""
 
     def __init__(self, builders: Builders, persistent_load: Callable[[Any], Any] | None) -> None:
         self.builders = builders
@@ -317,24 +318,22 @@ class _Machine:
         return found
 
     def _getattr(self, *args: Any) -> Any:
-        """Protocol 2 names a nested class, ``Outer.Inner``, as a call of getattr."""
+        """Returns a nested class, ``Outer.Inner``, which protocol 2 names by a call of getattr."""
         if len(args) == 2 and isinstance(args[0], Global) and isinstance(args[1], str):
             return self.find_class(args[0].module, f"{args[0].qualname}.{args[1]}")
         made = Global.named("builtins", "getattr")
         return made(*args)
 
     def run(self, buffer: bytes, start: int) -> Any:
-        import _pickle
-
-        # The machine asks a file with peek() for large pieces; a bare BytesIO costs one call per argument.
+        # The unpickler reads large blocks from a file that has peek(); from a bare BytesIO it reads each argument.
         raw = io.BytesIO(buffer)
         raw.seek(start)
         stream = io.BufferedReader(raw, 1 << 17)
-        machine = type("_Unpickler", (_pickle.Unpickler,), {
+        unpickler = type("_Unpickler", (_pickle.Unpickler,), {
             "find_class": staticmethod(self.find_class),
             "persistent_load": staticmethod(self.persistent_load or _no_persistent_id),
         })(stream, encoding="latin1")  # fmt: skip
-        return machine.load()
+        return unpickler.load()
 
 
 _GETATTR = {("__builtin__", "getattr"), ("builtins", "getattr")}
@@ -354,29 +353,29 @@ def load(
 ) -> tuple[Any, tuple[tuple[str, str], ...]]:
     """Returns (tree, names): the tree of the pickle at ``start``, and every (module, qualname) it names.
 
-    `scan` the buffer first. ``persistent_load`` maps a persistent id to a leaf. ``closed`` tells from
-    the names that no leaf can have a tree behind it, where one need not look. Costs about 1 us per tensor.
-    Raises: FormatError if the machine stumbles, LimitError if the tree is not one to walk, what a builder raises.
+    `scan` the buffer first. ``persistent_load`` maps a persistent id to a leaf. ``closed`` says, by the names of
+    the pickle, that no leaf can have a tree of its own to check. Costs about 1 us per tensor.
+    Raises: FormatError if unpickling fails, LimitError if the tree passes a limit of `walk`, any error of a builder.
     """
-    machine = _Machine(builders or {}, persistent_load)
+    unpickling = _Unpickling(builders or {}, persistent_load)
     enabled = gc.isenabled()
-    gc.disable()  # every new container would be a candidate: halves the time at 100,000 keys
+    gc.disable()  # the collector would visit all new containers again and again: twice the time at 100,000 keys
     try:
-        made = machine.run(buffer, start)
-        tree.check(made)
-        if not closed(machine.found):
-            tree.check_inside(made)
+        made = unpickling.run(buffer, start)
+        deque(walk(made), maxlen=0)  # raises the LimitError of any later walk here, once
+        if not closed(unpickling.found):
+            deque(nodes(made), maxlen=0)
     except CkptoolError:
         raise
     except (
         ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-        _unpickling_error(),
+        _pickle.UnpicklingError,
     ) as error:  # fmt: skip
         raise FormatError(f"the pickle does not unpickle: {type(error).__name__}: {error}") from error
     finally:
         if enabled:
             gc.enable()
-    return made, tuple(machine.found)
+    return made, tuple(unpickling.found)
 
 
 def stand_in(value: Any, leaf: Callable[[Any], Any]) -> Any:
@@ -404,15 +403,9 @@ def stand_in(value: Any, leaf: Callable[[Any], Any]) -> Any:
 
 
 def with_arrays(made: Any, names: Collection[tuple[str, str]], span: Span, *, keep: bool = True) -> Any:
-    """Returns a tree of `load` with tensors for numpy's arrays (see `numpy_calls`), where it names numpy at all."""
+    """Returns a tree of `load` with tensors in place of NumPy's arrays (see `numpy_calls`)."""
     if not any(module.startswith("numpy") for module, _ in names):
         return made
     from ckptool.pickling.numpy_calls import with_tensors
 
     return with_tensors(made, names, span, keep=keep)
-
-
-def _unpickling_error() -> type[Exception]:
-    import _pickle
-
-    return _pickle.UnpicklingError

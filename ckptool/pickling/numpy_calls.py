@@ -1,11 +1,11 @@
-"""NumPy's words inside a pickle: its arrays, which become tensors whose bytes are in memory.
+"""Decodes NumPy's arrays in a pickle into tensors whose bytes are in memory.
 
     _reconstruct(ndarray, (0,), b"b")    BUILD (1, shape, dtype, is_fortran, bytes)
     _frombuffer(bytes, dtype, shape, order)                                  protocol 5
     dtype("f4", False, True)             BUILD (3, "<", None, None, None, -1, -1, 0)
 
 Below protocol 3 the bytes are ``_codecs.encode(text, "latin1")``; Python 2 wrote them as text. Arrays of objects, of
-text, of dates, with named fields or of a subclass stay the stand-ins that the machine made, as do scalars.
+text, of dates, with named fields or of a subclass stay stand-ins (`PyObject`), as do scalars.
 Sources: ``array_reduce`` and ``array_setstate`` in ``numpy/_core/src/multiarray/methods.c``, ``_frombuffer`` in
 ``numpy/_core/numeric.py`` of numpy 2.4.
 """
@@ -35,16 +35,16 @@ _NAMES = {
 ByteOrder = Literal["little", "big"]
 
 _PLAIN = (None, None, None, -1, -1, 0)
-"""What a dtype's state ends with if it has no fields, no sub-arrays and no metadata."""
+"""The end of the state of a dtype without fields, sub-arrays and metadata."""
 
 _SHARED = 1000
-"""Bytes above which numpy keeps the pickle's object: two arrays made of one are then one memory. Others are copied."""
+"""Above this many bytes numpy keeps the pickle's object, so arrays made of one object share memory; else it copies."""
 
 
 def with_tensors(top: Any, names: Collection[tuple[str, str]], span: Span, *, keep: bool) -> Any:
     """Returns the tree with a tensor for every array in its dicts, lists and tuples, which are changed in place.
 
-    ``span`` says which file they are from. With ``keep`` an array can be written as the array that it was. ``names``
+    ``span`` has the url of their file. With ``keep`` an unchanged tensor can be written as the array it was. ``names``
     are those of the whole pickle. Raises: FormatError for an array whose shape, dtype and bytes contradict each other.
     """
     if _RECONSTRUCT.isdisjoint(names) and _FROM_BUFFER.isdisjoint(names):
@@ -54,12 +54,12 @@ def with_tensors(top: Any, names: Collection[tuple[str, str]], span: Span, *, ke
 
 
 class _Replacing:
-    """One pass over a tree. ``made`` has (node, what takes its place) by the node's id."""
+    """One pass over a tree. ``made``: {id(node): (node, its replacement)}, where the node keeps the id valid."""
 
     def __init__(self, span: Span, keep: bool, beside: bool) -> None:
         self.span, self.keep, self.beside = span, keep, beside
         self.made: dict[int, tuple[Any, Any]] = {}
-        self.held: dict[int, tuple[Any, bytes | bytearray]] = {}
+        self.decoded: dict[int, tuple[Any, bytes | bytearray]] = {}
         self.memories: dict[tuple[int, str, str], tuple[Storage, Array]] = {}
         self.left: list[Any] = []
         self.met: set[int] = set()
@@ -76,7 +76,7 @@ class _Replacing:
         return made
 
     def new(self, node: Any) -> Any:
-        """Returns what takes a node's place; lists and dicts keep theirs, and are entered later."""
+        """Returns a node's replacement; lists and dicts are changed in place, later."""
         kind = type(node)
         if kind is tuple:
             return self.rebuilt(node)
@@ -87,7 +87,7 @@ class _Replacing:
                 self.made[id(node)] = node, self.array(node) or node
             found = self.made[id(node)][1]
             if found is node:
-                node.pairs = None  # made of what changes now
+                node.pairs = None  # a cache of items that are replaced now
                 for content in (node.mapping, *(node.args if node.module == "collections" else ())):
                     if isinstance(content, (dict, list)):
                         self.enter(content)
@@ -100,7 +100,7 @@ class _Replacing:
             self.left.append(node)
 
     def rebuilt(self, top: tuple[Any, ...]) -> Any:
-        """Returns a tuple with its arrays replaced, those in tuples inside it too: itself, if there are none."""
+        """Returns a tuple with its arrays replaced, nested tuples' too; the same object if it has none."""
         trail = [top]
         while trail:
             node = trail[-1]
@@ -123,10 +123,10 @@ class _Replacing:
         if name in _RECONSTRUCT:
             if not _is_plain_ndarray(node) or not isinstance(node.state, tuple) or len(node.state) != 5:
                 return None
-            _, shape, kind, fortran, held = node.state
+            _, shape, kind, fortran, raw = node.state
             order = "F" if fortran else "C"
         elif name in _FROM_BUFFER and len(node.args) in (4, 5) and node.state is None:
-            held, kind, shape, order, axes = (*node.args, None)[:5]
+            raw, kind, shape, order, axes = (*node.args, None)[:5]
         else:
             return None
         row = _dtype(kind)
@@ -134,25 +134,25 @@ class _Replacing:
             return None
         dtype, byteorder = row
         shape, stride = _view(shape, order, axes)
-        data = self.data(held, dtype)
+        data = self.data(raw, dtype)
         if prod(shape) * DTYPES[dtype].bits != 8 * len(data):
             raise FormatError(f"a {dtype} array of shape {brief(shape)} has {len(data)} bytes")
         storage, memory = self.memory(data, dtype, byteorder)
         tensor = TensorInfo(dtype, shape, stride, 0, storage)
         if self.keep:
             if node.state is not None:
-                node.state = (*node.state[:4], data)  # not as text too
+                node.state = (*node.state[:4], data)  # frees the text that the bytes were decoded from
             memory.nodes[id(tensor)] = tensor, node
         return tensor
 
-    def data(self, held: Any, dtype: str) -> bytes | bytearray:
-        if id(held) in self.held:
-            return self.held[id(held)][1]
-        data = raw_bytes(held)
+    def data(self, raw: Any, dtype: str) -> bytes | bytearray:
+        if id(raw) in self.decoded:
+            return self.decoded[id(raw)][1]
+        data = raw_bytes(raw)
         if data is None:
-            raise FormatError(f"the elements of a {dtype} array are {brief(held)}")
+            raise FormatError(f"the elements of a {dtype} array are {brief(raw)}")
         if len(data) > _SHARED:
-            self.held[id(held)] = held, data
+            self.decoded[id(raw)] = raw, data
         return data
 
     def memory(self, data: bytes | bytearray, dtype: str, byteorder: ByteOrder) -> tuple[Storage, Array]:
@@ -173,11 +173,11 @@ def _is_plain_ndarray(node: PyObject) -> bool:
 
 
 def _dtype(node: Any) -> tuple[str, ByteOrder] | None:
-    """Returns torch's name and the byte order of a pickled dtype; None for one that torch lacks or a strange form."""
+    """Returns torch's name and the byte order of a pickled dtype; None for one that torch lacks or of unknown form."""
     if not isinstance(node, PyObject) or (node.module, node.qualname) != ("numpy", "dtype") or len(node.args) != 3:
         return None
     name, state = node.args[0], node.state
-    if isinstance(name, Global):  # bfloat16 and the floats of 8 bits, which another package brings
+    if isinstance(name, Global):  # bfloat16 and the 8-bit floats, which come from the package ml_dtypes
         dtype = name.qualname if name.module == "ml_dtypes" and name.qualname in DTYPES else None
     else:
         dtype = _NAMES.get(name) if isinstance(name, str) else None
@@ -209,16 +209,16 @@ def _view(shape: Any, order: Any, axes: Any) -> tuple[tuple[int, ...], tuple[int
 
 
 def raw_bytes(node: Any) -> bytes | bytearray | None:
-    """Returns the bytes that a pickle of any protocol, or of Python 2, holds as this; None if it is no such thing."""
+    """Returns the bytes that a node stands for in a pickle of any protocol, or of Python 2; None if it is no bytes."""
     if isinstance(node, (bytes, bytearray)):
         return node
     if isinstance(node, PyObject):
         name = node.module, node.qualname
         if node.module in ("__builtin__", "builtins") and node.qualname in ("bytes", "bytearray"):
-            held = node.args[0] if len(node.args) == 1 else None
-            if not isinstance(held, bytes) and not (isinstance(held, PyObject) and held.module == "_codecs"):
+            raw = node.args[0] if len(node.args) == 1 else None
+            if not isinstance(raw, bytes) and not (isinstance(raw, PyObject) and raw.module == "_codecs"):
                 return None if node.args else b""
-            return raw_bytes(held)
+            return raw_bytes(raw)
         if name != ("_codecs", "encode") or len(node.args) != 2 or node.args[1] != "latin1":
             return None
         node = node.args[0]

@@ -1,7 +1,7 @@
-"""Torch's words inside a pickle: the calls that rebuild tensors, in both directions, and what each name may do.
+"""Decodes and encodes the calls in torch's pickles that rebuild tensors, such as ``_rebuild_tensor_v2``.
 
-Reading: `builders` answers for ``torch._utils._rebuild_tensor_v2`` and its kin with functions that check their
-arguments and give a `TensorInfo`. Writing: `call` gives the call that torch would have pickled for one.
+Reading: `builders` maps torch's ``_rebuild_*`` functions to functions that check their arguments and return a
+`TensorInfo`. Writing: `call` returns the call that torch would have pickled for one.
 Sources: ``torch/_utils.py``, ``torch/_tensor.py``, ``torch/serialization.py`` and
 ``torch/_weights_only_unpickler.py`` of torch 2.13.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.core.dtypes import BY_STORAGE, DTYPES, nbytes_of
@@ -20,13 +20,13 @@ from ckptool.core.tree import Global, PyObject, brief, ordered_dict
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.limits import MAX_DIMS, MAX_NUMEL
 
-if TYPE_CHECKING:  # a file without a pickle is read without what reads and writes them
+if TYPE_CHECKING:  # not imported for a file without a pickle
     from ckptool.pickling.dump import Form
     from ckptool.pickling.load import Builders
 
 
 def dtype_of_storage(storage_type: object) -> str | None:
-    """Returns the dtype a pickled storage class stands for, None for UntypedStorage. Raises: FormatError."""
+    """Returns the dtype of a pickled storage class, None for UntypedStorage. Raises: FormatError."""
     name = storage_type.qualname if isinstance(storage_type, Global) else ""
     if name in ("UntypedStorage", "_UntypedStorage"):
         return None
@@ -40,7 +40,7 @@ def dtype_of_storage(storage_type: object) -> str | None:
 
 
 class StorageView(NamedTuple):
-    """A part of a storage under a name of its own, as torch 0.1 to 0.4 saved them; offset in elements."""
+    """A part of a storage with a key of its own, as torch 0.1 to 0.4 saved them; offset in elements."""
 
     base: Storage
     offset: int
@@ -59,7 +59,7 @@ def strided(
 ) -> TensorInfo:
     """Returns the view of ``storage`` that `_rebuild_tensor_v2` makes; ``dtype`` None means the storage's own.
 
-    Raises: FormatError if an argument has the wrong type, or the view leaves its storage: before any byte is read.
+    Raises: FormatError if an argument has the wrong type, or the view reaches outside its storage.
     """
     if isinstance(storage, StorageView) and type(offset) is int:
         offset += storage.offset
@@ -85,14 +85,14 @@ def strided(
 _INT = frozenset({int})
 
 _UNALIKE = sys.hash_info.modulus
-"""Integers from which on several have one hash: as keys, thousands of them would all be compared with each other."""
+"""Integers from here on can share a hash: thousands of such keys would all be compared with each other."""
 
 
 @lru_cache(FORMS)
 def _within(
     dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, nbytes: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shape and the stride of a view that lies in a storage of so many bytes. Few forms are met often."""
+    """Returns the shape and the stride of a view, checked against a storage of ``nbytes``. Cached by shape."""
     if not 0 <= offset <= MAX_NUMEL or len(shape) != len(stride) or len(shape) > MAX_DIMS:
         raise _wrong_view(shape, stride, offset)
     numel, count = 1, 1
@@ -113,7 +113,7 @@ def _within(
 
 
 def _wrong_view(shape: tuple[Any, ...], stride: tuple[Any, ...], offset: object) -> FormatError:
-    """Returns what is said of a shape, a stride and an offset that no tensor has together."""
+    """Returns the error for a shape, a stride and an offset that do not fit together."""
     _ints(shape, "shape"), _ints(stride, "stride")
     if min((*shape, *stride), default=0) < 0:
         return FormatError(f"a tensor has shape {brief(shape)} and stride {brief(stride)}: a negative one")
@@ -140,17 +140,13 @@ def _dtype_named(name: object) -> str:
     raise FormatError(f"{brief(name)} is no dtype that torch can save")
 
 
-def _tensor_v1(storage: object, offset: object, shape: object, stride: object, *_: object) -> TensorInfo:
-    return strided(storage, offset, shape, stride)
-
-
 def _tensor_v3(
     storage: object, offset: object, shape: object, stride: object,
     requires_grad: object, hooks: object, dtype: object, meta: object = None,
 ) -> TensorInfo:  # fmt: skip
     name = _dtype_named(dtype)
     if isinstance(storage, Storage) and storage.byteorder == "big" and DTYPES[name].bits > 8:
-        # torch swaps an UntypedStorage byte by byte, that is not at all: what such a file means is unknowable.
+        # torch swaps an UntypedStorage in units of one byte, so not at all: such a file's values are ambiguous.
         raise UnsupportedError(f"a big-endian file with a {name} tensor: torch itself does not read it right")
     return strided(storage, offset, shape, stride, requires_grad, None, meta, dtype=name)
 
@@ -174,7 +170,7 @@ def _from_type_v2(func: Any, cls: object, args: object, state: object) -> Tensor
     if isinstance(made, TensorInfo):
         return replace(made, extras=replace(made.extras or Extras(), subclass=cls, state=state))
     name = getattr(func, "qualname", "")
-    node = _recorded("torch._tensor", "_rebuild_from_type_v2", (func, cls, args, state))
+    node = _function("_rebuild_from_type_v2", "torch._tensor")(func, cls, args, state)
     if name == "_rebuild_njt":
         inner = args[0] if args and isinstance(args[0], dict) else {}
         values = inner.get("values")
@@ -187,7 +183,7 @@ def _from_type_v2(func: Any, cls: object, args: object, state: object) -> Tensor
 
 
 def _wrapper_subclass(node: PyObject, args: tuple[Any, ...], state: object) -> TensorInfo:
-    """A DTensor or its like: ``size`` is the global shape, while only this rank's shard is in the file."""
+    """Returns a DTensor or another wrapper subclass: ``size`` is the global shape; the file has this rank's shard."""
     layers = state if isinstance(state, tuple) else (state,)
     parts: list[TensorInfo] = []
     for layer in layers:
@@ -199,22 +195,18 @@ def _wrapper_subclass(node: PyObject, args: tuple[Any, ...], state: object) -> T
     return _opaque(kind, node, _dtype_named(args[1]), _ints(args[2], "size"), tuple(parts))
 
 
-def _wrapper(*args: Any) -> PyObject:
-    return _recorded("torch._utils", "_rebuild_wrapper_subclass", args)
-
-
 def _qtensor(storage: object, offset: object, shape: object, stride: object, *rest: Any) -> TensorInfo:
     whole = strided(storage, offset, shape, stride)
     params = rest[0] if rest else ()
     scales = tuple(part for part in params if _is_tensor(part)) if isinstance(params, tuple) else ()
-    node = _recorded("torch._utils", "_rebuild_qtensor", (storage, offset, shape, stride, *rest))
+    node = _function("_rebuild_qtensor")(storage, offset, shape, stride, *rest)
     return _opaque("quantized", node, whole.dtype, whole.shape, (whole, *scales), whole.stride, whole.storage_offset)
 
 
 def _sparse(layout: object, data: object) -> TensorInfo:
     name = layout.args[0] if isinstance(layout, PyObject) and layout.args else layout
     kind = str(name).removeprefix("torch.") if isinstance(name, (str, Global)) else ""
-    node = _recorded("torch._utils", "_rebuild_sparse_tensor", (layout, data))
+    node = _function("_rebuild_sparse_tensor")(layout, data)
     if not isinstance(data, tuple) or kind not in _SPARSE:
         raise FormatError(f"a sparse tensor of layout {brief(name)} cannot be understood")
     parts = tuple(part for part in data if _is_tensor(part))
@@ -231,20 +223,19 @@ def _nested(*args: Any) -> TensorInfo:
     parts = tuple(part for part in args if _is_tensor(part))
     if not parts:
         raise FormatError("a nested tensor without a buffer")
-    node = _recorded("torch._utils", "_rebuild_nested_tensor", args)
-    return _opaque("nested_strided", node, parts[0].dtype, None, parts)
+    return _opaque("nested_strided", _function("_rebuild_nested_tensor")(*args), parts[0].dtype, None, parts)
 
 
 def _meta(dtype: object, shape: object, stride: object, requires_grad: object = False) -> TensorInfo:
-    node = _recorded("torch._utils", "_rebuild_meta_tensor_no_storage", (dtype, shape, stride, requires_grad))
+    node = _function("_rebuild_meta_tensor_no_storage")(dtype, shape, stride, requires_grad)
     made = _opaque("meta", node, _dtype_named(dtype), _ints(shape, "shape"), (), _ints(stride, "stride"))
     return replace(made, requires_grad=bool(requires_grad))
 
 
 def _device_tensor(data: object, dtype: object, device: object, requires_grad: object = False) -> Any:
-    """xla, mtia, maia: a CPU tensor and the device to copy it to."""
+    """Returns a tensor of xla, mtia or maia, which is pickled as a CPU tensor and the device to copy it to."""
     if not isinstance(data, TensorInfo):
-        return _recorded("torch._utils", "_rebuild_device_tensor_from_cpu_tensor", (data, dtype, device, requires_grad))
+        return _function("_rebuild_device_tensor_from_cpu_tensor")(data, dtype, device, requires_grad)
     return replace(data, requires_grad=bool(requires_grad))
 
 
@@ -252,8 +243,9 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, TensorInfo)
 
 
-def _recorded(module: str, qualname: str, args: tuple[Any, ...]) -> PyObject:
-    return Global.named(module, qualname)(*args)
+@cache
+def _function(qualname: str, module: str = "torch._utils") -> Global:
+    return Global.named(module, qualname)
 
 
 def _opaque(
@@ -266,37 +258,27 @@ def _opaque(
 
 
 builders: Builders = {
-    ("torch._utils", "_rebuild_tensor"): _tensor_v1,
+    ("torch._utils", "_rebuild_tensor"): strided,
     ("torch._utils", "_rebuild_tensor_v2"): strided,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter_with_state,
     ("torch.nn.parameter", "Parameter"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type_v2,
-    ("torch._utils", "_rebuild_wrapper_subclass"): _wrapper,
     ("torch._utils", "_rebuild_qtensor"): _qtensor,
     ("torch._utils", "_rebuild_sparse_tensor"): _sparse,
     ("torch._utils", "_rebuild_nested_tensor"): _nested,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _meta,
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _device_tensor,
 }
-"""For `pickles.load`: what torch's rebuild functions become."""
+"""The functions that `pickling.load.load` calls in place of torch's."""
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
-_calls: dict[str, Global] = {}
-
-
-def _function(qualname: str, module: str = "torch._utils") -> Global:
-    name = f"{module}.{qualname}"
-    if name not in _calls:
-        _calls[name] = Global.named(module, qualname)
-    return _calls[name]
-
 
 def call(tensor: TensorInfo, storage: Storage, offset: int, stride: tuple[int, ...]) -> tuple[Global, tuple[Any, ...]]:
-    """Returns (function, args) that rebuild a dense tensor as a view of ``storage``, which is what is written.
+    """Returns (function, args) that rebuild a dense tensor as a view of ``storage``, the storage that is written.
 
     ``storage.dtype`` decides between `_rebuild_tensor_v2` (typed) and `_rebuild_tensor_v3` (None: untyped).
     """
@@ -321,7 +303,7 @@ def call(tensor: TensorInfo, storage: Storage, offset: int, stride: tuple[int, .
 
 
 def form(dtype: str, location: str, requires_grad: bool, is_parameter: bool, tail: tuple[Any, ...] = ()) -> Form:
-    """Returns the call that rebuilds a plain tensor of a typed storage, as `call` has it.
+    """Returns the `call` that rebuilds a plain tensor of a typed storage, as a template.
 
     Its holes are the storage's key and numel, then the tensor's offset, shape and stride.
     """
@@ -336,7 +318,7 @@ def form(dtype: str, location: str, requires_grad: bool, is_parameter: bool, tai
 
 
 def storage_class(dtype: str | None) -> Global:
-    """Returns the class a storage of this dtype is pickled as."""
+    """Returns the class of a pickled storage of this dtype."""
     name = DTYPES[dtype].storage if dtype else None
     return _function(name, "torch") if name else _function("UntypedStorage", "torch.storage")
 
@@ -368,7 +350,7 @@ def storage_nbytes(dtype: str | None, numel: object) -> int:
 
 
 def makes_closed_leaves(names: Iterable[tuple[str, str]]) -> bool:
-    """Returns whether no tensor can have a tree behind it in a pickle of these names, as in nearly every file."""
+    """Returns whether no tensor of a pickle with these names can have attributes, as in nearly every file."""
     return all(
         (module == "torch" and qualname.endswith("Storage")) or (module, qualname) in _WITHOUT_STATE
         for module, qualname in names
