@@ -599,12 +599,12 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
     assert os.listdir() == ["in.safetensors"]
 
 
-@pytest.mark.parametrize("held", [data.MAX_BUFFER, 0])
+@pytest.mark.parametrize("held", [data.READ_WHOLE, 0])
 @pytest.mark.parametrize("when", ["opened", "begun"])
 def test_a_file_that_shrinks_while_a_view_is_gathered_is_no_crash(
     held: int, when: str, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "MAX_BUFFER", held)
+    monkeypatch.setattr(data, "READ_WHOLE", held)
     path = saved({"w": torch.zeros(2000, 1000).t()})
     (tensor,) = ckptool.open(path).state_dict().values()
     with Files() as files:

@@ -17,7 +17,7 @@ from ckptool.io.source import BLOCK, Bytes, Files, Source, Spool
 from ckptool.limits import MAX_EXPANDED, MAX_EXPANSION
 from ckptool.values.streams import Stream, gathered, in_step
 
-MAX_BUFFER = 1 << 26
+READ_WHOLE = 1 << 26
 """Most bytes of a storage that are read into memory to gather a view of it. Above, the file is mapped, at a risk:
 access behind the end of a file that was truncated meanwhile kills the process (SIGBUS)."""
 
@@ -143,7 +143,7 @@ def _gathered(tensor: TensorInfo, source: Storage | Derived, files: Files, swap:
                 raise FormatError(f"a storage ends at byte {end}, behind the end of the file", span.url)
         buffer: Any
         watched: Source | None = None
-        if not isinstance(file, Spool) and extent <= min(MAX_BUFFER, DENSE * tensor.nbytes):
+        if not isinstance(file, Spool) and extent <= min(READ_WHOLE, DENSE * tensor.nbytes):
             buffer = file.read(first, extent)
         else:
             file.check()

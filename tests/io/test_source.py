@@ -36,9 +36,9 @@ class Memory(Source):
 
 
 @pytest.mark.parametrize("name", ["resnet_new.pth", "views.pth", "conj_neg.pth", "deflated.pth", "resnet_legacy.pth"])
-@pytest.mark.parametrize("held", [data.MAX_BUFFER, 0])
+@pytest.mark.parametrize("held", [data.READ_WHOLE, 0])
 def test_tensors_are_read_from_whatever_is_a_source(name: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MAX_BUFFER", held)  # 0: views are gathered from a map, which a source need not have
+    monkeypatch.setattr(data, "READ_WHOLE", held)  # 0: views are gathered from a map, which a source need not have
     source = Memory("memory://" + name, (FIXTURES / name).read_bytes())
     opened = (torch_legacy if "legacy" in name else torch_zip).read(Probe(source.path, lambda _: source))
     loaded = torch.load(FIXTURES / name)
