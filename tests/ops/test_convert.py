@@ -343,10 +343,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("options", OUTPUTS, ids=" ".join)
 @pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [(signal.SIGINT, 130, "ckptool: interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")],
+    ("number", "code", "said", "options"),
+    [
+        *((signal.SIGINT, 130, "ckptool: interrupted\n", options) for options in OUTPUTS),
+        *((signal.SIGTERM, 143, "", options) for options in (OUTPUTS[0], OUTPUTS[-1])),
+        *((signal.SIGHUP, 129, "", options) for options in (OUTPUTS[0], OUTPUTS[-1])),
+    ],
 )
 def test_a_signal_in_the_middle_leaves_nothing(
     number: int, code: int, said: str, options: list[str], saved: Saved

@@ -106,10 +106,14 @@ BOMBS = {
 }  # fmt: skip
 
 
+LOW = {"MAX_STEPS": 500_000, "MAX_SHARED": 10_000, "MAX_SHARED_PARTS": 500, "MAX_TUPLE_ITEMS": 100_000}
+
+
+@pytest.mark.parametrize("limits", [LOW, pytest.param({}, marks=pytest.mark.slow)], ids=["low", "as they are"])
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_of_shared_parts_is_an_error_soon(name: str) -> None:
+def test_a_bomb_of_shared_parts_is_an_error_soon(name: str, limits: dict[str, int]) -> None:
     value = BOMBS[name] if name != "lists that hold each other" else b"(" + BOMBS[name]
-    with pytest.raises(CkptoolError):
+    with pytest.raises(CkptoolError), ckptool.limited(**limits):
         use(beside(value))
 
 
@@ -156,9 +160,9 @@ def test_deep_nesting_is_an_error_soon(deep: Callable[[int], bytes], depth: int)
 
 @pytest.mark.parametrize(
     "key",
-    [b")" + b"\x85" * 400_000, b"(" * 400_000 + b"t" * 400_000, b")" + b"\x85N0" * 300_000,
-     b")q\x010" + b"h\x01\x85q\x010" * 200_000 + b"h\x01", b")p1\n0" + b"g1\n\x85p1\n0" * 200_000 + b"g1\n",
-     b")q\x010" + b"cm\nn\n(h\x01tq\x01R0" * 100_000 + b"h\x01"],
+    [b")" + b"\x85" * 100_000, b"(" * 100_000 + b"t" * 100_000, b")" + b"\x85N0" * 75_000,
+     b")q\x010" + b"h\x01\x85q\x010" * 50_000 + b"h\x01", b")p1\n0" + b"g1\n\x85p1\n0" * 50_000 + b"g1\n",
+     b")q\x010" + b"cm\nn\n(h\x01tq\x01R0" * 25_000 + b"h\x01"],
     ids=["in a row", "by marks", "with others between", "through the memo", "by lines", "as arguments"],
 )  # fmt: skip
 def test_a_key_of_tuples_nested_without_end_never_reaches_the_machine(key: bytes) -> None:
