@@ -170,7 +170,6 @@ LIMIT = 4096
 """Bytes of a shard: most fixtures have several then."""
 
 WAYS = [row.name for row in ROWS.values() if row.writes]
-TIES = {"torch", "torch-legacy", "safetensors", "sharded"}
 
 
 def holds(way: str, tensor: TensorInfo) -> bool:
@@ -214,7 +213,7 @@ def test_there_and_back_all_is_equal_for_the_formats_own_library_too(name: str, 
     assert digests(target) == digests(written(back, way, tmp_path / "again"))
 
     assert list(back.state_dict()) == list(opened.state_dict())
-    assert back.shared() == (opened.shared() if way in TIES else [])
+    assert back.shared() == (opened.shared() if ROWS[way].holds.ties else [])
     assert (back.problems, back.broken) == ((), False)
     with Files() as files:
         for key, tensor in opened.state_dict().items():
