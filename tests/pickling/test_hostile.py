@@ -182,6 +182,18 @@ def test_keys_that_take_years_to_hash_never_reach_the_machine(key: bytes) -> Non
         pickles.scan(b"\x80\x04" + b"}(" + key + b"Nu.")
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [b"}(" + b"h\x00N" * 4 + b"u", b"(" + b"h\x00N" * 4 + b"d", b"}" + b"h\x00Ns" * 4, b"(" + b"h\x00" * 4 + b"\x91",
+     b"\x8f(" + b"h\x00" * 4 + b"\x90"],
+    ids=["setitems", "a dict from marks", "setitem", "a frozenset", "a set"],
+)  # fmt: skip
+def test_whatever_opcode_hashes_keys_their_items_are_counted(keys: bytes) -> None:
+    large = b")" + b"2\x86" * 22 + b"q\x000"  # 4 million items: four are too many
+    with pytest.raises(LimitError, match="MAX_TUPLE_ITEMS"):
+        pickles.scan(b"\x80\x04" + large + keys + b".")
+
+
 @thinned(4)
 @pytest.mark.parametrize("many", [pickles.MANY, 1])
 def test_what_is_scanned_fast_nests_no_tuples_whatever_the_opcodes(
