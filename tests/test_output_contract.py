@@ -27,6 +27,8 @@ Refused = Callable[..., str]
 
 OUT = {"torch": "out.pth", "torch-legacy": "out.pth", "safetensors": "out.safetensors", "npz": "out.npz",
        "sharded": "out"}  # fmt: skip
+BESIDE = {"remap": ["--save-map", "map.json"], "load-partial": ["--groups-out", "groups.json"]}
+"""The files that a command writes beside its output, on request."""
 COMMANDS = {
     "filter": ["torch", "safetensors", "npz"],
     "remap": list(OUT),
@@ -86,6 +88,16 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def told(out: str) -> Any:
+    """Returns the JSON document of a run but for what only a run that writes can say."""
+    document = json.loads(out)
+    (result,) = document["result"] if isinstance(document["result"], list) else [document["result"]]
+    return {
+        **document,
+        "result": {key: value for key, value in result.items() if key not in ("output", "nbytes", "verified")},
+    }
+
+
 @pytest.fixture(params=[(command, name) for command, names in COMMANDS.items() for name in names], ids=" ".join)
 def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
     small = partial(SaveOptions, max_shard_size=4000)  # several shards from commands that take no size too
@@ -112,10 +124,13 @@ def test_an_output_is_the_same_bytes_twice_and_inputs_stay(case: Case, run: Run)
 
 def test_what_is_there_is_replaced_with_force_only(case: Case, run: Run, refused: Refused) -> None:
     source, other = case.source("in"), case.source("other", seed=2)
-    args = case.args(source, case.out)
+    beside = [*BESIDE.get(case.command, ()), "--report", "report.json"]
+    args = case.args(source, case.out, *beside)
     assert run(*args)[0] == 0
     whole = content()
-    assert run(*case.args(other, case.out, "--force"))[0] == 0
+    assert run(*case.args(other, case.out, *beside, "--force"))[0] == 0
+    for name in beside[1::2]:
+        Path(name).write_bytes(b"mine")
     assert same(case.values(case.out), weights(2))
     assert "exist" in refused(*args)
     assert "exist" in refused(*args, "--dry-run")
@@ -145,7 +160,13 @@ def test_an_input_is_replaced_in_place_only(way: str, case: Case, run: Run, refu
         assert "--in-place" in refused(*args, *more)
     refused(*args)
     assert run(*args, "--in-place", "--dry-run")[0] == 0
-    assert run(*args, "--in-place")[::2] == (0, "")
+    old = Path(output)
+    old = min(old.glob("*.safetensors")) if old.is_dir() else old
+    before, there = old.read_bytes(), set(os.listdir())
+    with old.open("rb") as reader:
+        assert run(*args, "--in-place")[::2] == (0, "")
+        assert reader.read() == before, "a reader that has the old file open still sees all of it"
+    assert set(os.listdir()) == there
     assert same(case.values(output), weights(0))
     assert os.path.islink(output) == (way == "symlink")
 
@@ -154,7 +175,9 @@ def test_no_other_input_is_overwritten_either(case: Case, run: Run, refused: Ref
     if case.command not in ("filter", "load-partial") or not case.format.startswith("torch"):
         pytest.skip("it has one input, or none of this format")
     source = case.source("in")
-    assert "is one of the inputs" in refused(*case.args(source, "target.pth", "--force"))
+    os.link("target.pth", "linked.pth")
+    for name in ("target.pth", "linked.pth"):
+        assert "is one of the inputs" in refused(*case.args(source, name, "--force"))
     assert run(*case.args(source, "target.pth", "--in-place"))[0] == 0
     assert same(case.values("target.pth"), weights(0))
 
@@ -177,7 +200,7 @@ def test_without_an_output_it_is_a_dry_run_or_refused(case: Case, run: Run, refu
     source = case.source("in")
     args = [word for word in case.args(source, case.out) if word not in ("-o", case.out)]
     if case.command != "convert":
-        refused(*args)
+        assert "--dry-run" in refused(*args)
         before = content()
         assert run(*args, "--dry-run")[::2] == (0, "")
         assert content() == before
@@ -191,9 +214,10 @@ def test_a_dry_run_writes_nothing_but_the_report(case: Case, run: Run) -> None:
     assert (code, err, content()) == (0, "", before)
     assert run(*args, "--report", "report.json")[::2] == (0, "")
     assert content() == {**before, "report.json": out.encode()}
-    beside = {"remap": ["--save-map", "map.json"], "load-partial": ["--groups-out", "groups.json"]}
-    assert run(*args, *beside.get(case.command, ()), "--report", "report.json", "--force")[0] == 0
+    assert run(*args, *BESIDE.get(case.command, ()), "--report", "report.json", "--force")[0] == 0
     assert content() == {**before, "report.json": out.encode()}
+    assert "dry run" in run(*args)[1]
+    assert told(out) == told(run(*case.args(source, case.out, "--json"))[1])
 
 
 def test_the_report_is_the_document_that_json_prints(case: Case, run: Run) -> None:
@@ -214,8 +238,7 @@ def test_the_report_is_no_input_no_output_and_overwrites_nothing(case: Case, dry
     os.symlink(case.out, "link")
     inputs = [f"in/{name}" for name in os.listdir("in")] if case.format == "sharded" else [source]
     inputs += ["target.pth"] if case.command in ("filter", "load-partial") else []
-    beside = {"remap": ["--save-map"], "load-partial": ["--groups-out"]}
-    for option in ("--report", *beside.get(case.command, ())):
+    for option in ("--report", *BESIDE.get(case.command, ())[:1]):
         assert "exists already" in refused(*case.args(source, case.out, *dry, option, "mine.json"))
         assert "no such directory" in refused(*case.args(source, case.out, *dry, option, "absent/x.json"))
         for name in inputs:
@@ -235,6 +258,7 @@ def test_an_interrupt_on_the_way_leaves_what_was_there(
     source, other = case.source("in"), case.source("other", seed=2)
     original = getattr(Output, method)
     calls: list[int] = []
+    beside = BESIDE.get(case.command, ())
 
     def interrupted(self: Output, *args: Any) -> Any:
         calls.append(1)
@@ -249,8 +273,10 @@ def test_an_interrupt_on_the_way_leaves_what_was_there(
         calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(Output, method, interrupted)
-            code, out, _ = run(*case.args(source, case.out, "--force", "--verify", "--report", "report.json"))
-        assert (code, out, content()) == (130, "", before)
+            code, out, err = run(
+                *case.args(source, case.out, "--force", "--verify", "--report", "report.json", *beside)
+            )
+        assert (code, out, err, content()) == (130, "", "ckptool: interrupted\n", before)
 
 
 def test_what_a_format_does_not_hold_is_said(case: Case, run: Run) -> None:

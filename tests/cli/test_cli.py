@@ -367,7 +367,7 @@ def eight_gigabytes(last: int) -> dict[str, int]:
 
 
 @on_linux
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pth", pytest.param(".safetensors", marks=pytest.mark.slow)])
 def test_inspect_and_diff_of_eight_gigabytes_read_under_4_mb_and_peak_under_60_mb(
     suffix: str, sparse_dir: Path
 ) -> None:
@@ -387,7 +387,10 @@ def test_inspect_and_diff_of_eight_gigabytes_read_under_4_mb_and_peak_under_60_m
 
 
 @on_linux
-@pytest.mark.parametrize(("suffix", "unit"), [(".pth", 6_000_000), (".safetensors", 3_000_000)])
+@pytest.mark.parametrize(
+    ("suffix", "unit"),
+    [(".pth", 2_000_000), (".safetensors", 2_000_000), pytest.param(".pth", 6_000_000, marks=pytest.mark.slow)],
+)
 def test_filter_of_far_more_than_that_peaks_under_150_mb(suffix: str, unit: int, sparse_dir: Path) -> None:
     sizes = {"embed.weight": 15 * unit, "a.weight": 5 * unit, "b.weight": 3 * unit, "head.weight": 2 * unit}
     wanted = {**sizes, "head.weight": 2 * unit + 1}

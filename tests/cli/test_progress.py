@@ -195,7 +195,7 @@ def test_the_bar_runs_to_its_end_whatever_is_done(
 
 
 def test_many_small_tensors_do_not_draw_as_many_bars(run: Run, saved: Saved, recorded: Recorded) -> None:
-    saved({f"t{number}": torch.ones(3) for number in range(5000)}, "in.pth")
+    saved({f"t{number}": torch.ones(3) for number in range(2000)}, "in.pth")
     assert run("convert", "in.pth", "-o", "o.safetensors")[0] == 0
     (bar,) = recorded.bars
     assert 3 < len(bar["done"]) < 1100

@@ -107,25 +107,14 @@ def test_no_weights_are_an_error_and_never_an_empty_file(refused: Callable[..., 
     assert "no tensor" in refused(saved({"epoch": 3, "names": ["a"]}), "-o", "o.safetensors")
 
 
-def test_an_input_and_what_exists_are_not_overwritten(refused: Callable[..., str], run: Run, saved: Saved) -> None:
-    path = saved({"w": torch.ones(3)})
-    assert "in-place" in refused(path, "--to", "torch")
-    assert "in-place" in refused(path, "-o", path, "--force")
-    Path("saved.safetensors").write_text("mine")
-    assert "--force" in refused(path, "--to", "safetensors")
-    refused(path, "--to", "npz", "--report", path, "--force")
-    assert run("convert", path, "--to", "safetensors", "--force")[0] == 0
-    assert load_file("saved.safetensors")["w"].tolist() == [1.0] * 3
-
-
-def test_in_place_replaces_the_input_whole(convert: Callable[..., Any], saved: Saved) -> None:
+def test_a_default_name_that_is_the_input_needs_in_place(
+    refused: Callable[..., str], convert: Callable[..., Any], saved: Saved
+) -> None:
     path = saved({"w": torch.randn(1000), "n": torch.arange(3)})
     expected = {key: tensor.bfloat16() if tensor.is_floating_point() else tensor for key, tensor in load(path).items()}
-    held, before = path.open("rb"), path.read_bytes()
+    assert "in-place" in refused(path, "--to", "torch")
     convert(path, "--to", "torch", "--in-place", "--dtype", "bf16")
     assert_same_state(load(path), expected)
-    assert held.read() == before
-    held.close()
     assert os.listdir() == ["saved.pth"]
 
 
@@ -157,15 +146,6 @@ def test_an_output_that_exists_stops_all_before_the_first(refused: Callable[...,
     one, two = saved({"w": torch.ones(1)}, "one.pth"), saved({"w": torch.ones(2)}, "two.pth")
     Path("two.safetensors").write_text("mine")
     refused(one, two, "--to", "safetensors")
-
-
-def test_a_dry_run_tells_and_writes_nothing(run: Run, saved: Saved) -> None:
-    path = saved({"state_dict": {"w": torch.ones(3)}, "epoch": 3})
-    code, out, err = run("convert", path, "--to", "safetensors", "--dtype", "bf16", "--dry-run", "--report", "r.json")
-    assert (code, err) == (0, "")
-    assert "dry run" in out
-    assert "saved.safetensors" in out
-    assert sorted(os.listdir()) == ["r.json", "saved.pth"]
 
 
 def test_a_dry_run_tells_what_would_be_left_out(run: Run, saved: Saved) -> None:
@@ -347,26 +327,6 @@ def test_a_failed_proof_of_a_replacement_leaves_the_old_file(
 # --- interrupts and damage -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", OUTPUTS, ids=" ".join)
-def test_an_interrupt_leaves_nothing(
-    options: list[str], run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = saved({"a": torch.arange(1000.0), "b": torch.arange(1000.0) + 1})
-    write = Output.write
-    seen = []
-
-    def interrupted(self: Output, data: Any) -> None:
-        seen.extend([len(data)] if len(data) >= 4000 else [])
-        if sum(seen) >= 8000:
-            raise KeyboardInterrupt
-        write(self, data)
-
-    monkeypatch.setattr(Output, "write", interrupted)
-    code, out, err = run("convert", path, *options, "--report", "r.json")
-    assert (code, out, err) == (130, "", "ckptool: interrupted\n")
-    assert os.listdir() == ["saved.pth"]
-
-
 SLOW = """
 import os, sys, time
 from ckptool.cli import main
@@ -383,10 +343,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("options", OUTPUTS, ids=" ".join)
 @pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [(signal.SIGINT, 130, "ckptool: interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")],
+    ("number", "code", "said", "options"),
+    [
+        *((signal.SIGINT, 130, "ckptool: interrupted\n", options) for options in OUTPUTS),
+        *((signal.SIGTERM, 143, "", options) for options in (OUTPUTS[0], OUTPUTS[-1])),
+        *((signal.SIGHUP, 129, "", options) for options in (OUTPUTS[0], OUTPUTS[-1])),
+    ],
 )
 def test_a_signal_in_the_middle_leaves_nothing(
     number: int, code: int, said: str, options: list[str], saved: Saved

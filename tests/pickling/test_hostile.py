@@ -106,10 +106,14 @@ BOMBS = {
 }  # fmt: skip
 
 
+LOW = {"MAX_STEPS": 500_000, "MAX_SHARED": 10_000, "MAX_SHARED_PARTS": 500, "MAX_TUPLE_ITEMS": 100_000}
+
+
+@pytest.mark.parametrize("limits", [LOW, pytest.param({}, marks=pytest.mark.slow)], ids=["low", "as they are"])
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_of_shared_parts_is_an_error_soon(name: str) -> None:
+def test_a_bomb_of_shared_parts_is_an_error_soon(name: str, limits: dict[str, int]) -> None:
     value = BOMBS[name] if name != "lists that hold each other" else b"(" + BOMBS[name]
-    with pytest.raises(CkptoolError):
+    with pytest.raises(CkptoolError), ckptool.limited(**limits):
         use(beside(value))
 
 
@@ -156,9 +160,9 @@ def test_deep_nesting_is_an_error_soon(deep: Callable[[int], bytes], depth: int)
 
 @pytest.mark.parametrize(
     "key",
-    [b")" + b"\x85" * 400_000, b"(" * 400_000 + b"t" * 400_000, b")" + b"\x85N0" * 300_000,
-     b")q\x010" + b"h\x01\x85q\x010" * 200_000 + b"h\x01", b")p1\n0" + b"g1\n\x85p1\n0" * 200_000 + b"g1\n",
-     b")q\x010" + b"cm\nn\n(h\x01tq\x01R0" * 100_000 + b"h\x01"],
+    [b")" + b"\x85" * 100_000, b"(" * 100_000 + b"t" * 100_000, b")" + b"\x85N0" * 75_000,
+     b")q\x010" + b"h\x01\x85q\x010" * 50_000 + b"h\x01", b")p1\n0" + b"g1\n\x85p1\n0" * 50_000 + b"g1\n",
+     b")q\x010" + b"cm\nn\n(h\x01tq\x01R0" * 25_000 + b"h\x01"],
     ids=["in a row", "by marks", "with others between", "through the memo", "by lines", "as arguments"],
 )  # fmt: skip
 def test_a_key_of_tuples_nested_without_end_never_reaches_the_machine(key: bytes) -> None:
@@ -176,6 +180,18 @@ def test_a_key_of_tuples_nested_without_end_never_reaches_the_machine(key: bytes
 def test_keys_that_take_years_to_hash_never_reach_the_machine(key: bytes) -> None:
     with pytest.raises(LimitError, match="MAX_TUPLE_ITEMS"):
         pickles.scan(b"\x80\x04" + b"}(" + key + b"Nu.")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [b"}(" + b"h\x00N" * 4 + b"u", b"(" + b"h\x00N" * 4 + b"d", b"}" + b"h\x00Ns" * 4, b"(" + b"h\x00" * 4 + b"\x91",
+     b"\x8f(" + b"h\x00" * 4 + b"\x90"],
+    ids=["setitems", "a dict from marks", "setitem", "a frozenset", "a set"],
+)  # fmt: skip
+def test_whatever_opcode_hashes_keys_their_items_are_counted(keys: bytes) -> None:
+    large = b")" + b"2\x86" * 22 + b"q\x000"  # 4 million items: four are too many
+    with pytest.raises(LimitError, match="MAX_TUPLE_ITEMS"):
+        pickles.scan(b"\x80\x04" + large + keys + b".")
 
 
 @thinned(4)
