@@ -70,7 +70,7 @@ def test_what_moves_bytes_and_reads_headers_imports_neither_torch_nor_numpy() ->
 FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 """The packages of others that a command line may need; of them and of Python's own modules, what `ALLOWED` imports."""
 
-BEGIN = "cli cli.app cli.render cli.signals errors click contextlib dataclasses re signal typing"
+BEGIN = "cli cli.app cli.render errors click contextlib dataclasses re signal typing"
 CORE = (
     f"{BEGIN} typer limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
     "core.tensor core.tree core.versions cli.output text fnmatch math"
@@ -100,7 +100,7 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} {INSPECT} json"),
     "inspect legacy": (
         ["inspect", FIXTURES / "resnet_legacy.pth"],
-        f"{READ} {INSPECT} formats.streams formats.torch_legacy",
+        f"{READ} {INSPECT} pickling.streams formats.torch_legacy",
     ),
     "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} {INSPECT}"),
     "diff": (["diff", OLD, FULL], f"{READ} {TORCH} cli.diff ops ops.diff ops.notes"),

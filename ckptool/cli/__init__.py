@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # a third of the time at 100,000 keys and a tenth at a few hundred; searching rarely does not cost memory.
     gc.set_threshold(500_000, 20, 1000)
     try:
-        from ckptool.cli import app, render, signals
+        from ckptool.cli import app, render
     except KeyboardInterrupt:
         print("ckptool: interrupted", file=sys.stderr)
         return 130
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # escape characters that the encoding lacks: no traceback
             stream.reconfigure(errors="backslashreplace")
     try:
-        with signals.terminable():
+        with app.terminable():
             return app.run(args)
     except render.ClosedPipe:
         # Python flushes stdout at exit: buffered output must not go to the closed pipe.

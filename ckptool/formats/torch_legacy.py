@@ -17,11 +17,11 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Derived, Storage, TensorInfo
 from ckptool.core.tree import Global, brief, path_text, walk
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
-from ckptool.formats.streams import PickleStream
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files
 from ckptool.pickling import torch_calls as rebuild
 from ckptool.pickling.load import with_arrays
+from ckptool.pickling.streams import PickleStream
 
 if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
     from ckptool.formats.layout import Layout, MapLocation

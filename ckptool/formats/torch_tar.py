@@ -20,11 +20,11 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Storage, TensorInfo
 from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError
-from ckptool.formats.streams import PickleStream
 from ckptool.io.probe import Probe
 from ckptool.io.source import Source
 from ckptool.limits import MAX_DIMS, MAX_PAX, MAX_TAR_ITEMS, MAX_TAR_MEMBERS
 from ckptool.pickling import torch_calls as rebuild
+from ckptool.pickling.streams import PickleStream
 
 MEMBERS = ("storages", "tensors", "pickle")
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ckptool.errors import FormatError
-from ckptool.io.source import Source
 from ckptool.limits import MAX_PICKLE
 from ckptool.pickling import load as pickles
 
@@ -15,10 +14,18 @@ FIRST = 1 << 16
 """Bytes of the first attempt at a pickle whose length nobody has written down; doubled until it is whole."""
 
 
+class Readable(Protocol):
+    """What a stream reads from, such as `ckptool.io.source.Source`."""
+
+    size: int
+
+    def read(self, offset: int, nbytes: int) -> bytes: ...
+
+
 class PickleStream:
     """A position in a file between two items. ``names`` collects what all pickles so far have named."""
 
-    def __init__(self, file: Source, position: int = 0, end: int | None = None) -> None:
+    def __init__(self, file: Readable, position: int = 0, end: int | None = None) -> None:
         self.file = file
         self.position = position
         self.end = file.size if end is None else end
