@@ -180,6 +180,12 @@ def test_what_cannot_be_taken_from_memory_is_one_line() -> None:
 
 # --- wrong arguments -------------------------------------------------------------------------------------------------
 
+
+def test_a_masked_array_in_memory_keeps_its_mask() -> None:
+    ckptool.save({"w": torch.ones(1), "m": np.ma.MaskedArray([1.0, 2.0], mask=[False, True])}, "out.pth")
+    assert torch.load("out.pth", weights_only=False)["m"].mask.tolist() == [False, True]
+
+
 NEW, OLD = FIXTURES / "resnet_new.pth", FIXTURES / "resnet_old.pth"
 
 
