@@ -66,6 +66,9 @@ def open(source: Source, root: str | Path | None = None) -> Checkpoint:
 
 def _path(tree: Any, root: str | Path) -> Path:
     """Returns the path in a tree that the text ``a/0/b`` means; a step may be a key of any type that is shown so."""
+    keys.expect(
+        isinstance(root, (str, tuple, list)), "root", "a text such as 'model/state_dict' or a tuple of keys", root
+    )
     if not isinstance(root, str):
         return tuple(root)
     path: Path = ()
@@ -161,8 +164,10 @@ def save(
     """
     from ckptool import saving
 
+    url = keys.file_path(path)
+    keys.expect_numbers(1, max_shard_size=max_shard_size)
     options = saving.SaveOptions(to, force, in_place, _tags(map_location), max_shard_size, verify, fsync)
-    return saving.save(open(checkpoint), path, options, progress)
+    return saving.save(open(checkpoint), url, options, progress)
 
 
 def _tags(map_location: MapLocation) -> MapLocation:
@@ -237,13 +242,16 @@ def convert(
     from ckptool.errors import needs_torch
     from ckptool.ops.convert import convert as op
 
+    url = keys.file_path(path)
+    keys.expect_texts(dtype=dtype)
+    keys.expect_numbers(1, max_shard_size=max_shard_size)
     opened = open(source, root)
     keep, metadata = keys.texts(keep, "keep"), keys.texts(metadata, "metadata")
     prepared, report = op(
         opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, untie=untie, publish=publish,
         metadata=metadata,
     )  # fmt: skip
-    row = formats.writable(os.fspath(path), to)
+    row = formats.writable(url, to)
     if metadata and not row.holds.metadata:
         raise UsageError("--metadata goes into safetensors and shards only")
     if report.cast:
@@ -256,7 +264,7 @@ def convert(
         report.notes.append("a directory of shards has no digest in its name")
     elif publish and dry_run:
         report.notes.append("8 hex digits of its sha256 will be in its name")
-    saved = saving.check(prepared, path, options) if dry_run else saving.save(prepared, path, options, progress)
+    saved = saving.check(prepared, url, options) if dry_run else saving.save(prepared, url, options, progress)
     return replace(
         report, output=saved.path, nbytes=saved.nbytes, verified=saved.verified, overflowed=dict(saved.overflowed),
         left_out=[name for name in (*report.left_out, *saved.left_out) if name not in metadata],
@@ -289,6 +297,8 @@ def diff(
 
     from ckptool.ops import diff as op
 
+    keys.expect_texts(strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b)
+    keys.expect_numbers(0, rtol=rtol, atol=atol)
     differences = partial(
         op.diff, _open_whole(a), _open_whole(b), ignore=keys.texts(ignore, "ignore"), strip_prefix_a=strip_prefix_a,
         strip_prefix_b=strip_prefix_b, devices=devices,
@@ -333,6 +343,7 @@ def filter(
     from ckptool.ops import filter as op
     from ckptool.values.blocks import same_bytes
 
+    keys.expect_texts(strip_prefix=strip_prefix, add_prefix=add_prefix)
     include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
     opened = [_open_whole(source) for source in sources]
     target = None if match is None else _open_whole(match)
@@ -388,6 +399,8 @@ def plan_partial(
         raise UsageError(f"optimizer is drop or remap, not {optimizer!r}")
     if type(seed) is not int:
         raise UsageError(f"seed is a whole number, not {kind_of(seed)}")
+    keys.expect_texts(strip_prefix=strip_prefix, add_prefix=add_prefix)
+    keys.expect_numbers(0, new_lr_mult=new_lr_mult, weight_decay=weight_decay)
     include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
     options = op.Options(
         [(pattern, adapters.parse(text)) for pattern, text in keys.pairs(adapt, "adapt", "adapter")],
@@ -461,7 +474,9 @@ def load_partial(
     """
     from ckptool.partial import live
 
-    live.refuse_no_module(model)
+    torch = live.refuse_no_module(model)
+    if not isinstance(map_location, torch.device):
+        _tags(map_location)
     if optimizer == "remap":
         raise UsageError(
             "load_partial carries no optimizer state: plan_partial and save write it to a file, as the command does"

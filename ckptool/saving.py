@@ -170,7 +170,8 @@ def _save_directory(
 
     left_out, nbytes, notes = row.directory_writer().write(
         checkpoint, url, files, tags, max_shard_size=options.max_shard_size, force=options.overwrites,
-        fsync=options.fsync, verify=verify if options.verify else None, progress=progress,
+        remove_stale=options.in_place and _holds_input(url, [checkpoint]), fsync=options.fsync,
+        verify=verify if options.verify else None, progress=progress,
     )  # fmt: skip
     return Saved(url, nbytes, left_out, notes=notes)
 
@@ -319,10 +320,7 @@ def check_output(
     if row.is_directory:
         if os.path.lexists(url) and not os.path.isdir(url):
             raise OutputError("is a file; shards go into a directory", url)
-        inside = any(
-            same_file(os.path.dirname(source) or ".", url) for checkpoint in inputs for source in sources(checkpoint)
-        )
-        if inside and options.force and not options.in_place:
+        if options.force and not options.in_place and _holds_input(url, inputs):
             raise OutputError("holds an input; --in-place replaces it", url)
         if options.force and not options.in_place:
             _refuse_linked(url, row, inputs)
@@ -333,6 +331,12 @@ def check_output(
         url = _with_digest(url, PENDING)
     spared = () if options.in_place else inputs
     _check_place(url, options.overwrites, spared, "is one of the inputs; --in-place replaces it")
+
+
+def _holds_input(directory: str, inputs: Sequence[Checkpoint]) -> bool:
+    return any(
+        same_file(os.path.dirname(source) or ".", directory) for checkpoint in inputs for source in sources(checkpoint)
+    )
 
 
 def _refuse_linked(directory: str, row: formats.Format, inputs: Sequence[Checkpoint]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -179,6 +180,12 @@ def test_what_cannot_be_taken_from_memory_is_one_line() -> None:
 
 # --- wrong arguments -------------------------------------------------------------------------------------------------
 
+
+def test_a_masked_array_in_memory_keeps_its_mask() -> None:
+    ckptool.save({"w": torch.ones(1), "m": np.ma.MaskedArray([1.0, 2.0], mask=[False, True])}, "out.pth")
+    assert torch.load("out.pth", weights_only=False)["m"].mask.tolist() == [False, True]
+
+
 NEW, OLD = FIXTURES / "resnet_new.pth", FIXTURES / "resnet_old.pth"
 
 
@@ -206,6 +213,33 @@ NEW, OLD = FIXTURES / "resnet_new.pth", FIXTURES / "resnet_old.pth"
         (lambda: ckptool.save(OLD, "out.pth", map_location=3), "map_location is a device tag, .* not an int"),
         (lambda: ckptool.save(OLD, "out.pth", map_location={"cpu": 0}), "map_location is a device tag"),
         (lambda: ckptool.convert(OLD, "out.pth", keep=3), "keep is a text"),
+        (lambda: ckptool.open(OLD, root=3), "root is a text such as .* or a tuple of keys, not 3"),
+        (lambda: ckptool.open({"w": torch.ones(1)}, root={1}), "root is a text .* not a set"),
+        (lambda: ckptool.inspect(OLD, root=b"x"), "root is a text .* not a bytes"),
+        (lambda: ckptool.inspect(ckptool.open(OLD), root=3), "root is a text"),
+        (lambda: ckptool.convert(OLD, "out.pth", root=3), "root is a text"),
+        (lambda: ckptool.plan_partial(OLD, NEW, root=3), "root is a text"),
+        (lambda: ckptool.load_partial(nn.Linear(1, 1), OLD, root={1}), "root is a text"),
+        (lambda: ckptool.diff(OLD, OLD, strip_prefix_a=3), "strip_prefix_a is a text, not 3"),
+        (lambda: ckptool.diff(OLD, OLD, strip_prefix_b=b"x"), "strip_prefix_b is a text, not a bytes"),
+        (lambda: ckptool.diff(OLD, OLD, rtol="x"), "rtol is a number from 0 on, not 'x'"),
+        (lambda: ckptool.filter(OLD, strip_prefix=3), "strip_prefix is a text, not 3"),
+        (lambda: ckptool.filter(OLD, add_prefix=[1]), "add_prefix is a text, not a list"),
+        (lambda: ckptool.plan_partial(OLD, NEW, strip_prefix=3), "strip_prefix is a text, not 3"),
+        (lambda: ckptool.plan_partial(OLD, NEW, add_prefix=object()), "add_prefix is a text, not an object"),
+        (lambda: ckptool.convert(OLD, "out.pth", dtype=3), "dtype is a text, not 3"),
+        (lambda: ckptool.convert(OLD, "out.pth", dtype=torch.float16), "dtype is a text, not a dtype"),
+        (lambda: ckptool.convert(OLD, "out.pth", max_shard_size="x"), "max_shard_size is a number from 1 on, not 'x'"),
+        (lambda: ckptool.convert(OLD, "out", to="sharded", max_shard_size=None), "max_shard_size .* not None"),
+        (lambda: ckptool.save(OLD, "out.pth", max_shard_size=0), "max_shard_size is a number from 1 on, not 0"),
+        (lambda: ckptool.plan_partial(OLD, NEW, new_lr_mult="x"), "new_lr_mult is a number from 0 on, not 'x'"),
+        (lambda: ckptool.plan_partial(OLD, NEW, new_lr_mult=math.nan), "new_lr_mult is a number from 0 on, not nan"),
+        (lambda: ckptool.plan_partial(OLD, NEW, weight_decay=None), "weight_decay is a number from 0 on, not None"),
+        (lambda: ckptool.load_partial(nn.Linear(1, 1), OLD, weight_decay=-1), "weight_decay .* not -1"),
+        (lambda: ckptool.save(OLD, 3), "the output is a path of text, not 3"),
+        (lambda: ckptool.save(OLD, b"x"), "the output is a path of text, not a bytes"),
+        (lambda: ckptool.convert({"w": torch.ones(1)}, None), "the output is a path of text, not None"),
+        (lambda: ckptool.load_partial(nn.Linear(1, 1), OLD, map_location=4), "map_location is a device tag, .* an int"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_a_sentence(call: Callable[[], object], said: str) -> None:

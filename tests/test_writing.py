@@ -545,6 +545,45 @@ def test_shards_of_an_older_index_are_named(run: Run) -> None:
     assert "model.safetensors.index.json" in out
 
 
+def test_in_place_leaves_no_file_of_the_set_that_was_there(run: Run) -> None:
+    shards(3)
+    Path("d/config.json").write_text("{}")
+    os.rename("d/model-00001-of-00003.safetensors", "d/mine.safetensors")  # no name of ours: kept, and named
+    index = Path("d/model.safetensors.index.json")
+    index.write_text(index.read_text().replace("model-00001-of-00003.safetensors", "mine.safetensors"))
+    code, out, err = run("convert", "d", "--to", "sharded", "-o", "d", "--max-shard-size", "250", "--in-place")
+    assert (code, err) == (0, "")
+    two = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(os.listdir("d")) == ["config.json", "mine.safetensors", *two, index.name]
+    assert "removed: model-00002-of-00003.safetensors, model-00003-of-00003.safetensors" in " ".join(out.split())
+    assert "not replaced: mine.safetensors" in " ".join(out.split())
+    assert run("remap", "d", "-o", "d", "--add-prefix", "x.", "--in-place")[0] == 0
+    assert sorted(os.listdir("d")) == ["config.json", "mine.safetensors", "model.safetensors"]
+    found = ckptool.open("d")
+    assert ckptool.diff(found, "0.safetensors", strip_prefix_a="x.", values=True).same
+
+
+def test_in_place_of_another_directory_removes_nothing(run: Run) -> None:
+    shards(3)
+    before = {*os.listdir("d")}
+    assert run("convert", "0.safetensors", "--to", "sharded", "-o", "d", "--in-place")[0] == 0
+    assert {*os.listdir("d")} == before | {"model.safetensors"}
+
+
+def test_in_place_that_fails_removes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards(3)
+    before = content()
+
+    def fails(self: Output) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Output, "_publish", fails)
+    for size in ("250", "5GB"):
+        args = ("convert", "d", "--to", "sharded", "-o", "d", "--max-shard-size", size, "--in-place")
+        assert run(*args)[0] == 2
+        assert content() == before
+
+
 # --- proof before the name -------------------------------------------------------------------------------------------
 
 

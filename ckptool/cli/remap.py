@@ -1,5 +1,6 @@
 """ckptool remap."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,7 +74,7 @@ def command(
     if invert is None and not chosen.rules:
         raise UsageError("no rule: see --rename, --strip-prefix, --sub, --rules and the others in --help")
     opened = ckptool.open(file, root=root)
-    to = None if output is None else _own_format(opened, output)
+    to = None if output is None else _own_format(file, opened, output)
     save_options = SaveOptions(to, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
     outputs = Outputs("remap", save_options, report_file, dry_run, as_json)
     outputs.check([] if output is None else [output], [opened], save_map)
@@ -88,12 +89,22 @@ def command(
     return 0
 
 
-def _own_format(opened: Checkpoint, output: str) -> str | None:
-    """Returns the input's format, unless the output's suffix stands for a format of another family."""
-    own, by_suffix = formats.labelled(opened.format), formats.by_suffix(output)
+def _own_format(file: str, opened: Checkpoint, output: str) -> str | None:
+    """Returns the input's format, or None where the output's suffix decides, or is refused.
+
+    It decides if it stands for a format of another family, or if the input's format cannot be written.
+    A directory that replaces or joins another is one of shards, even if the input holds a single file of weights.
+    """
+    both = os.path.isdir(file) and os.path.isdir(output)
+    own = formats.of_directories() if both else formats.labelled(opened.format)
+    by_suffix = formats.by_suffix(output)
     if own is None or (by_suffix is not None and by_suffix.name != own.family):
         return None
-    return own.written_as or None if by_suffix is None else own.name if own.writes else None
+    if output.endswith(os.sep) and not own.is_directory:
+        return None
+    if own.writes or (by_suffix is None and not os.path.splitext(output)[1]):
+        return own.written_as or None
+    return None
 
 
 def _in_order(order: Sequence[str], given: dict[str, list[str]]) -> Rules:

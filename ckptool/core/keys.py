@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import translate
 from functools import lru_cache
 from itertools import takewhile
 from math import prod
+from typing import Any
 
 from ckptool.errors import CollisionError, UsageError, kind_of, listed
 
@@ -261,3 +263,30 @@ def pairs(given: Mapping[str, str] | Sequence[tuple[str, str]], name: str, what:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise UsageError(f"{wanted}; {pair!r} is none")
     return [(pattern, text) for pattern, text in found]
+
+
+def expect(fits: bool, name: str, wanted: str, given: object) -> None:
+    """Raises UsageError, with what is ``wanted`` and what was given, if the argument ``name`` does not fit."""
+    if not fits:
+        short = given is None or (isinstance(given, (int, float)) and not abs(given) > 1e9)
+        raise UsageError(f"{name} is {wanted}, not {repr(given) if short else kind_of(given)}")
+
+
+def expect_texts(**given: object) -> None:
+    """Raises UsageError if one of these arguments is neither a str nor None."""
+    for name, value in given.items():
+        expect(value is None or isinstance(value, str), name, "a text", value)
+
+
+def expect_numbers(least: float, **given: Any) -> None:
+    """Raises UsageError if one of these arguments is no number from ``least`` on."""
+    for name, value in given.items():
+        scalar = hasattr(value, "__float__") and not hasattr(value, "__len__")  # numpy's scalars, but no arrays
+        expect(scalar and float(value) >= least, name, f"a number from {least:g} on", value)
+
+
+def file_path(given: object) -> str:
+    """Returns the path of an output as a str. Raises: UsageError if it is none, or one of bytes."""
+    path = os.fspath(given) if isinstance(given, os.PathLike) else given
+    expect(isinstance(path, str), "the output", "a path of text", given)
+    return str(path)

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     class DirectoryWriter(Protocol):
         """The module of a format of several files that can be written.
 
-        ``write`` returns what was left out, the bytes of all files, and notes. It calls ``verify`` with the paths of
+        ``write`` returns what was left out, the bytes of all files, and notes; ``remove_stale`` removes the files of a
+        replaced checkpoint that have none of the new names. It calls ``verify`` with the paths of
         the finished staging files, before they are renamed. `is_ours` knows the names that `write` gives.
         """
 
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
             *,
             max_shard_size: int,
             force: bool,
+            remove_stale: bool,
             fsync: bool,
             verify: Callable[[Sequence[str]], None] | None,
             progress: Callable[[int], None] | None,
@@ -224,6 +226,11 @@ def named(name: str) -> Format:
         if row.name == name and row.writes:
             return row
     raise UsageError(f"no format {name!r} can be written; there are {', '.join(names())}")
+
+
+def of_directories() -> Format:
+    """Returns the format that is written into a directory."""
+    return next(row for row in FORMATS if row.is_directory and row.writes)
 
 
 def by_suffix(path: str) -> Format | None:

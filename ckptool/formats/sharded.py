@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -253,6 +253,7 @@ def write(
     *,
     max_shard_size: int,
     force: bool = False,
+    remove_stale: bool = False,
     fsync: bool = True,
     verify: Callable[[list[str]], None] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -263,8 +264,9 @@ def write(
 
     ``max_shard_size`` counts bytes of tensors. The directory is made if absent (its parent is not). All files are
     written to staging files and then renamed, the index last. On failure they are removed, with a directory made for
-    them, and files replaced by ``force`` are restored. Other files are not touched. ``verify`` is called with the
-    paths of the finished staging files of the shards, and may raise; ``progress`` with numbers of bytes written.
+    them, and files replaced by ``force`` are restored. ``remove_stale`` then removes the old index and the shards in it
+    that have none of the new names. Other files are not touched. ``verify`` is called with the paths of the finished
+    staging files of the shards, and may raise; ``progress`` with numbers of bytes written.
 
     If the process is killed during the renames, there is no index, and replaced files are kept as
     ``.NAME.xxxxxxxx.ckptool-old``: the next call for this directory restores them before it begins. A lock lets one
@@ -303,9 +305,9 @@ def write(
             verify(written)
         with locked(directory):  # so that sets of concurrent runs are never mixed
             _refuse_existing(directory, shards, force)
-            before = stale(directory)
+            before = stale(directory) - {*shards, *([] if index is None else [WRITTEN_INDEX])}
             commit_set(outputs if index is None else [*outputs, index], force)
-            notes = left_beside(directory, before, shards)
+            notes = _without(directory, before, remove_stale)
     nbytes = sum(output.position for output in outputs) + (index.position if index is not None else 0)
     return flat.left_out(checkpoint), nbytes, notes
 
@@ -403,8 +405,17 @@ def stale(directory: str) -> set[str]:
     return {WRITTEN_INDEX, *index.get("weight_map", index).values()}
 
 
-def left_beside(directory: str, before: set[str], shards: Collection[str]) -> tuple[str, ...]:
-    """Returns a note that names files of the replaced checkpoint that are still in the directory."""
-    written = {*shards, *([] if WHOLE in shards else [WRITTEN_INDEX])}
-    left = [name for name in before if name not in written and os.path.lexists(os.path.join(directory, name))]
-    return (f"of the checkpoint that was there, not replaced: {listed(sorted(left))}",) if left else ()
+def _without(directory: str, before: set[str], remove: bool) -> tuple[str, ...]:
+    """Removes the files ``before`` of a replaced checkpoint if asked to; returns notes: what went and what is left.
+
+    The new checkpoint is complete, and loaders prefer it to the old index: being killed in between does no harm.
+    """
+    there = sorted(name for name in before if os.path.lexists(os.path.join(directory, name)))
+    for name in sorted(there, key=lambda name: name != WRITTEN_INDEX):  # no index of absent shards at any time
+        if remove and is_ours(name):
+            with suppress(OSError):  # then the note says that it is left
+                os.unlink(os.path.join(directory, name))
+    left = [name for name in there if os.path.lexists(os.path.join(directory, name))]
+    gone = [name for name in there if name not in left]
+    notes = {"removed": gone, "not replaced": left}
+    return tuple(f"of the checkpoint that was there, {what}: {listed(names)}" for what, names in notes.items() if names)

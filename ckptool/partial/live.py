@@ -222,7 +222,7 @@ class _Whole(_Reading):
         if self.torch is not None and isinstance(value, self.torch.Tensor):
             return self.tensor(value)
         if self.numpy is not None and isinstance(value, self.numpy.ndarray) and value.dtype.name in DTYPES:
-            return self.array(value)
+            return None if hasattr(value, "mask") else self.array(value)  # a masked array is an object of two arrays
         return None
 
 

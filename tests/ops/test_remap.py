@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles import FIXTURES, Run, Saved, assert_identical, bits, torch_load
 from remapping import GPT2_APART, gpt2, in_memory, put
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ckptool
 from ckptool.core.checkpoint import Checkpoint
@@ -108,6 +110,30 @@ def test_the_format_is_the_inputs_unless_the_name_says_another(
     if expected.startswith("torch"):
         assert all(key.startswith("x.") for key in ckptool.open(output).state_dict())
         torch_load(Path(output))
+
+
+def test_a_directory_of_one_file_goes_into_a_directory(run: Run, refused: Callable[..., str]) -> None:
+    for name in ("one", "other"):
+        os.mkdir(name)
+    save_file({"a": torch.ones(2)}, "one/model.safetensors")
+    args = ("remap", "one", "--rename", "a=b", "-o")
+    assert run(*args, "other")[0] == 0
+    assert os.listdir("other") == ["model.safetensors"]
+    assert list(load_file("other/model.safetensors")) == ["b"]
+    assert "--in-place" in refused(*args, "one", "--force")
+    assert run(*args, "one", "--in-place")[0] == 0
+    assert list(load_file("one/model.safetensors")) == ["b"]
+
+
+def test_a_suffix_that_says_no_format_is_refused_if_the_inputs_format_cannot_be_written(
+    refused: Callable[..., str], remap: Callable[..., Any], saved: Saved
+) -> None:
+    Path("in.pkl").write_bytes(pickle.dumps({"a": np.ones(2, "f4")}))
+    assert "no format has this suffix" in refused("remap", "in.pkl", "-o", "x.pkl", "--add-prefix", "x.")
+    remap("in.pkl", "x", [{"add_prefix": "x."}])
+    path = saved({"a": torch.ones(2)})
+    assert "no format has this suffix" in refused("remap", path, "-o", "x.pth/", "--add-prefix", "x.")
+    assert sorted(os.listdir()) == ["in.pkl", "rules.json", "saved.pth", "x"]
 
 
 def test_in_place_that_fails_leaves_the_file_as_it_was(run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
