@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles import FIXTURES, Run, Saved, thinned
@@ -112,6 +113,26 @@ def test_every_byte_of_a_tensors_record_is_covered(saved: Saved, tmp_path: Path,
     code, out, _ = run("inspect", wrong, "--check")
     assert code == 1
     assert "check: 1 finding\n  crc  a  record saved/data/0" in out
+
+
+def test_arrays_in_a_torch_file_are_no_records(tmp_path: Path) -> None:
+    tree = {"a.w": np.ones((2, 3), "f4"), "b.w": np.ones((2, 3), "f4", order="F"), "c.w": torch.ones(2)}
+    torch.save(tree, tmp_path / "p.pth")
+    found = ckptool.inspect(tmp_path / "p.pth", check=True, stats=True, hashes=True).check
+    assert found is not None
+    assert [finding for finding in found.findings if finding.kind != "unsafe"] == []
+
+
+def test_an_array_behind_its_header_is_no_whole_record(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {"a": np.zeros((0,), "f4"), "b": np.arange(3, dtype="f4"), "c": np.zeros((0, 2), ">u2")}
+    np.savez_compressed(tmp_path / "small.npz", **arrays)
+    assert check(tmp_path / "small.npz").findings == []
+    np.savez(tmp_path / "e.npz", **arrays)
+    assert check(tmp_path / "e.npz").findings == []
+    with zipfile.ZipFile(tmp_path / "e.npz") as archive:
+        last = archive.getinfo("c.npy").header_offset - 1  # of b's elements
+    found = check(flipped(tmp_path / "e.npz", last, tmp_path / "bad.npz")).findings
+    assert [(finding.kind, finding.text.split(":")[0]) for finding in found] == [("crc", "record b.npy")]
 
 
 def test_the_pickle_has_a_checksum_too(saved: Saved, tmp_path: Path) -> None:
