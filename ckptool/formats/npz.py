@@ -142,7 +142,7 @@ def _tensor(name: str, span: Span, file: Source, forms: dict[bytes, _Form]) -> T
     itemsize = DTYPES[form.dtype].bits // 8
     if end % itemsize:
         raise UnsupportedError(f"compressed, and its elements begin at byte {end}, between two of them")
-    storage = Storage(span, form.dtype, byteorder=form.byteorder)
+    storage = Storage(span, form.dtype if DTYPES[form.dtype].storage else None, byteorder=form.byteorder)
     return TensorInfo(form.dtype, form.shape, form.stride, end // itemsize, storage)
 
 

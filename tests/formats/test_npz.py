@@ -234,6 +234,25 @@ def test_every_dtype_and_order_is_read_as_numpy_reads_it(save_: Callable[..., No
     }
 
 
+@pytest.mark.parametrize("save_", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("kind", npz.BY_DESCR)
+def test_an_array_keeps_its_dtype_and_shape_in_a_torch_file(
+    kind: str, save_: Callable[..., None], tmp_path: Path
+) -> None:
+    """Also without elements: torch.load then has only the pickle's word for the dtype."""
+    given = {
+        f"{order}{fortran}{shape}": np.ones(shape, f"{order}{kind}", order=fortran)
+        for order in "<>" for fortran in "CF" for shape in [(), (0,), (0, 3), (3, 0), (2, 3)]
+    }  # fmt: skip
+    save_(tmp_path / "given.npz", **given)
+    save(open_checkpoint(tmp_path / "given.npz"), tmp_path / "out.pth")
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert {key: (str(tensor.dtype), tuple(tensor.shape), bits(tensor)) for key, tensor in loaded.items()} == {
+        key: (f"torch.{npz.BY_DESCR[kind]}", array.shape, array.astype(f"<{kind}").tobytes())
+        for key, array in given.items()
+    }
+
+
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 def test_an_array_alone_is_a_checkpoint_of_one_tensor(version: tuple[int, int], tmp_path: Path) -> None:
     with (tmp_path / "kernel.npy").open("wb") as file:
