@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import struct
 import time
 import zipfile
@@ -277,6 +278,9 @@ TAKEN = {
     "python 2": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2L, 3L), }"),
     "one size": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (3,)}   \n"),
     "long": npy(PLAIN + " " * 9000 + "\n"),
+    "the machine's order": npy(PLAIN.replace("<f4", "=f4")),
+    "no order": npy(PLAIN.replace("<f4", "f4")),
+    "a name": npy(PLAIN.replace("<f4", "float32")),
 }
 
 REFUSED = {
@@ -307,6 +311,19 @@ REFUSED = {
     "fields": (npy(PLAIN.replace("'<f4'", "[('a', '<f4')]")), UnsupportedError),
     "no byte order": (npy(PLAIN.replace("<f4", "|f4")), UnsupportedError),
 }
+
+
+@pytest.mark.parametrize(
+    ("descr", "reason"),
+    [
+        ("<f16", "torch lacks it"), ("<c32", "torch lacks it"), ("|f4", "an unusual description"), ("S4", "bytes"),
+        ("<float32", "an unusual description"), ("", "an unusual description"), ("double", "an unusual description"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_dtype_is_true(descr: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "w.npy").write_bytes(npy(PLAIN.replace("<f4", descr)))
+    with pytest.raises(UnsupportedError, match=re.escape(f"{descr!r}: {reason}")):
+        read(str(tmp_path / "w.npy"))
 
 
 @pytest.mark.parametrize("name", TAKEN)
