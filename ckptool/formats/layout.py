@@ -90,7 +90,7 @@ class Layout:
         if old is None:
             self._place_derived(identity, [view for view in views if view.numel] or views)
             return
-        kinds = {view.dtype for view in views if view.numel}
+        kinds = {view.dtype for view in views}
         low, high = 0, old.nbytes
         if not whole:
             reach = [_reach(view) for view in views if view.numel]
@@ -102,12 +102,11 @@ class Layout:
                 content = Content(lone if not lone.extras else replace(lone, extras=None))
                 self._add(identity, content, _typed(lone.dtype), lone.nbytes, old.location, -1)
                 return
-        dtype = _typed(next(iter(kinds))) if len(kinds) == 1 else old.dtype if not kinds else None
-        if whole:
-            dtype = old.dtype
+        dtype = old.dtype if whole else _typed(next(iter(kinds))) if len(kinds) == 1 else None
         unit = 1
         if old.byteorder == "big":
-            units = {DTYPES[kind].swap_unit for kind in kinds or {old.dtype or "uint8"}}
+            filled = {view.dtype for view in views if view.numel}
+            units = {DTYPES[kind].swap_unit for kind in filled or {old.dtype or "uint8"}}
             if len(units) > 1:
                 raise UnsupportedError("a big-endian storage is viewed under dtypes of several sizes")
             unit = units.pop()
@@ -171,9 +170,9 @@ class Layout:
             if id(tensor) in self._arrays:
                 return self._arrays[id(tensor)]
             storage, offset, stride = self._placed(tensor)
-            if tensor.extras is not None or storage.dtype is None:
+            if tensor.extras is not None or storage.dtype != tensor.dtype:
                 return rebuild.call(tensor, storage, offset, stride)
-            kind = storage.dtype, storage.location, tensor.requires_grad, tensor.is_parameter
+            kind = tensor.dtype, storage.location, tensor.requires_grad, tensor.is_parameter
             form = forms.get(kind)
             if form is None:
                 form = forms[kind] = rebuild.form(*kind, tail)

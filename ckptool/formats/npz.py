@@ -142,7 +142,7 @@ def _tensor(name: str, span: Span, file: Source, forms: dict[bytes, _Form]) -> T
     itemsize = DTYPES[form.dtype].bits // 8
     if end % itemsize:
         raise UnsupportedError(f"compressed, and its elements begin at byte {end}, between two of them")
-    storage = Storage(span, form.dtype, byteorder=form.byteorder)
+    storage = Storage(span, form.dtype if DTYPES[form.dtype].storage else None, byteorder=form.byteorder)
     return TensorInfo(form.dtype, form.shape, form.stride, end // itemsize, storage)
 
 
@@ -165,13 +165,18 @@ def _form(name: str, text: bytes, path: str) -> _Form:
 
 
 def _dtype(descr: str | None) -> tuple[str, Literal["little", "big"]]:
-    """Returns torch's name of numpy's dtype (None: one with fields), and its byte order. Raises: UnsupportedError."""
+    """Returns torch's name of numpy's dtype (None: one with fields), and its byte order. Raises: UnsupportedError.
+
+    numpy writes ``<f4``. It also reads ``=f4``, ``f4`` and ``float32``, in the byte order of the machine, which is
+    taken to be little-endian.
+    """
     if descr is None:
         raise UnsupportedError("named fields")
-    order, kind = descr[:1], descr[1:]
-    dtype = BY_DESCR.get(kind)
-    if dtype is None or order not in ("<", ">", "|")[: 3 if DTYPES[dtype].bits == 8 else 2]:
-        raise UnsupportedError(f"{brief(descr)}: {NOT_READ.get(kind[:1], 'torch lacks it')}")
+    order, kind = (descr[0], descr[1:]) if descr[:1] in ("<", ">", "=", "|") else ("", descr)
+    dtype = BY_DESCR.get(kind) or (kind if not order and kind in DESCR else None)
+    if dtype is None or (order == "|" and DTYPES[dtype].bits > 8):
+        reason = "torch lacks it" if kind in ("f12", "f16", "c24", "c32") else "an unusual description"
+        raise UnsupportedError(f"{brief(descr)}: {NOT_READ.get(kind[:1], reason)}")
     return dtype, "big" if order == ">" else "little"
 
 

@@ -74,19 +74,31 @@ def _refuse_joblib(pickled: bytes) -> None:
 
 
 class _Nested:
-    """The storages of pickled tensors; ``names`` are those that the pickles inside them name."""
+    """The storages of pickled tensors; ``names`` are those that the pickles inside them name.
+
+    Bytes that several calls share are read once: ``made`` has {id(bytes): (the bytes, which keeps the id valid, the
+    storage)}. All that are read, ``nbytes``, count together as one pickle.
+    """
 
     def __init__(self, span: Span) -> None:
         self.span = span
         self.names: dict[tuple[str, str], None] = {}
+        self.made: dict[int, tuple[Any, Storage]] = {}
+        self.nbytes = 0
 
     def storage(self, *args: Any) -> Storage:
         """Returns the storage in the bytes of a pickle, which are torch's older stream. Raises: CkptoolError."""
         from ckptool.pickling.numpy_calls import raw_bytes
 
-        data = raw_bytes(args[0]) if len(args) == 1 else None
+        raw = args[0] if len(args) == 1 else None
+        if id(raw) in self.made:
+            return self.made[id(raw)][1]
+        data = raw_bytes(raw)
         if data is None:
             raise FormatError(f"a tensor's storage is made of {brief(args)}")
+        self.nbytes += len(data)
+        if self.nbytes > MAX_PICKLE.now():
+            raise MAX_PICKLE.passed("the pickles of its tensors are too long together")
         data = bytes(data)
         if not data.startswith(_STREAM):
             raise UnsupportedError("a pickled tensor whose bytes are not the stream that torch writes there")
@@ -99,7 +111,10 @@ class _Nested:
         if len(data) != end + 8 + nbytes or struct.unpack_from("<q", data, end)[0] != pid[4] or any(pid[5:]):
             raise FormatError(f"a pickled storage of {brief(pid[4])} elements is not that long")
         memory = Array(memoryview(data)[end + 8 :])
-        return Storage(self.span._replace(nbytes=nbytes, memory=memory), dtype, rebuild.location(pid[3]))
+        made = Storage(self.span._replace(nbytes=nbytes, memory=memory), dtype, rebuild.location(pid[3]))
+        if not isinstance(raw, bytearray):  # which the pickle may change before the next call
+            self.made[id(raw)] = raw, made
+        return made
 
     def pickle(self, data: bytes, start: int) -> tuple[Any, int]:
         end = pickles.scan(data, start)

@@ -280,15 +280,16 @@ builders: Builders = {
 def call(tensor: TensorInfo, storage: Storage, offset: int, stride: tuple[int, ...]) -> tuple[Global, tuple[Any, ...]]:
     """Returns (function, args) that rebuild a dense tensor as a view of ``storage``, the storage that is written.
 
-    ``storage.dtype`` decides between `_rebuild_tensor_v2` (typed) and `_rebuild_tensor_v3` (None: untyped).
+    It is `_rebuild_tensor_v2` if the storage has the tensor's dtype, else `_rebuild_tensor_v3`, which names that dtype.
     """
     extras = tensor.extras
     meta = {name: True for name in ("conj", "neg") if extras and getattr(extras, name)}
     requires_grad = tensor.requires_grad and not tensor.is_parameter
     args: tuple[Any, ...] = (storage, offset, tensor.shape, stride, requires_grad, ordered_dict({}))
-    if storage.dtype is None:
+    typed = storage.dtype == tensor.dtype
+    if not typed:
         args = (*args, _function(tensor.dtype, "torch"))
-    function = _function("_rebuild_tensor_v2" if storage.dtype else "_rebuild_tensor_v3")
+    function = _function("_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
     if meta:
         args = (*args, meta)
     if extras is not None and extras.subclass is not None:

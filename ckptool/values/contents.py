@@ -219,9 +219,11 @@ class _Record:
 def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files) -> Iterator[_Record]:
     """Yields the zip members to be checked, each with the job of the tensor that fills it, or with a job of its own."""
     whole = {
-        (storage.span.url, storage.span.offset): job
+        where: job
         for job in plan.jobs.values()
-        if isinstance(job.source, TensorInfo) and (storage := whole_storage(job.source)) is not None
+        if isinstance(job.source, TensorInfo)
+        and (storage := whole_storage(job.source)) is not None
+        and (where := _member(storage)) is not None
     }
     bare = []
     for url in _urls(checkpoint):
@@ -243,6 +245,14 @@ def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files)
                 yield _Record(name, member, job)
     if bare:
         found.unchecked.append(f"changed bytes in {listed(bare)}: the format has no checksums")
+
+
+def _member(storage: Storage) -> tuple[str, int] | None:
+    """Returns the url and the local header's offset of the zip member that a storage is; None if it is no member.
+
+    An array in a pickle is in memory, and one in a .npz lies behind its header: neither is a whole member.
+    """
+    return None if storage.span.member is None else (storage.span.url, storage.span.offset)
 
 
 def _urls(checkpoint: Checkpoint) -> list[str]:
@@ -274,7 +284,8 @@ def _wrong(records: list[_Record], named: Mapping[object, tuple[TensorInfo, str]
     keys: dict[tuple[str, int], str] = {}
     for tensor, name in named.values():
         for storage in tensor.storages():
-            keys.setdefault((storage.span.url, storage.span.offset), name)
+            if (where := _member(storage)) is not None:
+                keys.setdefault(where, name)
     for record in records:
         key = keys.get((record.member.span.url, record.member.span.offset))
         if record.job.error is not None:

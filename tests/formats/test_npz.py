@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import struct
 import time
 import zipfile
@@ -234,6 +235,25 @@ def test_every_dtype_and_order_is_read_as_numpy_reads_it(save_: Callable[..., No
     }
 
 
+@pytest.mark.parametrize("save_", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("kind", npz.BY_DESCR)
+def test_an_array_keeps_its_dtype_and_shape_in_a_torch_file(
+    kind: str, save_: Callable[..., None], tmp_path: Path
+) -> None:
+    """Also without elements: torch.load then has only the pickle's word for the dtype."""
+    given = {
+        f"{order}{fortran}{shape}": np.ones(shape, f"{order}{kind}", order=fortran)
+        for order in "<>" for fortran in "CF" for shape in [(), (0,), (0, 3), (3, 0), (2, 3)]
+    }  # fmt: skip
+    save_(tmp_path / "given.npz", **given)
+    save(open_checkpoint(tmp_path / "given.npz"), tmp_path / "out.pth")
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert {key: (str(tensor.dtype), tuple(tensor.shape), bits(tensor)) for key, tensor in loaded.items()} == {
+        key: (f"torch.{npz.BY_DESCR[kind]}", array.shape, array.astype(f"<{kind}").tobytes())
+        for key, array in given.items()
+    }
+
+
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 def test_an_array_alone_is_a_checkpoint_of_one_tensor(version: tuple[int, int], tmp_path: Path) -> None:
     with (tmp_path / "kernel.npy").open("wb") as file:
@@ -258,6 +278,9 @@ TAKEN = {
     "python 2": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2L, 3L), }"),
     "one size": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (3,)}   \n"),
     "long": npy(PLAIN + " " * 9000 + "\n"),
+    "the machine's order": npy(PLAIN.replace("<f4", "=f4")),
+    "no order": npy(PLAIN.replace("<f4", "f4")),
+    "a name": npy(PLAIN.replace("<f4", "float32")),
 }
 
 REFUSED = {
@@ -288,6 +311,19 @@ REFUSED = {
     "fields": (npy(PLAIN.replace("'<f4'", "[('a', '<f4')]")), UnsupportedError),
     "no byte order": (npy(PLAIN.replace("<f4", "|f4")), UnsupportedError),
 }
+
+
+@pytest.mark.parametrize(
+    ("descr", "reason"),
+    [
+        ("<f16", "torch lacks it"), ("<c32", "torch lacks it"), ("|f4", "an unusual description"), ("S4", "bytes"),
+        ("<float32", "an unusual description"), ("", "an unusual description"), ("double", "an unusual description"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_dtype_is_true(descr: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "w.npy").write_bytes(npy(PLAIN.replace("<f4", descr)))
+    with pytest.raises(UnsupportedError, match=re.escape(f"{descr!r}: {reason}")):
+        read(str(tmp_path / "w.npy"))
 
 
 @pytest.mark.parametrize("name", TAKEN)

@@ -19,8 +19,9 @@ from oracles import FIXTURES, Run
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.errors import CkptoolError, FormatError, UnsupportedError
+from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 from ckptool.io.source import Files
+from ckptool.limits import limited
 from ckptool.values.blocks import read_bytes
 
 DTYPES = ["f8", "f4", "f2", "c8", "c16", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?"]
@@ -282,6 +283,35 @@ def test_arrays_that_share_one_buffer_cost_one(encoded: bool, tmp_path: Path) ->
     assert len(found) == count
     assert len({id(tensor.source) for _, tensor in found}) == 1
     assert time.process_time() - before < 20
+
+
+def storages_of(size: int, each: bytes, count: int, start: bytes = b"") -> bytes:
+    """Returns a pickle whose list has ``count`` storages, made of what ``each`` pushes; memo 1 is a stream as text."""
+    stream = io.BytesIO()
+    torch.save(torch.zeros(size, dtype=torch.uint8).storage(), stream, _use_new_zipfile_serialization=False)
+    text = stream.getvalue().decode("latin1").encode()
+    held = b"X" + len(text).to_bytes(4, "little") + text + b"q\x010ctorch.storage\n_load_from_bytes\nq\x020"
+    return b"\x80\x03" + held + start + b"]" + (b"h\x02" + each + b"\x85Ra") * count + b"."
+
+
+ENCODED = b"c_codecs\nencode\nh\x01U\x06latin1\x86R"
+
+
+def test_tensors_that_share_one_bytes_object_cost_one(tmp_path: Path) -> None:
+    (tmp_path / "given.pkl").write_bytes(storages_of(1_000_000, b"h\x03", 20_000, ENCODED + b"q\x030"))
+    before = time.process_time()
+    found = open_checkpoint(tmp_path / "given.pkl").tree
+    assert time.process_time() - before < 10
+    assert (len(found), len({*map(id, found)}), found[0].nbytes) == (20_000, 1, 1_000_000)
+
+
+def test_bytes_that_are_made_anew_for_every_tensor_count_together(tmp_path: Path) -> None:
+    (tmp_path / "given.pkl").write_bytes(storages_of(10_000, ENCODED, 3))
+    with limited(MAX_PICKLE=40_000):
+        assert len({*map(id, open_checkpoint(tmp_path / "given.pkl").tree)}) == 3
+    (tmp_path / "given.pkl").write_bytes(storages_of(10_000, ENCODED, 5))
+    with limited(MAX_PICKLE=40_000), pytest.raises(LimitError, match=r"pickles of its tensors .* MAX_PICKLE"):
+        open_checkpoint(tmp_path / "given.pkl")
 
 
 def test_what_follows_a_pickle_is_refused_and_so_is_half_of_one(tmp_path: Path) -> None:

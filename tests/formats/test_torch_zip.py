@@ -14,6 +14,8 @@ from oracles import FIXTURES, assert_identical, assert_same_tensors, tree_equal
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.errors import CkptoolError, FormatError, UnsupportedError
 from ckptool.formats import read
 
@@ -277,3 +279,18 @@ def test_a_damaged_member_is_found_out_by_its_checksum_or_read_as_torch_reads_it
         return
     with zipfile.ZipFile(tmp_path / "out.pth") as archive:
         assert archive.testzip() == "saved/data/0"
+
+
+def test_an_empty_view_keeps_its_dtype_beside_views_of_another(tmp_path: Path) -> None:
+    """torch.save refuses such a tree, and torch.load reads it."""
+    storage = Storage(Span("", 0, 32, memory=lambda: memoryview(bytes(32))))
+    tree = {
+        "a": TensorInfo("float32", (8,), (1,), 0, storage),
+        "b": TensorInfo("uint16", (0,), (1,), 2, storage),
+        "c": TensorInfo("float64", (0, 2), (2, 1), 0, storage),
+    }
+    save(Checkpoint(tree), tmp_path / "out.pth")
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in loaded.items()} == {
+        key: (f"torch.{tensor.dtype}", tensor.shape) for key, tensor in tree.items()
+    }

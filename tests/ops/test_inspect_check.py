@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import warnings
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles import FIXTURES, Run, Saved, thinned
@@ -112,6 +114,24 @@ def test_every_byte_of_a_tensors_record_is_covered(saved: Saved, tmp_path: Path,
     code, out, _ = run("inspect", wrong, "--check")
     assert code == 1
     assert "check: 1 finding\n  crc  a  record saved/data/0" in out
+
+
+def test_arrays_in_a_torch_file_are_no_records(tmp_path: Path) -> None:
+    tree = {"a.w": np.ones((2, 3), "f4"), "b.w": np.ones((2, 3), "f4", order="F"), "c.w": torch.ones(2)}
+    torch.save(tree, tmp_path / "p.pth")
+    assert check(tmp_path / "p.pth", stats=True, hashes=True).findings == []
+
+
+def test_an_array_behind_its_header_is_no_whole_record(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {"a": np.zeros((0,), "f4"), "b": np.arange(3, dtype="f4"), "c": np.zeros((0, 2), ">u2")}
+    np.savez_compressed(tmp_path / "small.npz", **arrays)
+    assert check(tmp_path / "small.npz").findings == []
+    np.savez(tmp_path / "e.npz", **arrays)
+    assert check(tmp_path / "e.npz").findings == []
+    with zipfile.ZipFile(tmp_path / "e.npz") as archive:
+        last = archive.getinfo("c.npy").header_offset - 1  # of b's elements
+    found = check(flipped(tmp_path / "e.npz", last, tmp_path / "bad.npz")).findings
+    assert [(finding.kind, finding.text.split(":")[0]) for finding in found] == [("crc", "record b.npy")]
 
 
 def test_the_pickle_has_a_checksum_too(saved: Saved, tmp_path: Path) -> None:
@@ -245,6 +265,31 @@ def test_a_pickle_that_would_call_something_is_found(run: Run) -> None:
     assert code == 1
     assert "unsafe  posix.mkdir: named by the pickle, not needed by tensors, not run" in out
     assert run("inspect", FIXTURES / "malicious.pt")[0] == 0
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_what_numpys_arrays_need_is_no_finding_and_what_hides_behind_it_is(
+    core: str, protocol: int, tmp_path: Path
+) -> None:
+    data = pickle.dumps({"model": {"w": np.ones(2, "f4"), "b": np.ones((2, 2), order="F")}}, protocol)
+    if protocol < 4:  # later ones have lengths in front of names and of the whole
+        data = data.replace(b"numpy._core", f"numpy.{core}".encode())
+    (tmp_path / "sound.pkl").write_bytes(data)
+    assert check(tmp_path / "sound.pkl").findings == []
+
+    array = b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+    hidden = {
+        "posix.system": array.replace(b"cnumpy\nndarray", b"cposix\nsystem"),
+        "posix.mkdir": array + b"(K\x01K\x01\x85cposix\nmkdir\nC\x01x\x85R\x89C\x01atb",
+        "numpy._core.multiarray.scalar": b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nC\x01a\x86R",
+        "numpy.ndarray.tofile": b"cnumpy\nndarray.tofile\nC\x01a\x85R",
+        "numpy.load": b"cnumpy\nload\nC\x01a\x85R",
+    }
+    for name, value in hidden.items():
+        begin = pickle.dumps({"w": np.ones(2)}, 3)[:-2]  # without SETITEM and STOP
+        (tmp_path / "bad.pkl").write_bytes(begin + b"sX\x01\x00\x00\x00x" + value + b"s.")
+        assert ckptool.inspect(tmp_path / "bad.pkl").unsafe == [name]
 
 
 def test_an_index_that_contradicts_its_shards_is_found() -> None:
