@@ -109,7 +109,7 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
             )
         else:
             left_out, nbytes = row.writer().check(checkpoint, tags)
-        return Saved(url, nbytes, left_out)
+        return Saved(url, nbytes, left_out + _lost_ties(checkpoint, row))
     except CkptoolError as error:
         error.path = error.path or url
         raise
@@ -153,7 +153,13 @@ def _save_file(
         if options.hash_in_name:
             output.rename(_with_hash(url, output.finished(), progress))
         output.commit()
-        return Saved(output.path, output.position, left_out)
+        return Saved(output.path, output.position, left_out + _lost_ties(checkpoint, row))
+
+
+def _lost_ties(checkpoint: Checkpoint, row: formats.Format) -> tuple[str, ...]:
+    """Returns ``untied: b = a`` for each tie of the weights that the format cannot hold."""
+    ties = {} if row.holds.ties else aliases.ties(checkpoint.state_dict())
+    return tuple(f"untied: {alias} = {kept}" for alias, kept in ties.items())
 
 
 def _save_directory(

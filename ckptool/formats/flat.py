@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Opaque, TensorInfo
 from ckptool.core.tree import as_mapping, path_text
@@ -29,11 +28,8 @@ def has_surrogate(name: str) -> bool:
     return not name.isprintable() and any("\ud800" <= char <= "\udfff" for char in name)
 
 
-def left_out(checkpoint: Checkpoint, *, ties: bool = True) -> tuple[str, ...]:
-    """Returns the names of what is no weight: every entry next to the way down to root, and what hangs on a tensor.
-
-    Where the format holds no ``ties``, ``untied: b = a`` for each that is lost.
-    """
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Returns the names of what is no weight: every entry next to the way down to root, and what hangs on a tensor."""
     left = []
     for key, (_, value) in checkpoint.entries().items():
         if not isinstance(value, TensorInfo):
@@ -48,6 +44,4 @@ def left_out(checkpoint: Checkpoint, *, ties: bool = True) -> tuple[str, ...]:
             break
         left += [path_text((*checkpoint.root[:depth], name)) for name in mapping if name != step]
         node = mapping[step]
-    if not ties:
-        left += [f"untied: {alias} = {kept}" for alias, kept in aliases.ties(checkpoint.state_dict()).items()]
     return tuple(left)

@@ -198,7 +198,7 @@ def prove(path: str) -> None:
 def write(
     checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
 ) -> tuple[str, ...]:
-    """Writes the state_dict at root, streaming; returns what is left out, and ``untied: b = a`` for each lost tie.
+    """Writes the state_dict at root, streaming; returns what is left out.
 
     Raises: LossError naming every tensor numpy has no dtype for, and every name an archive cannot have.
     """
@@ -212,13 +212,13 @@ def write(
         blocks = chain((heads[name],), tensor_blocks(tensor, files))
         archive.add_blocks(f"{name}.npy", len(heads[name]) + tensor.nbytes, blocks, None)
     archive.close()
-    return flat.left_out(checkpoint, ties=False)
+    return flat.left_out(checkpoint)
 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
     """Returns what `write` would leave out, and about how many bytes it would write. Raises: as `write`."""
     tensors, heads = _headed(checkpoint)
-    return flat.left_out(checkpoint, ties=False), _nbytes(tensors, heads)
+    return flat.left_out(checkpoint), _nbytes(tensors, heads)
 
 
 def _headed(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, bytes]]:
