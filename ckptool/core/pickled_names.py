@@ -21,13 +21,17 @@ _SAFE = {
     "torch.distributed.tensor.placement_types": {"Shard", "Replicate", "Partial"},
     "torch.distributed.device_mesh": {"DeviceMesh"},
     "torch.nested._internal.nested_tensor": {"NestedTensor", "_rebuild_njt"},
+    # NumPy's arrays, which are read as tensors
+    "numpy": {"dtype", "ndarray"},
+    **{f"numpy.{core}.multiarray": {"_reconstruct"} for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric": {"_frombuffer"} for core in ("core", "_core")},
 }  # fmt: skip
 
 
 def is_needed_for_tensors(module: str, qualname: str) -> bool:
     """Returns whether tensors and plain containers need this class or function; any other may run arbitrary code.
 
-    The list is close to that of `torch.load(weights_only=True)`.
+    The list is close to that of `torch.load(weights_only=True)`, and has what NumPy's arrays need.
     """
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     if module == "torch" and (qualname in DTYPES or qualname in BY_STORAGE):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import warnings
@@ -118,9 +119,7 @@ def test_every_byte_of_a_tensors_record_is_covered(saved: Saved, tmp_path: Path,
 def test_arrays_in_a_torch_file_are_no_records(tmp_path: Path) -> None:
     tree = {"a.w": np.ones((2, 3), "f4"), "b.w": np.ones((2, 3), "f4", order="F"), "c.w": torch.ones(2)}
     torch.save(tree, tmp_path / "p.pth")
-    found = ckptool.inspect(tmp_path / "p.pth", check=True, stats=True, hashes=True).check
-    assert found is not None
-    assert [finding for finding in found.findings if finding.kind != "unsafe"] == []
+    assert check(tmp_path / "p.pth", stats=True, hashes=True).findings == []
 
 
 def test_an_array_behind_its_header_is_no_whole_record(tmp_path: Path) -> None:
@@ -266,6 +265,31 @@ def test_a_pickle_that_would_call_something_is_found(run: Run) -> None:
     assert code == 1
     assert "unsafe  posix.mkdir: named by the pickle, not needed by tensors, not run" in out
     assert run("inspect", FIXTURES / "malicious.pt")[0] == 0
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_what_numpys_arrays_need_is_no_finding_and_what_hides_behind_it_is(
+    core: str, protocol: int, tmp_path: Path
+) -> None:
+    data = pickle.dumps({"model": {"w": np.ones(2, "f4"), "b": np.ones((2, 2), order="F")}}, protocol)
+    if protocol < 4:  # later ones have lengths in front of names and of the whole
+        data = data.replace(b"numpy._core", f"numpy.{core}".encode())
+    (tmp_path / "sound.pkl").write_bytes(data)
+    assert check(tmp_path / "sound.pkl").findings == []
+
+    array = b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+    hidden = {
+        "posix.system": array.replace(b"cnumpy\nndarray", b"cposix\nsystem"),
+        "posix.mkdir": array + b"(K\x01K\x01\x85cposix\nmkdir\nC\x01x\x85R\x89C\x01atb",
+        "numpy._core.multiarray.scalar": b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nC\x01a\x86R",
+        "numpy.ndarray.tofile": b"cnumpy\nndarray.tofile\nC\x01a\x85R",
+        "numpy.load": b"cnumpy\nload\nC\x01a\x85R",
+    }
+    for name, value in hidden.items():
+        begin = pickle.dumps({"w": np.ones(2)}, 3)[:-2]  # without SETITEM and STOP
+        (tmp_path / "bad.pkl").write_bytes(begin + b"sX\x01\x00\x00\x00x" + value + b"s.")
+        assert ckptool.inspect(tmp_path / "bad.pkl").unsafe == [name]
 
 
 def test_an_index_that_contradicts_its_shards_is_found() -> None:
