@@ -42,9 +42,9 @@ def write(checkpoint: Checkpoint, output: Output, files: Files, map_location: An
     for tensor in checkpoint.state_dict().values():
         for block in tensor_blocks(tensor, files):
             output.write(block)
-    return flat.left_out(checkpoint, ties=False)
+    return flat.left_out(checkpoint)
 
 
 def check(checkpoint: Checkpoint, map_location: Any) -> tuple[tuple[str, ...], int]:
     nbytes = sum(tensor.nbytes for tensor in checkpoint.state_dict().values())
-    return flat.left_out(checkpoint, ties=False), len(header(checkpoint)) + nbytes
+    return flat.left_out(checkpoint), len(header(checkpoint)) + nbytes
