@@ -1,4 +1,4 @@
-"""What formats that hold {name: tensor} and nothing else have in common: what they refuse and what they leave out."""
+"""Shared by the formats that hold only {name: tensor}: which tensors they refuse, and what they leave out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckptool.errors import LossError, listed
 def refuse(
     format_name: str, tensors: Mapping[str, TensorInfo], reason: Callable[[str, TensorInfo], str | None]
 ) -> None:
-    """Raises LossError with every tensor that is opaque, or for which ``reason`` says why the format cannot hold it."""
+    """Raises LossError naming every tensor that is opaque, or that the format cannot hold, as ``reason`` explains."""
     refused = []
     for name, tensor in tensors.items():
         why = tensor.kind if isinstance(tensor.source, Opaque) else reason(name, tensor)
@@ -24,12 +24,12 @@ def refuse(
 
 
 def has_surrogate(name: str) -> bool:
-    """Returns whether a name is no text: UTF-8 has no bytes for it."""
+    """Returns whether a name has a surrogate, which UTF-8 cannot encode."""
     return not name.isprintable() and any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Returns the names of what is no weight: every entry next to the way down to root, and what hangs on a tensor."""
+    """Returns the names of all that is not a weight: entries outside root, and tensors' subclasses and attributes."""
     left = []
     for key, (_, value) in checkpoint.entries().items():
         if not isinstance(value, TensorInfo):

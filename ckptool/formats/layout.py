@@ -1,7 +1,7 @@
-"""Which storages a written torch file has, and where in them each tensor lies.
+"""Decides which storages a torch file is written with, and the offset of each tensor in them.
 
-Memory that is shared stays shared. Memory that no tensor uses is not written: a storage shrinks to the range
-its views reach, and a lone view with gaps becomes its own elements in C order.
+Tensors that share memory still share it. Memory that no tensor uses is not written: a storage shrinks to the byte
+range that its views use, and a single view with gaps is written as its own elements in C order.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ckptool.pickling import torch_calls as rebuild
 from ckptool.values.blocks import blocks_ahead, storage_blocks
 
 MapLocation = Callable[[str], str]
-"""Maps a device tag to the one that is written."""
+"""Maps a storage's device tag to the device tag that is written."""
 
 
 class Content(NamedTuple):
-    """What a written storage holds: bytes of an old storage from ``start`` on, or a tensor's elements in C order."""
+    """What a written storage holds: bytes of an input storage from ``start`` on, or a tensor's elements in C order."""
 
     source: Storage | TensorInfo
     start: int = 0
@@ -71,7 +71,7 @@ class Layout:
             self._place(identity, identity in whole)
 
     def _stays(self, tensor: TensorInfo, old: Storage | Derived | Opaque) -> bool:
-        """Returns whether a storage is written as it is: its one tensor is all of it, as nearly every one is."""
+        """Returns whether a storage is written unchanged, as most are: its only tensor uses all of it."""
         if not isinstance(old, Storage) or old.byteorder == "big" or not tensor.is_whole:
             return False
         if old.dtype != _typed(tensor.dtype) or (self._moves and self.map_location(old.location) != old.location):
@@ -80,7 +80,7 @@ class Layout:
         return True
 
     def _place(self, identity: int, whole: bool) -> None:
-        """Decides the written storage for one source, and how far its tensors' offsets move."""
+        """Decides the written storage for one source, and how far its tensors' offsets shift."""
         views = self._views.get(identity, [])
         old = self._old.get(identity)
         if old is not None and len(views) == 1 and not whole and old.byteorder == "little" and views[0].is_whole:
@@ -93,10 +93,10 @@ class Layout:
         kinds = {view.dtype for view in views}
         low, high = 0, old.nbytes
         if not whole:
-            reach = [_reach(view) for view in views if view.numel]
-            low, high = min((a for a, _ in reach), default=0), max((b for _, b in reach), default=0)
+            ranges = [_reach(view) for view in views if view.numel]
+            low, high = min((begin for begin, _ in ranges), default=0), max((end for _, end in ranges), default=0)
             if low % 16 and len(kinds) > 1:
-                low -= low % 16  # views of several dtypes: keep every one of them aligned
+                low -= low % 16  # views of several dtypes: keep each of them aligned
             lone = next((view for view in views if view.numel), None)
             if lone and all(view.view == lone.view for view in views if view.numel) and lone.nbytes < high - low:
                 content = Content(lone if not lone.extras else replace(lone, extras=None))
@@ -115,7 +115,7 @@ class Layout:
         self._add(identity, content, dtype, high - low, old.location, low)
 
     def _place_derived(self, identity: int, views: list[TensorInfo]) -> None:
-        """Decides the written storage for computed values: of one view its elements, of several all there are."""
+        """Decides the written storage for computed values: of one view its elements, of several views all values."""
         first = views[0]
         if isinstance(first.source, Derived) and any(view.view != first.view for view in views):
             whole = TensorInfo(first.dtype, (first.source.numel,), (1,), 0, first.source)
@@ -129,7 +129,7 @@ class Layout:
         self._contents[id(storage)] = content
 
     def written(self, storage: Storage | Derived) -> Storage:
-        """Returns the storage that is written for an old one or for values to compute (a written one: itself)."""
+        """Returns the storage written for an input storage or computed values; returns a written storage unchanged."""
         if id(storage) in self._contents and isinstance(storage, Storage):
             return storage
         return self._new[id(storage)][0]
@@ -140,15 +140,15 @@ class Layout:
 
     def blocks(self, storage: Storage, files: Files) -> Iterator[Bytes]:
         """Yields the bytes of a written storage, little-endian."""
-        piece = self.content(storage)
-        if isinstance(piece.source, TensorInfo):
-            return blocks_ahead(piece.source, files)
-        return storage_blocks(piece.source, files, piece.start, storage.nbytes, piece.swap_unit)
+        content = self.content(storage)
+        if isinstance(content.source, TensorInfo):
+            return blocks_ahead(content.source, files)
+        return storage_blocks(content.source, files, content.start, storage.nbytes, content.swap_unit)
 
     def pickled(self, key: Callable[[int], str], tail: tuple[Any, ...] = ()) -> tuple[bytes, list[Storage]]:
-        """Returns the tree's pickle, and the storages it names in the order of first use.
+        """Returns the pickle of the tree, and the storages it refers to in the order of first use.
 
-        ``key`` gives the name of the storage of a number in that order; ``tail`` ends every persistent id.
+        ``key`` makes a storage's key from its number in that order; ``tail`` is appended to every persistent id.
         """
         numbers: dict[int, int] = {}
         used: list[Storage] = []
@@ -203,7 +203,7 @@ def _typed(dtype: str) -> str | None:
 
 
 def _reach(view: TensorInfo) -> tuple[int, int]:
-    """Returns the bytes (first, behind the last) of its storage that a view with elements touches."""
+    """Returns the byte range (begin, end) of its storage that a view with elements uses."""
     bits = DTYPES[view.dtype].bits
     end = view.storage_offset + reach(view.shape or (), view.stride)
     return view.storage_offset * bits // 8, -(-end * bits // 8)

@@ -1,7 +1,9 @@
-"""A pickle without torch's frame: detectron2's model zoo (``{"model": {name: ndarray}}``), ``pickle.dump(state_dict)``.
+"""A plain pickle, not written by torch.save, as ``pickle.dump(state_dict)`` writes it.
 
-It is one pickle of any protocol, and all of the file. Arrays are inside it, and so in memory. A tensor's storage is
-``torch.storage._load_from_bytes(bytes)``; the bytes are torch's older stream of pickles, whose tree is that storage.
+detectron2's model zoo has such files (``{"model": {name: ndarray}}``).
+
+The file is one pickle, of any protocol. Arrays are part of it, so they are read into memory. A tensor's storage is
+``torch.storage._load_from_bytes(bytes)``; the bytes are in torch's legacy format, with that storage as the tree.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _STREAM = (
     b"protocol_versionq\x01M\xe9\x03X\r\x00\x00\x00little_endianq\x02\x88X\n\x00\x00\x00type_sizesq\x03}q\x04("
     b"X\x05\x00\x00\x00shortq\x05K\x02X\x03\x00\x00\x00intq\x06K\x04X\x04\x00\x00\x00longq\x07K\x04uu."
 )
-"""What torch's older stream begins with: the magic number, the version, and what a little-endian machine says."""
+"""The first bytes of torch's legacy format: magic number, version, and the system info of a little-endian machine."""
 
 _REFUSED = {
     ("joblib.numpy_pickle", "NumpyArrayWrapper"): "a joblib file, whose arrays lie between the pieces of its pickle",
@@ -36,7 +38,7 @@ _REFUSED = {
 
 
 def matches(probe: Probe) -> bool:
-    """Returns whether it begins as a pickle does; in the protocols 0 and 1, which have no mark, it ends as one too."""
+    """Returns whether it begins like a pickle; protocols 0 and 1 have no PROTO opcode, so it must also end like one."""
     head = probe.head
     if head[:1] == b"\x80":
         return head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
@@ -74,10 +76,10 @@ def _refuse_joblib(pickled: bytes) -> None:
 
 
 class _Nested:
-    """The storages of pickled tensors; ``names`` are those that the pickles inside them name.
+    """The storages of pickled tensors; ``names`` are the globals in the pickles nested inside them.
 
-    Bytes that several calls share are read once: ``made`` has {id(bytes): (the bytes, which keeps the id valid, the
-    storage)}. All that are read, ``nbytes``, count together as one pickle.
+    Bytes that several calls share are read once: ``made`` maps id(bytes) to the bytes, kept so that the id stays
+    valid, and their storage. ``nbytes`` is the sum of all bytes read, which `MAX_PICKLE` limits as if one pickle.
     """
 
     def __init__(self, span: Span) -> None:
@@ -87,7 +89,7 @@ class _Nested:
         self.nbytes = 0
 
     def storage(self, *args: Any) -> Storage:
-        """Returns the storage in the bytes of a pickle, which are torch's older stream. Raises: CkptoolError."""
+        """Returns the storage that ``_load_from_bytes(*args)`` would load. Raises: CkptoolError."""
         from ckptool.pickling.numpy_calls import raw_bytes
 
         raw = args[0] if len(args) == 1 else None
@@ -112,7 +114,7 @@ class _Nested:
             raise FormatError(f"a pickled storage of {brief(pid[4])} elements is not that long")
         memory = Array(memoryview(data)[end + 8 :])
         made = Storage(self.span._replace(nbytes=nbytes, memory=memory), dtype, rebuild.location(pid[3]))
-        if not isinstance(raw, bytearray):  # which the pickle may change before the next call
+        if not isinstance(raw, bytearray):  # a bytearray may be changed by the pickle before the next call
             self.made[id(raw)] = raw, made
         return made
 

@@ -1,4 +1,4 @@
-"""One safetensors file on its way out: what it can hold, its header, its data (drawn in `formats.safetensors`)."""
+"""Writes one safetensors file: what it can hold, its header, its data (layout: see `formats.safetensors`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def refuse(tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises LossError with every tensor that safetensors cannot hold."""
+    """Raises LossError naming every tensor that safetensors cannot hold."""
     flat.refuse("safetensors", tensors, _reason)
 
 
@@ -34,7 +34,7 @@ def _reason(name: str, tensor: TensorInfo) -> str | None:
 
 
 def refuse_clashes(metadata: Mapping[str, str], ties: Mapping[str, str]) -> None:
-    """Raises LossError with every name that stands in the metadata, and is that of a tie to record there."""
+    """Raises LossError naming every metadata key that is also the name of a tie to record in the metadata."""
     clashes = aliases.clashes(metadata, ties)
     if clashes:
         raise LossError(
@@ -44,9 +44,10 @@ def refuse_clashes(metadata: Mapping[str, str], ties: Mapping[str, str]) -> None
 
 
 def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], like: int | None = None) -> tuple[bytes, int]:
-    """Returns the length and header that a file begins with, and the bytes of data behind it. Raises: LimitError.
+    """Returns the header with its length prefix, and the number of bytes of data after it. Raises: LimitError.
 
-    The header ends in spaces up to a multiple of 8, or, with ``like``, to where `CLONED` divides the distance to it.
+    The header is padded with spaces so that the data begin at a multiple of 8 or, with ``like``, at an offset that
+    differs from ``like`` by a multiple of `CLONED`: data at offset ``like`` of an input can then be reflinked.
     """
     from ckptool.io.output import CLONED
 
@@ -74,13 +75,13 @@ def _by_size(tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output: Output, files: Files) -> None:
-    """Writes tensors that `refuse` has let pass, each with bytes of its own, streaming.
+    """Writes tensors that `refuse` accepts, streaming; no two share bytes.
 
-    Names keep their order in the header; the data are laid out by falling size of element, so that each is
-    aligned, as the library does. ``format`` is ``pt`` unless the metadata say otherwise: accelerate wants it.
-    Raises: LimitError if the header would pass `MAX_HEADER`.
+    The header keeps the order of the names. The data are sorted by decreasing element size, as the safetensors
+    library does, so that each tensor is aligned. ``format`` is ``pt`` unless the metadata have another: accelerate
+    requires it. Raises: LimitError if the header would exceed `MAX_HEADER`.
     """
-    from ckptool.values.blocks import blocks_ahead, runs  # only an output needs them: looking must not wait for them
+    from ckptool.values.blocks import blocks_ahead, runs  # needed only to write, so opening does not import it
 
     pieces = list(runs(tensors[name] for name in _by_size(tensors)))
     first = next((piece for piece in pieces if isinstance(piece, Span)), None)
@@ -97,7 +98,7 @@ def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output
 
 
 def prove(path: str) -> None:
-    """Opens a file with the reference library, which checks the whole header. Raises: FormatError."""
+    """Opens a written file with the safetensors library, which checks the whole header. Raises: FormatError."""
     from safetensors import SafetensorError, safe_open
 
     try:

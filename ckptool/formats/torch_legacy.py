@@ -1,11 +1,11 @@
-"""torch.save's stream of pickles (torch < 1.6, and ``_use_new_zipfile_serialization=False``).
+"""torch.save's legacy format, a sequence of pickles (torch < 1.6, and ``_use_new_zipfile_serialization=False``).
 
     pickle(0x1950a86a20f9469cfc6c)  pickle(1001)  pickle({"protocol_version", "little_endian", "type_sizes"})
     pickle(tree)
     pickle([storage key, ...])
     for each key: numel (int64), raw bytes
 
-Data are little-endian whatever the header says. Source: ``torch/serialization.py`` (`_legacy_load`).
+Data are little-endian whatever ``little_endian`` is. Source: ``torch/serialization.py`` (`_legacy_load`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ckptool.pickling import torch_calls as rebuild
 from ckptool.pickling.load import with_arrays
 from ckptool.pickling.streams import PickleStream
 
-if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
+if TYPE_CHECKING:  # needed only to write, so imported by the functions that do
     from ckptool.formats.layout import Layout, MapLocation
     from ckptool.io.output import Output
 
@@ -47,10 +47,10 @@ def _magic(probe: Probe) -> bytes | None:
 
 
 def read(probe: Probe) -> Checkpoint:
-    """Returns the checkpoint; reads the pickles and one number per storage, no data.
+    """Returns the checkpoint; reads the pickles and one number per storage, no tensor data.
 
-    The tree's pickle comes before the sizes that say where its storages lie, so the machine runs over it
-    twice: once for the storages' types, once for the tree. Raises: FormatError, LimitError.
+    The tree's pickle comes before the sizes that give the storages' offsets, so it is loaded twice: once for the
+    dtypes of the storages, once for the tree. Raises: FormatError, LimitError.
     """
     file = probe.file
     stream = PickleStream(file, len(_magic(probe) or MAGIC))
@@ -60,7 +60,7 @@ def read(probe: Probe) -> Checkpoint:
     start = stream.position
     types: dict[str, str | None] = {}
 
-    def note(pid: Any) -> Any:
+    def record_dtype(pid: Any) -> Any:
         if _is_module(pid):
             return pid[1]
         storage_type, key = _storage_pid(pid)[1:3]
@@ -69,12 +69,12 @@ def read(probe: Probe) -> Checkpoint:
             raise UnsupportedError(f"the storage {key!r} is used under two types: {types[key]} and {dtype}")
         return None
 
-    stream.pickle(persistent_load=note)
-    behind = stream.position
+    stream.pickle(persistent_load=record_dtype)
+    end = stream.position
     keys = stream.pickle()
     storages: dict[str, Storage] = {}
     sizes: dict[str, int] = {}
-    placed: set[str] = set()
+    located: set[str] = set()
     for key in keys if isinstance(keys, list) else ():
         if not isinstance(key, str) or key not in types or key in storages:
             raise FormatError(f"the storage {brief(key)} is listed, and named in no tensor or twice", file.path)
@@ -91,21 +91,21 @@ def read(probe: Probe) -> Checkpoint:
             raise FormatError(f"the storage {key!r} is named by a tensor and absent from the file")
         if sizes[key] != numel:
             raise FormatError(f"the storage {key!r} has {sizes[key]} elements; the tree says {brief(numel)}")
-        if key not in placed:  # torch looks at the first place that names it, too
-            placed.add(key)
+        if key not in located:  # the first reference gives the device, as in torch
+            located.add(key)
             storage = storages[key] = Storage(storage.span, storage.dtype, rebuild.location(location))
         if view and view[0] is not None:
             return _view(storage, view[0])
         return storage
 
-    again = PickleStream(file, start, behind)
-    tree = again.pickle(rebuild.builders, persistent_load)
+    second = PickleStream(file, start, end)
+    tree = second.pickle(rebuild.builders, persistent_load)
     tree = with_arrays(tree, stream.names, file.span(0, 0))
     return Checkpoint(tree, url=file.path, nbytes=file.size, names=tuple(stream.names))
 
 
 def _is_module(pid: object) -> bool:
-    """Whole models name each module class with its source text: ("module", class, file, source)."""
+    """Returns whether it is the persistent id of a pickled module's class: ("module", class, file, source)."""
     return isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Global)
 
 
@@ -116,23 +116,23 @@ def _storage_pid(pid: Any) -> tuple[Any, ...]:
 
 
 def _view(storage: Storage, view: Any) -> rebuild.StorageView:
-    """Torch 0.1.10 to 0.4: (key, offset, size) in elements; a tensor's offset is then relative to the view."""
+    """Returns a storage's view, in torch 0.1.10 to 0.4 (key, offset, size) in elements; tensor offsets start at it."""
     if not (isinstance(view, tuple) and len(view) == 3 and type(view[1]) is int and view[1] >= 0):
         raise FormatError(f"a storage is viewed as {brief(view)}")
     return rebuild.StorageView(storage, view[1])
 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
-    """Returns what `write` would leave out: nothing, and about how many bytes it would write. Raises: as `write`."""
+    """Returns what `write` would leave out (nothing) and about how many bytes it would write. Raises: as `write`."""
     from ckptool.formats.layout import Layout
 
     return (), _nbytes(*_pickled(checkpoint, Layout(checkpoint.tree, map_location)))
 
 
 def _pickled(checkpoint: Checkpoint, layout: Layout) -> tuple[bytes, list[Storage]]:
-    """Returns the tree's pickle, and the storages in the order of first use. Raises: LossError, see `_refuse`."""
+    """Returns the pickle of the tree, and the storages in the order of first use. Raises: LossError, see `_refuse`."""
     _refuse(checkpoint, layout)
-    return layout.pickled(_key, (None,))  # None: no view of a storage
+    return layout.pickled(_key, (None,))  # None: the storage is not a view
 
 
 def _nbytes(pickled: bytes, used: list[Storage]) -> int:
@@ -142,10 +142,10 @@ def _nbytes(pickled: bytes, used: list[Storage]) -> int:
 def write(
     checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
 ) -> tuple[str, ...]:
-    """Writes the whole tree, streaming; returns what was left out: nothing. Storages lie in the order of first use.
+    """Writes the whole tree, streaming; returns what was left out (nothing). Storages are in the order of first use.
 
-    Raises: LossError naming every tensor whose dtype has no storage class, and every nested one. Torch writes
-    those too, and then cannot load the file: see `_refuse`.
+    Raises: LossError naming every tensor whose dtype has no storage class, and every nested tensor. Torch writes
+    those too, but cannot load the file again: see `_refuse`.
     """
     from ckptool.formats.layout import Layout
     from ckptool.pickling import dump as picklewriter
@@ -168,15 +168,15 @@ def write(
 
 
 def _key(number: int) -> str:
-    """Returns a storage's key: of eight digits, so that a list in the order of first use is sorted as torch's is."""
+    """Returns a storage's key: eight digits, so that keys in the order of first use are sorted, as torch sorts them."""
     return f"{number:08}"
 
 
 def _refuse(checkpoint: Checkpoint, layout: Layout) -> None:
-    """Raises LossError with all that torch would write and never load again.
+    """Raises LossError naming everything that torch could write in this format, but not load again.
 
-    That is what lies on an UntypedStorage, which its loader has no dtype for, and a nested tensor, whose sizes it
-    looks at when it has made the tree: before it has read them.
+    That is what uses an UntypedStorage, for which torch's loader has no dtype, and nested tensors: the loader needs
+    their sizes while it builds the tree, before it has read the storages.
     """
     root = checkpoint.root
     refused: dict[str, None] = {}
@@ -189,8 +189,8 @@ def _refuse(checkpoint: Checkpoint, layout: Layout) -> None:
         elif isinstance(node, TensorInfo) and node.kind == "nested_strided":
             kind = node.kind
         else:
-            continue  # the parts of an opaque tensor come by themselves
-        below = path[len(root) :] if path[: len(root)] == root else path
-        refused[f"{path_text(below)} ({kind})"] = None
+            continue  # `walk` also yields the parts of an opaque tensor
+        relative = path[len(root) :] if path[: len(root)] == root else path
+        refused[f"{path_text(relative)} ({kind})"] = None
     if refused:
         raise LossError(f"torch's legacy format cannot hold {listed(refused, 20)}: no torch could load it again")

@@ -8,8 +8,8 @@
     pickle     the tree; persistent ids are tensor keys, or (class, source file, source) of a module
 
 Source: ``torch/serialization.py`` (`_legacy_load.legacy_load`). The archive is ustar, with pax headers where Python 3
-wrote a time with fractions or a storage of 8 GB. Its headers are read here and not by ``tarfile``, which reads a header
-of any length whole, takes its square to understand it, and follows headers to headers by recursion.
+wrote a time with fractions or a storage of 8 GB. Its headers are not read by ``tarfile``, which reads
+a header of any length into memory, parses it in quadratic time, and handles a header after a header by recursion.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ BLOCK = 512
 """Bytes of a header; members begin at multiples of it."""
 
 FILES, WITHOUT_DATA, PAX = b"0\0", b"123456", b"x"
-"""Type flags: files; links, devices, directories and pipes; what is said of the member behind it."""
+"""Type flags: files; links, devices, directories and pipes; a pax header, which describes the next member."""
 
 IGNORED = {b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"comment", b"hdrcharset"}
-"""What a pax header may say besides the size: nothing of it changes which bytes are a member's."""
+"""Keys that a pax header may have besides the size; none of them changes which bytes belong to a member."""
 
 
 class Header(NamedTuple):
-    """One member's header, as far as it matters here."""
+    """The fields of a member's header that are used here."""
 
     name: bytes
     prefix: bytes
@@ -53,12 +53,12 @@ def matches(probe: Probe) -> bool:
 
 
 def read(probe: Probe) -> Checkpoint:
-    """Returns the checkpoint; reads the pickles and numbers, no data. Raises: FormatError, LimitError."""
+    """Returns the checkpoint; reads the pickles and numbers, no tensor data. Raises: FormatError, LimitError."""
     file = probe.file
-    places = _places(file)
+    ranges = _member_ranges(file)
     names: dict[tuple[str, str], None] = {}
     storages: dict[Any, Storage | rebuild.StorageView] = {}
-    stream = PickleStream(file, *places["storages"])
+    stream = PickleStream(file, *ranges["storages"])
     for _ in range(_count(stream)):
         item = stream.pickle()
         if not isinstance(item, tuple) or len(item) != 3:
@@ -79,7 +79,7 @@ def read(probe: Probe) -> Checkpoint:
     names.update(stream.names)
 
     tensors: dict[Any, TensorInfo] = {}
-    stream = PickleStream(file, *places["tensors"])
+    stream = PickleStream(file, *ranges["tensors"])
     for _ in range(_count(stream)):
         item = stream.pickle()
         if not isinstance(item, tuple) or len(item) != 3:
@@ -100,14 +100,14 @@ def read(probe: Probe) -> Checkpoint:
             raise FormatError(f"the tensor {_key(pid)} is named by the tree and absent from the archive")
         return tensors[_key(pid)]
 
-    stream = PickleStream(file, *places["pickle"])
+    stream = PickleStream(file, *ranges["pickle"])
     tree = stream.pickle(rebuild.builders, persistent_load)
     names.update(stream.names)
     return Checkpoint(tree, url=file.path, nbytes=file.size, names=tuple(names))
 
 
-def _places(file: Source) -> dict[str, tuple[int, int]]:
-    """Returns {member: (begin, end)} in bytes of the file."""
+def _member_ranges(file: Source) -> dict[str, tuple[int, int]]:
+    """Returns {member: (begin, end)}, the byte range of each member's data. Raises: FormatError."""
     found: dict[str, tuple[int, int]] = {}
     at, members = 0, 0
     pax: dict[bytes, bytes] | None = None
@@ -146,7 +146,7 @@ def _places(file: Source) -> dict[str, tuple[int, int]]:
 
 
 def _header(file: Source, at: int) -> Header | None:
-    """Returns the header that stands at a byte, None at the end of the archive. Raises: FormatError."""
+    """Returns the header at a byte offset, None at the end of the archive. Raises: FormatError."""
     data = file.read(at, BLOCK)
     if not any(data):
         return None
@@ -159,11 +159,11 @@ def _header(file: Source, at: int) -> Header | None:
 
 
 def _size(header: Header, pax: dict[bytes, bytes] | None) -> int:
-    """Returns the bytes of a member's data: what the pax header before it says counts."""
+    """Returns the number of bytes of a member's data; a size in the pax header before it takes precedence."""
     size = header.size
     if pax is not None and header.kind != PAX and b"size" in pax:
         digits = pax[b"size"]
-        if not digits.isdigit() or len(digits) > 19:  # those of 2^63
+        if not digits.isdigit() or len(digits) > 19:  # 2^63 has 19 digits
             raise FormatError(f"a tar archive whose pax header gives the size {brief(_text(digits))}")
         size = int(digits)
     if size and header.kind in WITHOUT_DATA:
@@ -172,8 +172,8 @@ def _size(header: Header, pax: dict[bytes, bytes] | None) -> int:
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
-    """Returns what a pax header says: records ``LENGTH KEY=VALUE\\n``, the length being that of the whole record."""
-    said: dict[bytes, bytes] = {}
+    """Returns {key: value} of a pax header: records ``LENGTH KEY=VALUE\\n``, where LENGTH counts the whole record."""
+    records: dict[bytes, bytes] = {}
     at = 0
     while at < len(data):
         length, space, _ = data[at : at + len(str(MAX_PAX)) + 1].partition(b" ")
@@ -182,15 +182,15 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
         key, equals, value = record[:-1].partition(b"=")
         if end > len(data) or not equals or not record.endswith(b"\n"):
             raise FormatError("a tar archive with a pax header that cannot be understood")
-        if key in said or key not in IGNORED | {b"size"}:
+        if key in records or key not in IGNORED | {b"size"}:
             raise FormatError(f"a tar archive whose pax header says {brief(_text(key))}: not made by torch")
-        said[key] = value
+        records[key] = value
         at = end
-    return said
+    return records
 
 
 def _number(field: bytes, at: int) -> int:
-    """Returns the number in a field: octal digits, or (GNU) a byte 0x80 and a binary number."""
+    """Returns the number in a field: octal digits, or (GNU) the byte 0x80 and a big-endian binary number."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = _until_zero(field).strip(b" ")

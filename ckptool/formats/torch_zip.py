@@ -1,6 +1,6 @@
 """torch.save's zip archive (torch >= 1.6).
 
-    ROOT/data.pkl              the tree, protocol 2; tensors are calls that name a storage by persistent id
+    ROOT/data.pkl              the tree, protocol 2; tensors are calls that refer to a storage by persistent id
     ROOT/.format_version       "1": storages are numbered in the order of first use
     ROOT/.storage_alignment    "64"
     ROOT/byteorder             "little" | "big"
@@ -28,7 +28,7 @@ from ckptool.limits import MAX_BYTEORDER, MAX_PICKLE
 from ckptool.pickling import load as pickles
 from ckptool.pickling import torch_calls as rebuild
 
-# What only an output needs is imported by the functions that write one: looking must not wait for it.
+# Needed only to write, so imported by the functions that do: reading does not wait for these imports.
 if TYPE_CHECKING:
     from ckptool.formats.layout import Content, Layout, MapLocation
     from ckptool.io.output import Output
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def matches(probe: Probe) -> bool:
-    """Returns whether it is one of torch.save: TorchScript is told by its constants.pkl, by torch.load too."""
+    """Returns whether torch.save wrote it; an archive with constants.pkl is TorchScript, for torch.load too."""
     root = _root_of(probe)
     return f"{root}/data.pkl" in probe.members and f"{root}/constants.pkl" not in probe.members
 
@@ -78,7 +78,7 @@ def read(probe: Probe) -> Checkpoint:
             span, crc32 = member
             if span.nbytes != expected:
                 raise FormatError(f"the storage {key!r} has {span.nbytes} bytes; data.pkl says {expected}")
-            known = crc32 if crc32 or not expected else None  # 0: torch was told to compute none
+            known = crc32 if crc32 or not expected else None  # 0: torch was set to compute no CRC-32
             storage = storages[key] = Storage(span, dtype, tag, byteorder, known, key)
         elif storage.dtype != dtype:
             raise UnsupportedError(f"the storage {key!r} is used under two types: {storage.dtype} and {dtype}")
@@ -94,7 +94,7 @@ def read(probe: Probe) -> Checkpoint:
 
 
 def _refuse_ambiguous(probe: Probe, root: str) -> None:
-    """Raises FormatError for names that torch refuses, or may take for another."""
+    """Raises FormatError for member names that torch refuses, or may confuse with another."""
     file, members = probe.file, probe.members
     data = f"{root}/data/"
     names = {name for name in members if not (name.startswith(data) and name[len(data) :].isdecimal())}
@@ -109,21 +109,21 @@ def _refuse_ambiguous(probe: Probe, root: str) -> None:
 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
-    """Returns what `write` would leave out: nothing, and about how many bytes it would write. Raises: as `write`."""
+    """Returns what `write` would leave out (nothing) and about how many bytes it would write. Raises: as `write`."""
     from ckptool.formats.layout import Layout
 
     return (), _nbytes(*_pickled(checkpoint, Layout(checkpoint.tree, map_location)))
 
 
 def _pickled(checkpoint: Checkpoint, layout: Layout) -> tuple[bytes, list[Storage]]:
-    """Returns data.pkl, and the storages in the order of first use. Raises: LossError naming all that has no dtype."""
+    """Returns data.pkl, and the storages in the order of first use. Raises: LossError for what torch cannot hold."""
     try:
         return layout.pickled(str)
-    except UnsupportedError as error:  # it names the first; looking for all of them costs a walk over the tree
-        foreign = [(path, tensor.dtype) for path, tensor in checkpoint.tensors() if not DTYPES[tensor.dtype].in_torch]
-        if not foreign:
+    except UnsupportedError as error:  # it names the first only; a walk over the tree finds all
+        refused = [(path, tensor.dtype) for path, tensor in checkpoint.tensors() if not DTYPES[tensor.dtype].in_torch]
+        if not refused:
             raise
-        named = [f"{path_text(path)} ({dtype})" for path, dtype in foreign]
+        named = [f"{path_text(path)} ({dtype})" for path, dtype in refused]
         raise LossError(f"torch cannot hold {listed(named, 20)}") from error
 
 
@@ -134,10 +134,10 @@ def _nbytes(pickled: bytes, used: list[Storage]) -> int:
 def write(
     checkpoint: Checkpoint, output: Output, files: Files, map_location: MapLocation | None = None
 ) -> tuple[str, ...]:
-    """Writes the whole tree, streaming; the result is laid out as torch 2.13 lays it out. Returns what was left out.
+    """Writes the whole tree, streaming, in the layout of torch 2.13. Returns what was left out (nothing).
 
-    Storages are numbered in the order of first use; views of one storage stay views of one storage,
-    and what no tensor uses of a storage is not written.
+    Storages are numbered in the order of first use. Views of one storage stay views of one storage, and the parts
+    of a storage that no tensor uses are not written.
     """
     from ckptool.formats.layout import Layout
     from ckptool.io.zip_write import ZipWriter
@@ -155,7 +155,7 @@ def write(
     copied = archive.copy("data/", _whole_records(contents), files)
     for number in range(copied, len(used)):
         name, crc32 = f"data/{number}", contents[number].crc32
-        if (span := _as_it_lies(contents[number], used[number].nbytes, files)) is not None:
+        if (span := _span_to_copy(contents[number], used[number].nbytes, files)) is not None:
             archive.add_span(name, span, crc32, files)
         else:
             archive.add_blocks(name, used[number].nbytes, layout.blocks(used[number], files), crc32)
@@ -164,8 +164,11 @@ def write(
     return ()
 
 
-def _as_it_lies(content: Content, nbytes: int, files: Files) -> Span | None:
-    """Returns the range of a file that is a record's content and is best copied as it is: None for a small one."""
+def _span_to_copy(content: Content, nbytes: int, files: Files) -> Span | None:
+    """Returns the byte range of a file to copy unchanged as a record's content, None if its blocks are to be written.
+
+    A small storage without a known CRC-32 is written in blocks too.
+    """
     from ckptool.io.zip_write import THREADED
 
     source = content.source
@@ -178,7 +181,7 @@ def _as_it_lies(content: Content, nbytes: int, files: Files) -> Span | None:
 
 
 def _whole_records(contents: Sequence[Content]) -> list[Record]:
-    """Returns the first of the contents, as far as they are whole records of a zip archive under the same names."""
+    """Returns the leading contents that are whole records of a zip archive and keep their names."""
     from ckptool.io.zip_write import Record
 
     found = []
@@ -191,7 +194,7 @@ def _whole_records(contents: Sequence[Content]) -> list[Record]:
 
 
 def _root(used: Sequence[Storage], files: Files) -> str:
-    """Returns the name above the records: that of the file the first comes from, so that many can be copied at once."""
+    """Returns the archive's root name: that of the first storage's file if it can be, to copy many records at once."""
     if used and used[0].key == "0" and used[0].span.member == "stored":
         root, below, _ = files.member_name(used[0].span).partition("/data/0")
         if below and root and "/" not in root:

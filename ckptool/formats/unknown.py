@@ -1,4 +1,4 @@
-"""What no format here reads, though it may carry a checkpoint's name: each is called by its own."""
+"""Names the known file types and directory layouts that ckptool cannot read, for the error message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYOUTS = {
     r"latest|(bf16_)?zero_pp_rank_.*": "a DeepSpeed checkpoint",
     r"mp_rank_.*": "one iteration of a Megatron-LM or DeepSpeed checkpoint",
 }
-"""Names in directories of other tools, which often hold files of weights too; what is matched first counts."""
+"""Patterns of file names in other tools' directories, which often hold weights too; the first match decides."""
 
 
 def refuse_layout(probe: Probe) -> None:
@@ -26,7 +26,7 @@ def refuse_layout(probe: Probe) -> None:
 
 
 def refusal(probe: Probe) -> CkptoolError:
-    """Returns the error that says what it is instead of a checkpoint."""
+    """Returns the error for an input of no known format, saying what it is if that is recognized."""
     if probe.is_directory:
         return FormatError("a directory without an index or a file of weights", probe.path)
     file, head = probe.file, probe.head

@@ -1,7 +1,7 @@
-"""The central directory of a zip archive: the only truth about its members.
+"""Reads the central directory of a zip archive, the only source of what its members are.
 
-Torch writes zeros for the sizes in local headers and non-standard zip64 extras there, so a local header is
-only used for the length of its name and padding (`files.Files.locate`). Layout: PKWARE APPNOTE 4.3.12-4.3.16.
+Torch writes zero sizes and non-standard zip64 extra fields into local headers, so a local header is read only for
+the lengths of its name and extra field (`Files.locate`). Layout: PKWARE APPNOTE 4.3.12-4.3.16.
 
     end record      PK\\5\\6  ... entries u16 @10, size u32 @12, offset u32 @16
     zip64 locator   PK\\6\\7  ... offset of the zip64 end record u64 @8
@@ -23,29 +23,29 @@ from ckptool.io.source import Source, read_span
 from ckptool.limits import MAX_DIRECTORY, MAX_RATIO, MAX_RECORDS, Limit
 
 TAIL = 1 << 16
-"""Bytes read from the end at once: enough for the end records and the directory of some 700 members."""
+"""Bytes read from the end of the file at once: enough for the end records and the directory of some 700 members."""
 
 SMALL = 1 << 20
-"""Bytes that `MAX_RATIO` does not count."""
+"""A member may inflate to this many bytes whatever its compression ratio; `MAX_RATIO` limits only the rest."""
 
 
 class Member(NamedTuple):
-    """A zip member: its payload span (see `Span.member`) and its CRC-32, 0 where none was recorded."""
+    """A zip member: the byte range of its data (see `Span.member`) and its CRC-32, 0 if none was recorded."""
 
     span: Span
     crc32: int
 
 
 def is_zip(file: Source) -> bool:
-    """Returns whether the file begins with a zip member, as torch.load demands."""
+    """Returns whether the file begins with a zip member, as torch.load requires."""
     return file.size >= 4 and file.read(0, 4) == b"PK\x03\x04"
 
 
 def read_directory(file: Source) -> dict[str, Member]:
-    """Returns {name: Member} in the directory's order; reads the end of the file only.
+    """Returns {name: Member} in the order of the directory; reads only the end of the file.
 
-    Raises: FormatError for anything cut off, overlapping, outside the file or named twice; UnsupportedError
-    for encryption, split archives, and other methods than stored and deflate.
+    Raises: FormatError if anything is truncated, overlaps, lies outside the file or has the name of another;
+    UnsupportedError for encryption, split archives, and compression methods other than stored and deflate.
     """
     start, size, count = _find_directory(file)
     if size > MAX_DIRECTORY.now():
@@ -58,7 +58,7 @@ def read_directory(file: Source) -> dict[str, Member]:
     in_order = True
     path, version = file.path, file.version
     unpack = struct.Struct("<4s4xHH4xIIIHHHH6xI").unpack_from
-    make = tuple.__new__  # a third of the time of calling Span and Member, of which there may be a million
+    make = tuple.__new__  # takes a third of the time of calling Span and Member; there may be a million
     for _ in range(count):
         if position + 46 > size:
             raise FormatError(f"its zip directory ends inside entry {len(members)} of {count}", path)
@@ -93,7 +93,7 @@ def read_directory(file: Source) -> dict[str, Member]:
 
 
 def _refuse_entry(name: str, flags: int, method: int, packed: int, usize: int, disk: int, path: str) -> None:
-    """Raises what is to be said of an entry that is not plainly stored; a deflated one passes."""
+    """Raises the error for an entry that cannot be read; returns if it is only deflated."""
     if flags & 0x1 or disk not in (0, 0xFFFF):
         what = "encrypted" if flags & 0x1 else "part of a split archive"
         raise UnsupportedError(f"the zip member {name!r} is {what}", path)
@@ -104,7 +104,7 @@ def _refuse_entry(name: str, flags: int, method: int, packed: int, usize: int, d
 
 
 def _refuse_overlaps(members: Mapping[str, Member], path: str) -> None:
-    """Raises FormatError if two members share bytes: a directory need not be in the order of the data."""
+    """Raises FormatError if two members share bytes; the directory may list members in another order than the data."""
     ranges = sorted((span.offset, span.offset + 30 + len(name) + span.packed) for name, (span, _) in members.items())
     for (_, end), (begin, _) in pairwise(ranges):
         if end > begin:
@@ -135,7 +135,7 @@ def _find_directory(file: Source) -> tuple[int, int, int]:
 
 
 def _zip64(extra: bytes, usize: int, packed: int, offset: int, path: str) -> tuple[int, int, int]:
-    """Returns (size, packed, offset), those that read 0xFFFFFFFF from the zip64 extra field, in that order."""
+    """Returns (size, packed, offset); the zip64 extra field has, in this order, those given as 0xFFFFFFFF."""
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)
@@ -152,7 +152,7 @@ def _zip64(extra: bytes, usize: int, packed: int, offset: int, path: str) -> tup
 
 
 def read_small(file: Source, members: Mapping[str, Member], name: str, limit: Limit) -> bytes | None:
-    """Returns the content of a small member, None if absent. Raises: LimitError past the ``limit`` of its bytes."""
+    """Returns the content of a small member, None if absent. Raises: LimitError if it has more bytes than ``limit``."""
     member = members.get(name)
     if member is None:
         return None

@@ -1,4 +1,4 @@
-"""Pickles and raw bytes that follow one another in a file, as in torch's formats before the zip."""
+"""Reads consecutive pickles and raw bytes from a file, as in torch's formats older than the zip archive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ckptool.limits import MAX_PICKLE
 from ckptool.pickling import load as pickles
 
 FIRST = 1 << 16
-"""Bytes of the first attempt at a pickle whose length nobody has written down; doubled until it is whole."""
+"""Bytes read at first for a pickle, whose length is not in the file; doubled until the pickle is complete."""
 
 
 class Readable(Protocol):
@@ -23,7 +23,7 @@ class Readable(Protocol):
 
 
 class PickleStream:
-    """A position in a file between two items. ``names`` collects what all pickles so far have named."""
+    """Reads items from a file in order. ``names`` collects the globals that the pickles read so far refer to."""
 
     def __init__(self, file: Readable, position: int = 0, end: int | None = None) -> None:
         self.file = file
@@ -32,19 +32,19 @@ class PickleStream:
         self.names: dict[tuple[str, str], None] = {}
 
     def raw_pickle(self) -> bytes:
-        """Returns the bytes of the pickle that begins here, and moves behind it."""
-        left = max(0, self.end - self.position)
+        """Returns the bytes of the pickle at the position, and advances past it."""
+        available = max(0, self.end - self.position)
         most = MAX_PICKLE.now()
         want = min(FIRST, most)
         while True:
-            data = self.file.read(self.position, min(want, left))
+            data = self.file.read(self.position, min(want, available))
             try:
                 stop = pickles.scan(data)
             except pickles.CutOffError as error:
-                if len(data) == left:
+                if len(data) == available:
                     raise FormatError(f"the file ends inside the pickle at byte {self.position}") from error
                 if want == most:
-                    raise MAX_PICKLE.passed(f"the pickle at byte {self.position} is too long", left) from error
+                    raise MAX_PICKLE.passed(f"the pickle at byte {self.position} is too long", available) from error
                 want = min(2 * want, most)
                 continue
             self.position += stop
@@ -55,13 +55,13 @@ class PickleStream:
         builders: pickles.Builders | None = None,
         persistent_load: Callable[[Any], Any] | None = None,
     ) -> Any:
-        """Returns the tree of the pickle that begins here, and moves behind it."""
+        """Returns the tree of the pickle at the position, and advances past it."""
         tree, names = pickles.load(self.raw_pickle(), builders=builders, persistent_load=persistent_load)
         self.names.update(dict.fromkeys(names))
         return tree
 
     def numbers(self, layout: str) -> tuple[Any, ...]:
-        """Returns numbers laid out as `struct` says, and moves behind them."""
+        """Returns numbers in a layout as `struct` has it, and advances past them."""
         size = struct.calcsize(layout)
         if self.position + size > self.end:
             raise FormatError(f"the file ends at byte {self.end}, inside a number at {self.position}")
@@ -70,7 +70,7 @@ class PickleStream:
         return values
 
     def skip(self, nbytes: int) -> int:
-        """Moves behind ``nbytes`` raw bytes; returns where they began. Raises: FormatError if the file ends before."""
+        """Advances past ``nbytes`` raw bytes; returns their offset. Raises: FormatError if the file ends before."""
         start = self.position
         if nbytes < 0 or start + nbytes > self.end:
             raise FormatError(
