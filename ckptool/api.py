@@ -328,14 +328,16 @@ def filter(
     add_prefix: str | None = None,
     only_matched: bool = False,
     cast: bool = False,
+    first_wins: bool = False,
 ) -> tuple[Checkpoint, FilterReport]:
     """Returns (checkpoint, report): the target with every tensor that fits taken from the sources.
 
     A tensor fits when its key (without wrapper prefixes such as ``module.``) and its shape agree. Without
-    ``match``, the result has the keys of the first source that ``include`` and ``exclude`` choose. Nothing is
-    written: pass the checkpoint to `save`. Reads headers only, except where tied names must be compared.
+    ``match``, the result is the first source with the keys of all sources that ``include`` and ``exclude`` choose; a
+    key in two of them must have the same bytes, unless ``first_wins``. Nothing is written: pass the checkpoint to
+    `save`. Reads headers only, except where tied names or keys in two sources must be compared.
 
-    Raises: what `open` raises, NoTensorsError, CollisionError for tied names with different values.
+    Raises: what `open` raises, NoTensorsError, CollisionError for tied names or one key with different values.
     """
     from functools import partial
 
@@ -350,7 +352,7 @@ def filter(
     with Files() as files:
         return op.filter(
             opened, target, include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix,
-            only_matched=only_matched, cast=cast, same=partial(same_bytes, files=files),
+            only_matched=only_matched, cast=cast, first_wins=first_wins, same=partial(same_bytes, files=files),
         )  # fmt: skip
 
 

@@ -25,6 +25,9 @@ def command(
     add_prefix: options.AddPrefix = None,
     only_matched: Annotated[bool, typer.Option("--only-matched", help="Write only the tensors that matched.")] = False,
     cast: Annotated[bool, typer.Option("--cast", help="Convert to the target's dtypes.")] = False,
+    first_wins: Annotated[
+        bool, typer.Option("--first-wins", help="Without --match: a key in two sources is the first one's.")
+    ] = False,
     min_loaded: options.MinLoaded = None,
     require: options.Require = None,
     strict: options.Strict = False,
@@ -52,7 +55,7 @@ def command(
     outputs.check([] if output is None else [output], [*opened, *([] if target is None else [target])])
     checkpoint, report = ckptool.filter(
         *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix,
-        add_prefix=add_prefix, only_matched=only_matched, cast=cast,
+        add_prefix=add_prefix, only_matched=only_matched, cast=cast, first_wins=first_wins,
     )  # fmt: skip
     failed = plans.failed(report, least, require or [], strict)
     if not failed:

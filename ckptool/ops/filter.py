@@ -15,7 +15,7 @@ from ckptool.core.tensor import Derived, Extras, Opaque, Storage, TensorInfo, co
 from ckptool.core.tree import ordered_dict, path_text
 from ckptool.core.versions import versioned
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
-from ckptool.ops.notes import optimizer_notes, pattern_notes, require_tensors, root_notes, wrapper_notes
+from ckptool.ops.notes import beside_root, optimizer_notes, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 Reason = Literal[
     "loaded", "cast", "tied", "adapted", "initialised", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"
@@ -84,9 +84,12 @@ def filter(
     add_prefix: str | None = None,
     only_matched: bool = False,
     cast: bool = False,
+    first_wins: bool = False,
     same: Same,
 ) -> tuple[Checkpoint, FilterReport]:
     """Returns (checkpoint, report); ``same`` says whether two tensors have the same bytes.
+
+    Without a target, a key in two sources must have the same bytes in both, unless ``first_wins``.
 
     Raises: NoTensorsError for an empty side or an empty selection, CollisionError, UsageError.
     """
@@ -97,7 +100,7 @@ def filter(
     if target is None:
         if strip_prefix or add_prefix or only_matched or cast:
             raise UsageError("--strip-prefix, --add-prefix, --only-matched and --cast need --match")
-        return _select(sources, names.chooser(include, exclude), [*include, *exclude])
+        return _select(sources, names.chooser(include, exclude), [*include, *exclude], first_wins, same)
     merge = Merge(sources, target, strip_prefix, add_prefix, names.chooser(include, exclude), cast)
     merge.match()
     merge.tie(same)
@@ -108,35 +111,71 @@ def filter(
 
 
 def _select(
-    sources: Sequence[Checkpoint], chosen: Callable[[str], bool], patterns: Sequence[str]
+    sources: Sequence[Checkpoint], chosen: Callable[[str], bool], patterns: Sequence[str], first_wins: bool, same: Same
 ) -> tuple[Checkpoint, FilterReport]:
     kept: dict[str, TensorInfo] = {}
+    origin: dict[str, int] = {}
+    repeated: list[str] = []
+    equals: list[str] = []
     rows: list[Row] = []
     tensors: list[str] = []
-    for checkpoint, file in zip(sources, _files(sources), strict=True):
+    for number, (checkpoint, file) in enumerate(zip(sources, _files(sources), strict=True)):
         hidden = checkpoint.hidden()
         for key, (_, value) in checkpoint.entries().items():
             if not isinstance(value, TensorInfo):
-                rows.append(_object_row(key, hidden.get(key, ()), "stays where it is", file=file))
+                decision = "not taken" if number else "stays where it is"
+                rows.append(_object_row(key, hidden.get(key, ()), decision, file=file))
                 continue
             tensors.append(key)
             shape = dims(value)
             if not chosen(key):
                 rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file))
-            elif key in kept:
-                rows.append(Row(key, "ignored", shape, file=file, detail="an earlier source has it"))
-            else:
-                kept[key] = value
+            elif key not in kept:
+                kept[key], origin[key] = value, number
                 rows.append(Row(key, "loaded", shape, dtype=value.dtype, file=file))
+            else:
+                equal = not first_wins and _equal(kept[key], value, same)
+                where = f"{key} ({sources[origin[key]].url} and {checkpoint.url})"
+                (equals if equal else repeated).append(where)
+                detail = f"an earlier source has {'the same' if equal else 'it'}"
+                rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file, detail=detail))
+    if repeated and not first_wins:
+        what = f"{len(repeated)} keys are in two sources, with other values: {listed(repeated, 20)}"
+        raise CollisionError(f"{what}; --first-wins takes those of the first, --match TARGET takes what fits one")
     base = sources[0]
     if not kept:
         raise NoTensorsError(f"the patterns choose none of {len(tensors)} tensors", base.url)
     notes = [*root_notes(sources), *pattern_notes(patterns, tensors)]
+    notes += [f"the same in two sources, taken once: {listed(equals)}"] if equals else []
+    notes += [f"in two sources, taken from the first: {listed(repeated)}"] if repeated else []
+    for checkpoint in sources[1:]:
+        notes += _retied(kept, origin, checkpoint, same)
+        notes += [f"not taken from {checkpoint.url}: {listed(beside)}"] if (beside := beside_root(checkpoint)) else []
     if len(kept) != len(base.state_dict()):
         notes += optimizer_notes(base)
     merged = base.with_state_dict(kept)
     notes += _module_notes(base)
     return merged, _report(rows, notes, sources)
+
+
+def _equal(one: TensorInfo, other: TensorInfo, same: Same) -> bool:
+    """Returns whether two tensors are one, or dense and of the same bytes."""
+    return one.view == other.view or (one.kind == other.kind == "dense" and same(one, other))
+
+
+def _retied(kept: dict[str, TensorInfo], origin: Mapping[str, int], source: Checkpoint, same: Same) -> list[str]:
+    """Ties again the keys that a source ties and of which earlier sources gave some; returns notes on other ties."""
+    notes = []
+    for group in source.shared():
+        present = sorted((key for key in group if key in kept), key=origin.__getitem__)
+        if len({kept[key].view for key in present}) < 2:
+            continue
+        first = kept[present[0]]
+        if all(_equal(first, kept[key], same) for key in present):
+            kept.update((key, _like(first, kept[key])) for key in present)
+        else:
+            notes.append(f"tied in {source.url}, and no longer: {listed(present)}")
+    return notes
 
 
 def _files(sources: Sequence[Checkpoint]) -> list[str | None]:

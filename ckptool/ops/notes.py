@@ -9,7 +9,7 @@ from ckptool.core import keys as names
 from ckptool.core.checkpoint import Checkpoint, is_flat
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import Path, as_mapping, path_text, walk
+from ckptool.core.tree import Path, as_mapping, children, path_text, walk
 from ckptool.errors import NoTensorsError, listed
 
 
@@ -27,6 +27,15 @@ def root_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
     """Returns a note on where the weights are, for each checkpoint in which that is not the top of the tree."""
     roots = dict.fromkeys((checkpoint.url, path_text(checkpoint.root)) for checkpoint in checkpoints)
     return [f"the weights of {url} are at {root}" for url, root in roots if root]
+
+
+def beside_root(checkpoint: Checkpoint) -> list[str]:
+    """Returns the paths of what stands beside the path to the weights: an epoch, an optimizer, other models."""
+    found: list[str] = []
+    for depth, step in enumerate(checkpoint.root):
+        path = checkpoint.root[:depth]
+        found += [path_text((*path, name)) for name, _ in children(checkpoint.at(path)) if name != step]
+    return found
 
 
 def pattern_notes(patterns: Sequence[str], keys: Iterable[str], option: str = "") -> list[str]:

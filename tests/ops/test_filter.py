@@ -181,10 +181,10 @@ def test_counters_dropped_by_a_selection_take_their_metadata_along_so_that_stric
     assert 0 < len(expected) < len(before._metadata)
 
 
-def test_a_selection_from_several_sources_takes_each_key_from_the_first_that_has_it(saved: Saved) -> None:
+def test_a_selection_from_several_sources_takes_each_key_from_the_first_that_has_it_if_told_so(saved: Saved) -> None:
     first = saved({"a": torch.zeros(1), "b": torch.zeros(2)}, "one.pth")
     second = saved({"b": torch.ones(2), "c": torch.ones(3)}, "two.pth")
-    chosen, report = ckptool.filter(first, second)
+    chosen, report = ckptool.filter(first, second, first_wins=True)
     ckptool.save(chosen, "out.pth")
     assert_equal_values(load("out.pth"), {"a": torch.zeros(1), "b": torch.zeros(2), "c": torch.ones(3)})
     assert rows_of(report, reason="ignored") == ["b"]
