@@ -39,6 +39,9 @@ demo: $(VENV)/.tool
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
+# The workers, and the commands that the tests start, share what is compiled, wherever the environment forbids it.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(VENV)/.dev
 	$(PYTEST) -m 'not slow'
 

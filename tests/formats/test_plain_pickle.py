@@ -264,7 +264,7 @@ def test_what_is_no_plain_array_stays_what_it_was(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("encoded", [False, True])
 def test_arrays_that_share_one_buffer_cost_one(encoded: bool, tmp_path: Path) -> None:
-    count, size = 100_000, 1_000_000
+    count, size = 20_000, 1_000_000  # each of them copied: 20 GB
     held = b"c_codecs\nencode\nX" + size.to_bytes(4, "little") + b"a" * size + b"U\x06latin1\x86R" if encoded else (
         b"B" + size.to_bytes(4, "little") + b"a" * size
     )  # fmt: skip
@@ -282,7 +282,7 @@ def test_arrays_that_share_one_buffer_cost_one(encoded: bool, tmp_path: Path) ->
     found = list(checkpoint.tensors())
     assert len(found) == count
     assert len({id(tensor.source) for _, tensor in found}) == 1
-    assert time.process_time() - before < 20
+    assert time.process_time() - before < 5
 
 
 def storages_of(size: int, each: bytes, count: int, start: bytes = b"") -> bytes:

@@ -607,13 +607,13 @@ MODULUS = sys.hash_info.modulus
 
 
 def tuples_of(one: bytes, other: bytes) -> bytes:
-    return b"".join(b"(" + b"".join(items) + b"tN" for items in itertools.product((one, other), repeat=15))
+    return b"".join(b"(" + b"".join(items) + b"tN" for items in itertools.product((one, other), repeat=13))
 
 
 def strides_of_one_hash() -> bytes:
     steps = [number(1 + times * MODULUS) for times in range(4)]
     puts = b"".join(step + b"q%c0" % (16 + at) for at, step in enumerate(steps))
-    gets = itertools.islice(itertools.product([b"h%c" % (16 + at) for at in range(4)], repeat=7), 16_000)
+    gets = itertools.islice(itertools.product([b"h%c" % (16 + at) for at in range(4)], repeat=7), 4_000)
     ones = b"(" + b"K\x01" * 7 + b"t"
     views = (
         text(f"w{at}") + tensor(shape=ones, stride=b"(" + b"".join(stride) + b"t") for at, stride in enumerate(gets)
@@ -622,9 +622,9 @@ def strides_of_one_hash() -> bytes:
 
 
 ALIKE = {
-    "integers": mapping(text("w"), tensor(), *(number(at * MODULUS) + b"N" for at in range(1, 60_001))),
+    "integers": mapping(text("w"), tensor(), *(number(at * MODULUS) + b"N" for at in range(1, 8_001))),
     "a set of integers": (
-        b"\x8f(" + b"".join(number(at * MODULUS) for at in range(1, 60_001)) + b"\x900" + mapping(text("w"), tensor())
+        b"\x8f(" + b"".join(number(at * MODULUS) for at in range(1, 8_001)) + b"\x900" + mapping(text("w"), tensor())
     ),
     "tuples of -1 and -2": mapping(text("w"), tensor(), tuples_of(b"J\xff\xff\xff\xff", b"J\xfe\xff\xff\xff")),
     "tuples of -1 and -2 out of the memo": (
@@ -654,7 +654,7 @@ def test_what_would_all_be_compared_with_each_other_is_refused(name: str) -> Non
 
 
 def test_strides_of_one_hash_are_looked_at_one_by_one() -> None:
-    assert len(ckptool.inspect(archive(strides_of_one_hash())).tensors) == 16_000
+    assert len(ckptool.inspect(archive(strides_of_one_hash())).tensors) == 4_000
 
 
 def test_a_list_of_pairs_that_many_places_share_is_made_a_dict_of_once() -> None:

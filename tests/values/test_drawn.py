@@ -20,7 +20,7 @@ from ckptool.io.source import BLOCK
 from ckptool.partial.init import parse
 from ckptool.values import random_init
 
-BIG = (1 << 20,)
+BIG = (1 << 17,)
 
 
 def made(rule: str, shape: tuple[int, ...], dtype: str = "float64", seed: int = 0, key: str = "w") -> torch.Tensor:
@@ -114,7 +114,7 @@ print("torch" in sys.modules)
 def test_blocks_are_of_whole_elements_and_memory_stays_at_a_few_of_them() -> None:
     for rule, shape in (
         ("normal", (3_000_001,)), ("uniform", (3_000_001,)), ("trunc_normal", (3_000_001,)),
-        ("sparse(0.5)", (1000, 3000)), ("zeros", (1 << 29,)), ("eye", (1 << 14, 1 << 13)),
+        ("sparse(0.5)", (1000, 3000)), ("zeros", (1 << 27,)), ("eye", (1 << 12, 1 << 12)),
     ):  # fmt: skip
         tracemalloc.start()
         total = 0
@@ -134,13 +134,13 @@ def test_blocks_are_of_whole_elements_and_memory_stays_at_a_few_of_them() -> Non
 def test_normals_are_normal() -> None:
     values = made("normal(3,2)", BIG)
     assert distance((values - 3) / 2, normal_cdf) < 1.6  # one time in 100 it is more
-    assert values.mean().item() == pytest.approx(3, abs=0.01)
-    assert values.std().item() == pytest.approx(2, abs=0.01)
+    assert values.mean().item() == pytest.approx(3, abs=0.03)
+    assert values.std().item() == pytest.approx(2, abs=0.02)
     z = (values - 3) / 2
-    assert (z**3).mean().item() == pytest.approx(0, abs=0.02)
-    assert (z**4).mean().item() == pytest.approx(3, abs=0.05)
-    assert 4.4 < z.abs().max().item() < 6.2
-    assert abs(float((z[1:] * z[:-1]).mean())) < 0.004
+    assert (z**3).mean().item() == pytest.approx(0, abs=0.04)
+    assert (z**4).mean().item() == pytest.approx(3, abs=0.1)
+    assert 4 < z.abs().max().item() < 6
+    assert abs(float((z[1:] * z[:-1]).mean())) < 0.012
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -169,7 +169,7 @@ def test_uniforms_are_uniform_and_stay_below_their_end(dtype: str, a: float, b: 
      (0, 1, -1e300, 1e300), (0, 1, 20, 20.0001), (3, 1e-3, 2.999999, 3)],
 )  # fmt: skip
 def test_truncated_normals_are_those_between_their_ends(mean: float, std: float, a: float, b: float) -> None:
-    values = made(f"trunc_normal({mean},{std},{a},{b})", (1 << 18,), seed=1)
+    values = made(f"trunc_normal({mean},{std},{a},{b})", (1 << 14,), seed=1)
     assert a <= values.min().item()
     assert values.max().item() <= b
     alpha, beta = (a - mean) / std, (b - mean) / std
