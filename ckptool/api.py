@@ -326,6 +326,9 @@ def filter(
     exclude: Patterns = (),
     strip_prefix: str | None = None,
     add_prefix: str | None = None,
+    rules: Any = None,
+    allow_unused: bool = False,
+    optimizer: str | None = None,
     only_matched: bool = False,
     cast: bool = False,
     first_wins: bool = False,
@@ -334,8 +337,10 @@ def filter(
 
     A tensor fits when its key (without wrapper prefixes such as ``module.``) and its shape agree. Without
     ``match``, the result is the first source with the keys of all sources that ``include`` and ``exclude`` choose; a
-    key in two of them must have the same bytes, unless ``first_wins``. Nothing is written: pass the checkpoint to
-    `save`. Reads headers only, except where tied names or keys in two sources must be compared.
+    key in two of them must have the same bytes, unless ``first_wins``. ``rules`` (see `remap`) and the prefixes change
+    the sources' keys: before they are matched, or, without ``match``, after they are chosen. ``optimizer``: ``keep`` or
+    ``drop`` the optimizer state beside the weights; None keeps it and notes its size. Nothing is written: pass the
+    checkpoint to `save`. Reads headers only, except where tied names or keys in two sources must be compared.
 
     Raises: what `open` raises, NoTensorsError, CollisionError for tied names or one key with different values.
     """
@@ -343,17 +348,35 @@ def filter(
 
     from ckptool.io.source import Files
     from ckptool.ops import filter as op
+    from ckptool.ops.notes import with_optimizers
     from ckptool.values.blocks import same_bytes
 
     keys.expect_texts(strip_prefix=strip_prefix, add_prefix=add_prefix)
     include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
     opened = [_open_whole(source) for source in sources]
     target = None if match is None else _open_whole(match)
+    if target is not None:
+        target, notes = with_optimizers(target, optimizer)
+    elif opened:
+        opened[0], notes = with_optimizers(opened[0], optimizer)
+    origins: dict[str | None, dict[str, str]] = {}
+    if rules is not None and target is not None:
+        from ckptool.ops.remap import remap_all
+
+        opened, origins = remap_all(opened, rules, allow_unused=allow_unused)
     with Files() as files:
-        return op.filter(
+        made, report = op.filter(
             opened, target, include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix,
             only_matched=only_matched, cast=cast, first_wins=first_wins, same=partial(same_bytes, files=files),
         )  # fmt: skip
+    report = replace(report, rows=op.sourced(report.rows, origins), notes=[*report.notes, *notes])
+    if target is None and (rules is not None or strip_prefix or add_prefix):
+        from ckptool.ops.rules import Rules, prefixes
+
+        changes = Rules.parse(rules or []) + prefixes(made.entries(), strip_prefix, add_prefix)
+        made, renamed = remap(made, changes, allow_unused=allow_unused)
+        report = op.followed(report, made, {row.new: row.old for row in renamed.map})
+    return made, report
 
 
 def plan_partial(

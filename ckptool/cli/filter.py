@@ -12,8 +12,11 @@ from ckptool.ops.filter import FilterReport
 from ckptool.saving import SaveOptions
 from ckptool.text import percent
 
+COMMAND = options.Ordered
+
 
 def command(
+    ctx: typer.Context,
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Checkpoints to take tensors from.")],
     match: Annotated[
         str | None, typer.Option(metavar="TARGET", help="The checkpoint whose keys and shapes to match.")
@@ -23,6 +26,12 @@ def command(
     exclude: options.Exclude = None,
     strip_prefix: options.StripPrefix = None,
     add_prefix: options.AddPrefix = None,
+    rename: options.Rename = None,
+    rules: options.RulesFiles = None,
+    allow_unused: options.AllowUnused = False,
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="keep|drop", help="Optimizer state: keep it (the default), or leave it out.")
+    ] = None,
     only_matched: Annotated[bool, typer.Option("--only-matched", help="Write only the tensors that matched.")] = False,
     cast: Annotated[bool, typer.Option("--cast", help="Convert to the target's dtypes.")] = False,
     first_wins: Annotated[
@@ -55,7 +64,8 @@ def command(
     outputs.check([] if output is None else [output], [*opened, *([] if target is None else [target])])
     checkpoint, report = ckptool.filter(
         *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix,
-        add_prefix=add_prefix, only_matched=only_matched, cast=cast, first_wins=first_wins,
+        add_prefix=add_prefix, only_matched=only_matched, cast=cast, first_wins=first_wins, optimizer=optimizer,
+        rules=options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None, allow_unused=allow_unused,
     )  # fmt: skip
     failed = plans.failed(report, least, require or [], strict)
     if not failed:

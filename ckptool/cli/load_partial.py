@@ -22,8 +22,11 @@ from ckptool.partial.plan import LoadPartialReport, unwritable
 from ckptool.saving import SaveOptions
 from ckptool.text import percent, plural
 
+COMMAND = options.Ordered
+
 
 def command(
+    ctx: typer.Context,
     source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="The checkpoint to load from.")] = None,
     into: Annotated[str | None, typer.Option(metavar="TARGET", help="A checkpoint of the changed model.")] = None,
     model: Annotated[
@@ -34,10 +37,9 @@ def command(
     to: Annotated[
         str | None, typer.Option(metavar="FORMAT", help="The output's format. Default: what its suffix says.")
     ] = None,
-    rules: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Rename SOURCE's keys first, as remap does.")
-    ] = None,
-    allow_unused: Annotated[bool, typer.Option("--allow-unused", help="Allow rules that match no key.")] = False,
+    rename: options.Rename = None,
+    rules: options.RulesFiles = None,
+    allow_unused: options.AllowUnused = False,
     adapt: Annotated[
         Texts, typer.Option(metavar="GLOB=ADAPTER", help="Where shapes differ: rows, crop, pos-embed, ...")
     ] = None,
@@ -102,7 +104,8 @@ def command(
     if model is not None:
         target = build(model, arg or [])
     checkpoint, report = ckptool.plan_partial(
-        opened, target, rules=None if rules is None else options.read_data(rules), allow_unused=allow_unused,
+        opened, target, rules=options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None,
+        allow_unused=allow_unused,
         adapt=[(pattern, adapter.text) for pattern, adapter in map(adapters.parse_option, adapt or ())],
         init=[init_rules.parse_option(text) for text in init or ()],
         init_preset=init_preset or (), seed=seed, freeze=freeze or (), new_lr_mult=new_lr_mult,

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
+from typer.core import TyperCommand
 
 import ckptool
 from ckptool.errors import FormatError, UnreadableError, UsageError, explain
+
+if TYPE_CHECKING:
+    from ckptool.ops.rules import Rules
 
 Texts = list[str] | None
 
@@ -19,6 +24,9 @@ Include = Annotated[Texts, typer.Option(metavar="GLOB", help="Only keys that mat
 Exclude = Annotated[Texts, typer.Option(metavar="GLOB", help="Leave out keys that match.")]
 StripPrefix = Annotated[str | None, typer.Option(metavar="P", help="Remove a prefix from the source's keys.")]
 AddPrefix = Annotated[str | None, typer.Option(metavar="P", help="Add a prefix to the source's keys.")]
+Rename = Annotated[Texts, typer.Option(metavar="A=B", help="Rename segments; {i} and * match one each.")]
+RulesFiles = Annotated[Texts, typer.Option(metavar="FILE", help="Rules from a TOML or JSON file.")]
+AllowUnused = Annotated[bool, typer.Option("--allow-unused", help="Allow rules that match no key.")]
 MinLoaded = Annotated[
     str | None, typer.Option(metavar="90%", help="Exit 1 if fewer of the target's parameters are loaded.")
 ]
@@ -37,6 +45,29 @@ InPlace = Annotated[bool, typer.Option("--in-place", help="Allow the output to b
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would happen; write no output.")]
 Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report to FILE too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+class Ordered(TyperCommand):
+    """A command that keeps the order of its options, which the parser groups by name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses as any command does, and puts the names of the options, in their order, into ``ctx.meta``."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta["ckptool.order"] = [parameter.name for parameter in order]
+        return super().parse_args(ctx, args)
+
+
+def in_order(ctx: typer.Context, **given: Texts) -> Rules:
+    """Returns the rules of these options of an `Ordered` command, in the order of the command line."""
+    from ckptool.ops.rules import Rules, parse_option
+
+    found = Rules()
+    left = {name: list(texts or ()) for name, texts in given.items()}
+    for name in ctx.meta["ckptool.order"]:
+        if name in left:
+            text = left[name].pop(0)
+            found = found + (Rules.parse(read_data(text)) if name == "rules" else parse_option(name, text))
+    return found
 
 
 def require_output(output: str | None, dry_run: bool) -> None:

@@ -2,13 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
-import click
 import typer
-from typer.core import TyperCommand
 
 import ckptool
 from ckptool import formats
@@ -19,25 +16,11 @@ from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.ops.remap import RemapReport
-from ckptool.ops.rules import PRESETS, Rules, parse_option
+from ckptool.ops.rules import PRESETS
 from ckptool.saving import SaveOptions
 from ckptool.text import plural
 
-RULES = ("strip_prefix", "add_prefix", "rename", "sub", "drop", "preset", "rules")
-"""Options that are rules. They apply in the order of the command line."""
-
-
-class Ordered(TyperCommand):
-    """A command that keeps the order of its options, which the parser groups by name."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses as any command does, and puts the order of the options into ``ctx.meta``."""
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta["ckptool.order"] = [parameter.name for parameter in order if parameter.name in RULES]
-        return super().parse_args(ctx, args)
-
-
-COMMAND = Ordered
+COMMAND = options.Ordered
 
 
 def command(
@@ -46,14 +29,14 @@ def command(
     output: options.Output = None,
     strip_prefix: Annotated[Texts, typer.Option(metavar="P", help="Remove a prefix from keys that have it.")] = None,
     add_prefix: Annotated[Texts, typer.Option(metavar="P", help="Add a prefix to every key.")] = None,
-    rename: Annotated[Texts, typer.Option(metavar="A=B", help="Rename segments; {i} and * match one each.")] = None,
+    rename: options.Rename = None,
     sub: Annotated[Texts, typer.Option(metavar="s/RE/NEW/", help="Replace all matches of a regex.")] = None,
     drop: Annotated[Texts, typer.Option(metavar="GLOB", help="Leave out keys that match (re:REGEX too).")] = None,
     preset: Annotated[Texts, typer.Option(metavar="NAME", help=f"Rules by name: {', '.join(PRESETS)}.")] = None,
-    rules: Annotated[Texts, typer.Option(metavar="FILE", help="Rules from a TOML or JSON file.")] = None,
+    rules: options.RulesFiles = None,
     invert: Annotated[str | None, typer.Option(metavar="MAP", help="Undo what --save-map recorded.")] = None,
     save_map: Annotated[str | None, typer.Option(metavar="MAP", help="Write what was done, for --invert.")] = None,
-    allow_unused: Annotated[bool, typer.Option("--allow-unused", help="Allow rules that match no key.")] = False,
+    allow_unused: options.AllowUnused = False,
     root: options.Root = None,
     map_location: options.MapLocation = None,
     verify: options.Verify = False,
@@ -66,9 +49,10 @@ def command(
 ) -> int:
     """Rename keys and reshape tensors by rules, in the order given."""
     options.require_output(output, dry_run)
-    given = {"strip_prefix": strip_prefix, "add_prefix": add_prefix, "rename": rename, "sub": sub, "drop": drop,
-             "preset": preset, "rules": rules}  # fmt: skip
-    chosen = _in_order(ctx.meta["ckptool.order"], {name: list(texts or []) for name, texts in given.items()})
+    chosen = options.in_order(
+        ctx, strip_prefix=strip_prefix, add_prefix=add_prefix, rename=rename, sub=sub, drop=drop, preset=preset,
+        rules=rules,
+    )  # fmt: skip
     if invert is not None and chosen.rules:
         raise UsageError("--invert goes with no other rule")
     if invert is None and not chosen.rules:
@@ -105,15 +89,6 @@ def _own_format(file: str, opened: Checkpoint, output: str) -> str | None:
     if own.writes or (by_suffix is None and not os.path.splitext(output)[1]):
         return own.written_as or None
     return None
-
-
-def _in_order(order: Sequence[str], given: dict[str, list[str]]) -> Rules:
-    """Returns the rules in the order of their options."""
-    found = Rules()
-    for name in order:
-        text = given[name].pop(0)
-        found = found + (Rules.parse(options.read_data(text)) if name == "rules" else parse_option(name, text))
-    return found
 
 
 def _lines(report: RemapReport, begin: str) -> list[str]:

@@ -387,6 +387,11 @@ def _with_part(node: Any, step: Any, value: Any) -> Any:
     return node.with_state(_with_part(node.state, last, _with_part(node.state[last], step, value)))
 
 
+def with_content(mapping: Any, content: dict[Any, Any]) -> Any:
+    """Returns a dict, or the stand-in of a dict subclass, with other content."""
+    return mapping.with_mapping(content, mapping.state) if isinstance(mapping, PyObject) else content
+
+
 # --- values in messages ------------------------------------------------------------------------------------------
 
 

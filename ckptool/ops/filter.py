@@ -89,7 +89,7 @@ def filter(
 ) -> tuple[Checkpoint, FilterReport]:
     """Returns (checkpoint, report); ``same`` says whether two tensors have the same bytes.
 
-    Without a target, a key in two sources must have the same bytes in both, unless ``first_wins``.
+    Without a target, keys stay as they are, and one in two sources must have the same bytes unless ``first_wins``.
 
     Raises: NoTensorsError for an empty side or an empty selection, CollisionError, UsageError.
     """
@@ -98,13 +98,38 @@ def filter(
     for checkpoint in (*sources, *([target] if target else ())):
         require_tensors(checkpoint)
     if target is None:
-        if strip_prefix or add_prefix or only_matched or cast:
-            raise UsageError("--strip-prefix, --add-prefix, --only-matched and --cast need --match")
+        if only_matched or cast:
+            raise UsageError("--only-matched and --cast need --match")
         return _select(sources, names.chooser(include, exclude), [*include, *exclude], first_wins, same)
     merge = Merge(sources, target, strip_prefix, add_prefix, names.chooser(include, exclude), cast)
     merge.match()
     merge.tie(same)
     return merge.result(only_matched, [*include, *exclude])
+
+
+def sourced(rows: Sequence[Row], origins: Mapping[str | None, Mapping[str, str]]) -> list[Row]:
+    """Returns the rows with the sources' keys as in their files: {``Row.file``: {key after rules: keys before}}."""
+    made = []
+    for row in rows:
+        known = origins.get(row.file, {})
+        key = row.source or (row.key if row.reason == "unexpected" else None)
+        origin = known.get(key, key) if key else None
+        made.append(row if origin == row.key and not row.source else replace(row, source=origin))
+    return made
+
+
+def followed(report: FilterReport, checkpoint: Checkpoint, origins: Mapping[str, Sequence[str]]) -> FilterReport:
+    """Returns the report on a selection after rules gave the ``checkpoint``: {its key: keys of the selection}."""
+    chosen = {row.key: row for row in report.rows if row.reason == "loaded"}
+    rows = []
+    for key, tensor in checkpoint.state_dict().items():
+        old = [chosen[name] for name in origins[key]]
+        source = " + ".join(row.source or row.key for row in old)
+        rows.append(Row(key, "loaded", dims(tensor), source, dtype=tensor.dtype, file=old[0].file))
+    used = {name for names in origins.values() for name in names}
+    lost = [replace(row, reason="ignored", detail="a rule drops it") for key, row in chosen.items() if key not in used]
+    rows += [*lost, *(row for row in report.rows if row.reason != "loaded")]
+    return replace(report, rows=rows, counts=counts_of(rows))
 
 
 # --- selection by patterns ---------------------------------------------------------------------------------------
@@ -494,5 +519,10 @@ def _report(
     rows: list[Row], notes: list[str], sources: Sequence[Checkpoint], target: str | None = None,
     fraction: float = 1.0, hint: str | None = None,
 ) -> FilterReport:  # fmt: skip
-    counts: dict[str, int] = dict(Counter(row.reason for row in rows))
-    return FilterReport(rows, counts, None, fraction, hint, target, [source.url for source in sources], notes)
+    urls = [source.url for source in sources]
+    return FilterReport(rows, counts_of(rows), None, fraction, hint, target, urls, notes)
+
+
+def counts_of(rows: Sequence[Row]) -> dict[str, int]:
+    """Returns {reason: how many rows have it}."""
+    return dict(Counter(row.reason for row in rows))

@@ -1,16 +1,18 @@
-"""What several operations say in the same words: where the weights are, which patterns match nothing, optimizers."""
+"""What several operations share: where the weights are, which patterns match nothing, where the optimizers are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ckptool.core import keys as names
+from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint, is_flat
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import Path, as_mapping, children, path_text, walk
-from ckptool.errors import NoTensorsError, listed
+from ckptool.core.tree import Path, as_mapping, children, path_text, replaced, walk, with_content
+from ckptool.errors import NoTensorsError, UsageError, listed
 
 
 def require_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -74,3 +76,52 @@ def optimizer_states(checkpoint: Checkpoint) -> Iterator[tuple[Path, Any]]:
         for path, node in walk(tree, closed=lambda node: node is weights or is_optimizer(node)):
             if is_optimizer(node):
                 yield (*top, *path), node
+
+
+def optimizer_paths(checkpoint: Checkpoint) -> list[Path]:
+    """Returns the paths of all optimizer states outside the weights, in the file's order."""
+    root = checkpoint.root
+    nodes = walk(checkpoint.tree, closed=lambda node: is_optimizer(node) or modules.is_module(node))
+    found = (path for path, node in nodes if path and is_optimizer(node))
+    return [path for path in found if not (root and path[: len(root)] == root)]
+
+
+def without_optimizers(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Path]]:
+    """Returns (checkpoint without any optimizer state, the paths they were at)."""
+    paths = optimizer_paths(checkpoint)
+    for path in reversed(paths):  # from the back, so that positions in lists stay what they are
+        checkpoint = replace(checkpoint, tree=_removed(checkpoint, path))
+    return checkpoint, paths
+
+
+def with_optimizers(checkpoint: Checkpoint, wish: str | None) -> tuple[Checkpoint, list[str]]:
+    """Returns (checkpoint, notes) with the optimizer states as ``--optimizer`` wishes; None keeps them and notes it.
+
+    Raises: UsageError for another wish than ``keep`` and ``drop``.
+    """
+    if wish not in (None, "keep", "drop"):
+        raise UsageError(f"optimizer is keep or drop, not {wish!r}")
+    if wish == "drop":
+        checkpoint, paths = without_optimizers(checkpoint)
+        return checkpoint, [f"dropped: {path_text(path)}" for path in paths] or ["no optimizer state to drop"]
+    notes = []
+    for path, node in optimizer_states(checkpoint) if wish is None else ():
+        nbytes = sum(value.nbytes for _, value in walk(node) if isinstance(value, TensorInfo))
+        if nbytes and path:
+            notes.append(f"{path_text(path)}: {nbytes:,} bytes of optimizer state (--optimizer drop leaves it out)")
+    return checkpoint, notes
+
+
+def _removed(checkpoint: Checkpoint, path: Path) -> Any:
+    """Returns the tree without the node at ``path``, or with None there if removing it could break something."""
+    *above, last = path
+    parent = checkpoint.at(tuple(above))
+    mapping = as_mapping(parent)
+    made: Any
+    if mapping is not None and last in mapping:
+        made = with_content(parent, {name: value for name, value in mapping.items() if name != last})
+    elif isinstance(parent, (list, tuple)) and tuple(above) != checkpoint.root[: len(above)]:
+        made = type(parent)(value for at, value in enumerate(parent) if at != last)
+    else:  # a list in which the weights would move to another position, or an attribute that its class may need
+        return replaced(checkpoint.tree, path, None)
+    return replaced(checkpoint.tree, tuple(above), made)

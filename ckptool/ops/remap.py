@@ -65,8 +65,8 @@ def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -
         if plan.errors:
             errors = [*plan.errors, *(f"{text} fits no key" for text in plan.unused if not allow_unused)]
             raise CollisionError(_joined(errors), checkpoint.url)
-        if plan.unused and not allow_unused:
-            raise UsageError(f"rules that fit no key (--allow-unused lets them): {listed(plan.unused)}", checkpoint.url)
+        if not allow_unused:
+            _refuse_unused(plan.unused, checkpoint.url)
         done = _applied(values, plan.batches, plan.after, checkpoint.url)
         versions = versions_of(node)
         follow = None
@@ -74,6 +74,29 @@ def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -
             follow = moved(versions, ((old, row.new) for row in done.rows for old in row.old))
         changed, report = _finished(checkpoint, node, values, plan.batches, done, follow)
         return changed, replace(report, unused_rules=plan.unused)
+
+
+def remap_all(
+    checkpoints: Sequence[Checkpoint], rules: Any, *, allow_unused: bool = False
+) -> tuple[list[Checkpoint], dict[str | None, dict[str, str]]]:
+    """Returns (the checkpoints after rules, {url, None for a single checkpoint: {new key: old keys}}).
+
+    A rule must fit a key of one of them. ``rules`` and errors: see `Rules.parse` and `remap`.
+    """
+    rules, several = Rules.parse(rules), len(checkpoints) > 1
+    done = [remap(checkpoint, rules, allow_unused=allow_unused or several) for checkpoint in checkpoints]
+    if several and not allow_unused:
+        unused = [set(report.unused_rules) for _, report in done]
+        _refuse_unused(sorted(set.intersection(*unused)), checkpoints[0].url)
+    origins = [{row.new: " + ".join(row.old) for row in report.map} for _, report in done]
+    urls = [checkpoint.url if several else None for checkpoint in checkpoints]
+    return [checkpoint for checkpoint, _ in done], dict(zip(urls, origins, strict=True))
+
+
+def _refuse_unused(rules: Sequence[str], url: str) -> None:
+    """Raises UsageError if there are rules that fit no key."""
+    if rules:
+        raise UsageError(f"rules that fit no key (--allow-unused lets them): {listed(rules)}", url)
 
 
 def invert(checkpoint: Checkpoint, saved: Any, *, same: Same | None = None) -> tuple[Checkpoint, RemapReport]:

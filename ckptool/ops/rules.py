@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import itemgetter
@@ -199,6 +199,21 @@ def parse_option(kind: str, text: str) -> Rules:
         regex, by = (part.replace(f"\\{text[1]}", text[1]) for part in parts[:2])
         return Rules.parse([{"sub": regex, "by": by}])
     return Rules.parse([{kind: text}])
+
+
+def prefixes(keys: Collection[str], strip: str | None, add: str | None) -> Rules:
+    """Returns the rules of ``--strip-prefix`` and ``--add-prefix`` for the keys of a file.
+
+    If no key begins with ``strip`` but keys without their wrappers do, the wrappers are removed first.
+    """
+    rules: list[dict[str, str]] = []
+    if strip and strip not in {key[: len(strip)] for key in keys}:
+        wrapped = any(names.unwrapped(key).startswith(strip) for key in keys)
+        wrappers = rf"^(module\.)+|(?<![^.])({'|'.join(names.WRAPPERS)})\."
+        rules += [{"sub": wrappers, "by": ""}] if wrapped else []
+    rules += [{"strip_prefix": strip}] if strip else []
+    rules += [{"add_prefix": add}] if add else []
+    return Rules.parse(rules)
 
 
 # --- the steps of a rule for given keys --------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Only headers are read, and nothing is computed: values are `Derived` leaves of t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +16,8 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import PyObject, nodes, path_text
 from ckptool.errors import UnsupportedError, UsageError, listed
-from ckptool.ops.filter import LOADED, FilterReport, Merge, Row, Same, dims
-from ckptool.ops.notes import require_tensors
+from ckptool.ops.filter import LOADED, FilterReport, Merge, Row, Same, counts_of, dims, sourced
+from ckptool.ops.notes import require_tensors, without_optimizers
 from ckptool.partial import handover, initplan, resume
 from ckptool.partial.adapt import Adapting
 from ckptool.partial.adapters import Adapter
@@ -93,15 +92,6 @@ class LoadPartialReport:
         bad = ("missing", "unexpected", "mismatched")
         return [f"{self.counts[reason]} {reason}" for reason in bad if self.counts.get(reason)]
 
-    def with_sources(self, origins: Mapping[str, str]) -> LoadPartialReport:
-        """Returns the report with the source's keys as in its file: {key after renaming: key in the file}."""
-        rows = []
-        for row in self.rows:
-            key = row.source or (row.key if row.reason == "unexpected" else None)
-            origin = origins.get(key, key) if key else None
-            rows.append(row if origin == row.key and not row.source else replace(row, source=origin))
-        return replace(self, rows=rows)
-
     def with_states(self, states: Mapping[str, str]) -> LoadPartialReport:
         """Returns the report with the extra states of modules that are loaded: {key: the source's key}."""
         theirs = set(states.values())
@@ -157,11 +147,6 @@ class LoadPartialReport:
         """
         loaded = handover.names_of(model, self.loaded)
         return handover.model_groups(model, loaded, lr=lr, new_lr_mult=new_lr_mult, weight_decay=weight_decay)
-
-
-def counts_of(rows: Sequence[Row]) -> dict[str, int]:
-    """Returns {reason: how many rows have it}."""
-    return dict(Counter(row.reason for row in rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,16 +337,15 @@ class _Plan(Merge):
         adapted = [key for key in frozen if self.rows[key].reason == "adapted"]
         if adapted:
             notes.append(f"frozen, though not all of their values are the source's: {listed(adapted)}")
-        made = LoadPartialReport(
-            rows, counts_of(rows), None, report.loaded_fraction, report.hint, report.target, report.sources,
-            [*report.notes, *self.notes, *notes], options.seed, self.numpy, frozen,
+        return merged, LoadPartialReport(
+            sourced(rows, {None: origins}), counts_of(rows), None, report.loaded_fraction, report.hint, report.target,
+            report.sources, [*report.notes, *self.notes, *notes], options.seed, self.numpy, frozen,
             handover.moving_batch_norms(self.tensors, frozen), groups, tied,
         )  # fmt: skip
-        return merged, made.with_sources(origins)
 
     def _optimizer(self, merged: Checkpoint) -> tuple[Checkpoint, list[str]]:
         if self.options.optimizer == "drop":
-            merged, paths = resume.without_optimizers(merged)
+            merged, paths = without_optimizers(merged)
             return merged, [f"dropped: {path_text(path)}" for path in paths]
         if self.options.optimizer == "remap":
             if self.source is None:

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptool.core import modules, optimizers
+from ckptool.core import optimizers
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.keys import unwrap_all
 from ckptool.core.tensor import Derived, Opaque, TensorInfo, copied
-from ckptool.core.tree import Path, PyObject, as_mapping, children, key_text, path_text, replaced, walk
+from ckptool.core.tree import Path, as_mapping, children, key_text, path_text, replaced, with_content
 from ckptool.errors import UnsupportedError, UsageError, listed
+from ckptool.ops.notes import optimizer_paths
 from ckptool.partial import handover
 
 INSTEAD = "--optimizer drop leaves it out"
@@ -36,42 +37,6 @@ class _Slot:
 
 
 # --- in the checkpoint's tree ------------------------------------------------------------------------------------
-
-
-def find(checkpoint: Checkpoint) -> list[Path]:
-    """Returns the paths of all optimizer states outside the weights, in the file's order."""
-    root = checkpoint.root
-    nodes = walk(checkpoint.tree, closed=lambda node: optimizers.is_optimizer(node) or modules.is_module(node))
-    found = (path for path, node in nodes if path and optimizers.is_optimizer(node))
-    return [path for path in found if not (root and path[: len(root)] == root)]
-
-
-def without_optimizers(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Path]]:
-    """Returns (checkpoint without any optimizer state, the paths they were at)."""
-    paths = find(checkpoint)
-    for path in reversed(paths):  # from the back, so that positions in lists stay what they are
-        checkpoint = replace(checkpoint, tree=_removed(checkpoint, path))
-    return checkpoint, paths
-
-
-def _removed(checkpoint: Checkpoint, path: Path) -> Any:
-    """Returns the tree without the node at ``path``, or with None there if removing it could break something."""
-    *above, last = path
-    parent = checkpoint.at(tuple(above))
-    mapping = as_mapping(parent)
-    made: Any
-    if mapping is not None and last in mapping:
-        made = _with_content(parent, {name: value for name, value in mapping.items() if name != last})
-    elif isinstance(parent, (list, tuple)) and tuple(above) != checkpoint.root[: len(above)]:
-        made = type(parent)(value for at, value in enumerate(parent) if at != last)
-    else:  # a list in which the weights would move to another position, or an attribute that its class may need
-        return replaced(checkpoint.tree, path, None)
-    return replaced(checkpoint.tree, tuple(above), made)
-
-
-def _with_content(mapping: Any, content: dict[Any, Any]) -> Any:
-    """Returns a dict, or the stand-in of a dict subclass, with other content."""
-    return mapping.with_mapping(content, mapping.state) if isinstance(mapping, PyObject) else content
 
 
 def left_behind(source: Checkpoint, carried: Sequence[Path] = ()) -> list[str]:
@@ -106,7 +71,7 @@ def placed(merged: Checkpoint, entries: Mapping[Path, Any]) -> Checkpoint:
             f"cannot add {listed(map(key_text, beside))} beside the weights at {where}: not a dict, or the same name",
             merged.url,
         )
-    return replace(merged, tree=replaced(merged.tree, above, _with_content(parent, {**mapping, **beside})))
+    return replace(merged, tree=replaced(merged.tree, above, with_content(parent, {**mapping, **beside})))
 
 
 def _grown(node: Any, path: Path, value: Any) -> Any:
@@ -136,7 +101,7 @@ def carried(
     state in its first step. Hyperparameters are the same objects. Raises: UsageError if it is unclear which state
     belongs to which parameter.
     """
-    paths = find(source)
+    paths = optimizer_paths(source)
     if not paths:
         raise UsageError("no optimizer state in it that --optimizer remap could carry", source.url)
     above = source.root[:-1]
@@ -144,7 +109,7 @@ def carried(
     entries = {path[len(above) :] if path[: len(above)] == above else path: remapping.remapped(path) for path in paths}
     made = placed(merged, entries)
     new = [(*made.root[:-1], *path) for path in entries]
-    stay = [path_text(path) for path in find(made) if path not in new]
+    stay = [path_text(path) for path in optimizer_paths(made) if path not in new]
     notes = remapping.notes + left_behind(source, paths)
     return made, notes + ([f"unchanged from {target.url}: {listed(stay)}"] if stay else [])
 
@@ -196,7 +161,7 @@ class _Remapping:
         members = self._members(slots, len(groups))
         made_groups, made_state = self._made(groups, state, slots, members, first)
         made = replaced(node, ("param_groups",), made_groups)
-        return replaced(made, ("state",), _with_content(content["state"], made_state))
+        return replaced(made, ("state",), with_content(content["state"], made_state))
 
     def _slots(self, groups: Sequence[Any], state: Mapping[Any, Any]) -> list[_Slot]:
         """Returns the optimizer's parameters in its order: by the names that its groups give, else by position."""

@@ -246,7 +246,7 @@ def test_wrapper_prefixes_are_looked_through_on_either_side_and_said(saved: Save
 
 
 def test_the_options_of_a_match_need_one(run: Run) -> None:
-    for option in (["--strip-prefix", "a."], ["--only-matched"], ["--cast"], ["--min-loaded", "5%"], ["--strict"]):
+    for option in (["--only-matched"], ["--cast"], ["--min-loaded", "5%"], ["--strict"]):
         code, _, err = run("filter", OLD, "-o", "out.pth", *option)
         assert (code, listing()) == (2, [])
         assert "need --match" in err

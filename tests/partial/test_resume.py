@@ -15,6 +15,7 @@ from torch import nn
 import ckptool
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UnsupportedError, UsageError
+from ckptool.ops.notes import without_optimizers
 from ckptool.partial import resume
 from ckptool.partial.resume import MAX_WAYS, interleaved
 
@@ -572,7 +573,7 @@ def test_dropping_takes_out_every_optimizer_and_nothing_else(saved: Saved) -> No
         "gan": OrderedDict(d=state, keep=torch.ones(2)),
     }  # fmt: skip
     source = ckptool.open(saved(whole))
-    made, paths = resume.without_optimizers(source)
+    made, paths = without_optimizers(source)
     assert paths == [("optimizer",), ("states", 0), ("states", 2), ("gan", "d")]
     ckptool.save(made, "out.pth", fsync=False)
     loaded = torch.load("out.pth", weights_only=True)
@@ -585,7 +586,7 @@ def test_dropping_takes_out_every_optimizer_and_nothing_else(saved: Saved) -> No
 def test_dropping_from_a_list_that_holds_the_weights_moves_nothing(saved: Saved) -> None:
     net = Net()
     source = ckptool.open(saved([adamw(net).state_dict(), net.state_dict()]), root=(1,))
-    made, paths = resume.without_optimizers(source)
+    made, paths = without_optimizers(source)
     assert paths == [(0,)]
     assert made.tree[0] is None
     assert made.state_dict() == source.state_dict()
@@ -593,5 +594,5 @@ def test_dropping_from_a_list_that_holds_the_weights_moves_nothing(saved: Saved)
 
 def test_dropping_where_there_is_none_changes_nothing(saved: Saved) -> None:
     source = opened(saved, Net())
-    made, paths = resume.without_optimizers(source)
+    made, paths = without_optimizers(source)
     assert (made.tree, paths) == (source.tree, [])
