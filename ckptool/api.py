@@ -130,14 +130,14 @@ def inspect(
 
     choose = keys.chooser(include, exclude) if include or exclude else None
     found = look_into(opened, choose, stats=stats, hashes=hashes, check=check, progress=progress)
+    judged = judge(report.problems, opened.trailing, report.unsafe, found.findings, found.unchecked) if check else None
     rows = [
         replace(row, stats=found.stats.get(row.key), hash=found.hashes.get(row.key)) if stats or hashes else row
         for row in report.tensors
     ]
     return replace(
         report, tensors=rows, notes=[*report.notes, *found.missed], hash=found.whole,
-        prefixes=found.prefixes if stats else None,
-        check=judge(report.problems, report.unsafe, found.findings, found.unchecked) if check else None,
+        prefixes=found.prefixes if stats else None, check=judged,
     )  # fmt: skip
 
 

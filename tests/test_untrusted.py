@@ -150,6 +150,7 @@ PLACES: dict[str, Place] = {
     "thrown away before a zip's tree": lambda payload: zipped(
         b"\x80\x02" + payload + b"0" + mapping(text("w"), tensor()) + b"."
     ),
+    "legacy magic": lambda payload: legacy(payload, "magic"),
     "legacy version": lambda payload: legacy(payload, "version"),
     "legacy system": lambda payload: legacy(payload, "system"),
     "legacy system, in its dict": lambda payload: legacy(payload, "in the system's dict"),
@@ -175,7 +176,6 @@ NO_PLACES: dict[str, Place] = {
     "a plain pickle": lambda payload: plain(beside(payload), "given.pkl"),
     "a plain pickle of protocol 0": lambda payload: plain(beside(payload)[2:], "given.pkl"),
     "a plain pickle of protocol 4": lambda payload: plain(b"\x80\x04" + payload + b".", "given.pth"),
-    "legacy magic": lambda payload: legacy(payload, "magic"),
     "a TorchScript archive": lambda payload: scripted(payload),
     "a zip's second pickle": lambda payload: scripted(payload, "archive/other.pkl", "outside/constants.pkl"),
 }

@@ -46,7 +46,8 @@ class Checkpoint:
 
     ``root`` is the path to the weights in ``tree``. ``metadata`` is safetensors' ``__metadata__``.
     ``nbytes`` is the size of the file(s). ``names`` are all classes and functions that its pickle names.
-    ``problems`` are the contradictions of shards and index; ``broken``: tensors are missing.
+    ``problems`` are the contradictions of shards and index; ``broken``: tensors are missing. ``trailing`` says what
+    follows the end of the content in the file, if anything does.
     """
 
     tree: Any
@@ -58,6 +59,7 @@ class Checkpoint:
     names: tuple[tuple[str, str], ...] = ()
     problems: tuple[str, ...] = ()
     broken: bool = False
+    trailing: str = ""
     _cache: dict[Path, dict[str, tuple[Path, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def require_whole(self) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["index", "offsets", "crc", "data", "nan", "inf", "unsafe"]
+Kind = Literal["index", "offsets", "trailing", "crc", "data", "nan", "inf", "unsafe"]
 
-KINDS: tuple[Kind, ...] = ("index", "offsets", "crc", "data", "nan", "inf", "unsafe")
+KINDS: tuple[Kind, ...] = ("index", "offsets", "trailing", "crc", "data", "nan", "inf", "unsafe")
 """All kinds of finding, in the order of a report."""
 
 
@@ -59,8 +59,9 @@ class Finding:
     """A problem of a file to know before it is used.
 
     ``index``: shards and their index contradict each other. ``offsets``: a zip member is not at the directory's
-    offset. ``crc``: bytes differ from their checksum. ``data``: they cannot be read. ``nan``, ``inf``: ``count``
-    elements are NaN or infinite. ``unsafe``: the pickle names classes or functions that tensors do not need.
+    offset. ``trailing``: more follows the end of the content, and is not read. ``crc``: bytes differ from their
+    checksum. ``data``: they cannot be read. ``nan``, ``inf``: ``count`` elements are NaN or infinite. ``unsafe``: the
+    pickle names classes or functions that tensors do not need.
     ``key`` is below root, or a whole path.
     """
 
@@ -78,10 +79,13 @@ class Check:
     unchecked: list[str] = field(default_factory=list)
 
 
-def check(problems: Sequence[str], unsafe: Sequence[str], found: Iterable[Finding], unchecked: Sequence[str]) -> Check:
+def check(
+    problems: Sequence[str], trailing: str, unsafe: Sequence[str], found: Iterable[Finding], unchecked: Sequence[str]
+) -> Check:
     """Returns all findings, by kind: those of the headers, and those ``found`` in the bytes."""
     findings = [
         *(Finding("index", text) for text in problems),
+        *([Finding("trailing", trailing)] if trailing else []),
         *found,
         *(Finding("unsafe", f"{name}: named by the pickle, not needed by tensors, not run") for name in unsafe),
     ]

@@ -128,7 +128,14 @@ class Format(NamedTuple):
         module = cast("Reader", self._import())
         if not module.matches(probe):
             return None
-        return module.read(probe, open_) if self.is_directory else replace(module.read(probe), format=self.label)
+        if self.is_directory:
+            return module.read(probe, open_)
+        found = replace(module.read(probe), format=self.label)
+        if probe.end == probe.size:
+            return found
+        from ckptool.formats.unknown import following
+
+        return replace(found, trailing=following(probe.file, probe.end))
 
     def writer(self) -> Writer:
         """Returns the module of a single-file format."""
@@ -163,7 +170,7 @@ FORMATS = (
         suffixes=(".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar"),
     ),
     Format(
-        "torch-legacy", "torch-legacy", "ckptool.formats.torch_legacy", (b"\x80", b"L"),
+        "torch-legacy", "torch-legacy", "ckptool.formats.torch_legacy", (b"\x80", b"L", b"c", b"("),
         ending=".legacy.pth", holds=WHOLE, family="torch",
     ),
     Format(

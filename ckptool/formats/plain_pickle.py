@@ -20,6 +20,7 @@ from ckptool.io.probe import Probe
 from ckptool.limits import MAX_PICKLE
 from ckptool.pickling import load as pickles
 from ckptool.pickling import torch_calls as rebuild
+from ckptool.pickling.streams import calls
 
 _OLD = re.compile(rb"\((?:[dl]p?\d*\n|[dl]q.)|[}\]][q(].|c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n", re.DOTALL)
 """How a dict, a list, or an object begins in protocols 0 and 1."""
@@ -56,14 +57,15 @@ def read(probe: Probe) -> Checkpoint:
     except FormatError:
         _refuse_joblib(pickled)
         raise
-    if end < file.size:
-        raise FormatError(f"a plain pickle ends at byte {end}, and {file.size - end} bytes follow it", file.path)
     nested = _Nested(file.span(0, 0))
     builders = {**rebuild.builders, ("torch.storage", "_load_from_bytes"): nested.storage}
     tree, names = pickles.load(pickled, builders=builders)
     for name, what in _REFUSED.items():
         if name in names:
             raise UnsupportedError(f"{what}, which is not supported yet", file.path)
+    if end < file.size:
+        what = f"a plain pickle ends at byte {end}, and {file.size - end} bytes follow it{calls(names)}"
+        raise FormatError(what, file.path)
     tree = pickles.with_arrays(tree, names, file.span(0, 0), keep=False)
     every = tuple(dict.fromkeys((*names, *nested.names)))
     return Checkpoint(tree, url=file.path, nbytes=file.size, names=every)

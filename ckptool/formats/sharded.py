@@ -131,7 +131,7 @@ def read(probe: Probe, open_: Open) -> Checkpoint:
     names: dict[tuple[str, str], None] = {}
     said = {str(key): str(value) for key, value in (index.get("metadata") or {}).items()}
     metadata: dict[str, str] = {}
-    missing, twice = [], []
+    missing, twice, trailing = [], [], []
     nbytes = file.size
     for shard in sorted(set(weight_map.values()), key=_natural):
         path = os.path.join(directory, shard)
@@ -142,6 +142,7 @@ def read(probe: Probe, open_: Open) -> Checkpoint:
         nbytes += part.nbytes
         names.update(dict.fromkeys(part.names))
         metadata = {**part.metadata, **metadata}
+        trailing += [f"{shard}: {part.trailing}"] if part.trailing else []
         for key, tensor in part.state_dict().items():
             if key in tree:
                 twice.append(f"{key} ({shard_of[key]}, {shard})")
@@ -172,6 +173,7 @@ def read(probe: Probe, open_: Open) -> Checkpoint:
         names=tuple(names),
         problems=tuple(problems),
         broken=bool(missing or absent or twice),
+        trailing="; ".join(trailing),
     )
 
 

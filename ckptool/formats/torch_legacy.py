@@ -16,34 +16,36 @@ from typing import TYPE_CHECKING, Any
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Derived, Storage, TensorInfo
 from ckptool.core.tree import Global, brief, path_text, walk
-from ckptool.errors import FormatError, LossError, UnsupportedError, listed
+from ckptool.errors import CkptoolError, FormatError, LossError, UnsupportedError, listed
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files
 from ckptool.pickling import torch_calls as rebuild
 from ckptool.pickling.load import with_arrays
-from ckptool.pickling.streams import PickleStream
+from ckptool.pickling.streams import FIRST, MAGIC, MAGIC_NUMBER, MAGICS, PickleStream, calls
 
 if TYPE_CHECKING:  # needed only to write, so imported by the functions that do
     from ckptool.formats.layout import Layout, MapLocation
     from ckptool.io.output import Output
 
-_NUMBER = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
-MAGIC = b"\x80\x02" + _NUMBER
-_MAGICS = (
-    MAGIC, b"\x80\x03" + _NUMBER, *(b"\x80%c\x95\x0d" % n + bytes(7) + _NUMBER for n in (4, 5)),
-    b"L%dL\n." % 0x1950A86A20F9469CFC6C,
-)  # fmt: skip
-"""The magic number in the protocols 2 (torch's own), 3, 4 and 5, 0 and 1."""
 VERSION = 1001
 
 
 def matches(probe: Probe) -> bool:
-    """Returns whether it begins with the pickled magic number."""
-    return _magic(probe) is not None
+    """Returns whether its first pickle makes the magic number, or the second the version, whatever else they do.
+
+    torch.load runs the first pickle before it looks at what came of it.
+    """
+    if probe.head.startswith(MAGICS):
+        return True
+    stream = PickleStream(probe.file, 0, min(probe.size, FIRST))
+    try:
+        return any(_is(stream.pickle(), number) for number in (MAGIC_NUMBER, VERSION))
+    except CkptoolError:  # no pickle, or a longer one: the next formats say what is wrong with it
+        return False
 
 
-def _magic(probe: Probe) -> bytes | None:
-    return next((magic for magic in _MAGICS if probe.head.startswith(magic)), None)
+def _is(made: object, number: int) -> bool:
+    return type(made) is int and made == number
 
 
 def read(probe: Probe) -> Checkpoint:
@@ -53,14 +55,17 @@ def read(probe: Probe) -> Checkpoint:
     dtypes of the storages, once for the tree. Raises: FormatError, LimitError.
     """
     file = probe.file
-    stream = PickleStream(file, len(_magic(probe) or MAGIC))
-    if stream.pickle() != VERSION:
-        raise FormatError("an unknown version of torch's legacy format (1001 is the only one)", file.path)
+    stream = PickleStream(file)
+    for made, number in ((stream.pickle(), MAGIC_NUMBER), (stream.pickle(), VERSION)):
+        if not _is(made, number):
+            what = f"torch's legacy format with {brief(made)} in place of {number:#x}"
+            raise FormatError(f"{what}{calls(stream.names)}", file.path)
     stream.pickle()
     start = stream.position
     types: dict[str, str | None] = {}
 
     def record_dtype(pid: Any) -> Any:
+        pid = rebuild.persistent(pid)
         if _is_module(pid):
             return pid[1]
         storage_type, key = _storage_pid(pid)[1:3]
@@ -83,6 +88,7 @@ def read(probe: Probe) -> Checkpoint:
         storages[key] = Storage(file.span(stream.skip(nbytes), nbytes), types[key])
 
     def persistent_load(pid: Any) -> Any:
+        pid = rebuild.persistent(pid)
         if _is_module(pid):
             return pid[1]
         _, _, key, location, numel, *view = _storage_pid(pid)
@@ -98,6 +104,7 @@ def read(probe: Probe) -> Checkpoint:
             return _view(storage, view[0])
         return storage
 
+    probe.end = stream.position
     second = PickleStream(file, start, end)
     tree = second.pickle(rebuild.builders, persistent_load)
     tree = with_arrays(tree, stream.names, file.span(0, 0))

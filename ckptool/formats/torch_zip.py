@@ -58,6 +58,7 @@ def read(probe: Probe) -> Checkpoint:
     kinds: dict[tuple[Any, Any, Any], tuple[str | None, str, int]] = {}
 
     def persistent_load(pid: Any) -> Storage:
+        pid = pid if isinstance(pid, tuple) else rebuild.persistent(pid)
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise FormatError(f"it refers to something that is no storage: {brief(pid)}")
         _, storage_type, key, location, numel = pid[:5]

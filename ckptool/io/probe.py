@@ -8,14 +8,17 @@ from functools import cached_property
 
 from ckptool.errors import UnreadableError, explain
 from ckptool.io.source import LocalFile, Source
-from ckptool.io.zip_read import Member, read_directory
+from ckptool.io.zip_read import Member, archive_end, read_directory
 
 HEAD = 512
 """Bytes read from the start of every file: a tar archive's magic is at byte 257."""
 
 
 class Probe:
-    """A directory, or an open file. ``head``: the first `HEAD` bytes of the file."""
+    """A directory, or an open file. ``head``: the first `HEAD` bytes of the file.
+
+    ``end``: where the content ends; a reader sets it if more bytes may follow.
+    """
 
     def __init__(self, path: str, opener: Callable[[str], Source] = LocalFile) -> None:
         self.path = path
@@ -23,6 +26,7 @@ class Probe:
         self.is_directory = os.path.isdir(path)
         self._file = None if self.is_directory else opener(path)
         self.size = self._file.size if self._file else 0
+        self.end = self.size
         self.head = self._file.read(0, min(HEAD, self.size)) if self._file else b""
 
     def __enter__(self) -> Probe:
@@ -50,4 +54,6 @@ class Probe:
     @cached_property
     def members(self) -> dict[str, Member]:
         """Returns the members of a zip archive, in the order of its directory. Raises: as `read_directory`."""
-        return read_directory(self.file)
+        found = read_directory(self.file)
+        self.end = archive_end(self.file)
+        return found

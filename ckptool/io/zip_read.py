@@ -25,6 +25,9 @@ from ckptool.limits import MAX_DIRECTORY, MAX_RATIO, MAX_RECORDS, Limit
 TAIL = 1 << 16
 """Bytes read from the end of the file at once: enough for the end records and the directory of some 700 members."""
 
+SEARCHED = 1 << 26
+"""Bytes at the end of the file in which an error looks for an earlier end."""
+
 SMALL = 1 << 20
 """A member may inflate to this many bytes whatever its compression ratio; `MAX_RATIO` limits only the rest."""
 
@@ -111,13 +114,66 @@ def _refuse_overlaps(members: Mapping[str, Member], path: str) -> None:
             raise FormatError(f"two zip members overlap at byte {begin}", path)
 
 
-def _find_directory(file: Source) -> tuple[int, int, int]:
-    """Returns (offset, size, entries) of the central directory."""
-    tail_start = max(0, file.size - TAIL - 22)
-    tail = file.read(tail_start, file.size - tail_start)
+class _End(NamedTuple):
+    """The last end record of a file: the file's tail, the offset of the tail, and where in it the record is."""
+
+    start: int
+    tail: bytes
+    at: int
+
+
+def _end_record(file: Source) -> _End:
+    start = max(0, file.size - TAIL - 22)
+    tail = file.read(start, file.size - start)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + 22 > len(tail):
-        raise FormatError("it begins as a zip archive but has no end record: a truncated download?", file.path)
+        end = _earlier_end(file)
+        what = f"ends at byte {end}, and {file.size - end} bytes follow: `head -c {end} FILE` gives it alone"
+        what = what if end else "has no end record: a truncated download?"
+        raise FormatError(f"it begins as a zip archive but {what}", file.path)
+    return _End(start, tail, at)
+
+
+def _earlier_end(file: Source) -> int:
+    """Returns the offset behind the last end record that torch wrote, for an error; 0 if the last bytes have none."""
+    for begin in range(max(0, file.size - TAIL), max(-TAIL, file.size - SEARCHED), -TAIL):
+        block = file.read(max(0, begin), min(TAIL + 42, file.size - max(0, begin)))
+        at = block.rfind(b"PK\x05\x06")
+        if at >= 20 and block[at - 20 : at - 16] == b"PK\x06\x07":
+            return max(0, begin) + at + 22
+    return 0
+
+
+def archive_end(file: Source) -> int:
+    """Returns the offset behind the end record and its comment: what follows there is no part of the archive."""
+    if file.read(max(0, file.size - 22), min(file.size, 22))[:4] == b"PK\x05\x06":  # nearly always
+        return file.size
+    start, tail, at = _end_record(file)
+    return min(file.size, start + at + 22 + int.from_bytes(tail[at + 20 : at + 22], "little"))
+
+
+def archive_start(file: Source, end: _End | None = None) -> int:
+    """Returns the offset at which the archive with the last end record begins, if another archive begins there; else 0.
+
+    Offsets in an archive count from its beginning, and its directory lies right before its end records: so it is known
+    how many bytes are in front of it. Raises: FormatError without an end record.
+    """
+    start, tail, at = end or _end_record(file)
+    size, offset = struct.unpack_from("<II", tail, at + 12)
+    begins = start + at - size - offset
+    if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":
+        begins = start + at - 76 - int.from_bytes(tail[at - 12 : at - 4], "little")
+    return begins if begins > 0 and file.read(begins, 4) in (b"PK\x03\x04", b"PK\x05\x06") else 0
+
+
+def _find_directory(file: Source) -> tuple[int, int, int]:
+    """Returns (offset, size, entries) of the central directory."""
+    found = tail_start, tail, at = _end_record(file)
+    if begins := archive_start(file, found):
+        what = "more than one torch.save in one file (a .distcp has many); torch.load fails, or takes the first"
+        raise FormatError(
+            f"an archive begins at byte {begins}: {what}. `tail -c +{begins + 1} FILE` gives the last one", file.path
+        )
     disk, _, _, count, size, start, _ = struct.unpack_from("<HHHHIIH", tail, at + 4)
     if disk not in (0, 0xFFFF):
         raise UnsupportedError("it is one part of a split zip archive", file.path)

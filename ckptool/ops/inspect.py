@@ -146,7 +146,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         _loose(node),
         checkpoint.metadata,
         list(checkpoint.problems),
-        _notes(node),
+        ([checkpoint.trailing] if checkpoint.trailing else []) + _notes(node),
     )
 
 

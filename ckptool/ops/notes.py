@@ -26,9 +26,14 @@ def require_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 
 def root_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
-    """Returns a note on where the weights are, for each checkpoint in which that is not the top of the tree."""
-    roots = dict.fromkeys((checkpoint.url, path_text(checkpoint.root)) for checkpoint in checkpoints)
-    return [f"the weights of {url} are at {root}" for url, root in roots if root]
+    """Returns notes on each checkpoint: what follows its end, and where its weights are, unless at the top."""
+    notes: dict[str, None] = {}
+    for one in checkpoints:
+        if one.trailing:
+            notes[f"{one.url}: {one.trailing}"] = None
+        if one.root:
+            notes[f"the weights of {one.url} are at {path_text(one.root)}"] = None
+    return list(notes)
 
 
 def beside_root(checkpoint: Checkpoint) -> list[str]:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from ckptool.errors import FormatError
+from ckptool.core.pickled_names import is_needed_for_tensors
+from ckptool.errors import FormatError, listed
 from ckptool.limits import MAX_PICKLE
 from ckptool.pickling import load as pickles
+
+MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+"""The first pickle of torch's legacy format."""
+
+_NUMBER = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+MAGIC = b"\x80\x02" + _NUMBER
+MAGICS = (
+    MAGIC, b"\x80\x03" + _NUMBER, *(b"\x80%c\x95\x0d" % n + bytes(7) + _NUMBER for n in (4, 5)),
+    b"L%dL\n." % MAGIC_NUMBER,
+)  # fmt: skip
+"""That pickle in the protocols 2 (torch's own), 3, 4 and 5, 0 and 1."""
 
 FIRST = 1 << 16
 """Bytes read at first for a pickle, whose length is not in the file; doubled until the pickle is complete."""
@@ -78,3 +90,9 @@ class PickleStream:
             )
         self.position += nbytes
         return start
+
+
+def calls(names: Iterable[tuple[str, str]]) -> str:
+    """Returns what a message adds on the names that tensors do not need; "" if there is none."""
+    others = [f"{module}.{name}" for module, name in names if not is_needed_for_tensors(module, name)]
+    return f"; its pickles name {listed(others)}, which was not run" if others else ""

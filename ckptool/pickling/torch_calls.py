@@ -8,6 +8,7 @@ Sources: ``torch/_utils.py``, ``torch/_tensor.py``, ``torch/serialization.py`` a
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -333,6 +334,20 @@ def storage_numel(storage: Storage) -> int:
     """Returns how many elements of its class a storage has; bytes, if it is untyped or they are smaller."""
     bits = max(8, DTYPES[storage.dtype].bits) if storage.dtype else 8
     return storage.nbytes * 8 // bits
+
+
+_TEXT = re.compile(
+    r"\('storage', <class '([\w.]{1,99})\.(\w{1,99})'>, '([^'\\]*)', '([^'\\]*)', (\d{1,19})(?:, None)?\)"
+)
+
+
+def persistent(pid: Any) -> Any:
+    """Returns a storage's persistent id from its text, which is what protocol 0 has (and torch.load refuses)."""
+    found = _TEXT.fullmatch(pid) if type(pid) is str else None
+    if found is None:
+        return pid
+    module, name, key, tag, numel = found.groups()
+    return "storage", Global.named(module, name), key, tag, int(numel)
 
 
 def location(tag: object) -> str:
