@@ -128,11 +128,16 @@ class Mix(NamedTuple):
 
 
 class Resample(NamedTuple):
-    """How a ``resample`` interpolates the dimensions ``dims``, as `torch.nn.functional.interpolate` does it."""
+    """How a ``resample`` interpolates the dimensions ``dims``, as `torch.nn.functional.interpolate` does it.
+
+    ``inverse``: the tensor is multiplied by the pseudoinverse of that interpolation instead (a patch embedding).
+    """
 
     dims: tuple[int, ...]
     mode: str
     antialias: bool
+    align_corners: bool = False
+    inverse: bool = False
 
 
 DrawKind = Literal["constant", "uniform", "normal", "trunc_normal", "orthogonal", "sparse", "dirac", "eye"]

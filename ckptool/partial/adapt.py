@@ -112,7 +112,7 @@ class _Adaptation:
             return Adapted(_contiguous(self.cast(self.source)), "copied: the shapes agree")
         make = {
             "rows": self.rows, "crop": self.crop, "pos-embed": self.pos_embed, "rel-pos": self.rel_pos,
-            "in-chans": self.in_chans, "inflate": self.inflate,
+            "patch-embed": self.patch_embed, "in-chans": self.in_chans, "inflate": self.inflate,
         }[self.adapter.name]  # fmt: skip
         try:
             tensor, detail = make()
@@ -131,14 +131,16 @@ class _Adaptation:
             self.unsupported(f"{old} values cannot be cast to {new}")
         return computed(new, tensor.shape or (), Derived("cast", (tensor,)))
 
-    def computed(self, op: Any, tensor: TensorInfo, shape: Shape, dim: int = 0, args: Any = None) -> TensorInfo:
-        """Returns what an operation makes of a part of the source, in the target's dtype."""
+    def computed(
+        self, op: Any, tensor: TensorInfo, shape: Shape, dim: int = 0, args: Any = None, dtype: str | None = None
+    ) -> TensorInfo:
+        """Returns what an operation makes of a part of the source; ``dtype`` is the target's unless given."""
         others = {tensor.dtype, self.target.dtype} - COMPUTED
         if others:
             self.unsupported(
                 f"{', '.join(sorted(others))} is not computed with, only {', '.join(sorted(COMPUTED))} are"
             )
-        return computed(self.target.dtype, shape, Derived(op, (tensor,), dim, shape, args))
+        return computed(dtype or self.target.dtype, shape, Derived(op, (tensor,), dim, shape, args))
 
     def zeros(self, shape: Shape) -> TensorInfo:
         if DTYPES[self.target.dtype].kind not in ("float", "int", "bool", "complex") or "e8m0" in self.target.dtype:
@@ -261,10 +263,29 @@ class _Adaptation:
         self.same_rank()
         return self.resampled(grids.biases(self.old, self.new, dict(self.adapter.options)), antialias=False)
 
+    def patch_embed(self) -> tuple[TensorInfo, str]:
+        """Makes a kernel that answers a resized patch as the old one answers the patch (PI-resize of FlexiViT)."""
+        if len(self.old) != 4 or len(self.new) != 4 or self.old[:2] != self.new[:2]:
+            self.refuse("it takes kernels OxIxHxW with equally many output and input channels")
+        how = Resample((2, 3), self.adapter.get("mode", "bicubic"), self.adapter.get("antialias", True), inverse=True)
+        made = self.computed("resample", self.source, self.new, 0, how)
+        return made, f"{dims(self.old[2:])} to {dims(self.new[2:])}, {how.mode}" + ", antialias" * how.antialias
+
+    def spaced(self, grid: TensorInfo, axes: Shape, new: Shape) -> TensorInfo:
+        """Returns a bias table interpolated along one of its two sides after the other."""
+        between = "float64" if self.source.dtype == "float64" else "float32"  # rounded to the target's dtype once
+        for axis, count, dtype in zip(axes, new, (between, self.target.dtype), strict=True):
+            shape = grid.shape or ()
+            size = *shape[:axis], count, *shape[axis + 1 :]
+            grid = self.computed("mix", grid, size, axis, grids.geometric(shape[axis], count), dtype)
+        return grid
+
     def resampled(self, found: grids.Grids, antialias: bool) -> tuple[TensorInfo, str]:
         """Returns the table with its grid resampled and the positions before and behind the grid unchanged."""
         mode = self.adapter.get("mode", "bicubic")
-        antialias = self.adapter.get("antialias", antialias) and mode != "linear"
+        corners = self.adapter.get("align_corners", False)
+        antialias = self.adapter.get("antialias", antialias and not corners) and mode != "linear"
+        geometric = self.adapter.get("spacing") == "geometric"
         source = self.source
         if found.dim is None:  # the tensor's own dimensions are the grid's
             grid, size, axes = source, self.new, found.axes
@@ -275,9 +296,12 @@ class _Adaptation:
             axes = tuple(range(dim, dim + len(found.old)))
         if found.old == found.new:
             made = _contiguous(self.cast(grid))
+        elif geometric:
+            made = self.spaced(grid, axes, tuple(found.new))
         else:
-            made = self.computed("resample", grid, size, 0, Resample(axes, mode, antialias))
-        detail = f"{dims(found.old)} to {dims(found.new)}, {mode}" + ", antialias" * antialias
+            made = self.computed("resample", grid, size, 0, Resample(axes, mode, antialias, corners))
+        detail = f"{dims(found.old)} to {dims(found.new)}, " + ("spaced geometrically" if geometric else mode)
+        detail += ", antialias" * antialias + ", corners aligned" * corners
         if found.dim is None:
             return made, detail
         dim = found.dim

@@ -72,20 +72,27 @@ def _two_paths(text: str) -> tuple[str, str]:
 
 
 _FILL = {"fill": _one_of("keep", "zero", "mean")}
+_BOOL = ("true|false", {"true": True, "false": False}.__getitem__)
 _RESAMPLING: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "to": ("HxW", _size),
     "mode": _one_of("bicubic", "bilinear", "linear"),
-    "antialias": ("true|false", {"true": True, "false": False}.__getitem__),
+    "antialias": _BOOL,
 }
 
 ADAPTERS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "rows": {**_FILL, "select": ("FILE", _path), "tokens": ("OLD.json,NEW.json", _two_paths)},
     "crop": {"fill": _one_of("keep", "zero")},
-    "pos-embed": {"prefix": ("N", _count), "grid": ("HxW", _size), **_RESAMPLING, "layout": _one_of("nhwc", "nchw")},
-    "rel-pos": {"extra": ("N", _count), "window": ("HxW", _size), **_RESAMPLING},
+    "pos-embed": {
+        "prefix": ("N", _count), "grid": ("HxW", _size), **_RESAMPLING, "align_corners": _BOOL,
+        "layout": _one_of("nhwc", "nchw"),
+    },
+    "rel-pos": {
+        "extra": ("N", _count), "window": ("HxW", _size), **_RESAMPLING, "spacing": _one_of("even", "geometric"),
+    },
+    "patch-embed": {"mode": _one_of("bicubic", "bilinear"), "antialias": _BOOL},
     "in-chans": {"": _one_of("mean", "repeat", "sum"), "map": ("0,1,-", _channels), **_FILL},
     "inflate": {"": _one_of("mean", "center")},
-}
+}  # fmt: skip
 """{adapter: {option: (what it takes, parser)}}; the option "" is written without a name."""
 
 
@@ -134,6 +141,8 @@ def parse(text: str) -> Adapter:
         raise UsageError(f"{text!r}: fill needs map: it fills the channels marked -")
     if options.get("mode") == "linear" and {"grid", "window", "to", "antialias", "layout"} & options.keys():
         raise UsageError(f"{text!r}: mode=linear is along one line, without a grid and without antialias")
+    if options.get("spacing") == "geometric" and {"mode", "antialias"} & options.keys():
+        raise UsageError(f"{text!r}: spacing=geometric is linear between its points, without mode and antialias")
     return Adapter(name, text, tuple(options.items()))
 
 

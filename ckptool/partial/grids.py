@@ -6,10 +6,12 @@ table is refused, with the possibilities and the option that decides.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
+from ckptool.core.tensor import Mix
 from ckptool.partial.adapters import Unclear
 
 Shape = tuple[int, ...]
@@ -37,6 +39,10 @@ class Grids(NamedTuple):
 
 def positions(old: Shape, new: Shape, options: Mapping[str, Any]) -> Grids:
     """Returns the grids of two tables of absolute positions: NxC, 1xNxC, 1xHxWxC or 1xCxHxW. Raises: Unclear."""
+    if len(old) == 4 and not old[0] == new[0] == 1:
+        raise Unclear(
+            "positions of four dimensions are 1xHxWxC or 1xCxHxW; for a patch embedding's kernel, patch-embed"
+        )
     if len(old) == 4:
         return _images(old, new, options)
     dim = _table(old, new)
@@ -73,6 +79,39 @@ def biases(old: Shape, new: Shape, options: Mapping[str, Any]) -> Grids:
     counts = old[0], new[0]
     number, first, second = _only(counts, (window, to), extra, EXTRAS, _odd, "extra", "extra=N, window=HxW and to=HxW")
     return Grids(0, 0, number, first, second)
+
+
+def geometric(old: int, new: int) -> Mix:
+    """Returns the weights that interpolate one side of a bias table from old to new relative positions.
+
+    The old positions are spaced in a geometric progression, densest at the middle, whose ratio (found by bisection
+    between 1.01 and 1.5, to 1e-6) makes them span the new ones; between them it is linear. It is what BEiT's
+    fine-tuning does, and ``resize_rel_pos_bias_table`` of timm 1.0 by default.
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio ** (old // 2)) / (1 - ratio) > new // 2:
+            high = ratio
+        else:
+            low = ratio
+    distances, reached = [], 1.0
+    for step in range(old // 2):
+        distances.append(reached)
+        reached += ratio ** (step + 1)
+    points = [*(-distance for distance in reversed(distances)), 0.0, *distances]
+    return Mix(tuple(_between(points, position) for position in range(-(new // 2), new // 2 + 1)))
+
+
+def _between(points: Sequence[float], position: int) -> tuple[tuple[int, float], ...]:
+    """Returns the (index, weight) of the points around a position; outside all of them, of the outermost."""
+    right = bisect_left(points, position)
+    if right == len(points):
+        return ((right - 1, 1.0),)
+    if right == 0 or points[right] == position:
+        return ((right, 1.0),)
+    share = (position - points[right - 1]) / (points[right] - points[right - 1])
+    return (right - 1, 1 - share), (right, share)
 
 
 def _table(old: Shape, new: Shape) -> int:

@@ -188,7 +188,7 @@ def _weighted(old: Any, weights: tuple[tuple[int, float], ...], mix: Mix) -> Any
 
 
 def _resample(source: Derived, dtype: str, read: Blocks) -> Iterator[Bytes]:
-    """Yields a tensor with some dimensions interpolated by `torch.nn.functional.interpolate`, corners not aligned.
+    """Yields a tensor with some dimensions interpolated by `torch.nn.functional.interpolate`, or by its inverse.
 
     The grid is permuted so that its dimensions are last, without a copy, as timm and others do: torch then runs the
     same kernel and the last bit agrees.
@@ -211,9 +211,19 @@ def _interpolated(torch: Any, values: Any, how: Resample, size: tuple[int, ...])
     order = [*others, *how.dims]
     grid = [values.shape[axis] for axis in how.dims]
     moved = values.permute(order).reshape(1, -1, *grid)
-    made = torch.nn.functional.interpolate(
-        moved, [size[axis] for axis in how.dims], mode=how.mode, align_corners=False, antialias=how.antialias
-    )
+
+    def interpolate(images: Any) -> Any:
+        return torch.nn.functional.interpolate(
+            images, [size[axis] for axis in how.dims], mode=how.mode, align_corners=how.align_corners,
+            antialias=how.antialias,
+        )  # fmt: skip
+
+    if how.inverse:
+        count = prod(grid)
+        matrix = interpolate(torch.eye(count, dtype=values.dtype).reshape(count, 1, *grid)).reshape(count, -1)
+        made = moved.reshape(-1, count) @ torch.linalg.pinv(matrix.T)
+    else:
+        made = interpolate(moved)
     made = made.reshape([size[axis] for axis in order])
     return made.permute([order.index(axis) for axis in range(len(order))])
 
