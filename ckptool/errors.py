@@ -117,6 +117,18 @@ def listed(items: Iterable[object], limit: int = 8) -> str:
     return f"{', '.join(names[:limit])} and {len(names) - limit} more"
 
 
+def near(name: str, known: Iterable[str]) -> str:
+    """Returns `` (did you mean x?)`` for the known name that is most like a wrong one; "" if none is.
+
+    >>> near("convrt", ["convert", "diff"]), near("heaven", ["convert"])
+    (' (did you mean convert?)', '')
+    """
+    import difflib
+
+    found = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
 def needs_torch(what: str) -> DependencyError:
     """Returns the error for an operation that needs torch, which is not installed."""
     return DependencyError(f"{what} needs torch, which is not installed: pip install 'ckptool[torch]'")

@@ -32,6 +32,7 @@ def command(
     rename: options.Rename = None,
     sub: Annotated[Texts, typer.Option(metavar="s/RE/NEW/", help="Replace all matches of a regex.")] = None,
     drop: Annotated[Texts, typer.Option(metavar="GLOB", help="Leave out keys that match (re:REGEX too).")] = None,
+    copy: Annotated[Texts, typer.Option(metavar="NEW=OLD", help="Give a tensor a second name, tied to it.")] = None,
     preset: Annotated[Texts, typer.Option(metavar="NAME", help=f"Rules by name: {', '.join(PRESETS)}.")] = None,
     rules: options.RulesFiles = None,
     invert: Annotated[str | None, typer.Option(metavar="MAP", help="Undo what --save-map recorded.")] = None,
@@ -50,8 +51,8 @@ def command(
     """Rename keys and reshape tensors by rules, in the order given."""
     options.require_output(output, dry_run)
     chosen = options.in_order(
-        ctx, strip_prefix=strip_prefix, add_prefix=add_prefix, rename=rename, sub=sub, drop=drop, preset=preset,
-        rules=rules,
+        ctx, strip_prefix=strip_prefix, add_prefix=add_prefix, rename=rename, sub=sub, drop=drop, copy=copy,
+        preset=preset, rules=rules,
     )  # fmt: skip
     if invert is not None and chosen.rules:
         raise UsageError("--invert goes with no other rule")
@@ -93,8 +94,10 @@ def _own_format(file: str, opened: Checkpoint, output: str) -> str | None:
 
 def _lines(report: RemapReport, begin: str) -> list[str]:
     renamed = sum(row.op == "rename" and row.old != [row.new] for row in report.map)
-    made = sum(row.op != "rename" for row in report.map)
+    copied = sum(row.op == "copy" for row in report.map)
+    made = sum(row.op not in ("rename", "copy") for row in report.map)
     parts = [plural(len(report.map), "key"), f"{renamed:,} renamed"]
+    parts += [f"{copied:,} copied"] if copied else []
     parts += [f"{made:,} computed"] if made else []
     parts += [f"{len(report.dropped):,} dropped"] if report.dropped else []
     lines = [render.safe(begin + ", ".join(parts))]

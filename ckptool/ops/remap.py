@@ -12,7 +12,7 @@ from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint, detached, is_flat
 from ckptool.core.keys import is_counter
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import PyObject, as_mapping, replaced
+from ckptool.core.tree import PyObject, as_mapping, replaced, with_content
 from ckptool.core.versions import Moved, moved, restored, versioned, versions_of, with_versions
 from ckptool.errors import CollisionError, NoTensorsError, UsageError, listed
 from ckptool.ops import maps
@@ -25,7 +25,7 @@ from ckptool.ops.steps import Maker, Past, Shapes, Step, advance, fits, pasts
 class Mapped:
     """One key of the output: the keys it was made from, and how.
 
-    ``op`` is ``rename``, or operations from left to right joined with ";": ``transpose``, ``permute:a,b,..``,
+    ``op`` is ``rename``, or operations from left to right joined with ";": ``copy``, ``transpose``, ``permute:a,b,..``,
     ``reshape``, ``split:dim:i/n``, ``slice:dim:a:b``, ``concat:dim``. Operations before a ``concat`` were done to
     each of the keys; where they differ, ``concat:dim<a|b|..>`` lists them key by key, with "+" for ";".
     """
@@ -121,7 +121,7 @@ def invert(checkpoint: Checkpoint, saved: Any, *, same: Same | None = None) -> t
         if lost:
             raise UsageError(f"the map contradicts itself: no step brings back {listed(lost)}", checkpoint.url)
         ordered = {key: after[key] for key in recorded.keys}
-        done = _applied(values, batches, {**ordered, **after}, checkpoint.url)
+        done = _applied(values, batches, {**ordered, **after}, checkpoint.url, same)
         again = _retied(done.values, recorded.ties, same)
         versions = versions_of(node)
         follow = None if versions is None else restored(versions, recorded.modules, recorded.versions)
@@ -187,7 +187,9 @@ class _Done(NamedTuple):
     shapes: Shapes
 
 
-def _applied(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], after: Shapes, url: str) -> _Done:
+def _applied(
+    values: Mapping[str, Any], batches: Sequence[Sequence[Step]], after: Shapes, url: str, same: Same | None = None
+) -> _Done:
     """Returns the values at root after steps that `fits` has checked, in the order of ``after``."""
     now: dict[str, str | _Computed] = {}  # new key -> old key, or a computed tensor; unchanged keys have no entry
     dropped: list[str] = []
@@ -202,6 +204,13 @@ def _applied(values: Mapping[str, Any], batches: Sequence[Sequence[Step]], after
             origins = [_Computed(Past([one]), values[one]) if isinstance(one, str) else one for one in inputs]
             if step.op == "drop":
                 dropped += [key for origin in origins for key in origin.past.keys]
+            elif step.op == "copy":
+                past, value = origins[0]
+                made.update(zip(step.new, (inputs[0], _Computed(past.then("copy"), value)), strict=True))
+            elif step.op == "uncopy":
+                if not _is_same(origins[0].value, origins[1].value, same):
+                    raise UsageError(f"{' and '.join(step.old)} were copies, and differ: one would be lost", url)
+                made[step.new[0]] = inputs[0]
             elif not all(isinstance(origin.value, TensorInfo) for origin in origins):
                 raise UsageError(f"{', '.join(step.old)}: not tensors, so {step.op} does not apply", url)
             else:
@@ -260,7 +269,7 @@ def _broken_ties(
 
     Within a group, keys of one tensor object are in one list, as torch.load returns one object for them.
     """
-    if all(step.op in ("rename", "drop") for batch in batches for step in batch):
+    if all(step.op in ("rename", "drop", "copy", "uncopy") for batch in batches for step in batch):
         return []
     tied = []
     for shared in checkpoint.shared():
@@ -299,6 +308,13 @@ def _retied(values: dict[str, Any], groups: Sequence[Sequence[Sequence[str]]], s
                     values[key] = shared
                     pairs.append(f"{key} = {first}")
     return [f"tied again, as the map says: {listed(pairs)}"] if pairs else []
+
+
+def _is_same(one: Any, other: Any, same: Same | None) -> bool:
+    """Returns whether two copies are still equal; objects, and without ``same`` tensors too, are trusted."""
+    if not (isinstance(one, TensorInfo) and isinstance(other, TensorInfo)):
+        return type(one) is type(other)
+    return one.view == other.view or _may_be_tied(one, other, same)
 
 
 def _may_be_tied(one: TensorInfo, other: TensorInfo, same: Same | None) -> bool:
@@ -350,7 +366,7 @@ def _with_renamed_optimizers(checkpoint: Checkpoint, done: _Done) -> tuple[Check
         renamed_node = _renamed_optimizer(node, names)
         if renamed_node is not node:
             checkpoint = replace(checkpoint, tree=replaced(checkpoint.tree, path, renamed_node))
-    changed = done.dropped or any(row.op != "rename" for row in done.rows)
+    changed = done.dropped or any(row.op not in ("rename", "copy") for row in done.rows)
     return checkpoint, optimizer_notes(checkpoint) if states and changed else []
 
 
@@ -365,8 +381,7 @@ def _renamed_optimizer(node: Any, names: Mapping[str, str]) -> Any:
     if state and any(isinstance(key, str) and key in names for key in state):
         moved = dict(zip(_renamed(state, names), state.values(), strict=True))
         kept = mapping["state"]
-        made = kept.with_mapping(moved, kept.state) if isinstance(kept, PyObject) else moved
-        changed = replaced(changed, ("state",), made)
+        changed = replaced(changed, ("state",), with_content(kept, moved))
     return changed
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from operator import itemgetter
 from typing import Any
 
 from ckptool.core import keys as names
-from ckptool.errors import UsageError
+from ckptool.errors import UsageError, near
 from ckptool.ops import segments
 from ckptool.ops.steps import Shape, Shapes, Step, advance, fits, is_sound
 
@@ -47,6 +48,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "rename": {"rename": _KEY, "to": _TEXT},
     "sub": {"sub": _KEY, "by": _TEXT},
     "drop": {"drop": _KEY},
+    "copy": {"copy": _KEY, "to": _KEY},
+    "preset": {"preset": _KEY},
     "transpose": {"transpose": _KEY, "dims": _NUMBERS},
     "permute": {"permute": _KEY, "dims": _NUMBERS},
     "reshape": {"reshape": _KEY, "shape": _NUMBERS},
@@ -65,13 +68,20 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """The fields of a kind that may be left out."""
 
-PRESETS: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "ddp": ({"sub": r"^(module\.)+", "by": ""},),
-    "compile": ({"sub": r"(?<![^.])_orig_mod\.", "by": ""},),
-    "fsdp": ({"sub": r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "by": ""},),
-    "lightning": ({"strip_prefix": "model."},),
+_ADAPTERS = (
+    r"(?:lora|vera|hada|lokr|oft|boft|ia3|hra|bone|miss|fourierft|waveft|vblora|randlora|road|shira|c3a|delora)_\w+"
+    r"|ranknum|ln_tuning_layers|modules_to_save|trainable_tokens_\w+|prompt_encoder"
+)
+"""Names of PEFT's parameters, each a dict of adapters: ``lora_A.default`` (`BaseTunerLayer.adapter_layer_names`)."""
+
+_LEADING = {"ddp": "module.", "peft": "base_model.model.", "lightning": "model."}
+_ANYWHERE = {
+    "compile": r"(?<![^.])_orig_mod\.",
+    "fsdp": r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.",
+    "peft": rf"(?<![^.])base_layer\.|(?<![^.])(?P<stays>{_ADAPTERS})\.default(?![^.])",
 }
-"""Name of a framework -> rules that undo what it does to keys."""
+PRESETS = ("ddp", "compile", "fsdp", "peft", "lightning", "weight-norm")
+"""Names of frameworks: what each puts before keys, or into them, is removed. For ``weight-norm`` see `_weight_norm`."""
 
 
 class Rules:
@@ -106,27 +116,27 @@ class Rules:
 
     @classmethod
     def preset(cls, name: str) -> Rules:
-        """Returns a preset's rules. Raises: UsageError for an unknown name."""
-        if name not in PRESETS:
-            raise UsageError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-        return cls(Rule(rule.kind, f"preset {name}", rule.args) for rule in cls.parse(list(PRESETS[name])).rules)
+        """Returns a preset's rule. Raises: UsageError for an unknown name."""
+        return cls([_checked("preset", {"preset": name})])
 
     def plan(self, shapes: Shapes) -> Plan:
         """Returns what the rules do to keys of these shapes, with all errors rather than only the first."""
         plan = Plan([], dict(shapes), [], [])
-        for rule in self.rules:
-            before = len(plan.errors)
-            if rule.kind == "table":
-                made, unused = rule.args["table"].plan(plan.after)
+        for are_presets, rules in groupby(self.rules, lambda rule: rule.kind == "preset"):
+            for group in [list(rules)] if are_presets else [[rule] for rule in rules]:
+                before, rule = len(plan.errors), group[0]
+                if are_presets:
+                    made, unused = _plan_presets([one.args["preset"] for one in group], plan.after)
+                elif rule.kind == "table":
+                    made, unused = rule.args["table"].plan(plan.after)
+                else:
+                    made = _PLANNERS[rule.kind](rule, plan.after, plan.errors)
+                    unused = [] if made or len(plan.errors) > before else [rule.text]
                 plan.unused += unused
-            else:
-                made = _PLANNERS[rule.kind](rule, plan.after, plan.errors)
-                if not made and len(plan.errors) == before:
-                    plan.unused.append(rule.text)
-            if made:
-                plan.after, collisions = advance(made, plan.after)
-                plan.errors += [f"{rule.text}: {error}" for error in collisions]
-                plan.batches.append(made)
+                if made:
+                    plan.after, collisions = advance(made, plan.after)
+                    plan.errors += [f"{', '.join(one.text for one in group)}: {error}" for error in collisions]
+                    plan.batches.append(made)
         return plan
 
 
@@ -171,6 +181,9 @@ def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
             raise UsageError(f"{text}: {name} is {what}")
     if kind in ("cat", "weave") and "" in args[kind]:
         raise UsageError(f"{text}: one of the names to put together is empty")
+    if kind == "preset" and args["preset"] not in PRESETS:
+        name = args["preset"]
+        raise UsageError(f"no preset {name!r}{near(name, PRESETS)}; there are {', '.join(PRESETS)}")
     if kind == "sub":
         try:
             args["compiled"] = re.compile(args["sub"])
@@ -185,8 +198,12 @@ def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
 def parse_option(kind: str, text: str) -> Rules:
     """Returns the rules of a command-line option: ``--rename A=B``, ``--sub s/REGEX/REPL/`` and so on."""
     if kind == "preset":
-        presets = [Rules.preset(name.strip()) for name in text.split(",")]
-        return Rules(rule for preset in presets for rule in preset.rules)
+        return Rules.parse([{"preset": name.strip()} for name in text.split(",")])
+    if kind == "copy":
+        new, equals, old = text.partition("=")
+        if not (new and equals and old):
+            raise UsageError(f"--copy takes NEW=OLD, not {text!r}")
+        return Rules.parse([{"copy": old, "to": new}])
     if kind == "rename":
         old, equals, new = text.partition("=")
         if not equals:
@@ -241,6 +258,77 @@ def _renamer(rule: Rule) -> Callable[[str], str]:
         compiled, by = args["compiled"], args["by"]
         return lambda key: str(compiled.sub(by, key))
     return segments.renamer(args["rename"], args["to"])
+
+
+def _plan_copy(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
+    renamed = segments.renamer(rule.args["copy"], rule.args["to"])
+    return [Step("copy", (key,), (key, new)) for key in current if (new := renamed(key)) != key]
+
+
+def _plan_presets(presets: Sequence[str], current: Shapes) -> tuple[list[Step], list[str]]:
+    """Returns (the steps of presets that were given one after another, those that fit no key).
+
+    Their order makes no difference, as what one uncovers another removes. Only ``lightning`` strips once, since a
+    module's own attribute may be called ``model`` too.
+    """
+    keys, used = list(current), set[str]()
+    for name in set(presets) & _ANYWHERE.keys():
+        pattern = re.compile(_ANYWHERE[name])
+        by = r"\g<stays>" if "stays" in pattern.groupindex else ""
+        made = [pattern.sub(by, key) for key in keys]
+        if made != keys:
+            used.add(name)
+            keys = made
+
+    def stripped(keys: list[str], names: set[str], times: str) -> list[str]:
+        pattern = re.compile(f"(?:{'|'.join(re.escape(_LEADING[name]) for name in names)}){times}")
+        ends = [match.end() if (match := pattern.match(key)) else 0 for key in keys]
+        removed = {key[:end] for key, end in zip(keys, ends, strict=True)}
+        used.update(name for name in names if any(_LEADING[name] in text for text in removed))
+        return [key[end:] for key, end in zip(keys, ends, strict=True)]
+
+    wrappers = set(presets) & {"ddp", "peft"}
+    keys = stripped(keys, wrappers, "+") if wrappers else keys
+    if "lightning" in presets:
+        keys = stripped(keys, {"lightning"}, "")
+        keys = stripped(keys, wrappers, "+") if wrappers else keys
+    if "ddp" in presets and "ddp" not in used:  # DataParallel around a part of the model: features.module.0.weight
+        made = [re.sub(r"(?<![^.])module\.", "", key) for key in keys]
+        if made != keys and len({*made}) == len(made):
+            keys = made
+            used.add("ddp")
+    if "weight-norm" in presets and (turned := _weight_norm(keys, list(current.values()))):
+        keys = [turned.get(key, key) for key in keys]
+        used.add("weight-norm")
+    pairs = [(old, new) for old, new in zip(current, keys, strict=True) if old != new]
+    steps = [Step("rename", tuple(old for old, _ in pairs), tuple(new for _, new in pairs))] if pairs else []
+    return steps, [f"preset {name}" for name in dict.fromkeys(presets) if name not in used]
+
+
+def _weight_norm(keys: Sequence[str], shapes: Sequence[Shape | None]) -> dict[str, str]:
+    """Returns {key: its other name} of the pairs that weight normalisation made of a weight.
+
+    `torch.nn.utils.weight_norm` calls them ``weight_g`` and ``weight_v``, `parametrizations.weight_norm`
+    ``parametrizations.weight.original0`` and ``original1``. The old names become new ones; if there are none, the
+    reverse. A pair is one only if the first is a norm of the second: a size along one dimension at most.
+    """
+    old = r"((?:.*\.)?)(\w+)_([gv])", "{0}parametrizations.{1}.original0", "{0}parametrizations.{1}.original1"
+    new = r"((?:.*\.)?)parametrizations\.(\w+)\.original([01])", "{0}{1}_g", "{0}{1}_v"
+    for pattern, norm, direction in (old, new):
+        pairs: dict[tuple[str, str], dict[str, tuple[str, Shape]]] = {}
+        for key, shape in zip(keys, shapes, strict=True):
+            if shape is not None and (match := re.fullmatch(pattern, key)):
+                pairs.setdefault((match[1], match[2]), {})[match[3]] = key, shape
+        found: dict[str, str] = {}
+        for parts, pair in pairs.items():
+            if len(pair) == 2:
+                (one, size), (other, whole) = (pair[part] for part in sorted(pair))
+                fits_all = len(size) == len(whole) and all(a in (1, b) for a, b in zip(size, whole, strict=True))
+                if not size or (fits_all and sum(a != 1 for a in size) < 2):
+                    found |= {one: norm.format(*parts), other: direction.format(*parts)}
+        if found:
+            return found
+    return {}
 
 
 def _plan_drop(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
@@ -368,5 +456,6 @@ _PLANNERS: Mapping[str, Planner] = {
     **dict.fromkeys(("split", "chunk"), _plan_split),
     **dict.fromkeys(("cat", "weave"), _plan_cat),
     "drop": _plan_drop,
+    "copy": _plan_copy,
     "reshape": _plan_reshape,
 }

@@ -25,6 +25,8 @@ class Step:
 
     rename   old[i] becomes new[i]
     drop     old is left out
+    copy     old[0] stays, as new[0], and the same entry is new[1] too
+    uncopy   the inverse of copy: of two equal entries new[0], which is old[0], stays
     permute  dims                      old[0] becomes new[0] = old[0] with its dimensions reordered
     reshape  from, to                  the same elements in C order
     split    dim, sizes                old[0] becomes the pieces new
@@ -47,13 +49,22 @@ class Step:
             args["dims"] = [args["dims"].index(axis) for axis in range(len(args["dims"]))]
         elif self.op == "reshape":
             args["from"], args["to"] = args["to"], args["from"]
-        opposite = {"split": "cat", "cat": "split", "chunk": "weave", "weave": "chunk"}
+        opposite = {
+            "split": "cat",
+            "cat": "split",
+            "chunk": "weave",
+            "weave": "chunk",
+            "copy": "uncopy",
+            "uncopy": "copy",
+        }
         return Step(opposite.get(self.op, self.op), self.new, self.old, args)
 
 
 ARGS: Mapping[str, Mapping[str, type]] = {
     "rename": {},
     "drop": {},
+    "copy": {},
+    "uncopy": {},
     "permute": {"dims": list},
     "reshape": {"from": list, "to": list},
     "split": {"dim": int, "sizes": list},
@@ -77,17 +88,19 @@ def is_sound(step: Step) -> bool:
         return False
     if step.op == "permute" and sorted(args["dims"]) != list(range(len(args["dims"]))):
         return False
+    if step.op in ("copy", "uncopy") and step.old[:1] != step.new[:1]:
+        return False
     many = len(args.get("sizes", ())) or args.get("parts", 1)
-    counts = {"rename": (len(step.old), len(step.old)), "drop": (len(step.old), 0), "split": (1, many),
-              "chunk": (1, many), "cat": (many, 1), "weave": (many, 1)}.get(step.op, (1, 1))  # fmt: skip
-    return (len(step.old), len(step.new)) == counts
+    counts = {"rename": (len(step.old), len(step.old)), "drop": (len(step.old), 0), "copy": (1, 2), "uncopy": (2, 1),
+              "split": (1, many), "chunk": (1, many), "cat": (many, 1), "weave": (many, 1)}  # fmt: skip
+    return (len(step.old), len(step.new)) == counts.get(step.op, (1, 1))
 
 
 def fits(step: Step, shapes: Sequence[Shape | None]) -> bool:
     """Returns whether a sound step can be applied to entries of these shapes (None: not a tensor)."""
     solid = [shape for shape in shapes if shape is not None]
-    if step.op in ("rename", "drop"):
-        return True
+    if step.op in ("rename", "drop", "copy", "uncopy"):
+        return step.op != "uncopy" or shapes[0] == shapes[1]
     if len(solid) < len(shapes):
         return False
     args, first = step.args, solid[0]
@@ -146,7 +159,7 @@ def _advance_slowly(steps: Sequence[Step], current: Shapes) -> tuple[Shapes, lis
     errors = []
     for key, shape in current.items():
         for name, its in becomes.get(key, {key: shape}).items():
-            if key in becomes and _is_empty(name):
+            if name != key and _is_empty(name):
                 errors.append(f"{key} would be {name!r}: an empty name")
             elif name in made:
                 errors.append(f"{origin[name]} and {key} would both be {name}")
@@ -168,6 +181,8 @@ def new_shapes(step: Step, shapes: Sequence[Shape | None]) -> list[Shape | None]
     """Returns the shapes of a step's new keys; the step `fits` the old shapes."""
     args = step.args
     first = shapes[0] if shapes else None
+    if step.op in ("copy", "uncopy"):
+        return [first] * len(step.new)
     if first is None or step.op in ("rename", "drop"):
         return list(shapes[: len(step.new)])
     if step.op == "permute":

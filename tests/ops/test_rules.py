@@ -224,6 +224,10 @@ PRESETS = {
         ["a.w", "b.c.w", "d.w"],
     ),
     "lightning": (["model.a.w", "model.model.w", "loss.w"], ["a.w", "model.w", "loss.w"]),
+    "peft": (
+        ["base_model.model.a.base_layer.w", "base_model.model.a.lora_A.default.w", "b.lora_E.default", "default.w"],
+        ["a.w", "a.lora_A.w", "b.lora_E", "default.w"],
+    ),
 }
 
 
@@ -236,10 +240,11 @@ def test_a_preset_undoes_what_its_framework_does_to_names(name: str, renamed: Re
 def test_every_preset_is_tested_here() -> None:
     from ckptool.ops.rules import PRESETS as KNOWN
 
-    assert set(KNOWN) == set(PRESETS)
+    assert set(KNOWN) == {*PRESETS, "weight-norm"}  # which needs shapes: tests/cases/test_rules_and_presets.py
 
 
-def test_several_presets_apply_one_after_another(renamed: Renamed) -> None:
+def test_several_presets_apply_in_any_order(renamed: Renamed) -> None:
+    assert renamed(["model.module._orig_mod.w"], "--preset", "ddp,compile,lightning") == ["w"]
     assert renamed(["model.module._orig_mod.w"], "--preset", "lightning,ddp,compile") == ["w"]
     assert renamed(["_orig_mod.module.w"], "--preset", "compile", "--preset", "ddp") == ["w"]
 
