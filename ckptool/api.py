@@ -115,11 +115,15 @@ def inspect(
     is hashed), ``check`` (damage; see `Finding`). ``include`` and ``exclude`` choose the keys to read; the report
     lists all. ``progress`` is called with the number of bytes as they are read.
 
-    Raises: what `open` raises, NoTensorsError; FormatError for unreadable data, which ``check`` reports instead.
+    Raises: what `open` raises; FormatError for unreadable data, which ``check`` reports instead; NoTensorsError if all
+    tensors are elsewhere than at a ``root`` that was given.
     """
     from ckptool.ops.inspect import inspect as op
+    from ckptool.ops.notes import require_tensors
 
     opened = open(source, root)
+    if root is not None and next(opened.tensors(), None):
+        require_tensors(opened)
     include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
     row = formats.labelled(opened.format)
     report = op(opened, devices=row is None or row.holds.devices)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptool import formats
 from ckptool.core import aliases
-from ckptool.core.checkpoint import Checkpoint, is_flat
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Opaque, Storage, TensorInfo
 from ckptool.core.tree import nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
@@ -125,6 +125,7 @@ def _refuse(
 ) -> tuple[formats.Format, Callable[[str], str] | None]:
     """Makes the checks that are common to all formats; returns the format and the map of device tags."""
     checkpoint.require_whole()
+    checkpoint.refuse_alike(checkpoint.state_dict())
     tags = _tag_map(options.map_location)
     check_output(url, options, [checkpoint])
     row = formats.writable(url, options.to)
@@ -184,10 +185,14 @@ def _save_directory(
 
 def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
     """Raises LossError for what formats of bare tensors cannot hold: packed parameters, extra state, keys not text."""
-    numbers = [key for key, (path, _) in checkpoint.entries().items() if path and not isinstance(path[-1], str)]
+    numbers = [
+        key
+        for key, (path, value) in checkpoint.entries().items()
+        if path and not isinstance(path[-1], str) and isinstance(value, TensorInfo)
+    ]
     if numbers:
         raise LossError(f"{target} cannot hold keys that are no text: {listed(numbers, 20)}")
-    if is_flat(checkpoint.at(checkpoint.root)) and (hidden := checkpoint.hidden()):
+    if hidden := checkpoint.hidden():
         inside = [f"{key} (an object with {len(inner)} tensors)" for key, inner in hidden.items()]
         raise LossError(f"{target} cannot hold {listed(inside, 20)}")
 

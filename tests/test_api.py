@@ -174,7 +174,7 @@ def test_what_cannot_be_taken_from_memory_is_one_line() -> None:
     with pytest.raises(CkptoolError, match="contains itself"):
         ckptool.inspect(endless)
     with pytest.raises(CkptoolError, match="tensor"):
-        ckptool.inspect({"epoch": 3})
+        ckptool.convert({"epoch": 3}, "out.pth")
     assert not Path("out.pth").exists()
 
 

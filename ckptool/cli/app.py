@@ -117,10 +117,7 @@ def run(args: list[str]) -> int:
 
 def _fail(error: CkptoolError, command: str, as_json: bool) -> int:
     if as_json:
-        render.print_json(
-            {"schema": 1, "command": command,
-             "error": {"kind": error.slug, "message": error.message, "path": error.path}}
-        )  # fmt: skip
+        render.print_json({"schema": 1, "command": command, "error": render.error_json(error)})
     print(f"ckptool: error: {render.safe(str(error))}", file=sys.stderr)
     return error.exit_code
 

@@ -58,10 +58,14 @@ def command(
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError("two inputs would be written to one name")
     save_options = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, publish)
+    source_of = dict(zip(paths, inputs, strict=True))
     outputs = Outputs("convert", save_options, report_file, dry_run, as_json)
-    opened = [ckptool.open(source, root=root) for source in inputs]
-    outputs.check(paths, opened)
-    jobs = list(zip(opened, paths, strict=True))
+    failed = render.Failures(len(inputs))
+    jobs: list[tuple[Checkpoint, str]] = []
+    for path, source in source_of.items():
+        with failed.kept():
+            jobs.append((ckptool.open(source, root=root), path))
+    outputs.check([path for _, path in jobs], [checkpoint for checkpoint, _ in jobs])
 
     def converted(checkpoint: Checkpoint, path: str, **how: Any) -> ConvertReport:
         return ckptool.convert(
@@ -74,18 +78,23 @@ def command(
         sizes = [converted(*job, force=True, in_place=True, dry_run=True).nbytes for job in jobs]
         return saving.work(sum(sizes), save_options)
 
-    if len(jobs) > 1:  # refuse before the first file is written
-        for job in jobs:
-            converted(*job, force=force, in_place=in_place, dry_run=True)
+    if len(inputs) > 1:  # refuse before the first file is written
+        planned, jobs = jobs, []
+        for job in planned:
+            with failed.kept():
+                converted(*job, force=force, in_place=in_place, dry_run=True)
+                jobs.append(job)
     reports = []
     with bar(total) as progress:
-        for source, job in zip(inputs, jobs, strict=True):
-            report = converted(*job, force=force, in_place=in_place, progress=progress, dry_run=dry_run)
-            reports.append(replace(report, input=source))
-            if not as_json:
-                render.show(_lines(reports[-1], dry_run))
-    outputs.finish(reports, [note for report in reports for note in report.notes], lambda: _total(reports, dry_run))
-    return 0
+        for job in jobs:
+            with failed.kept():
+                report = converted(*job, force=force, in_place=in_place, progress=progress, dry_run=dry_run)
+                reports.append(replace(report, input=source_of[job[1]]))
+                if not as_json:
+                    render.show(_lines(reports[-1], dry_run))
+    notes = [note for report in reports for note in report.notes]
+    outputs.finish(reports, notes, lambda: _total(reports, dry_run), failed.errors)
+    return failed.exit_code
 
 
 def beside(source: str, to: str) -> str:
@@ -110,7 +119,7 @@ def _lines(report: ConvertReport, dry_run: bool) -> list[str]:
 
 def _total(reports: list[ConvertReport], dry_run: bool) -> list[str]:
     """Returns the total of several conversions, as one line; no line for a single one."""
-    if len(reports) == 1:
+    if len(reports) < 2:
         return []
     state = " (dry run), about" if dry_run else ","
     return [f"{len(reports)} converted{state} {size(sum(report.nbytes for report in reports))}"]

@@ -13,7 +13,7 @@ import ckptool
 from ckptool.cli import render
 from ckptool.cli.output import bar
 from ckptool.core import keys
-from ckptool.errors import CkptoolError, UsageError
+from ckptool.errors import UsageError
 from ckptool.ops.inspect import InspectReport, TensorRow, volume
 from ckptool.text import count, dims, plural, size
 
@@ -61,27 +61,22 @@ def command(
     if flat and depth:
         raise UsageError("--flat and --depth contradict each other")
     reports = []
-    failed: CkptoolError | None = None
+    failed = render.Failures(len(files))
     for path in files:
-        try:
+        with failed.kept():
             report = _inspected(path, root, include or [], exclude or [], stats, hashes, check)
             reports.append(replace(report, path=path))
-        except CkptoolError as error:
-            if len(files) == 1 or as_json:
-                raise
-            failed = error
-            render.note(f"error: {error}")
-    chosen = [(report, _chosen(report, include or [], exclude or [], sort)) for report in reports]
     notes = [
         f"{report.path}: {pattern} fits no key"
         for report in reports
-        for pattern in keys.unused_patterns([*(include or []), *(exclude or [])], [row.key for row in report.tensors])
+        for pattern in keys.unused_patterns([*(include or []), *(exclude or [])], _keys(report))
     ]
+    chosen = [(report, _chosen(report, include or [], exclude or [], sort)) for report in reports]
     for text in () if as_json else notes:
         render.note(text)
     if as_json:
         documents = [replace(report, tensors=rows) for report, rows in chosen]
-        render.print_json(render.document("inspect", documents, notes))
+        render.print_json(render.document("inspect", documents, notes, failed.errors))
     for number, (report, rows) in enumerate(() if as_json else chosen):
         if keys_only:
             render.show(render.safe(row.key) for row in rows)
@@ -98,8 +93,8 @@ def command(
             lines += _flat(rows)
         elif not check:
             lines += ([render.safe(prefix)] if prefix else []) + _folded(rows, prefix)
-        render.show(lines)
-    return failed.exit_code if failed else int(any(report.check and report.check.findings for report in reports))
+        render.show(lines if lines[-1] else lines[:-1])
+    return failed.exit_code or int(any(report.check and report.check.findings for report in reports))
 
 
 def _inspected(
@@ -112,8 +107,14 @@ def _inspected(
     opened = ckptool.open(path, root=root)
     with bar(lambda: volume(opened, keys.chooser(include, exclude), check=check)) as progress:
         return ckptool.inspect(
-            opened, stats=stats, hashes=hashes, check=check, include=include, exclude=exclude, progress=progress
-        )
+            opened, root=root, stats=stats, hashes=hashes, check=check, include=include, exclude=exclude,
+            progress=progress,
+        )  # fmt: skip
+
+
+def _keys(report: InspectReport) -> list[str]:
+    """Returns all keys at root, of objects that are no tensors too."""
+    return [*(row.key for row in report.tensors), *(item.key for item in report.beside if item.key is not None)]
 
 
 def _chosen(report: InspectReport, include: list[str], exclude: list[str], sort: Order | None) -> list[TensorRow]:
@@ -133,9 +134,12 @@ def _summary(report: InspectReport) -> list[str]:
     origin = f", written from {', '.join(foreign)}" if foreign else ""
     head = f"{render.safe(report.path)}   {report.format}, {size(report.nbytes)}{origin}"
     lines = [["weights", _weights(report)], *([["hash", report.hash]] if report.hash else [])]
-    sizes = ["" if item.nbytes is None else f", {size(item.nbytes)}" for item in report.beside]
+    beside = [
+        f"{item.path or 'the top'}: {item.text}" + ("" if item.nbytes is None else f", {size(item.nbytes)}")
+        for item in report.beside
+    ]
     for label, texts in (
-        ("beside them", [f"{item.path}: {item.text}{text}" for item, text in zip(report.beside, sizes, strict=True)]),
+        ("beside them", beside),
         ("metadata", [f"{name}: {value}" for name, value in report.metadata.items()]),
         ("notes", _notes(report)),
     ):
@@ -144,6 +148,8 @@ def _summary(report: InspectReport) -> list[str]:
 
 
 def _weights(report: InspectReport) -> str:
+    if not report.tensors:
+        return f"{report.root or 'the top'}: no tensors"
     if len(report.dtypes) == 1:
         sizes = f"{size(report.tensor_nbytes)} {next(iter(report.dtypes))}"
     else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptool.cli import render
-from ckptool.errors import UsageError
+from ckptool.errors import CkptoolError, UsageError
 from ckptool.text import plural
 
 if TYPE_CHECKING:  # `inspect` and `diff` need the bar only, and must not import what writes
@@ -84,10 +84,12 @@ class Outputs:
         if path is not None and not self.dry_run:
             self._write_text(path, render.json_text(document))
 
-    def finish(self, result: Any, notes: Sequence[str], lines: Callable[[], Iterable[str]]) -> None:
+    def finish(
+        self, result: Any, notes: Sequence[str], lines: Callable[[], Iterable[str]], errors: Sequence[CkptoolError] = ()
+    ) -> None:
         """Writes the report if --report names a path; prints the JSON document or the lines."""
         if self.report is not None or self.as_json:
-            text = render.json_text(render.document(self.command, result, notes))
+            text = render.json_text(render.document(self.command, result, notes, errors))
             if self.report is not None:
                 self._write_text(self.report, text)
             if self.as_json:

@@ -11,8 +11,11 @@ import functools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from ckptool.errors import CkptoolError
 
 Line = Sequence[str]
 
@@ -113,6 +116,30 @@ def note(text: str) -> None:
     print(f"ckptool: {safe(text)}", file=sys.stderr)
 
 
+class Failures:
+    """The errors of single inputs of several: each is printed at once, and does not stop the others."""
+
+    def __init__(self, inputs: int) -> None:
+        self.several = inputs > 1
+        self.errors: list[CkptoolError] = []
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps an error raised in the block; raises it where there is one input only."""
+        try:
+            yield
+        except CkptoolError as error:
+            if not self.several:
+                raise
+            self.errors.append(error)
+            note(f"error: {error}")
+
+    @property
+    def exit_code(self) -> int:
+        """Returns 0, or the exit code of the first error."""
+        return self.errors[0].exit_code if self.errors else 0
+
+
 def to_json(value: Any) -> Any:
     """Returns a report as JSON's own types. Fields whose default is None are left out where they are None."""
     if value is None or isinstance(value, (str, int, float)):
@@ -167,9 +194,17 @@ def print_json(document: Any) -> None:
     write(json_text(document))
 
 
-def document(command: str, result: Any, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns the document that every command prints with --json."""
+def document(
+    command: str, result: Any, notes: Sequence[str] = (), errors: Sequence[CkptoolError] = ()
+) -> dict[str, Any]:
+    """Returns the document that every command prints with --json; ``errors``: of inputs that are not in the result."""
     content = to_json(result)
     if isinstance(content, dict):
         content.pop("notes", None)
-    return {"schema": 1, "command": command, "result": content, "notes": list(notes)}
+    made = {"schema": 1, "command": command, "result": content, "notes": list(notes)}
+    return {**made, "errors": [error_json(error) for error in errors]} if errors else made
+
+
+def error_json(error: CkptoolError) -> dict[str, Any]:
+    """Returns an error as JSON's own types."""
+    return {"kind": error.slug, "message": error.message, "path": error.path}

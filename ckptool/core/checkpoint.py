@@ -13,20 +13,21 @@ Two tensors whose source is the same `Storage` object share memory: tied weights
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from types import NoneType
 from typing import Any
 
 from ckptool.core import modules
 from ckptool.core.keys import EMA
 from ckptool.core.optimizers import is_optimizer
+from ckptool.core.roots import is_flat
 from ckptool.core.tensor import Opaque, TensorInfo
 from ckptool.core.tree import (
     Path,
     PyObject,
     as_mapping,
+    attributes,
     children,
     key_text,
     least_to_refuse,
@@ -34,9 +35,10 @@ from ckptool.core.tree import (
     refuse_key,
     replaced,
     walk,
+    without,
 )
 from ckptool.core.versions import versioned, without_lost_counters
-from ckptool.errors import CollisionError, FormatError, IncompleteError, UnsupportedError
+from ckptool.errors import CollisionError, FormatError, IncompleteError, UnsupportedError, listed
 from ckptool.limits import MAX_KEY, MAX_KEYS
 
 
@@ -81,7 +83,8 @@ class Checkpoint:
         """Returns {key: (path below root, value)} of the dict at ``root``, objects that are no tensors included.
 
         An nn.Module stand-in gives its state_dict; a tree without any tensor directly at root is flattened with "/",
-        without optimizer states and averaged copies (EMA). Cached: do not change the result.
+        an optimizer's state and an averaged copy (EMA) being one value each. Of keys that read alike, the one that is
+        no str has its type behind it: ``0 (int)``. Cached: do not change the result.
         """
         if self.root not in self._cache:
             self._cache[self.root] = _entries(self.at(self.root), self.url)
@@ -92,11 +95,14 @@ class Checkpoint:
         return {key: value for key, (_, value) in self.entries().items() if isinstance(value, TensorInfo)}
 
     def hidden(self) -> dict[str, dict[str, TensorInfo]]:
-        """Returns {key: {path inside: tensor}} of the objects at ``root`` that are no tensors and contain some.
+        """Returns {key: {path inside: tensor}} of the objects in a state_dict that are no tensors and contain some.
 
         Examples are the packed parameters of quantised modules and ``_extra_state``.
         """
         found: dict[str, dict[str, TensorInfo]] = {}
+        node = self.at(self.root)
+        if not (is_flat(node) or modules.is_module(node)):  # beside nested models are optimizers and copies
+            return found
         for key, (_, value) in self.entries().items():
             if not isinstance(value, TensorInfo):
                 inner = {
@@ -107,6 +113,36 @@ class Checkpoint:
                 if inner:
                     found[key] = inner
         return found
+
+    def beside(self) -> Iterator[tuple[Path, str | None, Any]]:
+        """Yields (path, key, value) of all that is no weight: what lies beside the path to root, and objects at root.
+
+        ``key`` is None for what is outside of root.
+        """
+        node = self.tree
+        for depth, step in enumerate(self.root):
+            siblings = as_mapping(node)
+            for name, value in children(node) if siblings is None else siblings.items():
+                if name != step or type(name) is not type(step):
+                    yield (*self.root[:depth], name), None, value
+            node = self.at(self.root[: depth + 1])
+        for key, (_, value) in self.entries().items():
+            if not isinstance(value, TensorInfo):
+                yield (*self.root, key), key, value
+
+    def refuse_alike(self, keys: Container[str]) -> None:
+        """Raises CollisionError if one of ``keys`` reads like another one, as 0 does like "0"."""
+        entries = self.entries()
+        if all(key[-1:] != ")" for key in entries):
+            return  # nearly always: no key has its type behind it
+        by_text: dict[str, list[str]] = {}
+        for key, (path, _) in entries.items():
+            by_text.setdefault("/".join(map(key_text, path)), []).append(key)
+        for text, alike in by_text.items():
+            plain = any(not any(isinstance(step, PyObject) for step in entries[key][0]) for key in alike)
+            if len(alike) > 1 and plain and any(key in keys for key in alike):
+                what = f"two keys read {text!r} ({listed(alike)}): rename or drop one with remap"
+                raise CollisionError(what, self.url)
 
     def tensors(self) -> Iterator[tuple[Path, TensorInfo]]:
         """Yields (path, tensor) for all tensors of the tree, optimizer and EMA copies included.
@@ -158,31 +194,38 @@ class Checkpoint:
             tree = detached(entries) if modules.is_module(self.at(self.root)) else entries
         return _realise(tree, map_location, _module_state_dict)
 
-    def with_state_dict(self, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
+    def with_state_dict(
+        self, tensors: Mapping[str, TensorInfo], objects: Mapping[str, Any] | None = None
+    ) -> Checkpoint:
         """Returns a checkpoint with these tensors at root; all else is the same objects.
 
-        Keys are in the order of ``tensors``; an object at root that is no tensor stays behind the same key.
-        An nn.Module becomes the OrderedDict that its `state_dict()` would be. ``_metadata`` follows.
-        Raises: UnsupportedError if root is a list or a nest of dicts and the keys change there.
+        Keys are in the order of ``tensors``; an object at root that is no tensor stays behind the same key, unless
+        ``objects`` lacks it; what only ``objects`` has comes last. An nn.Module becomes the OrderedDict that its
+        `state_dict()` would be. ``_metadata`` follows.
+        Raises: UnsupportedError if root is a list or a nest of containers, and keys are new there or in another order.
         """
         node = self.at(self.root)
         old = self.entries()
+        self.refuse_alike(tensors)
         if modules.is_module(node):
             made: Any = versioned(detached(tensors), node)
             made.state = without_lost_counters(made, old, tensors)
         elif is_flat(node):
             names = {key: path[0] for key, (path, _) in old.items()}
-            mapping = _merged(old, names, tensors)
+            mapping = _merged(old, names, tensors, objects)
             if isinstance(node, PyObject):
                 made = node.with_mapping(mapping, without_lost_counters(node, old, tensors))
             else:
                 made = mapping
         else:
-            if list(tensors) != [key for key, (_, value) in old.items() if isinstance(value, TensorInfo)]:
-                raise UnsupportedError(
-                    "its weights are spread over several nested containers: choose one with --root", self.url
-                )
+            kept = {key for key, (_, value) in old.items() if objects is None and not isinstance(value, TensorInfo)}
+            kept.update(tensors, objects or ())
+            if list(tensors) != [key for key in old if key in tensors] or not kept <= old.keys():
+                what = "its weights are spread over several nested containers: choose one with --root"
+                raise UnsupportedError(what, self.url)
             made = node
+            if len(kept) < len(old):
+                made = without(node, [path for key, (path, _) in old.items() if key not in kept])
             for key, tensor in tensors.items():
                 path, unchanged = old[key]
                 if tensor is unchanged:
@@ -223,32 +266,20 @@ def detached(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {key: made.get(id(value), value) for key, value in tensors.items()}
 
 
-def is_flat(node: object) -> bool:
-    """Returns whether a node is a dict with tensors among its values, or an empty dict."""
-    mapping = as_mapping(node)
-    return mapping is not None and (
-        not mapping or any(isinstance(value, TensorInfo) and not value.is_beside for value in mapping.values())
-    )
-
-
 def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
     if modules.is_module(node):
         return {key: ((key,), value) for key, value in modules.state_dict(node).items()}
-    found: dict[str, tuple[Path, Any]] = {}
-    total = 0
     longest, most, least = MAX_KEY.now(), MAX_KEYS.now(), least_to_refuse()
     mapping = as_mapping(node) or {}
-    if set(map(type, mapping)) == {str} and is_flat(node):  # nearly always
+    flat = is_flat(node)
+    if flat and set(map(type, mapping)) == {str}:  # nearly always
         if max(map(len, mapping)) >= least:
             for name in mapping:
                 refuse_key(name, url)
         return {name: ((name,), value) for name, value in mapping.items()}
-    if is_flat(node):
-        pairs: Iterator[tuple[Path, Any]] = (((name,), value) for name, value in mapping.items())
-    else:
-        pairs = _nested_entries(node)
-    times: Counter[str] = Counter()
-    for path, value in pairs:
+    total = 0
+    read: list[tuple[str, Path, Any]] = []
+    for path, value in (((name,), value) for name, value in mapping.items()) if flat else _nested_entries(node):
         steps = [key_text(step) for step in path]
         if len(steps) > 1 and (length := sum(map(len, steps)) + len(steps) - 1) > longest:
             what = f"a key joined from the names above it has {length:,} characters"
@@ -260,35 +291,75 @@ def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:
             total += len(key)
             if total > most:
                 raise MAX_KEYS.passed("its keys have too many characters in all", path=url)
-        if key in found and all(isinstance(step, (str, int, float, NoneType)) for step in path):
-            raise CollisionError(f"two keys read {key!r} (one of them is no string)", url)
-        while key in found:  # different objects of the same text
-            times[key] += 1
-            key = f"{key} ({times[key] + 1})"
+        read.append((key, path, value))
+    texts = Counter(key for key, _, _ in read)
+    times: Counter[str] = Counter()
+    found: dict[str, tuple[Path, Any]] = {}
+    for text, path, value in read:
+        key = text
+        other = next((step for step in path if not isinstance(step, (str, PyObject))), "")
+        if texts[text] > 1 and other != "":
+            key = f"{text} ({type(other).__name__})"
+        while key in found or (key != text and key in texts):
+            times[text] += 1
+            key = f"{text} ({times[text] + 1})"
         found[key] = path, value
     return found
 
 
 def _nested_entries(top: object) -> Iterator[tuple[Path, Any]]:
-    """Yields (path, value) for the leaves of nested containers, without optimizer states and averaged copies."""
-    for path, node in walk(top, closed=lambda node: is_optimizer(node) or modules.is_module(node)):
-        if path and path[0] in EMA:
+    """Yields (path, value) of the tensors in nested containers, and of what lies beside them.
+
+    A container without tensors is one value, and so are an optimizer's state and an averaged copy (EMA). A
+    state_dict's ``_metadata`` is none.
+    """
+    if isinstance(top, TensorInfo):
+        yield (), top
+    nodes: list[tuple[Path, Any]] = []
+    entered: set[Path] = {()}
+    skipped: set[Path] = set()
+    below: Path = ()
+    for path, node in walk(
+        top, closed=lambda node: modules.is_module(node) or (node is not top and is_optimizer(node))
+    ):
+        if below and path[: len(below)] == below:
+            continue
+        below = path if path in skipped else ()
+        if below:
+            continue
+        mapping = as_mapping(node)
+        if mapping is not None and "_metadata" not in mapping and "_metadata" in attributes(node):
+            skipped.add((*path, "_metadata"))
+        nodes.append((path, node))
+        if len(path) == 1 and path[0] in EMA and mapping is not None:
+            below = path
+        elif path and (isinstance(node, TensorInfo) or modules.is_module(node) or is_optimizer(node)):
+            above = path[:-1]
+            while above not in entered:
+                entered.add(above)
+                above = above[:-1]
+    for path, node in nodes:
+        if path in entered or path[:-1] not in entered:
             continue
         if modules.is_module(node):
             yield from (((*path, key), value) for key, value in modules.state_dict(node).items())
-        elif isinstance(node, TensorInfo) or next(children(node), None) is None:
+        else:
             yield path, node
 
 
 def _merged(
-    old: Mapping[str, tuple[Path, Any]], names: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    old: Mapping[str, tuple[Path, Any]],
+    names: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    objects: Mapping[str, Any] | None,
 ) -> dict[Any, Any]:
     """Returns the new content: tensors in their order, every other object behind the same key as before."""
     others: dict[str | None, list[str]] = {}
     last: str | None = None
     for key, (_, value) in old.items():
         if not isinstance(value, TensorInfo):
-            others.setdefault(last, []).append(key)
+            if objects is None or key in objects:
+                others.setdefault(last, []).append(key)
         elif key in tensors:
             last = key
     mapping: dict[Any, Any] = {}
@@ -297,4 +368,5 @@ def _merged(
             mapping[names.get(anchor, anchor)] = tensors[anchor]
         for key in others.get(anchor, ()):
             mapping[names[key]] = old[key][1]
+    mapping.update((key, value) for key, value in (objects or {}).items() if key not in old)
     return mapping

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from ckptool.core import keys, modules
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import Path, as_mapping, walk
+from ckptool.core.tree import Path, as_mapping, attributes, walk
 
 _DEEPEST = 20
 """The longest path to the weights. Real checkpoints have two or three steps."""
@@ -25,7 +26,10 @@ class Root(NamedTuple):
 
 
 def find_root(tree: Any) -> Root:
-    """Returns the path to the weights: the tree itself if it is key -> tensor, else a known name, else the only dict.
+    """Returns the path to the weights: a known name, else the tree itself if it is key -> tensor, else the only dict.
+
+    A known name goes before tensors beside it, however large: a random state, a memory bank. Keys with dots are those
+    of a state_dict: they go before it below another known name, and where they are as many as it has.
 
     >>> find_root({"epoch": 3}).path
     ()
@@ -40,37 +44,48 @@ def find_root(tree: Any) -> Root:
             break
         ema += [(*path, name) for name in keys.EMA if name in mapping and holds_weights(mapping[name])]
         named = [name for name in keys.ROOTS if name in mapping and holds_weights(mapping[name])]
-        found = named or [
-            name
-            for name, value in mapping.items()
-            if not isinstance(value, TensorInfo) and name not in keys.EMA and holds_weights(value)
-        ]
+        if is_optimizer(node) and not named:  # of an optimizer alone
+            return Root((*path, "state") if holds_weights(mapping["state"]) else path, (), tuple(ema))
+        found = named or _models(mapping)
         if not found:
             break
-        direct = sum(value.numel for value in mapping.values() if _is_weight(value))
-        if any(_is_weight(value) for value in mapping.values()) and (
-            direct >= max(_elements(mapping[name]) for name in found)
-        ):
-            others += [(*path, name) for name in found]  # key -> tensor, and a smaller dict of weights in it
+        loose = {name: value for name, value in mapping.items() if _is_weight(value)}
+        if loose and _has_metadata(node):
+            stay = True
+        elif named:
+            dotted = sum(map(_is_dotted, loose))
+            stay = dotted > 0 and (path != () or dotted >= sum(1 for _ in _tensors(mapping[named[0]])))
+            if dotted and not stay:
+                others.append(path)
+        else:
+            stay = len(found) > 1 or isinstance(mapping[found[0]], (list, tuple)) or _outweigh(loose, mapping[found[0]])
+        if loose or len(found) > 1:
+            others += [(*path, name) for name in (found if stay else found[1:])]
+        if stay:
             break
-        if len(found) > 1:
-            others += [(*path, name) for name in (found[1:] if named else found)]
-            if not named:
-                break
         path = (*path, found[0])
         node = mapping[found[0]]
     return Root(path, tuple(others), tuple(ema))
 
 
-def _elements(node: Any) -> int:
-    """Returns the number of elements of all tensors in a module or container, without optimizer states."""
-    if modules.is_module(node):
-        return sum(value.numel for value in modules.state_dict(node).values() if isinstance(value, TensorInfo))
-    return sum(value.numel for _, value in walk(node, closed=is_optimizer) if isinstance(value, TensorInfo))
+def is_flat(node: object) -> bool:
+    """Returns whether a node is key -> tensor, or an empty dict.
 
-
-def _is_weight(value: Any) -> TypeGuard[TensorInfo]:
-    return isinstance(value, TensorInfo) and not value.is_beside
+    A dict with tensors among its values is, unless these lie beside several models: then all of it is nested.
+    """
+    mapping = as_mapping(node)
+    if not mapping:
+        return mapping is not None
+    loose = False
+    for name, value in mapping.items():
+        if _is_weight(value):
+            if _is_dotted(name):
+                return True  # nearly always at the first key
+            loose = True
+    if not loose or _has_metadata(node):
+        return loose
+    found = _models(mapping)
+    return len(found) < 2 and not any(isinstance(mapping[name], (list, tuple)) for name in found)
 
 
 def holds_weights(node: Any) -> bool:
@@ -85,3 +100,46 @@ def holds_weights(node: Any) -> bool:
         if seen > _PROBE:
             break
     return False
+
+
+def _models(mapping: Mapping[Any, Any]) -> list[Any]:
+    """Returns the names of the values that hold weights: modules, dicts, and lists of these."""
+    return [
+        name
+        for name, value in mapping.items()
+        if not isinstance(value, TensorInfo)
+        and name not in keys.EMA
+        and not (isinstance(name, str) and name.endswith("_extra_state"))
+        and (any(map(holds_weights, value)) if isinstance(value, (list, tuple)) else holds_weights(value))
+    ]
+
+
+def _outweigh(loose: Mapping[Any, TensorInfo], node: Any) -> bool:
+    """Returns whether tensors beside a dict of unknown name are the weights: they have dots, or more elements."""
+    if not loose or any(map(_is_dotted, loose)):
+        return bool(loose)
+    inside = list(_tensors(node))
+    if any(map(_is_dotted, (path[-1] for path, _ in inside if path))) or _has_metadata(node):
+        return False
+    return sum(tensor.numel for tensor in loose.values()) >= sum(tensor.numel for _, tensor in inside)
+
+
+def _tensors(node: Any) -> Iterator[tuple[Path, TensorInfo]]:
+    """Yields (path, tensor) of a module or container, without optimizer states."""
+    if modules.is_module(node):
+        yield from (((key,), value) for key, value in modules.state_dict(node).items() if isinstance(value, TensorInfo))
+    else:
+        yield from ((path, value) for path, value in walk(node, closed=is_optimizer) if isinstance(value, TensorInfo))
+
+
+def _is_weight(value: Any) -> TypeGuard[TensorInfo]:
+    return isinstance(value, TensorInfo) and not value.is_beside
+
+
+def _is_dotted(name: object) -> bool:
+    return isinstance(name, str) and "." in name
+
+
+def _has_metadata(node: object) -> bool:
+    """Returns whether a node is what `Module.state_dict()` returned."""
+    return "_metadata" in attributes(node)

@@ -6,7 +6,7 @@ everything else, and of leaves that other files define (tensors). Nothing here i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -361,6 +361,27 @@ def replaced(top: Any, path: Path, value: Any) -> Any:
     for holder, step in reversed(above):
         value = _with_part(holder, step, value)
     return value
+
+
+def without(top: Any, paths: Sequence[Path]) -> Any:
+    """Returns the tree without the values at ``paths``, and without the dicts that these leave empty.
+
+    Raises: UnsupportedError if one of them lies in a list or an object, from which nothing can be taken.
+    """
+    below: dict[Any, list[Path]] = {}
+    for path in paths:
+        below.setdefault(path[0], []).append(path[1:])
+    mapping = as_mapping(top)
+    if mapping is None and any(() in rests for rests in below.values()):
+        what = top.qualname if isinstance(top, PyObject) else type(top).__name__
+        raise UnsupportedError(f"cannot take {brief(next(iter(below)))} out of a {what}: choose a part with --root")
+    for step, rests in below.items():
+        part = None if () in rests else without(_part(top, step), rests)
+        if part is not None and (as_mapping(part) != {} or mapping is None):
+            top = _with_part(top, step, part)
+        else:
+            top = with_content(top, {name: child for name, child in (as_mapping(top) or {}).items() if name != step})
+    return top
 
 
 def _part(node: Any, step: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Opaque, TensorInfo
-from ckptool.core.tree import as_mapping, path_text
+from ckptool.core.tree import path_text
 from ckptool.errors import LossError, listed
 
 
@@ -30,18 +30,9 @@ def has_surrogate(name: str) -> bool:
 
 def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Returns the names of all that is not a weight: entries outside root, and tensors' subclasses and attributes."""
-    left = []
-    for key, (_, value) in checkpoint.entries().items():
-        if not isinstance(value, TensorInfo):
-            left.append(key)
-        elif (extras := value.extras) is not None:
+    left = [path_text(path) if key is None else key for path, key, _ in checkpoint.beside()]
+    for key, tensor in checkpoint.state_dict().items():
+        if (extras := tensor.extras) is not None:
             left += [f"the class of {key} ({extras.subclass!r})"] if extras.subclass is not None else []
             left += [f"the attributes of {key}"] if extras.state is not None else []
-    node = checkpoint.tree
-    for depth, step in enumerate(checkpoint.root):
-        mapping = as_mapping(node)
-        if mapping is None:
-            break
-        left += [path_text((*checkpoint.root[:depth], name)) for name in mapping if name != step]
-        node = mapping[step]
     return tuple(left)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ckptool.core import keys as names
 from ckptool.core.aliases import RESERVED
@@ -108,13 +107,8 @@ def _untied(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list
 
 def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tuple[Checkpoint, list[str]]:
     """Returns (the checkpoint with only the state_dict in its tree, the names of the other entries)."""
-    left: list[str] = []
-    node: Any = checkpoint.tree
-    for depth, step in enumerate(checkpoint.root):
-        mapping = as_mapping(node) or {}
-        left += [path_text((*checkpoint.root[:depth], name)) for name in mapping if name != step]
-        node = checkpoint.at(checkpoint.root[: depth + 1])
-    left += [key for key, (_, value) in checkpoint.entries().items() if not isinstance(value, TensorInfo)]
+    left = [path_text(path) if key is None else key for path, key, _ in checkpoint.beside()]
+    node = checkpoint.at(checkpoint.root)
     return replace(checkpoint, tree=versioned(detached(tensors), node), root=()), left
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ckptool.core import keys as names
-from ckptool.core.checkpoint import Checkpoint, is_flat
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.ops.notes import pattern_notes, require_tensors, root_notes, wrapper_notes
 
@@ -96,11 +96,12 @@ def diff(
 
     Raises: NoTensorsError if a side has none, CollisionError if two keys are equal without their prefixes.
     """
-    first, second = _tensors(a), _tensors(b)
+    (first, owners), (second, more) = _tensors(a), _tensors(b)
+    owners |= more
     plain_a = names.plain_keys(first, strip_prefix_a, None, a.url)
     plain_b = names.plain_keys(second, strip_prefix_b, None, b.url)
     notes = [*root_notes([a, b]), *wrapper_notes((a.url, first), (b.url, second))]
-    notes += pattern_notes(ignore, [*plain_a, *plain_b, *first, *second], "--ignore ")
+    notes += pattern_notes(ignore, [*plain_a, *plain_b, *first, *second, *owners.values()], "--ignore ")
     chosen = names.chooser((), ignore) if ignore else lambda key: True
     report = DiffReport(False, 0, [], [], [], [], [], [], [], compared=compare is not None, notes=notes)
     equal = ignored = 0
@@ -113,7 +114,7 @@ def diff(
         for plain, key in plain_keys.items():
             if plain in others and side == "b":
                 continue
-            if not (chosen(plain) and chosen(key)):
+            if not (chosen(plain) and chosen(key) and chosen(owners.get(key, key))):
                 ignored += 1
             elif plain in others:
                 equal += _same(report, key, first[key], second[plain_b[plain]], devices, compare)
@@ -141,12 +142,14 @@ def volume(a: Checkpoint, b: Checkpoint, **options: Any) -> int:
     return sum(sizes)
 
 
-def _tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """Returns the tensors to compare, those inside packed parameters and extra state included as ``key/path``."""
+def _tensors(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Returns the tensors to compare, and {``key/path``: key} of those inside packed parameters and extra state."""
     tensors = require_tensors(checkpoint)
-    for key, inner in checkpoint.hidden().items() if is_flat(checkpoint.at(checkpoint.root)) else ():
+    owners: dict[str, str] = {}
+    for key, inner in checkpoint.hidden().items():
         tensors.update((f"{key}/{path}", tensor) for path, tensor in inner.items())
-    return tensors
+        owners.update((f"{key}/{path}", key) for path in inner)
+    return tensors, owners
 
 
 def _same(

@@ -12,10 +12,10 @@ from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
-from ckptool.core.tree import ordered_dict, path_text
+from ckptool.core.tree import Path, ordered_dict, path_text
 from ckptool.core.versions import versioned
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
-from ckptool.ops.notes import beside_root, optimizer_notes, pattern_notes, require_tensors, root_notes, wrapper_notes
+from ckptool.ops.notes import optimizer_notes, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 Reason = Literal[
     "loaded", "cast", "tied", "adapted", "initialised", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"
@@ -144,12 +144,18 @@ def _select(
     equals: list[str] = []
     rows: list[Row] = []
     tensors: list[str] = []
+    objects: dict[str, Any] = {}
+    base = sources[0]
     for number, (checkpoint, file) in enumerate(zip(sources, _files(sources), strict=True)):
         hidden = checkpoint.hidden()
-        for key, (_, value) in checkpoint.entries().items():
+        for key, (path, value) in checkpoint.entries().items():
             if not isinstance(value, TensorInfo):
-                decision = "not taken" if number else "stays where it is"
-                rows.append(_object_row(key, hidden.get(key, ()), decision, file=file))
+                fate = "an earlier source has it" if key in objects else "kept"
+                if not chosen(key):
+                    fate = "not chosen" if number or not _is_item(base, path) else "kept, as part of a list"
+                rows.append(_object_row(key, hidden.get(key, ()), fate, file=file))
+                if fate.startswith("kept"):
+                    objects[key] = value
                 continue
             tensors.append(key)
             shape = dims(value)
@@ -167,18 +173,18 @@ def _select(
     if repeated and not first_wins:
         what = f"{len(repeated)} keys are in two sources, with other values: {listed(repeated, 20)}"
         raise CollisionError(f"{what}; --first-wins takes those of the first, --match TARGET takes what fits one")
-    base = sources[0]
     if not kept:
         raise NoTensorsError(f"the patterns choose none of {len(tensors)} tensors", base.url)
-    notes = [*root_notes(sources), *pattern_notes(patterns, tensors)]
+    notes = [*root_notes(sources), *pattern_notes(patterns, [row.key for row in rows])]
     notes += [f"the same in two sources, taken once: {listed(equals)}"] if equals else []
     notes += [f"in two sources, taken from the first: {listed(repeated)}"] if repeated else []
     for checkpoint in sources[1:]:
         notes += _retied(kept, origin, checkpoint, same)
-        notes += [f"not taken from {checkpoint.url}: {listed(beside)}"] if (beside := beside_root(checkpoint)) else []
+        outside = [path_text(path) for path, key, _ in checkpoint.beside() if key is None]
+        notes += [f"not taken from {checkpoint.url}: {listed(outside)}"] if outside else []
+    merged = base.with_state_dict(kept, objects)
     if len(kept) != len(base.state_dict()):
-        notes += optimizer_notes(base)
-    merged = base.with_state_dict(kept)
+        notes += optimizer_notes(merged)
     notes += _module_notes(base)
     return merged, _report(rows, notes, sources)
 
@@ -201,6 +207,11 @@ def _retied(kept: dict[str, TensorInfo], origin: Mapping[str, int], source: Chec
         else:
             notes.append(f"tied in {source.url}, and no longer: {listed(present)}")
     return notes
+
+
+def _is_item(checkpoint: Checkpoint, path: Path) -> bool:
+    """Returns whether what is at a path below root lies in a list, from which nothing can be taken."""
+    return type(path[-1]) is int and isinstance(checkpoint.at((*checkpoint.root, *path[:-1])), (list, tuple))
 
 
 def _files(sources: Sequence[Checkpoint]) -> list[str | None]:
@@ -263,6 +274,8 @@ class Merge:
             self.used.update(matched)
             source = matched[0][1] if matched else None
             self.rows[key] = Row(key, "ignored", dims(tensor), source, dtype=tensor.dtype, detail="not chosen")
+        for number, offering in enumerate(self.sources):
+            offering.refuse_alike({key for other, key in self.used if other == number})
         if self.uncastable:
             raise LossError(f"--cast cannot convert {listed(self.uncastable, 20)}", self.target.url)
 
@@ -358,7 +371,7 @@ class Merge:
         merged = {key: self.taken.get(key) or self.made.get(key, tensor) for key, tensor in self.tensors.items()}
         checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
         rows = [*self.rows.values(), *self._object_rows(), *self.refused, *self._unused_rows()]
-        known = [*self.tensors, *(key for plain, _ in self.offers for key in plain)]
+        known = [*self.tensors, *(key for plain, _ in self.offers for key in plain), *(row.key for row in rows)]
         notes = [*root_notes([*self.sources, self.target]), *pattern_notes(patterns, known)]
         for source, (_, tensors) in zip(self.sources, self.offers, strict=True):
             wrappers = wrapper_notes((source.url, tensors), (self.target.url, self.tensors))

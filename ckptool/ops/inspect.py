@@ -13,7 +13,6 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.pickled_names import is_needed_for_tensors
 from ckptool.core.tensor import Storage, TensorInfo
 from ckptool.core.tree import Global, Path, PyObject, as_mapping, attributes, nodes, path_text, walk
-from ckptool.ops.notes import require_tensors
 
 if TYPE_CHECKING:  # imported only where values are read
     from ckptool.core.findings import Check, PrefixStats, Stats
@@ -42,11 +41,12 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A value in the tree beside the weights: its path, and a short description."""
+    """A value in the tree beside the weights: its path, and a short description. ``key``: of an object at root."""
 
     path: str
     text: str
     nbytes: int | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +92,11 @@ class InspectReport:
 def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
     """Returns the description of a checkpoint; ``devices``: with the tensors' devices, which not every format records.
 
-    Raises: NoTensorsError if there is no tensor at root.
+    Of a tree without tensors at root, ``beside`` is all of it. Raises: IncompleteError if that is for lack of shards.
     """
-    if not checkpoint.state_dict():
-        checkpoint.require_whole()  # raises if shards are missing, which then is the reason
-    tensors = require_tensors(checkpoint)
+    tensors = checkpoint.state_dict()
+    if not tensors:
+        checkpoint.require_whole()
     tied = checkpoint.shared()
     first_of = {key: group[0] for group in tied for key in group[1:]}
     rows = [
@@ -137,7 +137,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         names.wrapper_of(keys),
         names.common_prefix(keys),
         [path_text(path) for path in found.ema if path != checkpoint.root],
-        [path_text(path) for path in (*found.others, found.path) if path != checkpoint.root and found.others],
+        [path_text(path) or "/" for path in (*found.others, found.path) if path != checkpoint.root and found.others],
         tied,
         stored,
         used,
@@ -208,27 +208,25 @@ def _loose(node: Any) -> list[str]:
 
 
 def _notes(node: Any) -> list[str]:
+    if isinstance(node, TensorInfo):
+        return ["a bare tensor: its key is empty"]
     hooks = modules.state_dict_hooks(node) if modules.is_module(node) else []
     return [f"state_dict hooks were not run, a live state_dict may differ: {', '.join(hooks)}"] if hooks else []
 
 
 def _beside(checkpoint: Checkpoint) -> list[Beside]:
-    """Returns the entries beside the path to the weights, and the entries at root that are not tensors."""
-    found: list[Beside] = []
-    for depth, step in enumerate(checkpoint.root):
-        path = checkpoint.root[:depth]
-        mapping = as_mapping(checkpoint.at(path))
-        if mapping is None:
-            break
-        found += [_described((*path, name), value) for name, value in mapping.items() if name != step]
-    entries = checkpoint.entries().items()
-    found += [
-        _described((*checkpoint.root, key), value) for key, (_, value) in entries if not isinstance(value, TensorInfo)
-    ]
+    """Returns the entries beside the path to the weights, and the entries at root that are not tensors.
+
+    Where the tree is an object, or no container, that is first.
+    """
+    found = [_described(path, value, key) for path, key, value in checkpoint.beside()]
+    tree = checkpoint.tree
+    if as_mapping(tree) is None and not isinstance(tree, (list, tuple, TensorInfo)) and not modules.is_module(tree):
+        found.insert(0, _described((), tree))
     return found
 
 
-def _described(path: Path, value: Any) -> Beside:
+def _described(path: Path, value: Any, key: str | None = None) -> Beside:
     """Returns the description of a value: an optimizer's kind, the tensors in a container, or a value as text."""
     tensors = [node for _, node in walk(value) if isinstance(node, TensorInfo)]
     states = value if isinstance(value, list) else [value]
@@ -241,9 +239,11 @@ def _described(path: Path, value: Any) -> Beside:
     elif tensors and not isinstance(value, TensorInfo):
         kind = value.qualname if isinstance(value, PyObject) else type(value).__name__
         text = f"{kind} with {len(tensors)} tensor{'s' * (len(tensors) > 1)}"
+    elif isinstance(value, Storage):
+        text, nbytes = f"a storage of {value.dtype or 'bytes'}, no tensor", value.nbytes
     else:
         text, nbytes = _preview(value), nbytes if tensors else None
-    return Beside(path_text(path), text, nbytes)
+    return Beside(path_text(path), text, nbytes, key)
 
 
 def _preview(value: Any) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 from ckptool.core import keys as names
 from ckptool.core import modules
-from ckptool.core.checkpoint import Checkpoint, is_flat
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.optimizers import is_optimizer
+from ckptool.core.roots import find_root, is_flat
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import Path, as_mapping, children, path_text, replaced, walk, with_content
+from ckptool.core.tree import Path, as_mapping, path_text, replaced, walk, with_content
 from ckptool.errors import NoTensorsError, UsageError, listed
 
 
@@ -26,23 +27,17 @@ def require_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 
 def root_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
-    """Returns notes on each checkpoint: what follows its end, and where its weights are, unless at the top."""
+    """Returns notes on what follows the end of a checkpoint, and on its weights, if not at the top or not all."""
     notes: dict[str, None] = {}
     for one in checkpoints:
         if one.trailing:
             notes[f"{one.url}: {one.trailing}"] = None
-        if one.root:
-            notes[f"the weights of {one.url} are at {path_text(one.root)}"] = None
+        found, root = find_root(one.tree), path_text(one.root)
+        others = [path_text(path) or "/" for path in found.others if found.path == one.root]
+        if root or others:
+            more = f"; other places (--root): {listed(others)}" if others else ""
+            notes[f"the weights of {one.url} are at {root or 'the top'}{more}"] = None
     return list(notes)
-
-
-def beside_root(checkpoint: Checkpoint) -> list[str]:
-    """Returns the paths of what stands beside the path to the weights: an epoch, an optimizer, other models."""
-    found: list[str] = []
-    for depth, step in enumerate(checkpoint.root):
-        path = checkpoint.root[:depth]
-        found += [path_text((*path, name)) for name, _ in children(checkpoint.at(path)) if name != step]
-    return found
 
 
 def pattern_notes(patterns: Sequence[str], keys: Iterable[str], option: str = "") -> list[str]:

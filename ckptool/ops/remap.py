@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ckptool.core import modules
-from ckptool.core.checkpoint import Checkpoint, detached, is_flat
+from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.keys import is_counter
+from ckptool.core.roots import is_flat
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import PyObject, as_mapping, replaced, with_content
 from ckptool.core.versions import Moved, moved, restored, versioned, versions_of, with_versions
@@ -147,6 +148,8 @@ def _weights(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
     The dict is None if the weights are in nested containers.
     """
     node = checkpoint.at(checkpoint.root)
+    if isinstance(node, TensorInfo):
+        raise UsageError("holds a bare tensor, which has no key to rename", checkpoint.url)
     values = {key: value for key, (_, value) in checkpoint.entries().items()}
     if modules.is_module(node):
         values = detached(values)

@@ -94,7 +94,7 @@ def look_into(
     if hashes:
         made = {key: _hash(tensor, plan) for key, tensor in chosen.items()}
         found.hashes = {key: digest for key, digest in made.items() if digest is not None}
-        found.whole = _whole(found.hashes) if len(found.hashes) == len(chosen) else None
+        found.whole = _whole(found.hashes) if chosen and len(found.hashes) == len(chosen) else None
     if check:
         found.findings += _wrong(records, named)
         reported = {id(record.job) for record in records}

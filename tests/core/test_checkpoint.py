@@ -111,10 +111,11 @@ def test_objects_at_root_are_entries_and_not_in_the_state_dict() -> None:
     assert {"weight", "none", "huge", "cycle"} <= set(opened.entries())
 
 
-def test_two_keys_that_read_alike_are_a_collision(saved: Saved) -> None:
+def test_two_keys_that_read_alike_are_told_apart_and_not_written(saved: Saved) -> None:
     opened = open_checkpoint(saved({1: torch.ones(1), "1": torch.ones(1)}))
+    assert list(opened.state_dict()) == ["1 (int)", "1"]
     with pytest.raises(CollisionError, match="'1'"):
-        opened.state_dict()
+        opened.with_state_dict(opened.state_dict())
 
 
 def test_tied_weights_are_one_group_and_equal_values_are_none() -> None:

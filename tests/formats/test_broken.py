@@ -239,10 +239,6 @@ TREES = st.recursive(
 )
 
 
-REFUSED = ("no tensors at the top", "two keys read")
-"""What may be said of a tree that torch has written."""
-
-
 @thinned(3)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_any_tree_reads_as_torch_reads_it(
@@ -253,9 +249,8 @@ def test_any_tree_reads_as_torch_reads_it(
     def read(tree: dict[Any, Any]) -> None:
         made = io.BytesIO()
         torch.save(tree, made, _use_new_zipfile_serialization=not legacy)
-        if not hold(made.getvalue()):
-            _, _, err = judge.call("inspect", tmp_path / "input" / "input.pth")
-            assert any(reason in err for reason in REFUSED), err
+        assert hold(made.getvalue())
+        assert judge.call("inspect", tmp_path / "input" / "input.pth")[0] == 0
 
     read()
 

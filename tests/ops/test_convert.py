@@ -240,9 +240,14 @@ def test_a_dry_run_knows_about_how_large_it_will_be(
     assert (planned["verified"], done["verified"]) == (False, True)
 
 
-def test_nothing_is_written_where_a_later_input_will_be_refused(refused: Callable[..., str], saved: Saved) -> None:
-    paths = [saved({"w": torch.ones(2)}, "one.pth"), saved({"w": torch.ones(2, dtype=torch.complex128)}, "two.pth")]
-    assert "w (complex128)" in refused(*paths, "--to", "safetensors")
+def test_an_input_that_will_be_refused_is_said_first_and_the_others_are_converted(run: Run, saved: Saved) -> None:
+    wrong = saved({"w": torch.ones(2, dtype=torch.complex128)}, "wrong.pth")
+    code, out, err = run("convert", wrong, saved({"w": torch.ones(2)}, "right.pth"), "--to", "safetensors", "--json")
+    document = json.loads(out)
+    assert (code, [row["input"] for row in document["result"]]) == (2, [str(Path("right.pth").resolve())])
+    assert [error["kind"] for error in document["errors"]] == ["loss"]
+    assert "w (complex128)" in err
+    assert sorted(os.listdir()) == ["right.pth", "right.safetensors", "wrong.pth"]
 
 
 def test_one_inputs_output_is_not_written_over_another_input(refused: Callable[..., str], saved: Saved) -> None:

@@ -355,13 +355,17 @@ def test_options_that_contradict_each_other_are_refused(run: Run) -> None:
 
 
 @pytest.mark.parametrize("tree", [{}, {"model": {}}, {"epoch": 1}, [], 5, None, {"state": {}, "param_groups": []}])
-def test_no_tensors_is_an_error_and_not_an_empty_answer(tree: Any, saved: Saved, run: Run) -> None:
+def test_no_tensors_is_said_by_inspect_and_an_error_where_weights_are_needed(tree: Any, saved: Saved, run: Run) -> None:
     path = saved(tree)
-    code, out, err = run("inspect", path, "--json")
+    code, out, err = run("inspect", path)
+    assert (code, err) == (0, "")
+    assert "the top: no tensors" in out or "model: no tensors" in out
+    assert ckptool.inspect(path).tensors == []
+    code, out, err = run("diff", path, path, "--json")
     assert (code, json.loads(out)["error"]["kind"]) == (2, "no-tensors")
     assert err.startswith(f"ckptool: error: {path}: no tensors at ")
     with pytest.raises(NoTensorsError):
-        ckptool.inspect(path)
+        ckptool.diff(path, path)
 
 
 def test_no_tensors_at_the_root_asked_for_says_where_there_are_some(saved: Saved, run: Run) -> None:
