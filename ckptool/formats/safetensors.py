@@ -41,7 +41,7 @@ prove = safetensors_file.prove
 
 def matches(probe: Probe) -> bool:
     """Returns whether it begins with a length and a JSON object."""
-    if probe.size < 10:
+    if probe.size < 10 or probe.head[:4].isalpha():  # letters (GGUF) would be a header of a gigabyte
         return False
     text = probe.head[8:].lstrip(_SPACE)
     if not text and (nbytes := min(int.from_bytes(probe.head[:8], "little"), probe.size - 8)) <= MAX_HEADER.now():

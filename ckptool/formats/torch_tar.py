@@ -14,12 +14,14 @@ a header of any length into memory, parses it in quadratic time, and handles a h
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Storage, TensorInfo
 from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError
+from ckptool.io.archives import is_tar, reader, tar_members
 from ckptool.io.probe import Probe
 from ckptool.io.source import Source
 from ckptool.limits import MAX_DIMS, MAX_PAX, MAX_TAR_ITEMS, MAX_TAR_MEMBERS
@@ -48,8 +50,11 @@ class Header(NamedTuple):
 
 
 def matches(probe: Probe) -> bool:
-    """Returns whether it is a tar archive."""
-    return len(probe.head) >= BLOCK and probe.head[257:262] == b"ustar"
+    """Returns whether it is a tar archive, and not one whose first members are none of torch's."""
+    if not is_tar(probe.head):
+        return False
+    first = [name for name, _ in islice(tar_members(reader(probe.file)), 2 * len(MEMBERS))]
+    return not first or not {*MEMBERS, "sys_info"}.isdisjoint(first)
 
 
 def read(probe: Probe) -> Checkpoint:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+from collections.abc import Iterable
+from itertools import islice
 
-from ckptool.errors import CkptoolError, FormatError, UnsupportedError
+from ckptool.errors import CkptoolError, FormatError, UnsupportedError, listed
+from ckptool.io import protobuf
+from ckptool.io.archives import HEAD, MOST_MEMBERS, ReadAt, is_tar, reader, tar_members, unpacked
 from ckptool.io.probe import Probe
-from ckptool.io.source import Source
+from ckptool.io.source import Source, read_span
 from ckptool.io.zip_read import archive_start, is_zip
 from ckptool.pickling.streams import MAGICS
 
@@ -22,7 +28,14 @@ LAYOUTS = {
 
 MAGIC = {
     b"GGUF": "a GGUF file",
+    **dict.fromkeys((b"lmgg", b"fmgg", b"tjgg"), "a GGML file (older than GGUF)"),
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras .h5)",
+    **dict.fromkeys((b"\4\0\0\0\1\0\0\0\3\0\0\0V 1", b"4\n1\n3\nV 1\n"), "a Torch7 file (.t7, of Lua)"),
+    b"7767517\n": "an ncnn model's layers (.param)",
+    b"\xdd\x85\x76\0": "an ncnn model's layers (.param.bin)",
+    **dict.fromkeys((b"\x47\x6b\x30\1", b"\x38\x4b\x0d\0"), "an ncnn model's weights (.bin)"),
+    b"\x12\1\0\0\0\0\0\0": "an MXNet file (.params)",
+    b"model_checkpoint_path:": "the list of TensorFlow checkpoints in its directory",
     b"\x1f\x8b": "a gzip file: gunzip it first",
     b"BZh": "a bzip2 file: bunzip2 it first",
     b"\xfd7zXZ": "an xz file: unxz it first",
@@ -31,6 +44,15 @@ MAGIC = {
     b"7z\xbc\xaf": "a 7-zip archive: unpack it first",
 }
 """The first bytes of known files."""
+
+FLATBUFFERS = {b"TFL3": "a TFLite model", b"ET12": "an ExecuTorch program"}
+"""Bytes 4 to 8 of known files."""
+
+LEVELDB = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
+"""The last bytes of a LevelDB table, which a TensorFlow checkpoint's index is (``tensorflow/core/lib/io/table.cc``)."""
+
+WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".th", ".pth.tar", ".safetensors", ".pkl", ".npz", ".npy")
+"""Suffixes of members of an archive that are likely checkpoints."""
 
 
 def following(file: Source, end: int) -> str:
@@ -56,10 +78,28 @@ def refuse_layout(probe: Probe) -> None:
             raise UnsupportedError(f"{kind}, which is not supported yet", probe.path)
 
 
+FOREIGN = {
+    r"saved_model\.pb(txt)?": "a TensorFlow SavedModel",
+    r".*\.data-\d{5}-of-\d{5}": "a TensorFlow checkpoint",
+    r"Manifest\.json": "a Core ML package (.mlpackage)",
+    r"_CHECKPOINT_METADATA|manifest\.ocdbt": "an Orbax checkpoint",
+    r".*\.param": "an ncnn model",
+}
+"""Patterns of file names in directories of other frameworks, asked where no format fits; the first match decides."""
+
+
+def foreign_directory(probe: Probe) -> CkptoolError | None:
+    """Returns the error for another framework's directory."""
+    for mark, kind in FOREIGN.items():
+        if any(re.fullmatch(mark, name, re.DOTALL) for name in probe.names):
+            return UnsupportedError(f"{kind}; it is not a format ckptool reads", probe.path)
+    return None
+
+
 def refusal(probe: Probe) -> CkptoolError:
     """Returns the error for an input of no known format, saying what it is if that is recognized."""
     if probe.is_directory:
-        return FormatError("a directory without an index or a file of weights", probe.path)
+        return foreign_directory(probe) or FormatError("a directory without an index or a file of weights", probe.path)
     file, head = probe.file, probe.head
     if is_zip(file):
         return _archive(probe)
@@ -72,13 +112,12 @@ def refusal(probe: Probe) -> CkptoolError:
         return FormatError("an HTML or XML page, not a checkpoint: the download gave an error page", file.path)
     if head.startswith(b"PK\x05\x06"):
         return FormatError("an empty zip archive", file.path)
-    for magic, kind in MAGIC.items():
-        if head.startswith(magic):
-            return UnsupportedError(f"{kind}; it is not a format ckptool reads", file.path)
-    if head[4:8] in (b"ET12", b"TFL3"):
-        return UnsupportedError("an ExecuTorch or TFLite program; it is not a format ckptool reads", file.path)
-    if file.size >= 8 and _is_huge_safetensors(head):
-        return FormatError("neither a torch file nor safetensors (as the latter its header would be absurdly long)")
+    if (inside := unpacked(file, head)) is not None:
+        return UnsupportedError(_compressed(inside, head), file.path)
+    if is_tar(head):
+        return UnsupportedError(f"a tar archive{_inside(tar_members(reader(file)), 'tar xf FILE')}", file.path)
+    if kind := _foreign(probe):
+        return UnsupportedError(f"{kind}; it is not a format ckptool reads", file.path)
     if text.startswith((b"{", b"[")):
         return FormatError("a JSON file; an index must be named *.index.json and have a weight_map", file.path)
     unknown = "no checkpoint that ckptool knows: neither torch, safetensors nor an index"
@@ -90,6 +129,27 @@ def refusal(probe: Probe) -> CkptoolError:
     return FormatError(f"{unknown}{what}", file.path)
 
 
+def _foreign(probe: Probe) -> str | None:
+    """Returns what a file of another framework is: by its first or last bytes, its structure, the files beside it."""
+    file, head = probe.file, probe.head
+    for magic, kind in MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if head[4:8] in FLATBUFFERS:
+        return FLATBUFFERS[head[4:8]]
+    read_at = reader(file)
+    if read_at(max(0, file.size - 8), 8) == LEVELDB:
+        return "a TensorFlow checkpoint (its index, or all of it in version 1)"
+    if head[:8] == b"\3\0\0\0\1\0\0\0" and head[12:16] in (b"\1\0\0\0", b"\2\0\0\0"):
+        return "a Torch7 file (.t7, of Lua: a table)"
+    index = re.sub(r"\.data-\d{5}-of-\d{5}$", ".index", probe.path)
+    if index != probe.path and os.path.isfile(index):
+        return "the data of a TensorFlow checkpoint"
+    if probe.path.endswith(".bin") and os.path.isfile(probe.path.removesuffix(".bin") + ".param"):
+        return "an ncnn model's weights (.bin beside .param)"
+    return protobuf.kind(read_at, file.size)
+
+
 def _archive(probe: Probe) -> CkptoolError:
     root = next(iter(probe.members), "").split("/", 1)[0]
     for kind, marks in {
@@ -99,8 +159,52 @@ def _archive(probe: Probe) -> CkptoolError:
     }.items():
         if any(mark in probe.members for mark in marks):
             return UnsupportedError(f"{kind}, which is not supported yet", probe.path)
-    return FormatError("a zip archive without data.pkl: not made by torch.save", probe.path)
+    if {"model.weights.h5", "config.json"} <= probe.members.keys():
+        return UnsupportedError("a Keras archive (.keras); it is not a format ckptool reads", probe.path)
+    what = _inside(((name, _head(probe, name)) for name in islice(probe.members, MOST_MEMBERS)), "unzip FILE")
+    if what.startswith(_HOLDS):
+        return UnsupportedError(f"a zip archive{what}", probe.path)
+    return FormatError(f"a zip archive without data.pkl: not made by torch.save{what}", probe.path)
 
 
-def _is_huge_safetensors(head: bytes) -> bool:
-    return int.from_bytes(head[:8], "little") > 100_000_000 and head[8:9] == b"{"
+def _head(probe: Probe, name: str) -> bytes:
+    """Returns the first bytes of a zip member; b"" if they cannot be read, as they only serve a message."""
+    try:
+        return read_span(probe.file, probe.members[name].span, HEAD)
+    except FormatError:
+        return b""
+
+
+def _compressed(read_at: ReadAt, head: bytes) -> str:
+    """Returns what a compressed file is, by what is in it."""
+    packed = next(kind for magic, kind in MAGIC.items() if head.startswith(magic))
+    start = read_at(0, 512)
+    if is_tar(start):
+        return f"{packed.partition(':')[0].removesuffix(' file')}-compressed tar archive" + _inside(
+            tar_members(read_at), "tar xf FILE"
+        )
+    kind = next((kind.partition(":")[0] for magic, kind in MAGIC.items() if start.startswith(magic)), "")
+    kind = "a checkpoint of torch" if start.startswith((*MAGICS, b"PK\3\4")) else kind
+    kind = "a safetensors file" if start[8:9] == b"{" and not any(start[5:8]) else kind
+    return packed.replace(":", f" with {kind} in it:") if kind else packed
+
+
+_HOLDS = " that holds"
+
+
+def _inside(members: Iterable[tuple[str, bytes]], command: str) -> str:
+    """Returns what an archive holds, given (name, first bytes), as the end of a message: what to extract, and how."""
+    names, weights, nested = [], [], []
+    for name, head in members:
+        base = name.rpartition("/")[2]
+        if not base or base.startswith("._"):  # directories, and what macOS adds
+            continue
+        names.append(name)
+        if base.lower().endswith(WEIGHTS) or head.startswith(MAGICS):
+            weights.append(name)
+        elif head.startswith((b"PK\3\4", *MAGIC)):
+            nested.append(name)
+    wanted = weights or nested
+    if not wanted:
+        return f", and no checkpoint in it: {listed(names)}" if names else ", and nothing in it"
+    return f"{_HOLDS} {listed(wanted)}: extract it first (`{command} {shlex.quote(wanted[0])}`)"

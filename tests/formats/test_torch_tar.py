@@ -12,7 +12,7 @@ from oracles import FIXTURES, assert_identical, bits, torch_load
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
 from ckptool.cli import main
-from ckptool.errors import CkptoolError, FormatError
+from ckptool.errors import CkptoolError, FormatError, UnsupportedError
 from ckptool.formats import read
 
 TAR = FIXTURES / "tar_2016.pth"
@@ -92,7 +92,7 @@ def test_the_file_cut_short_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 
 def test_another_tar_archive_is_not_taken_for_one(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="not made by torch"):
+    with pytest.raises(UnsupportedError, match=r"a tar archive, and no checkpoint in it: readme\.txt"):
         read(str(packed({"readme.txt": b"hello"}, tmp_path / "x.tar")))
 
 
@@ -110,7 +110,7 @@ def extended(payload: bytes) -> bytes:
 def refused(data: bytes, path: Path) -> str:
     """The one line that a file is refused with."""
     path.write_bytes(data)
-    with pytest.raises(FormatError, match=r"bad\.pth") as found:
+    with pytest.raises(CkptoolError, match=r"bad\.pth") as found:
         read(str(path))
     assert "\n" not in str(found.value)
     assert main(["inspect", str(path)]) == 2
@@ -154,7 +154,8 @@ def test_a_pax_header_of_gigabytes_is_not_read(tmp_path: Path, monkeypatch: pyte
 
 
 def test_members_without_end_are_not_counted(tmp_path: Path) -> None:
-    assert "more than 1,000 members" in refused(header("a", b"0", 0) * 1001, tmp_path / "bad.pth")
+    assert "more than 1,000 members" in refused(header("sys_info", b"0", 0) * 1001, tmp_path / "bad.pth")
+    assert "no checkpoint in it: a, a" in refused(header("a", b"0", 0) * 1001, tmp_path / "bad.pth")
 
 
 @pytest.mark.parametrize("kind", [b"g", b"L", b"K", b"S", b"7", b"X", b"V", b"\xff"])
