@@ -521,12 +521,12 @@ def load_partial(
     return replace(report, overflowed=overflowed or None)
 
 
-def _realise(tree: Any, map_location: Any, module_state_dict: Callable[[Any], Any]) -> Any:
+def _realise(tree: Any, map_location: Any, module_state_dict: Callable[[Any], Any], arrays: bool) -> Any:
     from ckptool.io.source import Files
     from ckptool.values import torch_bridge
 
     with Files() as files:
-        return torch_bridge.to_torch(tree, files, map_location, module_state_dict)
+        return torch_bridge.to_torch(tree, files, map_location, module_state_dict, arrays)
 
 
 set_realise(_realise)

@@ -182,7 +182,10 @@ class Checkpoint:
         """Returns the tree with real tensors, as torch.load would; with ``only_root``, {key: tensor} of the weights.
 
         ``map_location`` is what `torch.load` takes: a string, a torch.device, a dict or a callable. Tied tensors
-        and views share memory. An nn.Module whose class was not imported becomes its state_dict.
+        and views share memory. What ``torch.load(weights_only=True)`` gives is the same here: typed storages, bytes,
+        sets, attributes of tensors; and so are NumPy's arrays and scalars, torch's named tuples and defaultdicts. With
+        ``only_root`` arrays are tensors. An nn.Module becomes its state_dict; any other object whose class would have
+        to be imported stays a stand-in (`PyObject`), a tensor of such a class is a plain one with its attributes.
         Raises: DependencyError without torch; UnsupportedError for a tensor only its own class can rebuild.
         """
         if _realise is None:
@@ -192,7 +195,7 @@ class Checkpoint:
         if only_root:
             entries = {key: value for key, (_, value) in self.entries().items()}
             tree = detached(entries) if modules.is_module(self.at(self.root)) else entries
-        return _realise(tree, map_location, _module_state_dict)
+        return _realise(tree, map_location, _module_state_dict, not only_root)
 
     def with_state_dict(
         self, tensors: Mapping[str, TensorInfo], objects: Mapping[str, Any] | None = None
@@ -238,8 +241,9 @@ class Checkpoint:
         return replace(self, tree=replaced(self.tree, self.root, made))
 
 
-Realise = Callable[[Any, Any, Callable[[Any], Any]], Any]
-"""(tree, map_location, function from a module stand-in to its state_dict) -> the tree with real tensors."""
+Realise = Callable[[Any, Any, Callable[[Any], Any], bool], Any]
+"""(tree, map_location, function from a module stand-in to its state_dict, whether NumPy's arrays are to be arrays)
+-> the tree with real tensors."""
 
 
 _realise: Realise | None = None

@@ -146,7 +146,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         _loose(node),
         checkpoint.metadata,
         list(checkpoint.problems),
-        ([checkpoint.trailing] if checkpoint.trailing else []) + _notes(node),
+        _notes(checkpoint, node),
     )
 
 
@@ -207,11 +207,16 @@ def _loose(node: Any) -> list[str]:
     return found
 
 
-def _notes(node: Any) -> list[str]:
+def _notes(checkpoint: Checkpoint, node: Any) -> list[str]:
+    found = [checkpoint.trailing] if checkpoint.trailing else []
+    if any(name.startswith(("_rebuild_device_", "_rebuild_xla_")) for _, name in checkpoint.names):
+        found.append("tensors saved from a device without storages (xla, ort, ...) are read as tensors of the CPU")
     if isinstance(node, TensorInfo):
-        return ["a bare tensor: its key is empty"]
+        found.append("a bare tensor: its key is empty")
     hooks = modules.state_dict_hooks(node) if modules.is_module(node) else []
-    return [f"state_dict hooks were not run, a live state_dict may differ: {', '.join(hooks)}"] if hooks else []
+    if hooks:
+        found.append(f"state_dict hooks were not run, a live state_dict may differ: {', '.join(hooks)}")
+    return found
 
 
 def _beside(checkpoint: Checkpoint) -> list[Beside]:

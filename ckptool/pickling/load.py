@@ -13,6 +13,7 @@ Opcodes: ``pickletools`` of CPython 3.13. `ckptool.pickling.dump` writes pickles
 from __future__ import annotations
 
 import _pickle
+import codecs
 import gc
 import io
 import re
@@ -291,6 +292,21 @@ def _too_many_digits(count: int, position: int) -> LimitError:
     return MAX_DIGITS.passed(f"the pickle has an integer of some {count:,} digits (byte {position})")
 
 
+_PYTHON_2 = "ckptool_python_2"
+"""The codec of strings that Python 2 pickled; the unpickler takes it by its name."""
+
+
+def _decoded(raw: Any, errors: str = "strict") -> tuple[str, int]:
+    """Returns (text, length) of a string of Python 2: UTF-8 where it decodes, as torch.load has it, else Latin-1."""
+    try:
+        return str(raw, "utf-8"), len(raw)
+    except UnicodeDecodeError:
+        return str(raw, "latin1"), len(raw)
+
+
+codecs.register({_PYTHON_2: codecs.CodecInfo(codecs.latin_1_encode, _decoded, name=_PYTHON_2)}.get)
+
+
 class _Unpickling:
     """One run of the C unpickler; ``found`` has the classes and functions that the pickle names."""
 
@@ -332,7 +348,7 @@ class _Unpickling:
         unpickler = type("_Unpickler", (_pickle.Unpickler,), {
             "find_class": staticmethod(self.find_class),
             "persistent_load": staticmethod(self.persistent_load or _no_persistent_id),
-        })(stream, encoding="latin1")  # fmt: skip
+        })(stream, encoding=_PYTHON_2)  # fmt: skip
         return unpickler.load()
 
 

@@ -4,25 +4,27 @@
     _frombuffer(bytes, dtype, shape, order)                                  protocol 5
     dtype("f4", False, True)             BUILD (3, "<", None, None, None, -1, -1, 0)
 
-Below protocol 3 the bytes are ``_codecs.encode(text, "latin1")``; Python 2 wrote them as text. Arrays of objects, of
-text, of dates, with named fields or of a subclass stay stand-ins (`PyObject`), as do scalars.
+Below protocol 3 the bytes are ``_codecs.encode(text, "latin1")``; Python 2 wrote a string. Arrays of objects, of text,
+of dates, with named fields or of a subclass stay stand-ins (`PyObject`), as do scalars.
 Sources: ``array_reduce`` and ``array_setstate`` in ``numpy/_core/src/multiarray/methods.c``, ``_frombuffer`` in
 ``numpy/_core/numeric.py`` of numpy 2.4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from math import prod
 from typing import Any, Literal
 
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Array, Span, Storage, TensorInfo, contiguous_stride, is_countable
-from ckptool.core.tree import Global, PyObject, brief
+from ckptool.core.tree import Global, PyObject, brief, nodes
 from ckptool.errors import FormatError
 from ckptool.limits import MAX_DIMS
 
 _RECONSTRUCT = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+SCALAR = {(f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")}
 _FROM_BUFFER = {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
 
 _NAMES = {
@@ -47,10 +49,54 @@ def with_tensors(top: Any, names: Collection[tuple[str, str]], span: Span, *, ke
     ``span`` has the url of their file. With ``keep`` an unchanged tensor can be written as the array it was. ``names``
     are those of the whole pickle. Raises: FormatError for an array whose shape, dtype and bytes contradict each other.
     """
-    if _RECONSTRUCT.isdisjoint(names) and _FROM_BUFFER.isdisjoint(names):
+    if (_RECONSTRUCT | _FROM_BUFFER | SCALAR).isdisjoint(names):
         return top
+    _keep_bytes(nodes(top))
     beside = any(qualname.startswith("_rebuild_") for _, qualname in names)
     return _Replacing(span, keep, beside).all(top)
+
+
+def tensor_of(node: PyObject) -> TensorInfo | None:
+    """Returns the tensor of a single array's stand-in, which is to be no array any more; None for anything else."""
+    _keep_bytes([node])
+    return _Replacing(Span("", 0, 0), keep=False, beside=False).array(node)
+
+
+def _keep_bytes(found: Iterable[Any]) -> None:
+    """Makes bytes of the strings in which Python 2 pickled the data of arrays and scalars."""
+    made: dict[tuple[int, int], tuple[str, bytes | str]] = {}  # one object for all that share one
+    for node in found:
+        if not isinstance(node, PyObject):
+            continue
+        name, state = (node.module, node.qualname), node.state
+        if name in SCALAR and len(node.args) == 2 and isinstance(text := node.args[1], str):
+            node.args = node.args[0], _as_bytes(text, itemsize(node.args[0]), made)
+        elif (
+            name in _RECONSTRUCT and isinstance(state, tuple) and len(state) == 5 and isinstance(text := state[4], str)
+        ):
+            nbytes = prod(state[1]) * itemsize(state[2]) if _is_shape(state[1]) else 0
+            node.state = (*state[:4], _as_bytes(state[4], nbytes, made))
+
+
+def _as_bytes(text: str, nbytes: int, made: dict[tuple[int, int], tuple[str, bytes | str]]) -> bytes | str:
+    """Returns the ``nbytes`` bytes that `pickling.load` made this text of; the text itself where it has no such length.
+
+    Text that is not ASCII is longer in UTF-8 than in Latin-1, so the length says which of the two the codec found.
+    """
+    if (id(text), nbytes) not in made:
+        encoded = text.encode(*(("latin1", "replace") if len(text) == nbytes else ("utf-8", "surrogatepass")))
+        made[id(text), nbytes] = text, encoded if len(encoded) == nbytes else text
+    return made[id(text), nbytes][1]
+
+
+def itemsize(kind: object) -> int:
+    """Returns the bytes of an element of a pickled dtype, 0 for objects and what is no dtype."""
+    name = kind.args[0] if isinstance(kind, PyObject) and kind.qualname == "dtype" and kind.args else None
+    found = _ITEM.fullmatch(name) if isinstance(name, str) else None
+    return int(found[2]) * (4 if found[1] == "U" else 1) if found else 0
+
+
+_ITEM = re.compile(r"([bifcuSUVMm])(\d{1,9})")
 
 
 class _Replacing:
@@ -116,19 +162,10 @@ class _Replacing:
 
     def array(self, node: PyObject) -> TensorInfo | None:
         """Returns the tensor of an array's stand-in; None for anything else."""
-        name = node.module, node.qualname
-        if not node.called or node.kwargs or node.items or node.mapping is not None or node.maker is not None:
+        found = array_call(node)
+        if found is None:
             return None
-        axes: Any = None
-        if name in _RECONSTRUCT:
-            if not _is_plain_ndarray(node) or not isinstance(node.state, tuple) or len(node.state) != 5:
-                return None
-            _, shape, kind, fortran, raw = node.state
-            order = "F" if fortran else "C"
-        elif name in _FROM_BUFFER and len(node.args) in (4, 5) and node.state is None:
-            raw, kind, shape, order, axes = (*node.args, None)[:5]
-        else:
-            return None
+        raw, kind, shape, order, axes = found
         row = _dtype(kind)
         if row is None:
             return None
@@ -167,6 +204,20 @@ class _Replacing:
         return made
 
 
+def array_call(node: PyObject) -> tuple[Any, Any, Any, Any, Any] | None:
+    """Returns (bytes or items, dtype, shape, order, axes) of an array's stand-in; None for anything else."""
+    name = node.module, node.qualname
+    if not node.called or node.kwargs or node.items or node.mapping is not None or node.maker is not None:
+        return None
+    if name in _RECONSTRUCT and _is_plain_ndarray(node) and isinstance(node.state, tuple) and len(node.state) == 5:
+        _, shape, kind, fortran, raw = node.state
+        return raw, kind, shape, "F" if fortran else "C", None
+    if name in _FROM_BUFFER and len(node.args) in (4, 5) and node.state is None:
+        raw, kind, shape, order, axes = (*node.args, None)[:5]
+        return raw, kind, shape, order, axes
+    return None
+
+
 def _is_plain_ndarray(node: PyObject) -> bool:
     kind = node.args[0] if len(node.args) == 3 else None
     return isinstance(kind, Global) and (kind.module, kind.qualname) == ("numpy", "ndarray")
@@ -188,14 +239,14 @@ def _dtype(node: Any) -> tuple[str, ByteOrder] | None:
     return (dtype, "big" if state[1] == ">" else "little") if state[1] in ("<", ">") else None
 
 
+def _is_shape(shape: Any) -> bool:
+    small = isinstance(shape, tuple) and len(shape) <= MAX_DIMS
+    return small and all(type(size) is int and size >= 0 for size in shape) and is_countable(shape)
+
+
 def _view(shape: Any, order: Any, axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shape and the stride of an array, in elements. Raises: FormatError for what is no shape or order."""
-    if (
-        not isinstance(shape, tuple)
-        or len(shape) > MAX_DIMS
-        or not all(type(size) is int and size >= 0 for size in shape)
-        or not is_countable(shape)
-    ):
+    if not _is_shape(shape):
         raise FormatError(f"an array's shape is {brief(shape)}")
     if order == "C":
         return shape, contiguous_stride(shape)

@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.core.dtypes import BY_STORAGE, DTYPES, nbytes_of
-from ckptool.core.tensor import FORMS, Extras, Opaque, Storage, TensorInfo, is_countable, reach
+from ckptool.core.tensor import FORMS, Derived, Extras, Opaque, Storage, TensorInfo, computed_as, is_countable, reach
 from ckptool.core.tree import Global, PyObject, brief, ordered_dict
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.limits import MAX_DIMS, MAX_NUMEL
@@ -233,11 +233,21 @@ def _meta(dtype: object, shape: object, stride: object, requires_grad: object = 
     return replace(made, requires_grad=bool(requires_grad))
 
 
-def _device_tensor(data: object, dtype: object, device: object, requires_grad: object = False) -> Any:
-    """Returns a tensor of xla, mtia or maia, which is pickled as a CPU tensor and the device to copy it to."""
+def _device_tensor(data: object, dtype: object, device: object, requires_grad: object = False) -> TensorInfo:
+    """Returns a tensor of xla, ort, mtia or maia as one of the CPU.
+
+    It is pickled as a CPU tensor or a NumPy array, the dtype to cast it to (NumPy lacks bfloat16, which is pickled as
+    float32), and the device to copy it to.
+    """
+    if isinstance(data, PyObject):
+        from ckptool.pickling.numpy_calls import tensor_of
+
+        data = tensor_of(data)
     if not isinstance(data, TensorInfo):
-        return _function("_rebuild_device_tensor_from_cpu_tensor")(data, dtype, device, requires_grad)
-    return replace(data, requires_grad=bool(requires_grad))
+        raise FormatError("a tensor of another device is made of something that is no dense tensor and no array")
+    name = _dtype_named(dtype)
+    made = data if name == data.dtype else computed_as(data, Derived("cast", (data,)), name)
+    return replace(made, requires_grad=bool(requires_grad))
 
 
 def _is_tensor(value: object) -> bool:
@@ -258,6 +268,11 @@ def _opaque(
     return TensorInfo(dtype, shape, stride, offset, Opaque(kind, node, parts))
 
 
+DEVICE_CALLS = (
+    "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_device_tensor_from_numpy",
+    "_rebuild_xla_tensor", "_rebuild_mlc_tensor",  # before torch 2
+)  # fmt: skip
+
 builders: Builders = {
     ("torch._utils", "_rebuild_tensor"): strided,
     ("torch._utils", "_rebuild_tensor_v2"): strided,
@@ -270,7 +285,8 @@ builders: Builders = {
     ("torch._utils", "_rebuild_sparse_tensor"): _sparse,
     ("torch._utils", "_rebuild_nested_tensor"): _nested,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _meta,
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _device_tensor,
+    ("torch._utils", "_rebuild_sparse_csr_tensor"): _sparse,  # torch 1.9 to 1.12
+    **{("torch._utils", name): _device_tensor for name in DEVICE_CALLS},
 }
 """The functions that `pickling.load.load` calls in place of torch's."""
 

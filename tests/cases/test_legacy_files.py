@@ -197,3 +197,176 @@ def test_a_shard_with_something_behind_its_end_is_named(run: Run) -> None:
     put(json.dumps({"metadata": {}, "weight_map": shards}).encode(), "pytorch_model.bin.index.json")
     code, out, _ = run("inspect", "pytorch_model.bin.index.json", "--check")
     assert (code, f"pytorch_model-00002-of-00002.bin: {len(LEGACY)} bytes after the end" in out) == (1, True)
+
+
+# --- text of Python 2 ------------------------------------------------------------------------------------------------
+
+
+def python2(raw: bytes) -> bytes:
+    """A string as Python 2 pickled it in protocol 2."""
+    return b"U%c%b" % (len(raw), raw) if len(raw) < 256 else b"T" + len(raw).to_bytes(4, "little") + raw
+
+
+def dtype2(name: str, order: str = "<", sizes: bytes = b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00") -> bytes:
+    state = b"(K\x03" + python2(order.encode()) + b"NNN" + sizes + b"tb"
+    return b"cnumpy\ndtype\n" + python2(name.encode()) + b"K\x00K\x01\x87R" + state
+
+
+def array2(raw: bytes, count: int, dtype: bytes) -> bytes:
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + python2(b"b") + b"\x87R"
+    return made + b"(K\x01K%c\x85%b\x89%b" % (count, dtype, python2(raw)) + b"tb"
+
+
+def scalar2(raw: bytes, dtype: bytes) -> bytes:
+    return b"cnumpy.core.multiarray\nscalar\n" + dtype + python2(raw) + b"\x86R"
+
+
+def tensor2(key: bytes) -> bytes:
+    pid = b"(" + python2(b"storage") + b"ctorch\nFloatStorage\n" + python2(key) + python2(b"cpu") + b"K\x02NtQ"
+    return b"ctorch._utils\n_rebuild_tensor\n(" + pid + b"K\x00K\x02\x85K\x01\x85tR"
+
+
+def legacy2(*pairs: bytes) -> Path:
+    """A legacy file of Python 2 with these keys and values and a tensor, 1 and 2, under the key "ż"."""
+    tree = b"\x80\x02}(" + b"".join(pairs) + python2("ż".encode()) + tensor2(b"7") + b"u."
+    head = MAGIC + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+    data = torch.tensor([1.0, 2.0]).numpy().tobytes()
+    return put(head + tree + b"\x80\x02]" + python2(b"7") + b"a." + (2).to_bytes(8, "little") + data)
+
+
+def test_text_of_python_2_is_utf_8_for_keys_as_for_values_as_torch_has_it(run: Run) -> None:
+    long = "é" * 200
+    path = legacy2(python2("größe".encode()), python2("é".encode()), python2(b"long"), python2(long.encode()))
+    expected = torch.load(path, weights_only=False)
+    assert list(expected) == ["größe", "long", "ż"]
+    assert_identical(ckptool.open(path).to_torch(), expected)
+    assert run("convert", path, "-o", "out.safetensors")[0] == 0
+    assert list(ckptool.open("out.safetensors").state_dict()) == ["ż"]
+    assert run("filter", path, "--include", "ż", "-o", "out.pth")[0] == 0
+    assert list(torch.load("out.pth", weights_only=False)) == ["ż"]
+    assert run("inspect", path, "--keys")[1] == "ż\n"
+
+
+def test_text_of_python_2_that_is_not_utf_8_is_latin_1(run: Run) -> None:
+    path = legacy2(python2("größe".encode("latin1")), python2(b"\xc3\xa9\xff"))
+    with pytest.raises(UnicodeDecodeError):
+        torch.load(path, weights_only=False)
+    found = ckptool.open(path).to_torch()
+    assert found["größe"] == b"\xc3\xa9\xff".decode("latin1")  # all of a text is one or the other
+    assert found["ż"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("key", [b"S'\\xc5\\xbc'\np1\n", b"U\x02\xc5\xbcq\x01"], ids=["protocol 0", "protocol 1"])
+def test_text_of_python_2_in_older_protocols_is_utf_8_too(key: bytes) -> None:
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    dtype = b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"
+    put(b"(dp0\n" + key + array + b"(I1\n(I2\nt" + dtype + b"I00\nS'\\xc3\\xa9'\ntbs.", "given.pkl")
+    found = ckptool.open("given.pkl").to_torch()
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"ż": [0xC3, 0xA9]}
+
+
+NUMBERS = {
+    "all UTF-8": "éąż€".encode()[:8],
+    "all ASCII": b"abcdefgh",
+    "no UTF-8": bytes(range(248, 256)),
+    "some of it UTF-8": b"\xc3\xa9\xff\xfe\xc3\xa9\0\0",
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_bytes_inside_numpys_calls_of_python_2_stay_bytes(name: str) -> None:
+    raw = NUMBERS[name]
+    sizes = b"K\x04K\x01K\x00"
+    path = legacy2(
+        python2(b"u1"), array2(raw, 8, dtype2("u1", "|")), python2(b"i4"), array2(raw, 2, dtype2("i4")),
+        python2(b"f8"), array2(raw, 1, dtype2("f8", ">")), python2(b"scalar"), scalar2(raw, dtype2("i8")),
+        python2(b"text"), array2(raw, 2, dtype2("S4", "|", sizes)),
+        python2(b"in an object"), b"csongbird\nThing\n)\x81}" + python2(b"x") + array2(raw, 2, dtype2("S4", "|", sizes))
+        + b"sb",
+    )  # fmt: skip
+    opened = ckptool.open(path)
+    found = opened.to_torch()
+    assert found["u1"].tolist() == list(raw)
+    assert found["i4"].tolist() == np.frombuffer(raw, "<i4").tolist()
+    assert found["f8"].byteswap().tobytes() == raw
+    assert found["scalar"] == int.from_bytes(raw, "little", signed=True)
+    assert found["text"].tolist() == np.frombuffer(raw, "S4").tolist()
+    assert opened.tree["in an object"].state["x"].state[4] == raw
+    ckptool.save(opened, "out.pth")
+    written = pickle_of("out.pth")
+    assert written["i4"].tolist() == found["i4"].tolist()
+    assert written["scalar"] == found["scalar"]
+    assert written["text"].tolist() == found["text"].tolist()
+
+
+def pickle_of(path: str) -> Any:
+    """What torch.load gives, but for the object of a class that is nowhere."""
+    from oracles import torch_load
+
+    return torch_load(Path(path))
+
+
+# --- tensors of devices without storages -----------------------------------------------------------------------------
+
+
+class Call:
+    """Pickled as a call of a function with these arguments."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def on_device(data: Any, dtype: torch.dtype, grad: bool = False, device: str = "cpu") -> Call:
+    """As `Tensor.__reduce_ex__` pickles a tensor of xla, ort or another backend without storages."""
+    name = "numpy" if isinstance(data, np.ndarray) else "cpu_tensor"
+    return Call(getattr(torch._utils, f"_rebuild_device_tensor_from_{name}"), data, dtype, device, grad)
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "zip"])
+def test_tensors_of_devices_kept_as_arrays_or_cpu_tensors_are_read(legacy: bool, run: Run) -> None:
+    def array() -> Any:
+        return np.arange(6, dtype="f4").reshape(2, 3)
+
+    one, other = on_device(array(), torch.float32), on_device(array(), torch.float32)
+    value = {
+        "a": on_device(array(), torch.float32, grad=True),
+        "fortran": on_device(np.asfortranarray(array()), torch.float32),
+        "bf16": on_device(np.array([1.5, -2, 3e38], "f4"), torch.bfloat16),
+        "to float64": on_device(array(), torch.float64),
+        "long": on_device(np.arange(3), torch.int64),
+        "cpu": on_device(torch.ones(3), torch.float32),
+        "cpu, cast": on_device(torch.ones(3), torch.float16),
+        "parameter": Call(torch._utils._rebuild_parameter, one, True, {}),
+        "subclass": Call(torch._tensor._rebuild_from_type_v2, other.call[0], torch.Tensor, other.call[1], {"tag": 1}),
+        "old": Call(torch._utils._rebuild_xla_tensor, array(), torch.float32, "cpu", False),
+        "seed": np.arange(4),
+    }  # fmt: skip
+    if legacy:  # torch casts it before it has read its bytes
+        del value["cpu, cast"]
+    path = put(written(value, legacy))
+    expected = torch.load(path, weights_only=False)
+    opened = ckptool.open(path)
+    assert [name for name, one in opened.state_dict().items() if not one.is_beside] == [*expected][:-1]
+    assert_identical(opened.to_torch(), expected)
+    assert run("convert", path, "-o", "out.pth")[0] == 0
+    assert_identical(torch.load("out.pth", weights_only=False), expected)
+    code, out, _ = run("inspect", path, "--check", "--hash", "--stats")
+    assert (code, "are read as tensors of the CPU" in out) == (0, True)
+
+
+def test_a_device_that_is_not_there_hinders_nothing(run: Run) -> None:
+    path = put(written({"w": on_device(np.ones(3, "f4"), torch.float32, device="xla:0")}))
+    with pytest.raises(NotImplementedError):
+        torch.load(path, weights_only=False)
+    assert_same_tensors(ckptool.open(path), {"w": torch.ones(3)})
+    assert run("convert", path, "-o", "out.pth")[0] == 0
+    assert torch.load("out.pth")["w"].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("data", [3, "text", np.array(["text"]), np.array([None])])
+def test_a_device_tensor_made_of_something_else_is_refused(data: Any, refused: Any) -> None:
+    path = put(written({"w": Call(torch._utils._rebuild_device_tensor_from_numpy, data, torch.float32, "cpu", False)}))
+    assert "a tensor of another device is made of something" in refused("inspect", path)
