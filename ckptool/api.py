@@ -12,7 +12,7 @@ from ckptool.core import keys, roots
 from ckptool.core.checkpoint import Checkpoint, detached, set_realise
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, children, key_text, path_text, replaced
-from ckptool.errors import CkptoolError, StrictError, UsageError, kind_of
+from ckptool.errors import CkptoolError, FormatError, StrictError, UsageError, kind_of
 from ckptool.limits import limited
 
 # Operations are imported by the functions that use them: a command needs one or two of them.
@@ -70,6 +70,10 @@ def _path(tree: Any, root: str | Path) -> Path:
         isinstance(root, (str, tuple, list)), "root", "a text such as 'model/state_dict' or a tuple of keys", root
     )
     if not isinstance(root, str):
+        try:
+            Checkpoint(tree).at(tuple(root))
+        except FormatError as error:
+            raise UsageError(error.message) from error
         return tuple(root)
     path: Path = ()
     node = tree

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 
-from ckptool.errors import LimitError, UsageError
+from ckptool.errors import LimitError, UsageError, near
 
 _given: ContextVar[Mapping[str, int]] = ContextVar("limits", default=MappingProxyType({}))
 
@@ -54,7 +54,7 @@ def limited(**figures: int) -> Iterator[None]:
     """
     for name, figure in figures.items():
         if name not in ALL or not ALL[name].raisable:
-            fixed = f"the limit {name} is fixed" if name in ALL else f"there is no limit {name}"
+            fixed = f"the limit {name} is fixed" if name in ALL else f"there is no limit {name}{near(name, ALL)}"
             known = ", ".join(limit.name for limit in ALL.values() if limit.raisable)
             raise UsageError(f"{fixed}; those that can be set are {known}")
         if type(figure) is not int or not 0 < figure < 1 << 63:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.errors import CkptoolError, DependencyError, UsageError
+from ckptool.errors import CkptoolError, DependencyError, UsageError, near
 from ckptool.io.probe import Probe
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def named(name: str) -> Format:
     for row in FORMATS:
         if row.name == name and row.writes:
             return row
-    raise UsageError(f"no format {name!r} can be written; there are {', '.join(names())}")
+    raise UsageError(f"no format {name!r} can be written{near(name, names())}; there are {', '.join(names())}")
 
 
 def of_directories() -> Format:

@@ -165,7 +165,8 @@ def _rule(entry: Any) -> Rule:
         raise UsageError(f"{entry!r} is no rule")
     kinds = [kind for kind in KINDS if kind in entry]
     if len(kinds) != 1:
-        raise UsageError(f"a rule is one of {', '.join(KINDS)}: {entry!r} is {' and '.join(kinds) or 'none'}")
+        like = "".join(near(str(name), KINDS) for name in entry if not kinds)
+        raise UsageError(f"a rule is one of {', '.join(KINDS)}: {entry!r} is {' and '.join(kinds) or 'none'}{like}")
     return _checked(kinds[0], entry)
 
 

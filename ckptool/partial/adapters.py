@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptool.errors import UsageError
+from ckptool.errors import UsageError, near
 
 Shape = tuple[int, ...]
 
@@ -114,7 +114,7 @@ def parse(text: str) -> Adapter:
     """
     name, colon, rest = text.partition(":")
     if name not in ADAPTERS:
-        raise UsageError(f"no adapter {text!r}; there are {usage()}")
+        raise UsageError(f"no adapter {text!r}{near(name, ADAPTERS)}; there are {usage()}")
     known = ADAPTERS[name]
     written: dict[str, str] = {}
     last = ""
@@ -151,5 +151,6 @@ def parse_option(text: str) -> tuple[str, Adapter]:
     names = "|".join(map(re.escape, ADAPTERS))
     found = re.fullmatch(rf"(.+?)=((?:{names})(?::.*)?)", text, re.DOTALL)
     if not found:
-        raise UsageError(f"{text!r} is not KEYGLOB=ADAPTER; adapters are {usage()}")
+        like = next(filter(None, (near(word, ADAPTERS) for word in re.findall(r".=([\w-]+)", text))), "")
+        raise UsageError(f"{text!r} is not KEYGLOB=ADAPTER{like}; adapters are {usage()}")
     return found[1], parse(found[2])

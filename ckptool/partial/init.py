@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Draw, DrawKind
-from ckptool.errors import UsageError
+from ckptool.errors import UsageError, near
 from ckptool.partial.layers import Shape, fans
 from ckptool.text import dims
 
@@ -141,7 +141,7 @@ def parse(text: str) -> Init:
     found = re.fullmatch(r"\s*([A-Za-z]\w*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     method = found[1].removesuffix("_") if found else ""
     if found is None or method not in METHODS:
-        raise UsageError(f"no init rule {text!r}; there are {', '.join(map(usage, METHODS))}")
+        raise UsageError(f"no init rule {text!r}{near(method, METHODS)}; there are {', '.join(map(usage, METHODS))}")
     signature = METHODS[method]
     given: dict[str, str] = {}
     pieces = [piece.strip() for piece in (found[2] or "").split(",")]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ckptool.core import keys as names
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
-from ckptool.errors import UsageError
+from ckptool.errors import UsageError, near
 from ckptool.partial.init import Init, check_dtype, parse
 from ckptool.partial.layers import NAMES, Role, read
 from ckptool.partial.presets import PRESETS
@@ -34,7 +34,7 @@ def plan(
     parsed = [(pattern, parse(rule)) for pattern, rule in rules]
     for preset in presets:
         if preset not in PRESETS:
-            raise UsageError(f"no init preset {preset!r}; there are {', '.join(PRESETS)}")
+            raise UsageError(f"no init preset {preset!r}{near(preset, PRESETS)}; there are {', '.join(PRESETS)}")
     ordered = dict.fromkeys(wanted)
     planner = _Plan(parsed, presets, tensors, ordered, seed, classes)
     for group in planner.groups():

@@ -431,3 +431,29 @@ def test_a_wrong_preset_suggests_the_right_one(saved: Saved, refused: Any) -> No
     )
     with pytest.raises(UsageError, match="did you mean weight-norm"):
         ckptool.remap(path, [{"preset": "weight_norm"}])
+
+
+# --- names that are nearly right -------------------------------------------------------------------------------------
+
+
+def test_a_misspelled_name_is_told_the_right_one(saved: Saved, refused: Any) -> None:
+    path = saved({"a": torch.ones(2, 2)})
+    for args, right in (
+        (["load-partial", "--into", path, path, "--init", "*=kaiming_norml"], "kaiming_normal"),
+        (["load-partial", "--into", path, path, "--init-preset", "xaviar"], "xavier"),
+        (["load-partial", "--into", path, path, "--adapt", "*=pos_embed"], "pos-embed"),
+        (["load-partial", "--into", path, path, "--adapt", "a=b=rel_pos:spacing=geometric"], "rel-pos"),
+        (["convert", path, "--to", "safetensor"], "safetensors"),
+        (["convert", path, "--limit", "MAX_PICKEL=2GB"], "MAX_PICKLE"),
+    ):
+        assert f"(did you mean {right}?)" in refused(*args, "-o", "out.pth")
+    with pytest.raises(UsageError, match=r"did you mean strip_prefix\?"):
+        ckptool.remap(path, [{"strip_prefx": "a."}])
+
+
+def test_a_root_of_absent_keys_is_refused_when_it_is_opened(saved: Saved) -> None:
+    path = saved({"a": {"b": torch.ones(1)}, 0: {"c": torch.ones(1)}})
+    assert list(ckptool.open(path, root=(0,)).state_dict()) == ["c"]
+    for root in (("x",), ("a", "x"), ("0",), [True], ("a", "b", "c")):
+        with pytest.raises(UsageError, match="in the checkpoint's tree"):
+            ckptool.open(path, root=root)
