@@ -188,7 +188,7 @@ def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
     numbers = [
         key
         for key, (path, value) in checkpoint.entries().items()
-        if path and not isinstance(path[-1], str) and isinstance(value, TensorInfo)
+        if len(path) == 1 and not isinstance(path[0], str) and isinstance(value, TensorInfo)
     ]
     if numbers:
         raise LossError(f"{target} cannot hold keys that are no text: {listed(numbers, 20)}")

@@ -175,7 +175,6 @@ def plain(payload: bytes, path: str) -> str:
 NO_PLACES: dict[str, Place] = {
     "a plain pickle": lambda payload: plain(beside(payload), "given.pkl"),
     "a plain pickle of protocol 0": lambda payload: plain(beside(payload)[2:], "given.pkl"),
-    "a plain pickle of protocol 4": lambda payload: plain(b"\x80\x04" + payload + b".", "given.pth"),
     "a TorchScript archive": lambda payload: scripted(payload),
     "a zip's second pickle": lambda payload: scripted(payload, "archive/other.pkl", "outside/constants.pkl"),
 }
@@ -279,6 +278,17 @@ def test_what_reaches_outside_is_refused_in_every_place(place: str, name: str, r
 @pytest.mark.parametrize("place", NO_PLACES)
 def test_pickles_that_are_no_checkpoints_are_refused_and_not_run(place: str, every: Every) -> None:
     assert {code for code, _, _ in every(NO_PLACES[place](PAYLOADS["REDUCE"]))} == {2}
+
+
+def test_an_exploit_alone_in_a_plain_pickle_is_shown_by_inspect_and_refused_by_all_that_need_weights(
+    every: Every,
+) -> None:
+    path = plain(b"\x80\x04" + PAYLOADS["REDUCE"] + b".", "given.pth")
+    codes: dict[str, set[int]] = {args[0]: set() for args in ways(path)}
+    for args, (code, _, _) in zip(ways(path), every(path), strict=True):
+        codes[args[0]].add(code)
+    assert codes.pop("inspect") == {0, 1}
+    assert set().union(*codes.values()) == {2}
 
 
 AUDITED = """

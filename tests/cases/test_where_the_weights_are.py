@@ -191,8 +191,12 @@ def test_an_average_beside_two_models_is_in_no_output_and_named(saved: Saved, ru
             {"G": nn.Linear(2, 2).state_dict(), "D": nn.Linear(1, 1).state_dict(), "log_scale": torch.ones(1)},
             ["G/weight", "G/bias", "D/weight", "D/bias", "log_scale"], [],
         ),
+        (
+            {"G": nn.Linear(2, 2).state_dict(), "D": nn.Linear(1, 1).state_dict(), "losses": list(torch.ones(2))},
+            ["G/weight", "G/bias", "D/weight", "D/bias", "losses/0", "losses/1"], [],
+        ),
     ],
-    ids=["matgl", "a tuple", "a list", "agents", "agents and a random state", "a tensor beside two"],
+    ids=["matgl", "a tuple", "a list", "agents", "agents and a state", "a tensor beside two", "tensors in a list"],
 )  # fmt: skip
 def test_lists_and_tuples_of_models_are_read_and_the_rest_named(
     tree: Any, keys: list[str], named: list[str], saved: Saved, run: Run
