@@ -180,7 +180,7 @@ FORMATS = (
     Format(
         "torch-tar", "torch-tar", "ckptool.formats.torch_tar", (b"ustar",), 257, holds=WHOLE, family="torch",
     ),
-    Format("npz", "npz", "ckptool.formats.npz", (ZIP,), suffixes=(".npz",), ending=".npz"),
+    Format("npz", "npz", "ckptool.formats.npz", (ZIP, b"PK\x05\x06"), suffixes=(".npz",), ending=".npz"),
     Format("npy", "npy", "ckptool.formats.npz", (b"\x93NUMPY",)),
     Format(
         "sharded", "hf-sharded", "ckptool.formats.sharded", JSON, named=".index", is_directory=True,

@@ -88,6 +88,8 @@ class _Form(NamedTuple):
 
 def matches(probe: Probe) -> bool:
     """Returns whether it is a ``.npy`` file, or a zip archive with one."""
+    if probe.head.startswith(b"PK\x05\x06"):  # np.savez without arrays
+        return probe.size == 22 and probe.name.endswith(".npz")
     return probe.head.startswith(MAGIC) or any(name.endswith(".npy") for name in probe.members)
 
 

@@ -370,3 +370,10 @@ def test_a_device_that_is_not_there_hinders_nothing(run: Run) -> None:
 def test_a_device_tensor_made_of_something_else_is_refused(data: Any, refused: Any) -> None:
     path = put(written({"w": Call(torch._utils._rebuild_device_tensor_from_numpy, data, torch.float32, "cpu", False)}))
     assert "a tensor of another device is made of something" in refused("inspect", path)
+
+
+def test_an_npz_without_arrays_is_a_file_without_tensors(run: Run) -> None:
+    np.savez("empty.npz")
+    code, out, _ = run("inspect", "empty.npz", "--json")
+    assert (code, json.loads(out)["result"][0]["tensors"]) == (0, [])
+    assert run("convert", "empty.npz", "-o", "out.safetensors")[0] == 2
