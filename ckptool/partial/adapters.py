@@ -151,6 +151,6 @@ def parse_option(text: str) -> tuple[str, Adapter]:
     names = "|".join(map(re.escape, ADAPTERS))
     found = re.fullmatch(rf"(.+?)=((?:{names})(?::.*)?)", text, re.DOTALL)
     if not found:
-        like = next(filter(None, (near(word, ADAPTERS) for word in re.findall(r".=([\w-]+)", text))), "")
+        like = next(filter(None, (near(word, ADAPTERS) for word in re.findall(r"(?<=.)=([\w-]+)", text))), "")
         raise UsageError(f"{text!r} is not KEYGLOB=ADAPTER{like}; adapters are {usage()}")
     return found[1], parse(found[2])
