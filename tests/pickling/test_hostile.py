@@ -534,9 +534,12 @@ def test_keys_that_are_no_str_are_shown_as_what_they_say(saved: Saved) -> None:
     assert list(torch.load("out.pth", weights_only=False)) == [keys[0], keys[2], keys[5], keys[7]]
 
 
-def test_plain_keys_that_read_alike_are_still_refused(saved: Saved) -> None:
-    with pytest.raises(CollisionError, match="'1'"):
-        ckptool.open(saved({1: torch.ones(1), "1": torch.ones(1)})).state_dict()
+def test_plain_keys_that_read_alike_are_told_apart_and_refused_where_they_are_written(saved: Saved) -> None:
+    checkpoint = ckptool.open(saved({1: torch.ones(1), "1": torch.ones(1)}))
+    assert len(checkpoint.state_dict()) == 2
+    for name in ("out.pth", "out.safetensors"):
+        with pytest.raises(CollisionError, match="1"):
+            ckptool.save(checkpoint, name)
 
 
 def test_a_key_put_together_from_one_long_name_is_bounded() -> None:
