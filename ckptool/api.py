@@ -158,11 +158,13 @@ def save(
     in_place: bool = False,
     map_location: MapLocation = None,
     max_shard_size: int = formats.SHARD_SIZE,
+    shard_name: str | None = None,
+    with_files: bool = False,
     verify: bool = False,
     fsync: bool = True,
     progress: Progress | None = None,
 ) -> Saved:
-    """Writes a checkpoint in the format ``to``, by default that of the suffix of ``path``; returns the outcome.
+    """Writes a checkpoint in the format ``to``, by default the one that ``path`` says; returns the outcome.
 
     `Saved` has what the format left out (``left_out``) and, per key, how many finite values a cast made infinite
     (``overflowed``). `ckptool.saving.SaveOptions` explains the arguments. ``progress`` is called with the number of
@@ -174,8 +176,11 @@ def save(
 
     url = keys.file_path(path)
     keys.expect_numbers(1, max_shard_size=max_shard_size)
-    options = saving.SaveOptions(to, force, in_place, _tags(map_location), max_shard_size, verify, fsync)
-    return saving.save(open(checkpoint), url, options, progress)
+    keys.expect_texts(shard_name=shard_name)
+    tags, opened = _tags(map_location), open(checkpoint)
+    how = saving.SaveOptions(to, force, in_place, tags, max_shard_size, verify, fsync, False, shard_name, with_files)
+    saved = saving.save(opened, url, how, progress)
+    return replace(saved, notes=(*opened.problems, *opened.notes, *saved.notes))
 
 
 def _tags(map_location: MapLocation) -> MapLocation:
@@ -225,6 +230,8 @@ def convert(
     publish: bool = False,
     metadata: Patterns = (),
     max_shard_size: int = formats.SHARD_SIZE,
+    shard_name: str | None = None,
+    with_files: bool = False,
     map_location: MapLocation = None,
     force: bool = False,
     in_place: bool = False,
@@ -235,8 +242,8 @@ def convert(
 ) -> ConvertReport:
     """Writes a checkpoint in another format, and returns a report.
 
-    ``to``: one of `formats.names`; by default the suffix of ``path`` decides. ``dtype`` casts floats at
-    root, except keys that match ``keep``. ``untie`` stores tied tensors separately. ``publish`` writes the
+    ``to``: one of `formats.names`; by default ``path`` decides (its suffix; a directory gets shards). ``dtype`` casts
+    floats at root, except keys that match ``keep``. ``untie`` stores tied tensors separately. ``publish`` writes the
     weights alone and puts the first 8 hex digits of the sha256 in the name. ``metadata`` names scalars of the
     tree to carry into safetensors' metadata. ``verify`` reads the result back before it gets its name. ``dry_run``
     writes nothing, estimates the bytes, and raises what the conversion would.
@@ -251,9 +258,9 @@ def convert(
     from ckptool.ops.convert import convert as op
 
     url = keys.file_path(path)
-    keys.expect_texts(dtype=dtype)
+    keys.expect_texts(dtype=dtype, shard_name=shard_name)
     keys.expect_numbers(1, max_shard_size=max_shard_size)
-    opened = open(source, root)
+    opened = _open_whole(open(source, root))
     keep, metadata = keys.texts(keep, "keep"), keys.texts(metadata, "metadata")
     prepared, report = op(
         opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, untie=untie, publish=publish,
@@ -267,12 +274,13 @@ def convert(
         dtypes = {lookup(str(dtype)).name, *(tensors[key].dtype for key in cast)}
         if not dtypes <= {*COMMON_FLOATS} and importlib.util.find_spec("torch") is None:
             raise needs_torch(f"casting to {dtype}")
-    options = saving.SaveOptions(to, force, in_place, _tags(map_location), max_shard_size, verify, fsync, publish)
+    tags, digest = _tags(map_location), publish and not row.is_directory
+    how = saving.SaveOptions(to, force, in_place, tags, max_shard_size, verify, fsync, digest, shard_name, with_files)
     if publish and row.is_directory:
         report.notes.append("a directory of shards has no digest in its name")
     elif publish and dry_run:
         report.notes.append("8 hex digits of its sha256 will be in its name")
-    saved = saving.check(prepared, url, options) if dry_run else saving.save(prepared, url, options, progress)
+    saved = saving.check(prepared, url, how) if dry_run else saving.save(prepared, url, how, progress)
     return replace(
         report, output=saved.path, nbytes=saved.nbytes, verified=saved.verified, overflowed=dict(saved.overflowed),
         left_out=[name for name in (*report.left_out, *saved.left_out) if name not in metadata],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptool import formats
 from ckptool.core import aliases
@@ -18,6 +18,9 @@ from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, Us
 from ckptool.io.output import EXISTS, Output
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
 from ckptool.values.blocks import same_bytes
+
+if TYPE_CHECKING:
+    from ckptool.formats.sets import Names
 
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
 
@@ -33,7 +36,9 @@ class SaveOptions:
     ``in_place`` allows the path to be one of the inputs. ``map_location`` maps device tags: one for all, a dict, or a
     callable tag -> tag. ``max_shard_size`` counts bytes of tensors, for shards. ``verify`` reads the staging
     file back, and compares every tensor's bytes with the checkpoint. ``fsync`` waits for the disk.
-    ``hash_in_name`` appends the first 8 hex digits of the file's sha256 to the stem of its name.
+    ``hash_in_name`` appends the first 8 hex digits of the file's sha256 to the stem of its name. For shards,
+    ``shard_name`` begins the files' names instead of the input's family (``model``), and ``with_files`` copies the
+    small files beside the input (config.json, tokenizer).
     """
 
     to: str | None = None
@@ -44,15 +49,20 @@ class SaveOptions:
     verify: bool = False
     fsync: bool = True
     hash_in_name: bool = False
+    shard_name: str | None = None
+    with_files: bool = False
 
     @property
     def overwrites(self) -> bool:
         return self.force or self.in_place
 
     @property
-    def into_directory(self) -> bool:
-        """Returns whether the output is a directory; no suffix selects one. Raises: UsageError."""
-        return self.to is not None and formats.named(self.to).is_directory
+    def of_shards(self) -> dict[str, Any]:
+        """Returns the arguments that a format of directories takes for `write` and `check`."""
+        return {
+            "max_shard_size": self.max_shard_size, "shard_name": self.shard_name, "with_files": self.with_files,
+            "force": self.overwrites, "in_place": self.in_place,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +114,9 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
     try:
         row, tags = _refuse(checkpoint, url, options)
         if row.is_directory:
-            left_out, nbytes = row.directory_writer().check(
-                checkpoint, url, max_shard_size=options.max_shard_size, force=options.overwrites
-            )
-        else:
-            left_out, nbytes = row.writer().check(checkpoint, tags)
+            left_out, nbytes, notes = row.directory_writer().check(checkpoint, url, **options.of_shards)
+            return Saved(url, nbytes, left_out, notes=notes)
+        left_out, nbytes = row.writer().check(checkpoint, tags)
         return Saved(url, nbytes, left_out + _lost_ties(checkpoint, row))
     except CkptoolError as error:
         error.path = error.path or url
@@ -117,7 +125,7 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
 
 def work(nbytes: int, options: SaveOptions) -> int:
     """Returns the bytes that `save` reports to ``progress`` when it writes ``nbytes``: written, compared, hashed."""
-    return nbytes * (1 + 2 * options.verify + (options.hash_in_name and not options.into_directory))
+    return nbytes * (1 + 2 * options.verify + options.hash_in_name)
 
 
 def _refuse(
@@ -176,8 +184,7 @@ def _save_directory(
         _verify(checkpoint, row, paths, files.beside(progress))
 
     left_out, nbytes, notes = row.directory_writer().write(
-        checkpoint, url, files, tags, max_shard_size=options.max_shard_size, force=options.overwrites,
-        remove_stale=options.in_place and _holds_input(url, [checkpoint]), fsync=options.fsync,
+        checkpoint, url, files, tags, **options.of_shards, fsync=options.fsync,
         verify=verify if options.verify else None, progress=progress,
     )  # fmt: skip
     return Saved(url, nbytes, left_out, notes=notes)
@@ -328,13 +335,16 @@ def check_output(
     """Raises as `save` would for this path: an unknown suffix, a file that exists, an input."""
     url = os.fspath(path)
     row = formats.writable(url, options.to)
+    if not row.is_directory and (options.with_files or options.shard_name is not None):
+        raise UsageError("--shard-name and --with-files go with a directory of shards: --to sharded", url)
     if row.is_directory:
+        names = {row.directory_writer().names_for(checkpoint, options.shard_name) for checkpoint in inputs}
         if os.path.lexists(url) and not os.path.isdir(url):
             raise OutputError("is a file; shards go into a directory", url)
         if options.force and not options.in_place and _holds_input(url, inputs):
             raise OutputError("holds an input; --in-place replaces it", url)
         if options.force and not options.in_place:
-            _refuse_linked(url, row, inputs)
+            _refuse_linked(url, names, inputs)
         if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
             raise OutputError("cannot be made: no such directory", url)
         return
@@ -350,10 +360,10 @@ def _holds_input(directory: str, inputs: Sequence[Checkpoint]) -> bool:
     )
 
 
-def _refuse_linked(directory: str, row: formats.Format, inputs: Sequence[Checkpoint]) -> None:
+def _refuse_linked(directory: str, names: Collection[Names], inputs: Sequence[Checkpoint]) -> None:
     """Raises OutputError if the path of a shard is a link to an input, which writing would replace."""
-    is_ours = row.directory_writer().is_ours
-    places = [os.path.join(directory, name) for name in names_in(directory) if is_ours(name)]
+    there = names_in(directory)
+    places = [os.path.join(directory, name) for name in there if any(own.gives(name) for own in names)]
     if not places:
         return
     given = {found for checkpoint in inputs for source in sources(checkpoint) if (found := identity(source))}

@@ -184,7 +184,7 @@ class Bench:
         if there == self.old:
             return "old"
         assert self.case.output == "d", "neither the old file nor the new"
-        if sharded.WRITTEN_INDEX in there:  # files of the other set may lie beside
+        if sharded.MODEL.index in there:  # files of the other set may lie beside
             wholes = [whole for whole in (self.new, self.old, self.other) if whole and whole.items() <= there.items()]
             assert wholes, "old and new shards under one index"
             return "new" if wholes[0] is self.new else "old"
@@ -290,7 +290,7 @@ def together(name: str, rounds: int, writers: int = 4) -> dict[str, int]:
         codes = [wait(process) for process in processes]
         assert all(code in (0, 2, -signal.SIGKILL) for code in codes), (codes, Path("said").read_text())
         there = {key: data for key, data in content(bench.case.output).items() if not PARTIAL.fullmatch(key)}
-        if bench.case.output == "d" and sharded.WRITTEN_INDEX not in there:
+        if bench.case.output == "d" and sharded.MODEL.index not in there:
             assert -signal.SIGKILL in codes
         elif 0 in codes:
             wholes = [whole for whole in (bench.new, bench.other) if whole.items() <= there.items()]

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from oracles import Run, content
 
 import ckptool
 from ckptool.io.output import Output
-from ckptool.saving import SaveOptions
 
 Refused = Callable[..., str]
 
@@ -29,13 +27,7 @@ OUT = {"torch": "out.pth", "torch-legacy": "out.pth", "safetensors": "out.safete
        "sharded": "out"}  # fmt: skip
 BESIDE = {"remap": ["--save-map", "map.json"], "load-partial": ["--groups-out", "groups.json"]}
 """The files that a command writes beside its output, on request."""
-COMMANDS = {
-    "filter": ["torch", "safetensors", "npz"],
-    "remap": list(OUT),
-    "convert": list(OUT),
-    "load-partial": list(OUT),
-}
-"""The formats that each command can write. `remap` keeps a format that no suffix names."""
+COMMANDS = ["filter", "remap", "convert", "load-partial"]
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -68,11 +60,11 @@ class Case:
 
     def args(self, source: str, output: str, *more: str) -> list[str]:
         """Returns the command line; ``target`` is of the same keys and shapes."""
-        to = ["--to", self.format] if self.command in ("convert", "load-partial") else []
         own = {
-            "filter": ["--match", "target.pth"], "remap": ["--sub", "s/^t/x/"], "convert": ["--max-shard-size", "4000"],
+            "filter": ["--match", "target.pth"], "remap": ["--sub", "s/^t/x/"], "convert": [],
             "load-partial": ["--into", "target.pth"],
         }  # fmt: skip
+        to = ["--to", self.format, "--max-shard-size", "4000"]
         return [self.command, source, *own[self.command], "-o", output, *to, *more]
 
     def values(self, path: str) -> dict[str, torch.Tensor]:
@@ -98,11 +90,8 @@ def told(out: str) -> Any:
     }
 
 
-@pytest.fixture(params=[(command, name) for command, names in COMMANDS.items() for name in names], ids=" ".join)
-def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
-    small = partial(SaveOptions, max_shard_size=4000)  # several shards from commands that take no size too
-    monkeypatch.setattr("ckptool.cli.remap.SaveOptions", small)
-    monkeypatch.setattr("ckptool.cli.load_partial.SaveOptions", small)
+@pytest.fixture(params=[(command, name) for command in COMMANDS for name in OUT], ids=" ".join)
+def case(request: pytest.FixtureRequest) -> Case:
     torch.save(weights(5), "target.pth")
     return Case(*request.param)
 

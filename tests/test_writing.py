@@ -123,7 +123,7 @@ def test_a_run_does_not_look_again_at_what_another_may_be_replacing(run: Run, mo
         with locked(directory):
             yield
         for name in os.listdir("d"):
-            if sharded.WRITTEN.fullmatch(name):
+            if sharded.MODEL.gives(name):
                 os.rename(f"d/{name}", f"d/.{name}.0123abcd.ckptool-old")
 
     shards(2)
@@ -537,14 +537,14 @@ def test_an_old_set_that_cannot_have_its_names_again_is_kept(run: Run, monkeypat
     assert content() == before
 
 
-def test_shards_of_an_older_index_are_named(run: Run) -> None:
+def test_shards_of_an_older_index_are_removed_and_named(run: Run) -> None:
     shards(3)
     code, out, err = run("convert", "0.safetensors", "--to", "sharded", "-o", "d", "--max-shard-size", "250", "--force")
     assert (code, err) == (0, "")
-    assert "not replaced: model-00001-of-00003.safetensors, model-00002" in " ".join(out.split())
+    assert "removed: model-00001-of-00003.safetensors, model-00002" in " ".join(out.split())
     code, out, _ = run("convert", "0.safetensors", "--to", "sharded", "-o", "d", "--force")
-    assert "not replaced: model-00001-of-00002.safetensors" in " ".join(out.split())
-    assert "model.safetensors.index.json" in out
+    assert "removed: model.safetensors.index.json, model-00001-of-00002.safetensors" in " ".join(out.split())
+    assert os.listdir("d") == ["model.safetensors"]
 
 
 def test_in_place_leaves_no_file_of_the_set_that_was_there(run: Run) -> None:
@@ -565,11 +565,11 @@ def test_in_place_leaves_no_file_of_the_set_that_was_there(run: Run) -> None:
     assert ckptool.diff(found, "0.safetensors", strip_prefix_a="x.", values=True).same
 
 
-def test_in_place_of_another_directory_removes_nothing(run: Run) -> None:
+def test_a_set_that_is_no_input_is_replaced_whole_too(run: Run) -> None:
     shards(3)
-    before = {*os.listdir("d")}
+    Path("d/mine.safetensors").write_bytes(Path("0.safetensors").read_bytes())
     assert run("convert", "0.safetensors", "--to", "sharded", "-o", "d", "--in-place")[0] == 0
-    assert {*os.listdir("d")} == before | {"model.safetensors"}
+    assert sorted(os.listdir("d")) == ["mine.safetensors", "model.safetensors"]
 
 
 def test_in_place_that_fails_removes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

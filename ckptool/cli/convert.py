@@ -19,13 +19,15 @@ from ckptool.text import plural, size
 
 def command(
     inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Checkpoints: files, indexes, directories.")],
-    to: Annotated[str | None, typer.Option(metavar="FORMAT", help=f"{', '.join(formats.names())}.")] = None,
+    to: options.To = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write. Default: beside the input.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Cast floats to it: bf16, float32, ...")] = None,
     keep: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="With --dtype: keys not to cast.")] = None,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="With --to sharded: size of a shard.")] = "5GB",
+    max_shard_size: options.MaxShardSize = "5GB",
+    shard_name: options.ShardName = None,
+    with_files: options.WithFiles = False,
     untie: Annotated[bool, typer.Option("--untie", help="Store tied tensors separately.")] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Weights only, with the sha256 in the name.")] = False,
     metadata: Annotated[
@@ -50,14 +52,15 @@ def command(
         raise UsageError("--keep goes with --dtype")
     if to is not None:
         formats.named(to)  # an unknown format is reported before anything else
-    limit = options.size(max_shard_size)
-    if limit < 1:
-        raise UsageError(f"--max-shard-size takes at least 1 byte, not {max_shard_size!r}")
+    limit = options.shard_size(max_shard_size)
     tags = options.tags(map_location)
     paths = [output if output is not None else beside(source, str(to)) for source in inputs]
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError("two inputs would be written to one name")
-    save_options = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, publish)
+    hash_in_name = publish and not formats.writable(paths[0], to).is_directory
+    save_options = saving.SaveOptions(
+        to, force, in_place, tags, limit, verify, fsync, hash_in_name, shard_name, with_files
+    )
     source_of = dict(zip(paths, inputs, strict=True))
     outputs = Outputs("convert", save_options, report_file, dry_run, as_json)
     failed = render.Failures(len(inputs))
@@ -70,8 +73,8 @@ def command(
     def converted(checkpoint: Checkpoint, path: str, **how: Any) -> ConvertReport:
         return ckptool.convert(
             checkpoint, path, to=to, dtype=dtype, keep=keep or (), untie=untie, publish=publish,
-            metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit, map_location=tags,
-            verify=verify, fsync=fsync, **how,
+            metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit,
+            shard_name=shard_name, with_files=with_files, map_location=tags, verify=verify, fsync=fsync, **how,
         )  # fmt: skip
 
     def total() -> int:

@@ -22,6 +22,10 @@ def command(
         str | None, typer.Option(metavar="TARGET", help="The checkpoint whose keys and shapes to match.")
     ] = None,
     output: options.Output = None,
+    to: options.To = None,
+    max_shard_size: options.MaxShardSize = "5GB",
+    shard_name: options.ShardName = None,
+    with_files: options.WithFiles = False,
     include: options.Include = None,
     exclude: options.Exclude = None,
     strip_prefix: options.StripPrefix = None,
@@ -57,7 +61,10 @@ def command(
     if match is None and (min_loaded or require or strict):
         raise UsageError("--min-loaded, --require and --strict need --match")
     least = plans.fraction(min_loaded)
-    save_options = SaveOptions(None, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
+    save_options = SaveOptions(
+        to, force, in_place, options.tags(map_location), options.shard_size(max_shard_size), verify, fsync, False,
+        shard_name, with_files,
+    )  # fmt: skip
     outputs = Outputs("filter", save_options, report_file, dry_run, as_json)
     opened = [ckptool.open(source, root=root) for source in sources]
     target = ckptool.open(match, root=match_root) if match is not None else None

@@ -79,6 +79,8 @@ def command(
         render.print_json(render.document("inspect", documents, notes, failed.errors))
     for number, (report, rows) in enumerate(() if as_json else chosen):
         if keys_only:
+            for text in (*report.problems, *report.notes):
+                render.note(text)
             render.show(render.safe(row.key) for row in rows)
             continue
         lines = [*([""] if number else []), *_summary(report), ""]

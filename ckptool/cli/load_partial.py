@@ -34,9 +34,10 @@ def command(
     ] = None,
     arg: Annotated[Texts, typer.Option(metavar="NAME=VALUE", help="An argument for --model, in TOML.")] = None,
     output: options.Output = None,
-    to: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="The output's format. Default: what its suffix says.")
-    ] = None,
+    to: options.To = None,
+    max_shard_size: options.MaxShardSize = "5GB",
+    shard_name: options.ShardName = None,
+    with_files: options.WithFiles = False,
     rename: options.Rename = None,
     rules: options.RulesFiles = None,
     allow_unused: options.AllowUnused = False,
@@ -95,7 +96,10 @@ def command(
         raise UsageError("name a SOURCE to load from, or how to initialise with --init or --init-preset")
     options.require_output(output, dry_run)
     least = plans.fraction(min_loaded)
-    save_options = SaveOptions(to, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
+    save_options = SaveOptions(
+        to, force, in_place, options.tags(map_location), options.shard_size(max_shard_size), verify, fsync, False,
+        shard_name, with_files,
+    )  # fmt: skip
     outputs = Outputs("load-partial", save_options, report_file, dry_run, as_json)
     opened = ckptool.open(source, root=root) if source is not None else None
     target: Any = ckptool.open(into, root=into_root) if into is not None else None

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 import ckptool
+from ckptool import formats
 from ckptool.errors import FormatError, UnreadableError, UsageError, explain
 
 if TYPE_CHECKING:
@@ -34,6 +35,19 @@ Require = Annotated[Texts, typer.Option(metavar="GLOB", help="Exit 1 if a key th
 Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 on missing, unexpected or mismatched keys.")]
 AllRows = Annotated[bool, typer.Option("--all", help="Show loaded keys too.")]
 Root = Annotated[str | None, typer.Option("--root", metavar="PATH", help="Where the weights are, steps joined with /.")]
+To = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT", help=f"{', '.join(formats.names())}. Default: what OUT says (a directory: sharded)."
+    ),
+]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="With --to sharded: size of a shard.")]
+ShardName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="With --to sharded: how files' names begin. Default: as the input's.")
+]
+WithFiles = Annotated[
+    bool, typer.Option("--with-files", help="With --to sharded: copy config.json, tokenizer ... beside the input too.")
+]
 MapLocation = Annotated[
     str | None,
     typer.Option("--map-location", metavar="TAGS", help="Device tags to write: cpu, or cuda:1=cuda:0,cuda:2=cpu."),
@@ -88,6 +102,14 @@ def size(text: str) -> int:
     power = " KMGT".index(match[2].upper() or " ")
     unit = (1024 if match[3] else 1000) ** power
     return int(match[1]) * unit if match[1].isdecimal() else int(float(match[1]) * unit)
+
+
+def shard_size(text: str) -> int:
+    """Returns the bytes that ``--max-shard-size`` means. Raises: UsageError."""
+    nbytes = size(text)
+    if nbytes < 1:
+        raise UsageError(f"--max-shard-size takes at least 1 byte, not {text!r}")
+    return nbytes
 
 
 def limited(given: Iterable[str]) -> AbstractContextManager[None]:

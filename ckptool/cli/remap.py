@@ -27,6 +27,10 @@ def command(
     ctx: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint.")],
     output: options.Output = None,
+    to: options.To = None,
+    max_shard_size: options.MaxShardSize = "5GB",
+    shard_name: options.ShardName = None,
+    with_files: options.WithFiles = False,
     strip_prefix: Annotated[Texts, typer.Option(metavar="P", help="Remove a prefix from keys that have it.")] = None,
     add_prefix: Annotated[Texts, typer.Option(metavar="P", help="Add a prefix to every key.")] = None,
     rename: options.Rename = None,
@@ -59,8 +63,11 @@ def command(
     if invert is None and not chosen.rules:
         raise UsageError("no rule: see --rename, --strip-prefix, --sub, --rules and the others in --help")
     opened = ckptool.open(file, root=root)
-    to = None if output is None else _own_format(file, opened, output)
-    save_options = SaveOptions(to, force, in_place, options.tags(map_location), verify=verify, fsync=fsync)
+    to = _own_format(opened, output) if to is None and output is not None else to
+    save_options = SaveOptions(
+        to, force, in_place, options.tags(map_location), options.shard_size(max_shard_size), verify, fsync, False,
+        shard_name, with_files,
+    )  # fmt: skip
     outputs = Outputs("remap", save_options, report_file, dry_run, as_json)
     outputs.check([] if output is None else [output], [opened], save_map)
     if invert is not None:
@@ -74,18 +81,15 @@ def command(
     return 0
 
 
-def _own_format(file: str, opened: Checkpoint, output: str) -> str | None:
-    """Returns the input's format, or None where the output's suffix decides, or is refused.
+def _own_format(opened: Checkpoint, output: str) -> str | None:
+    """Returns the input's format, or None where the output's path decides, or is refused.
 
-    It decides if it stands for a format of another family, or if the input's format cannot be written.
-    A directory that replaces or joins another is one of shards, even if the input holds a single file of weights.
+    It decides if it is a directory's, if its suffix stands for a format of another family, or if the input's format
+    cannot be written.
     """
-    both = os.path.isdir(file) and os.path.isdir(output)
-    own = formats.of_directories() if both else formats.labelled(opened.format)
+    own = formats.labelled(opened.format)
     by_suffix = formats.by_suffix(output)
-    if own is None or (by_suffix is not None and by_suffix.name != own.family):
-        return None
-    if output.endswith(os.sep) and not own.is_directory:
+    if own is None or formats.is_directory(output) or (by_suffix is not None and by_suffix.name != own.family):
         return None
     if own.writes or (by_suffix is None and not os.path.splitext(output)[1]):
         return own.written_as or None

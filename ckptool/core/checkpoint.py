@@ -49,7 +49,8 @@ class Checkpoint:
     ``root`` is the path to the weights in ``tree``. ``metadata`` is safetensors' ``__metadata__``.
     ``nbytes`` is the size of the file(s). ``names`` are all classes and functions that its pickle names.
     ``problems`` are the contradictions of shards and index; ``broken``: tensors are missing. ``trailing`` says what
-    follows the end of the content in the file, if anything does.
+    follows the end of the content in the file, if anything does. ``notes`` say by which rule one of several sets in a
+    directory was read, and what else lies there.
     """
 
     tree: Any
@@ -62,12 +63,13 @@ class Checkpoint:
     problems: tuple[str, ...] = ()
     broken: bool = False
     trailing: str = ""
+    notes: tuple[str, ...] = ()
     _cache: dict[Path, dict[str, tuple[Path, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def require_whole(self) -> None:
         """Raises IncompleteError if tensors are missing from a sharded checkpoint."""
         if self.broken:
-            raise IncompleteError("; ".join(self.problems), self.url)
+            raise IncompleteError("; ".join((*self.problems, *self.notes)), self.url)
 
     def at(self, path: Path) -> Any:
         """Returns the node at ``path``. Raises: FormatError if the tree has no such path."""

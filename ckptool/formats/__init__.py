@@ -8,6 +8,7 @@ reference library read a finished file. The protocols below give the types.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -19,6 +20,7 @@ from ckptool.io.probe import Probe
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from ckptool.formats.sets import Names
     from ckptool.io.output import Output
     from ckptool.io.source import Files
 
@@ -46,9 +48,9 @@ if TYPE_CHECKING:
     class DirectoryWriter(Protocol):
         """The module of a format of several files that can be written.
 
-        ``write`` returns what was left out, the bytes of all files, and notes; ``remove_stale`` removes the files of a
-        replaced checkpoint that have none of the new names. It calls ``verify`` with the paths of
-        the finished staging files, before they are renamed. `is_ours` knows the names that `write` gives.
+        ``write`` returns what was left out, the bytes of all files, and notes; ``check`` that without writing.
+        ``write`` calls ``verify`` with the paths of the finished staging files, before they are renamed. `names_for`
+        returns the names that `write` gives.
         """
 
         def write(
@@ -59,16 +61,26 @@ if TYPE_CHECKING:
             map_location: MapLocation | None,
             *,
             max_shard_size: int,
+            shard_name: str | None,
+            with_files: bool,
             force: bool,
-            remove_stale: bool,
+            in_place: bool,
             fsync: bool,
             verify: Callable[[Sequence[str]], None] | None,
             progress: Callable[[int], None] | None,
         ) -> tuple[tuple[str, ...], int, tuple[str, ...]]: ...
         def check(
-            self, checkpoint: Checkpoint, directory: str, *, max_shard_size: int, force: bool
-        ) -> tuple[tuple[str, ...], int]: ...
-        def is_ours(self, name: str) -> bool: ...
+            self,
+            checkpoint: Checkpoint,
+            directory: str,
+            *,
+            max_shard_size: int,
+            shard_name: str | None,
+            with_files: bool,
+            force: bool,
+            in_place: bool,
+        ) -> tuple[tuple[str, ...], int, tuple[str, ...]]: ...
+        def names_for(self, checkpoint: Checkpoint, shard_name: str | None) -> Names: ...
 
 
 class Holds(NamedTuple):
@@ -205,10 +217,6 @@ def read(path: str) -> Checkpoint:
 
 
 def _read(probe: Probe) -> Checkpoint:
-    if probe.is_directory:  # another tool's directory may also hold files of weights, so this comes first
-        from ckptool.formats.unknown import refuse_layout
-
-        refuse_layout(probe)
     for row in FORMATS:
         if row.may_be(probe) and (found := row.read(probe, read)) is not None:
             return found
@@ -245,11 +253,18 @@ def by_suffix(path: str) -> Format | None:
     return next((row for row in FORMATS if path.lower().endswith(row.suffixes)), None)
 
 
+def is_directory(path: str) -> bool:
+    """Returns whether an output path is that of a directory: it ends in a slash, or there is one."""
+    return path.endswith(tuple(filter(None, (os.sep, os.altsep)))) or os.path.isdir(path)
+
+
 def writable(path: str, name: str | None = None) -> Format:
-    """Returns the format called ``name``, or without a name the one of the path's suffix. Raises: UsageError."""
-    row = by_suffix(path) if name is None else named(name)
+    """Returns the format called ``name``, or without a name the one that the path says. Raises: UsageError."""
+    if name is not None:
+        return named(name)
+    row = of_directories() if is_directory(path) else by_suffix(path)
     if row is None:
-        raise UsageError(f"no format has this suffix; known: {', '.join(suffixes())}", path)
+        raise UsageError(f"no format has this suffix; known: {', '.join(suffixes())}, and / for a directory", path)
     return row
 
 

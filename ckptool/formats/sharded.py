@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from ckptool.core import aliases
@@ -23,32 +24,22 @@ from ckptool.errors import (
     CkptoolError,
     FormatError,
     OutputError,
-    UnsupportedError,
     UsageError,
     explain,
     listed,
 )
-from ckptool.formats import flat, safetensors_file
+from ckptool.formats import flat, safetensors_file, sets
 from ckptool.formats.layout import MapLocation
-from ckptool.io.leftovers import held, leftovers, locked, sweep
+from ckptool.formats.sets import INDEX, Names
+from ckptool.io.leftovers import locked, sweep
 from ckptool.io.output import EXISTS, Output, commit_set
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files, LocalFile, Source, names_in
+from ckptool.io.source import Files, LocalFile, Source, names_in, same_file
 from ckptool.limits import MAX_INDEX
 
 LABEL = "hf-sharded"
 
-INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json$")
-
-SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors",
-          "diffusion_pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")  # fmt: skip
-"""Names of an unsharded checkpoint, in the order Hugging Face's loaders try them."""
-
-WHOLE = "model.safetensors"
-SHARD = "model-{:05d}-of-{:05d}.safetensors"
-WRITTEN_INDEX = "model.safetensors.index.json"
-WRITTEN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
-"""All names that `write` gives."""
+MODEL = Names("model")
 
 Open = Callable[[str], Checkpoint]
 
@@ -56,86 +47,53 @@ prove = safetensors_file.prove
 
 
 def matches(probe: Probe) -> bool:
-    """Returns whether it is an index (a JSON object), or a directory with an index or a file of weights."""
-    if probe.is_directory:
-        return find(probe.path, probe.names) is not None
-    return INDEX.match(probe.name) is not None and probe.head.lstrip()[:1] == b"{"
+    """Returns whether it is an index (a JSON object) or a directory."""
+    return probe.is_directory or (INDEX.fullmatch(probe.name) is not None and probe.head.lstrip()[:1] == b"{")
 
 
-def find(directory: str, names: Sequence[str]) -> str | None:
-    """Returns the path to open instead of a directory: an index, a file of weights or a subdirectory; None if none.
-
-    Raises: UnsupportedError if there are several, FormatError if a set of shards is incomplete.
-    """
-    _refuse_unfinished(directory, names)
-    indexes = [name for name in names if INDEX.match(name) and name != "model_index.json"]
-    singles = [name for name in SINGLE if name in names]
-    found = singles[:1] or [name for name in indexes if "safetensors" in name][:1] or indexes[:1]
-    if singles and indexes and singles[0].split(".")[0] not in indexes[0]:
-        raise UnsupportedError(f"holds {listed([*singles, *indexes])}: name one of them", directory)
-    if found:
-        return os.path.join(directory, found[0])
-    if "model_index.json" in names:  # a diffusers pipeline: one directory per component
-        parts = [name for name in names if os.path.isdir(os.path.join(directory, name))]
-        parts = [name for name in parts if _holds_weights(os.path.join(directory, name))]
-        if len(parts) == 1:
-            return os.path.join(directory, parts[0])
-        raise UnsupportedError(f"a pipeline of several models: name one of {listed(parts)}", directory)
-    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".pt", ".ckpt"))]
-    if len(weights) > 1:
-        raise UnsupportedError(
-            f"{len(weights)} files of weights and no index: name one of {listed(weights)}", directory
-        )
-    return os.path.join(directory, weights[0]) if weights else None
-
-
-def _holds_weights(directory: str) -> bool:
-    return any(INDEX.match(name) or name.endswith((".safetensors", ".bin")) for name in os.listdir(directory))
-
-
-def _refuse_unfinished(directory: str, names: Sequence[str]) -> None:
-    """Raises FormatError if shards were renamed but their index not yet: old and new shards may be mixed."""
-    if WRITTEN_INDEX in names or WHOLE in names:
-        return
-    aside = leftovers(names, "old")
-    begun = leftovers(names, "partial", of=WRITTEN_INDEX)
-    if any(held(os.path.join(directory, name)) for name in begun):
-        if aside or any(is_ours(name) for name in names):
-            raise FormatError("another run is giving its files their names; try again", directory)
-    elif aside:
-        raise FormatError(
-            f"a run that was replacing its files was killed; rename what was there back to its names "
-            f"({listed(aside, 3)}), or write there again with --force",
-            directory,
-        )
-    elif begun and any(is_ours(name) for name in names):
-        raise FormatError("a run that was writing its files was killed; write there again", directory)
-
-
-def read(probe: Probe, open_: Open) -> Checkpoint:
-    """Returns one checkpoint of all shards, whose headers ``open_`` reads; for a directory, opens the path of `find`.
+def read(probe: Probe, open_: Open) -> Checkpoint | None:
+    """Returns one checkpoint of all shards, whose headers ``open_`` reads; of a directory, what `sets.choose` names.
 
     Keys are in the order of the shards' names, then in that of each shard. Missing shards and tensors do not raise:
     `Checkpoint.problems` names them and `Checkpoint.broken` is set, so that only looking is possible.
-    Raises: FormatError for a malformed index, or one that names a file outside its directory.
+    Raises: FormatError for a malformed index, or one that names a file outside its directory; as `sets.choose`.
     """
-    if probe.is_directory:
-        return open_(str(find(probe.path, probe.names)))
-    file = probe.file
+    if not probe.is_directory:
+        return _joined(probe.file, open_)[0]
+    choice = sets.choose(probe.path, probe.names, shards_of)
+    if choice is None:
+        return None
+    with Probe(os.path.join(probe.path, choice.name)) as inner:
+        joined = not inner.is_directory and matches(inner)
+        opened, used = _joined(inner.file, open_) if joined else (open_(inner.path), ())
+    notes = sets.beside(probe.path, probe.names, choice, {choice.name, *used})
+    return replace(opened, notes=(*opened.notes, *notes))
+
+
+def shards_of(path: str) -> set[str]:
+    """Returns the files that the index at a path names. Raises: FormatError, LimitError, UnreadableError."""
+    with LocalFile(path) as file:
+        return set(_weight_map(_index(file)).values())
+
+
+def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
+    """Returns the checkpoint of an index, and the names of its shards."""
     index = _index(file)
-    weight_map: dict[str, str] = index.get("weight_map", index)
+    weight_map = _weight_map(index)
     directory = os.path.dirname(file.path)
-    problems: list[str] = []
     tree: dict[str, TensorInfo] = {}
     shard_of: dict[str, str] = {}
     names: dict[tuple[str, str], None] = {}
     said = {str(key): str(value) for key, value in (index.get("metadata") or {}).items()}
     metadata: dict[str, str] = {}
-    missing, twice, trailing = [], [], []
+    missing: list[str] = []
+    twice: dict[str, list[str]] = {}
+    trailing: list[str] = []
     nbytes = file.size
-    for shard in sorted(set(weight_map.values()), key=_natural):
+    shards = sorted(set(weight_map.values()), key=_natural)
+    for shard in shards:
         path = os.path.join(directory, shard)
-        if not os.path.lexists(path):
+        if not os.path.exists(path):
             missing.append(shard)
             continue
         part = open_(path)
@@ -145,26 +103,13 @@ def read(probe: Probe, open_: Open) -> Checkpoint:
         trailing += [f"{shard}: {part.trailing}"] if part.trailing else []
         for key, tensor in part.state_dict().items():
             if key in tree:
-                twice.append(f"{key} ({shard_of[key]}, {shard})")
-            else:
-                tree[key], shard_of[key] = tensor, shard
-    absent = [key for key, shard in weight_map.items() if key not in tree and shard not in missing]
-    lost = [key for key, shard in weight_map.items() if shard in missing]
-    indexed = {tree[key].view for key in weight_map if key in tree}
-    extra = [key for key, tensor in tree.items() if key not in weight_map and tensor.view not in indexed]
-    moved = [key for key, shard in shard_of.items() if key in weight_map and weight_map[key] != shard]
-    if missing:
-        problems.append(f"missing shards: {listed(missing)}, and in them {listed(lost)}")
-    if absent:
-        problems.append(f"in the index and in no shard: {listed(absent)}")
-    if twice:
-        problems.append(f"in two shards: {listed(twice)}")
-    if extra:
-        problems.append(f"in a shard and not in the index: {listed(extra)}")
-    if moved:
-        problems.append(f"in another shard than the index says: {listed(moved)}")
+                twice.setdefault(key, [shard_of[key]]).append(shard)
+                if weight_map.get(key) != shard:
+                    continue
+            tree[key], shard_of[key] = tensor, shard
+    problems, broken = _contradictions(weight_map, tree, shard_of, missing, twice, directory)
     problems += _wrong_size(index, tree)
-    return Checkpoint(
+    opened = Checkpoint(
         aliases.restored(tree, said),
         format=LABEL,
         url=file.path,
@@ -172,9 +117,54 @@ def read(probe: Probe, open_: Open) -> Checkpoint:
         metadata={**metadata, **aliases.plain(said, tree)},
         names=tuple(names),
         problems=tuple(problems),
-        broken=bool(missing or absent or twice),
+        broken=broken,
         trailing="; ".join(trailing),
     )
+    return opened, shards
+
+
+def _contradictions(
+    weight_map: Mapping[str, str],
+    tree: Mapping[str, TensorInfo],
+    shard_of: Mapping[str, str],
+    missing: Sequence[str],
+    twice: Mapping[str, Sequence[str]],
+    directory: str,
+) -> tuple[list[str], bool]:
+    """Returns (a line for each way in which shards and index contradict each other, whether tensors are missing).
+
+    Of a tensor that is in ``twice`` several shards, the one in the shard that the index names was taken.
+    """
+    gone = set(missing)
+    lost = [key for key, shard in weight_map.items() if shard in gone]
+    absent = [key for key, shard in weight_map.items() if key not in tree and shard not in gone]
+    indexed = {tree[key].view for key in weight_map if key in tree}
+    extra = [key for key, tensor in tree.items() if key not in weight_map and tensor.view not in indexed]
+    moved = [key for key, shard in shard_of.items() if key in weight_map and weight_map[key] != shard]
+    links = [shard for shard in missing if os.path.islink(os.path.join(directory, shard))]
+    settled, unsettled = [], []
+    for key, shards in twice.items():
+        kept = weight_map.get(key)
+        if kept in shards:
+            settled.append(f"{key} ({kept}, not {', '.join(shard for shard in shards if shard != kept)})")
+        else:
+            unsettled.append(f"{key} ({', '.join(shards)})")
+    found = {
+        f"missing shards: {listed(missing)}, and in them {listed(lost)}": missing,
+        f"of these, links to nowhere: {listed(links)}": links,
+        f"in the index and in no shard: {listed(absent)}": absent,
+        f"in two shards: {listed(unsettled)}": unsettled,
+        f"in two shards, taken from the one that the index names: {listed(settled)}": settled,
+        f"in a shard and not in the index: {listed(extra)}": extra,
+        f"in another shard than the index says: {listed(moved)}": moved,
+    }
+    return [text for text, keys in found.items() if keys], bool(missing or absent or unsettled)
+
+
+def _weight_map(index: dict[str, Any]) -> dict[str, str]:
+    """Returns {tensor: shard}; accelerate's index is this map itself."""
+    weight_map: dict[str, str] = index.get("weight_map", index)
+    return weight_map
 
 
 def _index(file: Source) -> dict[str, Any]:
@@ -186,7 +176,7 @@ def _index(file: Source) -> dict[str, Any]:
         raise FormatError("an index that is nested too deep", file.path) from error
     except ValueError as error:
         raise FormatError(f"an index that is no JSON: {error}", file.path) from error
-    weight_map = index.get("weight_map", index) if isinstance(index, dict) else None
+    weight_map = _weight_map(index) if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError("an index without a weight_map of tensor to file", file.path)
     if not isinstance(index.get("metadata") or {}, dict):
@@ -194,7 +184,7 @@ def _index(file: Source) -> dict[str, Any]:
     for shard in sorted(set(weight_map.values())):
         if os.path.basename(shard) != shard or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
             raise FormatError(f"its index names a file outside its directory: {shard!r}", file.path)
-        if INDEX.match(shard) or os.path.isdir(os.path.join(os.path.dirname(file.path), shard)):
+        if INDEX.fullmatch(shard) or os.path.isdir(os.path.join(os.path.dirname(file.path), shard)):
             raise FormatError(f"its index names something that is no shard: {shard!r}", file.path)
     return dict(index)
 
@@ -218,16 +208,16 @@ def _natural(name: str) -> list[Any]:
     ]
 
 
-def plan(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[str, dict[str, TensorInfo]]:
+def plan(tensors: Mapping[str, TensorInfo], max_shard_size: int, names: Names = MODEL) -> dict[str, Tensors]:
     """Returns {file name: its tensors}, in order: the files of weights that `write` would write.
 
     Shards are runs of the state_dict of at most ``max_shard_size`` bytes of tensors; a larger tensor has a shard
-    of its own. Aliases of tied tensors are in none. One shard is `WHOLE`, and has no index. Raises: UsageError.
+    of its own. Aliases of tied tensors are in none. One shard is a whole file, and has no index. Raises: UsageError.
     """
     if max_shard_size <= 0:
         raise UsageError(f"a shard cannot have {max_shard_size} bytes at most")
     dropped = aliases.record(tensors)
-    shards: list[dict[str, TensorInfo]] = [{}]
+    shards: list[Tensors] = [{}]
     filled = 0
     for name, tensor in tensors.items():
         if name in dropped:
@@ -238,13 +228,18 @@ def plan(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> dict[str, di
         shards[-1][name] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
-        return {WHOLE: shards[0]}
-    return {SHARD.format(number, len(shards)): shard for number, shard in enumerate(shards, 1)}
+        return {names.whole: shards[0]}
+    return {names.shard(number, len(shards)): shard for number, shard in enumerate(shards, 1)}
 
 
-def is_ours(name: str) -> bool:
-    """Returns whether it is one of the names that `write` gives."""
-    return WRITTEN.fullmatch(name) is not None
+def names_for(checkpoint: Checkpoint, shard_name: str | None) -> Names:
+    """Returns the names of the files to write: of ``shard_name``, else those of the input's family.
+
+    Raises: UsageError if ``shard_name`` cannot be the beginning of a file's name.
+    """
+    if shard_name is None:
+        return sets.output_names(os.path.basename(checkpoint.url), checkpoint.state_dict())
+    return sets.named(shard_name)
 
 
 def write(
@@ -254,39 +249,43 @@ def write(
     map_location: MapLocation | None = None,
     *,
     max_shard_size: int,
+    shard_name: str | None = None,
+    with_files: bool = False,
     force: bool = False,
-    remove_stale: bool = False,
+    in_place: bool = False,
     fsync: bool = True,
     verify: Callable[[list[str]], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
     """Writes the state_dict at root as shards and their index, streaming.
 
-    Returns what was left out, the bytes of all files, and notes.
+    Returns what was left out, the bytes of all files of weights, and notes.
 
     ``max_shard_size`` counts bytes of tensors. The directory is made if absent (its parent is not). All files are
     written to staging files and then renamed, the index last. On failure they are removed, with a directory made for
-    them, and files replaced by ``force`` are restored. ``remove_stale`` then removes the old index and the shards in it
-    that have none of the new names. Other files are not touched. ``verify`` is called with the paths of the finished
-    staging files of the shards, and may raise; ``progress`` with numbers of bytes written.
+    them, and files replaced by ``force`` are restored. ``force`` then removes what is left of a replaced set of
+    the same names, ``in_place`` what is left of the input's. ``with_files`` copies the small files beside the input.
+    Other files are not touched. ``verify`` is called with the paths of the finished staging files of the shards, and
+    may raise; ``progress`` with numbers of bytes written.
 
     If the process is killed during the renames, there is no index, and replaced files are kept as
     ``.NAME.xxxxxxxx.ckptool-old``: the next call for this directory restores them before it begins. A lock lets one
     process at a time rename or restore, so of concurrent calls the last one's set is complete.
 
     Raises: LossError naming every tensor safetensors cannot hold; OutputError if a file exists (without
-    ``force``), or if the directory has a file that loaders prefer to the index.
+    ``force``), or if the directory has a set that would hide the new one from loaders, or be hidden by it.
     """
-    shards, said = _contents(checkpoint, max_shard_size)
+    names = names_for(checkpoint, shard_name)
+    shards, said = _contents(checkpoint, max_shard_size, names)
     _recover(directory)
-    _refuse_existing(directory, shards, force)
+    place = _Place(checkpoint, directory, names, shards, force=force, in_place=in_place, with_files=with_files)
     with _made(directory), ExitStack() as stack:
 
         def opened(name: str, run: str | None) -> Output:
             path = os.path.join(directory, name)
             return stack.enter_context(Output(path, force=force, fsync=fsync, run=run))
 
-        index = opened(WRITTEN_INDEX, None) if WHOLE not in shards else None  # its lock covers all shards
+        index = opened(names.index, None) if names.whole not in shards else None  # its lock covers all shards
         outputs: list[Output] = []
         for name, (shard, metadata) in shards.items():
             output = opened(name, None if index is None else index.run)
@@ -306,52 +305,154 @@ def write(
         if verify is not None:
             verify(written)
         with locked(directory):  # so that sets of concurrent runs are never mixed
-            _refuse_existing(directory, shards, force)
-            before = stale(directory) - {*shards, *([] if index is None else [WRITTEN_INDEX])}
+            place.look()
             commit_set(outputs if index is None else [*outputs, index], force)
-            notes = _without(directory, before, remove_stale)
+            place.clear()
+        place.copy(fsync)
     nbytes = sum(output.position for output in outputs) + (index.position if index is not None else 0)
-    return flat.left_out(checkpoint), nbytes, notes
+    return flat.left_out(checkpoint), nbytes, place.notes()
 
 
 def check(
-    checkpoint: Checkpoint, directory: str, *, max_shard_size: int, force: bool = False
-) -> tuple[tuple[str, ...], int]:
-    """Returns what `write` would leave out, and how many bytes of shards it would write. Raises: as it."""
-    shards, _ = _contents(checkpoint, max_shard_size)
-    _refuse_existing(directory, shards, force)
+    checkpoint: Checkpoint,
+    directory: str,
+    *,
+    max_shard_size: int,
+    shard_name: str | None = None,
+    with_files: bool = False,
+    force: bool = False,
+    in_place: bool = False,
+) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """Returns what `write` would leave out, how many bytes of shards it would write, and its notes. Raises: as it."""
+    names = names_for(checkpoint, shard_name)
+    shards, _ = _contents(checkpoint, max_shard_size, names)
+    place = _Place(checkpoint, directory, names, shards, force=force, in_place=in_place, with_files=with_files)
     sizes = [safetensors_file.begin(shard, metadata) for shard, metadata in shards.values()]
-    return flat.left_out(checkpoint), sum(len(header) + nbytes for header, nbytes in sizes)
+    return flat.left_out(checkpoint), sum(len(header) + nbytes for header, nbytes in sizes), place.notes()
 
 
-Shard = tuple[dict[str, TensorInfo], dict[str, str]]
+Tensors = dict[str, TensorInfo]
+
+Shard = tuple[Tensors, dict[str, str]]
 """The contents of one file: tensors and metadata."""
 
 
-def _contents(checkpoint: Checkpoint, max_shard_size: int) -> tuple[dict[str, Shard], dict[str, Any]]:
+def _contents(checkpoint: Checkpoint, max_shard_size: int, names: Names) -> tuple[dict[str, Shard], dict[str, Any]]:
     """Returns {file name: contents} and the metadata of the index. Raises: LossError, UsageError."""
     tensors = checkpoint.state_dict()
     safetensors_file.refuse(tensors)
     dropped = aliases.record(tensors)
-    planned = plan(tensors, max_shard_size)
+    planned = plan(tensors, max_shard_size, names)
     said: dict[str, Any] = dict(aliases.described(tensors, dropped))
     shards = {name: (shard, aliases.carried(checkpoint.metadata, shard)) for name, shard in planned.items()}
-    if WHOLE in shards:
+    if names.whole in shards:
         safetensors_file.refuse_clashes(checkpoint.metadata, dropped)
-        shards[WHOLE][1].update(said)
+        shards[names.whole][1].update(said)
     else:
         said["total_size"] = sum(tensor.nbytes for shard in planned.values() for tensor in shard.values())
     return shards, said
 
 
-def _refuse_existing(directory: str, shards: Mapping[str, Shard], force: bool) -> None:
-    """Raises OutputError naming every file that exists already, before hours of work."""
-    if WHOLE not in shards and os.path.lexists(os.path.join(directory, WHOLE)):
-        raise OutputError(f"it holds {WHOLE}, which loaders prefer to an index: remove it first", directory)
-    names = [*shards, *([] if WHOLE in shards else [WRITTEN_INDEX])]
-    there = [name for name in names if os.path.lexists(os.path.join(directory, name))]
-    if there and not force:
-        raise OutputError(f"{listed(there)}: {EXISTS}", directory)
+class _Place:
+    """The directory of an output: what is there, what of it is replaced, and which small files come along."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, directory: str, names: Names, shards: Collection[str], *,
+        force: bool, in_place: bool, with_files: bool,
+    ) -> None:  # fmt: skip
+        self.directory = directory
+        self.names = names
+        self.new = [*shards, *([] if names.whole in shards else [names.index])]
+        self.force = force
+        self.origin, name = os.path.split(checkpoint.url)
+        within = same_file(self.origin or ".", directory)
+        self.input = sets.parse(name) if in_place and within else None
+        self.look()
+        small = sets.small_files(self.origin or ".") if sets.parse(name) and not within else []
+        self.small = small if with_files else [name for name in small if not os.path.lexists(self._path(name))]
+        self.with_files = with_files
+        if with_files:
+            self._refuse_other_files()
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
+    def look(self) -> None:
+        """Finds what is to be removed. Raises: OutputError, before hours of work."""
+        there = sorted(names_in(self.directory))
+        known = sets.sets_in(there)
+        same = [
+            found for found in known if Names(found.stem, found.variant) == self.names and found.kind == "safetensors"
+        ]
+        taken = [name for name in there if name in self.new or any(name == found.name for found in same)]
+        if taken and not self.force:
+            raise OutputError(f"{listed(taken)}: {EXISTS}", self.directory)
+        replaced = [*same, *([self.input] if self.input in known else [])]
+        rivals = [found.name for found in known if found not in replaced and found.competes(self.names)]
+        if rivals and not same:
+            raise OutputError(
+                f"holds {listed(rivals)}: loaders would read only one of that and {self.new[-1]}; "
+                "remove it, or write elsewhere",
+                self.directory,
+            )
+        gone = {name for name in there if self.force and self.names.gives(name)}
+        gone.update(name for name in there for found in replaced if found.owns(name))
+        named = {name for found in replaced if found.is_index for name in self._shards(found.name)}
+        self.gone = sorted(gone - {*self.new}, key=lambda name: (sets.parse(name) is None, name))
+        self.left = sorted(name for name in (named & {*there}) - gone - {*self.new})
+
+    def _shards(self, index: str) -> set[str]:
+        try:
+            return shards_of(self._path(index))
+        except CkptoolError:  # it is removed, whatever it says
+            return set()
+
+    def clear(self) -> None:
+        """Removes what is left of the replaced sets, indexes first: no index of absent shards at any time.
+
+        The new set is complete, and has its names: being killed in between does no harm.
+        """
+        for name in self.gone:
+            with suppress(OSError):  # then the note says that it is left
+                os.unlink(self._path(name))
+        self.left += [name for name in self.gone if os.path.lexists(self._path(name))]
+        self.gone = [name for name in self.gone if name not in self.left]
+
+    def _refuse_other_files(self) -> None:
+        """Raises OutputError if small files of the same names, and other content, are there."""
+        for name in self.small:
+            if not os.access(os.path.join(self.origin, name), os.R_OK):
+                raise OutputError(f"{name} cannot be copied: permission denied", self.origin)
+        self.small = [name for name in self.small if not self._is_there(name)]
+        other = [name for name in self.small if os.path.lexists(self._path(name))]
+        if other and not self.force:
+            raise OutputError(f"{listed(other)}: {EXISTS}", self.directory)
+
+    def _is_there(self, name: str) -> bool:
+        import filecmp
+
+        try:
+            return filecmp.cmp(os.path.join(self.origin, name), self._path(name), shallow=False)
+        except OSError:
+            return False
+
+    def copy(self, fsync: bool) -> None:
+        """Copies the small files. Raises: OutputError, UnreadableError."""
+        for name in self.small if self.with_files else ():
+            output = Output(self._path(name), force=self.force, fsync=fsync)
+            with LocalFile(os.path.join(self.origin, name)) as file, output:
+                output.readers = file.mode
+                output.write(file.read(0, file.size))
+                output.commit()
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns what became of the files that were there, and of the small files beside the input."""
+        found = {
+            "of the checkpoint that was there, removed": self.gone,
+            "of the checkpoint that was there, not replaced": self.left,
+            "copied" if self.with_files else "beside the input, not copied (--with-files)": self.small,
+        }
+        return tuple(f"{what}: {listed(names, 20)}" for what, names in found.items() if names)
 
 
 def _index_text(index: Mapping[str, Any]) -> bytes:
@@ -383,41 +484,17 @@ def _recover(directory: str) -> None:
     """Undoes unfinished renames of killed runs in a directory, and removes their staging files."""
     real = os.path.realpath(directory)
     with locked(directory):  # concurrent recoveries, with a run beginning in between, would mix their sets
-        links = [name for name in names_in(directory) if is_ours(name)]
-        targets = {os.path.realpath(os.path.join(directory, name)) for name in links}
+        written = [name for name in names_in(directory) if Names.of(name).gives(name)]
+        links = {os.path.realpath(os.path.join(directory, name)): name for name in written}
+
+        def meant(path: str) -> str:
+            parent, name = os.path.split(path)
+            return links.get(path) or (name if parent == real else "")
 
         def ours(path: str) -> bool:
-            parent, name = os.path.split(path)
-            return path in targets or (parent == real and is_ours(name))
+            return Names.of(meant(path)).gives(meant(path))
 
-        last = os.path.realpath(os.path.join(directory, WRITTEN_INDEX))
-        sweep({real, *map(os.path.dirname, targets)}, ours, last)
+        def last(path: str) -> bool:
+            return Names.of(meant(path)).index == meant(path)
 
-
-def stale(directory: str) -> set[str]:
-    """Returns the names of a directory's index and of the shards in it; empty without an index."""
-    path = os.path.join(directory, WRITTEN_INDEX)
-    if not os.path.isfile(path):
-        return set()
-    try:
-        with LocalFile(path) as file:
-            index = _index(file)
-    except CkptoolError:
-        return {WRITTEN_INDEX}
-    return {WRITTEN_INDEX, *index.get("weight_map", index).values()}
-
-
-def _without(directory: str, before: set[str], remove: bool) -> tuple[str, ...]:
-    """Removes the files ``before`` of a replaced checkpoint if asked to; returns notes: what went and what is left.
-
-    The new checkpoint is complete, and loaders prefer it to the old index: being killed in between does no harm.
-    """
-    there = sorted(name for name in before if os.path.lexists(os.path.join(directory, name)))
-    for name in sorted(there, key=lambda name: name != WRITTEN_INDEX):  # no index of absent shards at any time
-        if remove and is_ours(name):
-            with suppress(OSError):  # then the note says that it is left
-                os.unlink(os.path.join(directory, name))
-    left = [name for name in there if os.path.lexists(os.path.join(directory, name))]
-    gone = [name for name in there if name not in left]
-    notes = {"removed": gone, "not replaced": left}
-    return tuple(f"of the checkpoint that was there, {what}: {listed(names)}" for what, names in notes.items() if names)
+        sweep({real, *map(os.path.dirname, links)}, ours, last)

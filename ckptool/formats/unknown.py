@@ -1,4 +1,4 @@
-"""Names the known file types and directory layouts that ckptool cannot read, for the error message."""
+"""Names the known file types that ckptool cannot read, for the error message."""
 
 from __future__ import annotations
 
@@ -15,16 +15,6 @@ from ckptool.io.probe import Probe
 from ckptool.io.source import Source, read_span
 from ckptool.io.zip_read import archive_start, is_zip
 from ckptool.pickling.streams import MAGICS
-
-LAYOUTS = {
-    r"\.metadata|.*\.distcp": "a torch.distributed checkpoint (DCP)",
-    r"shard-\d+-.*": "a torch.distributed checkpoint in Hugging Face's files",
-    r"latest_checkpointed_iteration\.txt": "a Megatron-LM checkpoint",
-    r"latest|(bf16_)?zero_pp_rank_.*": "a DeepSpeed checkpoint",
-    r"mp_rank_.*": "one iteration of a Megatron-LM or DeepSpeed checkpoint",
-}
-"""Patterns of file names in other tools' directories, which often hold weights too; the first match decides."""
-
 
 MAGIC = {
     b"GGUF": "a GGUF file",
@@ -69,13 +59,6 @@ def following(file: Source, end: int) -> str:
         kind = "text"
     how = f" `tail -c +{end + 1} FILE` gives them as a file" if kind.endswith("?") else ""
     return f"{file.size - end} bytes after the end, from byte {end} on, are not read: {kind}{how}"
-
-
-def refuse_layout(probe: Probe) -> None:
-    """Raises UnsupportedError for a directory that another tool has written."""
-    for mark, kind in LAYOUTS.items():
-        if any(re.fullmatch(mark, name, re.DOTALL) for name in probe.names):
-            raise UnsupportedError(f"{kind}, which is not supported yet", probe.path)
 
 
 FOREIGN = {

@@ -54,10 +54,14 @@ def locked(directory: str) -> Iterator[None]:
             os.close(fd)
 
 
-def sweep(directories: Iterable[str], ours: Callable[[str], bool], last: str | None = None) -> None:
+Chosen = Callable[[str], bool]
+"""Whether a path is one of those meant."""
+
+
+def sweep(directories: Iterable[str], ours: Chosen, last: Chosen | None = None) -> None:
     """Cleans up after killed runs that wrote files whose (shortened) paths are ``ours``; never touches locked files.
 
-    ``last`` is the path of the last file of a set. If its staging file was not renamed yet, the replaced files are
+    ``last`` tells the path of the last file of a set. If its staging file was not renamed yet, the replaced files are
     restored, and its new ones removed; otherwise the set was complete, and the replaced files are removed. Without
     ``last``, runs that left more than one file are left alone: they wrote a set.
     """
@@ -73,7 +77,7 @@ def sweep(directories: Iterable[str], ours: Callable[[str], bool], last: str | N
         _sweep(files, ours, last)
 
 
-def _sweep(files: list[tuple[str, str, str]], ours: Callable[[str], bool], last: str | None) -> None:
+def _sweep(files: list[tuple[str, str, str]], ours: Chosen, last: Chosen | None) -> None:
     partial = [(entry, target) for entry, target, kind in files if kind == "partial"]
     old = [(entry, target) for entry, target, kind in files if kind == "old"]
     if (last is None and (old or len(partial) > 1)) or not any(ours(target) for _, target in partial + old):
@@ -81,29 +85,29 @@ def _sweep(files: list[tuple[str, str, str]], ours: Callable[[str], bool], last:
     if not all(_unlocked(entry) for entry, _ in partial):
         return
     with contextlib.suppress(OSError):
-        if any(target == last and not _linked(entry, target) for entry, target in partial):
+        if last and any(last(target) and not _linked(entry, target) for entry, target in partial):
             _restore(partial, old, last)
         else:
             for entry, _ in old:
                 os.unlink(entry)
-        for entry, target in sorted(partial, key=lambda pair: pair[1] == last):
+        for entry, target in sorted(partial, key=lambda pair: bool(last and last(pair[1]))):
             if ours(target):
                 _unlocked(entry, os.unlink)
 
 
-def _restore(partial: list[tuple[str, str]], old: list[tuple[str, str]], last: str | None) -> None:
+def _restore(partial: list[tuple[str, str]], old: list[tuple[str, str]], last: Chosen) -> None:
     """Restores replaced files, the set's last file last, and removes new ones that were linked to their targets.
 
     It can be repeated if it is killed in between. Raises: OSError.
     """
     for entry, target in old:
-        if target != last:
+        if not last(target):
             os.replace(entry, target)
     for entry, target in partial:
-        if target != last and _linked(entry, target):
+        if not last(target) and _linked(entry, target):
             os.unlink(target)
     for entry, target in old:
-        if target == last:
+        if last(target):
             os.replace(entry, target)
 
 

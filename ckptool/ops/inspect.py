@@ -146,7 +146,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         _loose(node),
         checkpoint.metadata,
         list(checkpoint.problems),
-        _notes(checkpoint, node),
+        [*checkpoint.notes, *_notes(checkpoint, node)],
     )
 
 

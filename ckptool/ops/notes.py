@@ -26,10 +26,17 @@ def require_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     raise NoTensorsError(f"no tensors at {path_text(checkpoint.root) or 'the top'}{elsewhere}", checkpoint.url)
 
 
-def root_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
-    """Returns notes on what follows the end of a checkpoint, and on its weights, if not at the top or not all."""
+def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Returns notes on each checkpoint: where its weights are, if not at the top or not all, and what reading it met.
+
+    That is which of several sets in a directory was read, how shards and index contradict each other, and what follows
+    the end of a file.
+    """
+    several = len({one.url for one in checkpoints}) > 1
     notes: dict[str, None] = {}
     for one in checkpoints:
+        for text in (*one.problems, *one.notes):
+            notes[f"{one.url}: {text}" if several else text] = None
         if one.trailing:
             notes[f"{one.url}: {one.trailing}"] = None
         found, root = find_root(one.tree), path_text(one.root)

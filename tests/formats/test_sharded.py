@@ -125,7 +125,8 @@ def test_every_contradiction_is_said_and_only_looking_is_possible(tmp_path: Path
     assert opened.broken
     for words in (
         "missing shards: model-00003-of-00003.safetensors", "model.norm.weight", "no shard: absent.weight",
-        "in two shards: model.layers.0.k.weight", "not in the index: not.in.index", "total_size says 12345",
+        "the one that the index names: model.layers.0.k.weight (", "not in the index: not.in.index",
+        "total_size says 12345",
     ):  # fmt: skip
         assert words in said
     assert set(opened.state_dict()) == set(
@@ -423,15 +424,26 @@ def test_existing_files_stay_and_others_are_never_touched(four: Checkpoint, tmp_
     write(four, out, 80, force=True)
     assert digests(out) == before
     write(other, out, 40, force=True)
-    assert digests(out).items() >= {name: digest for name, digest in before.items() if name != INDEX}.items()
+    two = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert sorted(digests(out)) == ["config.json", *two, INDEX]
+    assert digests(out)["config.json"] == before["config.json"]
     assert list(open_checkpoint(out).state_dict()) == ["a", "c"]
 
 
-def test_an_index_is_not_written_beside_the_file_that_would_hide_it(four: Checkpoint, tmp_path: Path) -> None:
+def test_an_index_replaces_the_file_that_would_hide_it_and_the_other_way_round(
+    four: Checkpoint, tmp_path: Path
+) -> None:
     write(four, tmp_path / "out", 10**6)
     with pytest.raises(OutputError, match=r"model\.safetensors"):
-        write(four, tmp_path / "out", 80, force=True)
+        write(four, tmp_path / "out", 80)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    write(four, tmp_path / "out", 80, force=True)
+    shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(digests(tmp_path / "out")) == [*shards, INDEX]
+    with pytest.raises(OutputError, match=r"model\.safetensors\.index\.json"):
+        write(four, tmp_path / "out", 10**6)
+    write(four, tmp_path / "out", 10**6, force=True)
+    assert sorted(digests(tmp_path / "out")) == ["model.safetensors"]
 
 
 def test_what_safetensors_cannot_hold_is_named_and_no_directory_is_made(saved: Saved, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ REFUSALS: dict[str, list[Any]] = {
     "quantised and sparse in npz": ["composite.pth", "-o", "o.npz"],
     "nested in the stream": ["composite.pth", "--to", "torch-legacy", "-o", "o.pth"],
     "a dtype that npz lacks after a cast": ["resnet_old.pth", "-o", "o.npz", "--dtype", "bf16"],
-    "a directory for a file": ["resnet_old.pth", "-o", "taken"],
+    "a directory for a file": ["resnet_old.pth", "--to", "torch", "-o", "taken"],
     "a file for a directory": ["resnet_old.pth", "--to", "sharded", "-o", "taken.safetensors"],
     "a file that exists": ["resnet_old.pth", "-o", "taken.safetensors"],
     "shards that exist": ["resnet_old.pth", "--to", "sharded", "-o", "taken", "--max-shard-size", "30KB"],

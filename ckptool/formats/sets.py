@@ -1,0 +1,351 @@
+"""Which set of weights a directory holds, by the names that Hugging Face's loaders look for, and a new set's names.
+
+    model.safetensors                     a whole file         (STEM.safetensors; STEM.VARIANT.safetensors)
+    model-00001-of-00002.safetensors      a shard              (STEM.VARIANT-00001-of-00002.safetensors)
+    model.safetensors.index.json          their index          (STEM.safetensors.index.VARIANT.json)
+
+A set is known by its whole file or its index. ``.bin`` files have the same forms. Source: ``from_pretrained`` of
+transformers (``modeling_utils.py``: whole file, then index), of diffusers (the index first) and of peft.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+from ckptool.core.dtypes import lookup
+from ckptool.core.tensor import TensorInfo
+from ckptool.errors import FormatError, IncompleteError, UnsupportedError, UsageError, listed
+from ckptool.io.leftovers import held, leftovers
+from ckptool.io.source import names_in
+
+INDEX = re.compile(r"(.+?)(?:\.(safetensors|bin)(?:\.([\w-]+))?)?\.index(?:\.([\w-]+))?\.json")
+SHARD = re.compile(r"(.+)-(\d{1,9})-of-(\d{1,9})(\..+)")
+WHOLE = re.compile(r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(?:\.([\w-]+))?\.(safetensors|bin)")
+
+LOADERS = {
+    "model": "transformers", "pytorch_model": "transformers", "diffusion_pytorch_model": "diffusers",
+    "adapter_model": "peft",
+}  # fmt: skip
+"""The loader that takes files of a stem, in the order in which several are tried."""
+
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|zero_pp_rank_).*")
+"""Names of a trainer's files beside the weights."""
+
+
+class Set(NamedTuple):
+    """A set of weights, known by the name of its index or whole file. ``kind``: safetensors, bin, or empty."""
+
+    name: str
+    stem: str
+    variant: str
+    kind: str
+    is_index: bool
+
+    @property
+    def loader(self) -> str:
+        """Returns the library that looks for this name; "" if none is known."""
+        return LOADERS.get(self.stem, "")
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, str]:
+        """Returns the order in which its loader tries names: no variant is taken unless asked for."""
+        index_first = self.loader in ("diffusers", "") and self.kind == "safetensors"
+        return self.variant != "", self.kind != "safetensors", self.is_index != index_first, self.name
+
+    def owns(self, name: str) -> bool:
+        """Returns whether a file is named as a part of this set."""
+        shard = SHARD.fullmatch(name)
+        bases = (self.stem, f"{self.stem}.{self.variant}")
+        return name == self.name or bool(shard and shard[1] in bases and shard[4].endswith(self.kind or "\0"))
+
+    def competes(self, names: Names) -> bool:
+        """Returns whether a loader would look for both this set and one of those names, and take one of them."""
+        if self.variant != names.variant:
+            return False
+        models = ("transformers", "diffusers")
+        loader = LOADERS.get(names.stem, "")
+        return self.stem == names.stem or (loader != "" and self.loader == loader) or {loader, self.loader} == {*models}
+
+
+def parse(name: str) -> Set | None:
+    """Returns the set that a file of this name stands for; None for a shard and all other files.
+
+    >>> parse("model.safetensors.index.fp16.json")[1:]
+    ('model', 'fp16', 'safetensors', True)
+    """
+    if SHARD.fullmatch(name):
+        return None
+    if found := WHOLE.fullmatch(name):
+        return Set(name, found[1], found[2] or "", found[3], False)
+    if found := INDEX.fullmatch(name):
+        return Set(name, found[1], found[3] or found[4] or "", found[2] or "", True)
+    return None
+
+
+def sets_in(names: Iterable[str]) -> list[Set]:
+    """Returns the sets that a directory with these names has."""
+    return [found for name in names if (found := parse(name))]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names of the files of a set in safetensors."""
+
+    stem: str
+    variant: str = ""
+
+    @classmethod
+    def of(cls, name: str) -> Names:
+        """Returns the names of the set to which a file of this name belongs, or would in safetensors."""
+        if found := parse(name):
+            return cls(found.stem, found.variant)
+        shard = SHARD.fullmatch(name)
+        base = shard[1] if shard else os.path.splitext(name)[0]
+        whole = WHOLE.fullmatch(f"{base}.safetensors")
+        return cls(whole[1], whole[2] or "") if whole else cls(base)
+
+    @property
+    def base(self) -> str:
+        """Returns the beginning of the names of the whole file and of each shard."""
+        return f"{self.stem}.{self.variant}" if self.variant else self.stem
+
+    @property
+    def whole(self) -> str:
+        """Returns the name of the only file of weights; there is no index then."""
+        return f"{self.base}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """Returns the name of the index."""
+        return f"{self.stem}.safetensors.index.{f'{self.variant}.' * bool(self.variant)}json"
+
+    def shard(self, number: int, count: int) -> str:
+        """Returns the name of a shard, counted from 1."""
+        return f"{self.base}-{number:05d}-of-{count:05d}.safetensors"
+
+    def gives(self, name: str) -> bool:
+        """Returns whether it is one of these names."""
+        shard = SHARD.fullmatch(name)
+        return name in (self.whole, self.index) or bool(shard and (shard[1], shard[4]) == (self.base, ".safetensors"))
+
+
+def output_names(source: str, tensors: Mapping[str, TensorInfo]) -> Names:
+    """Returns the names of a set made of a file called ``source``: of its family, else those of transformers.
+
+    A variant that is a dtype which no tensor has any more is left out.
+    """
+    found = parse(source)
+    if found is None:
+        return Names("model")
+    names = Names("model" if found.stem == "pytorch_model" else found.stem, found.variant)
+    try:
+        dtype = lookup(found.variant).name
+    except UsageError:  # a variant such as non_ema
+        return names
+    return names if any(tensor.dtype == dtype for tensor in tensors.values()) else Names(names.stem)
+
+
+def named(text: str) -> Names:
+    """Returns the names that begin with a text. Raises: UsageError if no file's name can begin so."""
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", text) or SHARD.fullmatch(f"{text}.x") or text.endswith(WEIGHTS):
+        raise UsageError(f"--shard-name takes the beginning of the files' names, such as model, not {text!r}")
+    return Names.of(f"{text}.safetensors")
+
+
+SMALL = re.compile(r"(?!\.).*\.(json|jsonl|txt|model|jinja|tiktoken|py|md|ya?ml)|LICENSE.*|NOTICE.*", re.DOTALL)
+"""Names of what lies beside weights and belongs to the model: its configuration, its tokenizer, its code and card."""
+
+SMALL_BYTES = 100_000_000
+"""Larger files are not copied: the largest tokenizer.json have some 35 MB."""
+
+
+def small_files(directory: str) -> list[str]:
+    """Returns the names of the small files in a directory that are no weights and not a trainer's."""
+    found = []
+    for name in names_in(directory):
+        if (
+            SMALL.fullmatch(name)
+            and not INDEX.fullmatch(name)
+            and name not in ("trainer_state.json", "zero_to_fp32.py")
+        ):
+            path = os.path.join(directory, name)
+            if os.path.isfile(path) and os.path.getsize(path) <= SMALL_BYTES:
+                found.append(name)
+    return sorted(found)
+
+
+LAYOUTS = {
+    r"\.metadata|.*\.distcp": "a torch.distributed checkpoint (DCP)",
+    r"shard-\d+-.*": "a torch.distributed checkpoint in Hugging Face's files",
+    r"latest_checkpointed_iteration\.txt": "a Megatron-LM checkpoint",
+    r"latest|(bf16_)?zero_pp_rank_.*": "a DeepSpeed checkpoint",
+    r"mp_rank_.*": "one iteration of a Megatron-LM or DeepSpeed checkpoint",
+}
+"""Patterns of file names in other tools' directories, which often hold weights too; the first match decides."""
+
+
+def layout(names: Sequence[str]) -> str | None:
+    """Returns which other tool's directory has these names; None if none that is known."""
+    kinds = (kind for mark, kind in LAYOUTS.items() if any(re.fullmatch(mark, name, re.DOTALL) for name in names))
+    return next(kinds, None)
+
+
+class Choice(NamedTuple):
+    """What is read of a directory: ``name``, a file or directory in it, which ``loader`` would take ("" if unknown)."""
+
+    name: str
+    loader: str = ""
+
+
+def choose(directory: str, names: Sequence[str], shards_of: Callable[[str], Collection[str]]) -> Choice | None:
+    """Returns what to read of a directory, as the loader does that it was written for; None if there are no weights.
+
+    ``shards_of`` returns the files that an index names. Raises: UnsupportedError if no rule decides among several, or
+    another tool wrote the directory; IncompleteError for a lone shard, and for links to nowhere.
+    """
+    _refuse_unfinished(directory, names)
+    known = sets_in(names)
+    there = [found for found in known if os.path.isfile(os.path.join(directory, found.name))]
+    if first := _first(directory, there):
+        if not first.is_index:  # it may be a shard itself, beside one that was added to it
+            indexes = (found for found in sorted(there, key=lambda found: found.rank) if found.is_index)
+            for index in indexes:
+                shards = shards_of(os.path.join(directory, index.name))
+                if first.name in shards and len(shards) > 1:
+                    return Choice(index.name, index.loader)
+        return Choice(first.name, first.loader)
+    if other := layout(names):
+        raise UnsupportedError(f"{other}, which is not supported yet", directory)
+    if there:
+        return _only({found.name for found in there}, {(found.stem, found.variant) for found in there}, directory)
+    if dangling := [found.name for found in known if not os.path.exists(os.path.join(directory, found.name))]:
+        raise IncompleteError(f"links to nowhere: {listed(dangling)}", directory)
+    if "model_index.json" in names and (parts := _components(directory, names)):
+        if len(parts) > 1:
+            raise UnsupportedError(f"a pipeline of several models: name one of {listed(parts)}", directory)
+        return Choice(parts[0])
+    return _loose(directory, [name for name in names if name.endswith(WEIGHTS)])
+
+
+def _first(directory: str, there: list[Set]) -> Set | None:
+    """Returns the set that a known loader takes. Raises: UnsupportedError if it takes none of several."""
+    known = sorted((found for found in there if found.loader), key=lambda found: found.rank)
+    if not known:
+        return None
+    plain = [found for found in known if not found.variant] or known
+    if len({found.variant for found in plain}) > 1:
+        raise UnsupportedError(f"holds variants only: name one of {listed(found.name for found in plain)}", directory)
+    loaders = [loader for loader in dict.fromkeys(LOADERS.values()) if any(found.loader == loader for found in plain)]
+    if loaders[:2] == ["transformers", "diffusers"]:
+        by_config = _config_of(directory)
+        if by_config is None:
+            names = listed(found.name for found in plain)
+            raise UnsupportedError(f"holds {names}, and no config.json says whose: name one of them", directory)
+        loaders = [by_config]
+    return next(found for found in plain if found.loader == loaders[0])
+
+
+def _config_of(directory: str) -> str | None:
+    """Returns the library whose config.json lies in a directory; None if it is neither's."""
+    try:
+        with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
+            config = json.loads(file.read(1 << 20))
+    except (OSError, ValueError, RecursionError):  # it decides nothing; the caller says so
+        return None
+    marks = {"_diffusers_version": "diffusers", "_class_name": "diffusers", "model_type": "transformers",
+             "architectures": "transformers", "transformers_version": "transformers"}  # fmt: skip
+    return next((loader for mark, loader in marks.items() if isinstance(config, dict) and mark in config), None)
+
+
+def _only(names: set[str], kinds: set[tuple[str, str]], directory: str) -> Choice:
+    """Returns the index of a stem that no loader is known for. Raises: UnsupportedError for those of several stems."""
+    if len(kinds) > 1:
+        raise UnsupportedError(f"holds {listed(sorted(names))}: name one of them", directory)
+    return Choice(min(sets_in(names), key=lambda found: found.rank).name)
+
+
+def _components(directory: str, names: Sequence[str]) -> list[str]:
+    """Returns the directories of a diffusers pipeline that hold weights."""
+    parts = [name for name in names if os.path.isdir(os.path.join(directory, name))]
+    return [name for name in parts if any(
+        INDEX.fullmatch(inner) or inner.endswith((".safetensors", ".bin"))
+        for inner in os.listdir(os.path.join(directory, name))
+    )]  # fmt: skip
+
+
+def _loose(directory: str, files: list[str]) -> Choice | None:
+    """Returns the only file of weights, of a name that no loader looks for. Raises: as `choose`."""
+    files = [name for name in files if not STATE.fullmatch(name)] or files
+    if not files:
+        return None
+    shards = [found for name in files if (found := SHARD.fullmatch(name))]
+    if len(shards) == len(files) and len({(found[1], int(found[3]), found[4]) for found in shards}) == 1:
+        numbers, total = {int(found[2]) for found in shards}, int(shards[0][3])
+        absent = list(islice((number for number in range(1, total + 1) if number not in numbers), 6))
+        if absent:
+            numbers_absent = listed(absent, 5)
+            raise IncompleteError(
+                f"holds {listed(files)} of {total} shards and no index: number {numbers_absent} is missing", directory
+            )
+    if len(files) > 1:
+        raise UnsupportedError(
+            f"{len(files)} files of weights and no index: name one of {listed(files)}; "
+            "`filter A B ... -o OUT` joins several",
+            directory,
+        )
+    return Choice(files[0])
+
+
+def _refuse_unfinished(directory: str, names: Sequence[str]) -> None:
+    """Raises FormatError if shards were renamed but their index not yet: old and new shards may be mixed."""
+    left: dict[Names, dict[str, list[str]]] = {}
+    for kind in ("old", "partial"):
+        for name in leftovers(names, kind):
+            meant = name.removeprefix(".").rsplit(".", 2)[0]
+            own = Names.of(meant)
+            if meant == own.index or (kind == "old" and own.gives(meant)):
+                left.setdefault(own, {"old": [], "partial": []})[kind].append(name)
+    for own, files in left.items():
+        aside, begun = files["old"], files["partial"]
+        if own.index in names or own.whole in names:
+            continue
+        named = any(own.gives(name) for name in names)
+        if any(held(os.path.join(directory, name)) for name in begun):
+            if aside or named:
+                raise FormatError("another run is giving its files their names; try again", directory)
+        elif aside:
+            raise FormatError(
+                f"a run that was replacing its files was killed; rename what was there back to its names "
+                f"({listed(aside, 3)}), or write there again with --force",
+                directory,
+            )
+        elif begun and named:
+            raise FormatError("a run that was writing its files was killed; write there again", directory)
+
+
+def beside(directory: str, names: Sequence[str], choice: Choice, used: Collection[str]) -> list[str]:
+    """Returns notes: which weights lie in the directory too, where only the files ``used`` were read."""
+    others = [name for name in names if parse(name) or (name.endswith(WEIGHTS) and not STATE.fullmatch(name))]
+    others = [name for name in others if name not in used and not os.path.isdir(os.path.join(directory, name))]
+    dangling = [name for name in others if not os.path.exists(os.path.join(directory, name))]
+    indexes = [found for found in sets_in(others) if found.is_index]
+    covered = {base for found in indexes for base in (found.stem, f"{found.stem}.{found.variant}")}
+    rest: dict[str, None] = {}
+    for name in others:
+        shard = SHARD.fullmatch(name)
+        if name not in dangling and not (shard and shard[1] in covered):
+            rest[f"{shard[1]}-*-of-{shard[3]}{shard[4]}" if shard else name] = None
+    notes = [f"links to nowhere: {listed(dangling)}"] if dangling else []
+    if rest:
+        rule = f", as {choice.loader} does" if choice.loader else ""
+        notes.append(f"{choice.name} was read{rule}; also here, and not read: {listed(rest)}")
+    if other := layout(names):
+        notes.append(f"also here: {other}, which is not supported yet")
+    return notes
