@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -35,4 +36,19 @@ with tempfile.TemporaryDirectory() as directory:
     report = json.loads(run("filter", "--json", "--match", new, old, "-o", merged.with_suffix(".safetensors")))
     assert report["result"]["counts"] == {"loaded": 100, "mismatched": 2, "bookkeeping": 20}, report
     run("inspect", fixtures / "bad" / "html.pth", code=2)
-print("smoke: the wheel works without torch")
+    for wrong in (
+        ["inspct"],
+        ["inspect"],
+        ["inspect", "--depth", "0", old],
+        ["diff", "--rtol", "x", old, new],
+        ["diff", "--no"],
+    ):
+        run(*wrong, code=2)
+    for command in ("inspect", "diff", "filter", "remap", "convert", "load-partial"):
+        assert "  -h, --help" in run(command, "--help")
+    run("diff", "--values", "--rtol", "1e-3", "--ignore", "*", old, old)
+    run("inspect", "--depth", "1", "--sort", "numel", "--limit", "MAX_PICKLE=1GB", old)
+    run("inspect", "--limit", "MAX_PICKLE=10", old, code=2)
+    order = run("remap", old, "--add-prefix", "a.", "--sub", "s/^a/b/", "--add-prefix", "c.", "--dry-run", "--json")
+    assert all(row["new"].startswith("c.b.") for row in json.loads(order)["result"]["map"]), order
+print(f"smoke: the wheel works without torch, with typer {importlib.metadata.version('typer')}")

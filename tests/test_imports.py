@@ -68,11 +68,11 @@ def test_what_moves_bytes_and_reads_headers_imports_neither_torch_nor_numpy() ->
 # --- what each command may import, by name ---------------------------------------------------------------------------
 
 FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
-"""The packages of others that a command line may need; of them and of Python's own modules, what `ALLOWED` imports."""
+"""The packages of others that a command line may need: typer, and what it imports. pydantic would take 75 ms."""
 
-BEGIN = "cli cli.app cli.render errors click contextlib dataclasses re signal typing"
+BEGIN = "cli cli.app cli.render errors typer contextlib dataclasses re signal typing"
 CORE = (
-    f"{BEGIN} typer limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
+    f"{BEGIN} limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
     "core.tensor core.tree core.versions cli.output text fnmatch math"
 )
 READ = (
@@ -95,7 +95,7 @@ RULES = "ops ops.maps ops.notes ops.remap ops.rules ops.segments ops.steps"
 
 ALLOWED: dict[str, tuple[list[object], str]] = {
     "--version": (["--version"], "cli"),
-    "--help": (["--help"], f"{BEGIN} click._textwrap locale shutil"),
+    "--help": (["--help"], f"{BEGIN} locale shutil"),
     "inspect": (["inspect", FULL], f"{READ} {TORCH} {INSPECT}"),
     "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} {INSPECT} json"),
     "inspect legacy": (
@@ -140,8 +140,8 @@ def test_a_command_imports_what_stands_here_and_nothing_else(name: str) -> None:
     ours = {word for word, place in places.items() if place.with_suffix(".py").exists() or place.is_dir()}
     begun = imported("import __future__, gc")
     others = imported(f"import __future__, gc, {', '.join(sorted({*places} - ours)) or 'sys'}")
-    others = {one for one in others if one.partition(".")[0] in FAMILIES | sys.stdlib_module_names}
-    found = imported(COMMAND, *arguments)
+    others = {one for one in others if one.partition(".")[0] in sys.stdlib_module_names}
+    found = {one for one in imported(COMMAND, *arguments) if one.partition(".")[0] not in FAMILIES}
     unexpected = found - begun - others - {"ckptool", *(f"ckptool.{word}" for word in ours)}
     assert not unexpected, f"{name} imports {', '.join(sorted(unexpected))}"
     assert "ckptool.cli" in found

@@ -1,15 +1,16 @@
 """The table of commands, and the one place where errors become a line and an exit code."""
 
-from __future__ import annotations
-
+import difflib
+import functools
 import importlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn
 
-import click
+import typer
+from typer.core import TyperCommand, TyperGroup
 
 import ckptool
 from ckptool.cli import render
@@ -29,87 +30,169 @@ COMMANDS = {
 """Names of the commands and the first lines of their help, so that listing them imports none."""
 
 
-class Commands(click.Group):
+class Commands(TyperGroup):
     """A group that imports a command when it is looked up: typer takes some ms to build one from a function.
 
-    The commands' files have no ``from __future__ import annotations``: typer would evaluate the text annotations
-    twice, which takes 3 ms of every start.
+    The commands' files, as this one, have no ``from __future__ import annotations``: typer would evaluate the text
+    annotations twice, which takes 3 ms of every start.
     """
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS or cmd_name in self.commands:
-            return self.commands.get(cmd_name)
-        import typer
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            near = " or ".join(repr(name) for name in difflib.get_close_matches(cmd_name, COMMANDS, cutoff=0.5))
+            ctx.fail(f"No such command {cmd_name!r}." + (f" Did you mean {near}?" if near else ""))
+        if cmd_name not in self.commands:
+            module = importlib.import_module(f"ckptool.cli.{cmd_name.replace('-', '_')}")
+            self.add_command(_built(cmd_name, module.command), cmd_name)
+        return self.commands[cmd_name]
 
-        module = importlib.import_module(f"ckptool.cli.{cmd_name.replace('-', '_')}")
-        single = typer.Typer(
-            add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-            context_settings={"help_option_names": ["-h", "--help"]},
-        )  # fmt: skip
-        single.command(cmd_name, cls=getattr(module, "COMMAND", None))(module.command)
-        command = typer.main.get_command(single)
-        for parameter in command.params:
-            if isinstance(parameter, click.Argument):  # click 8.5 clears the help that typer gave it
-                parameter.help = module.command.__annotations__[parameter.name].__metadata__[0].help
-        command.format_arguments = lambda *_: None  # type: ignore[method-assign]  # typer shows the arguments already
-        command.params.append(_limit())
-        self.add_command(command, cmd_name)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-def _limit() -> click.Option:
-    """Returns the ``--limit`` option, which every command has: they all read checkpoints."""
+class Command(TyperCommand):
+    """A command that keeps the order of its options, and whose help is the same with every version of typer."""
 
-    def limit(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
-        if given:
-            from ckptool.cli import options
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses as any command does, and puts the names of the options in their order into ``ctx.meta``."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta["ckptool.order"] = [parameter.name for parameter in order]
+        return super().parse_args(ctx, args)
 
-            ctx.with_resource(options.limited(given))
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", *(str(one.metavar) for one in self.params if one.param_type_name == "argument")]
 
-    return click.Option(
-        ["--limit"], multiple=True, expose_value=False, callback=limit, metavar="NAME=FIGURE",
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        for kind in ("argument", "option"):
+            with formatter.section(f"{kind.capitalize()}s"):
+                formatter.write_dl([_help(one) for one in self.get_params(ctx) if one.param_type_name == kind])
+
+
+def _help(parameter: Any) -> tuple[str, str]:
+    """Returns the line of a parameter in ``--help``: its names and what it takes, and its help."""
+    if parameter.param_type_name == "argument":
+        return parameter.metavar, parameter.help + ("  [required]" if parameter.required else "")
+    default = parameter.default
+    if parameter.secondary_opts:
+        default = (parameter.opts if default else parameter.secondary_opts)[0].removeprefix("--")
+    shown = f"  [default: {default}]" if type(default) in (str, int, float) else ""
+    names = " / ".join(
+        ", ".join(sorted(group, key=len)) for group in (parameter.opts, parameter.secondary_opts) if group
+    )
+    return " ".join(filter(None, (names, parameter.metavar))), parameter.help + shown
+
+
+def _print_help(ctx: typer.Context, given: bool) -> None:
+    if given:
+        render.write(f"{ctx.get_help()}\n")
+        raise typer.Exit
+
+
+def _print_version(given: bool) -> None:
+    if given:
+        render.write(f"ckptool {ckptool.__version__}\n")
+        raise typer.Exit
+
+
+def _raise_limits(ctx: typer.Context, given: list[str] | None) -> None:
+    if given:
+        from ckptool.cli import options
+
+        ctx.with_resource(options.limited(given))
+
+
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FIGURE", callback=_raise_limits, expose_value=False,
         help="Raise a limit that an error named, such as MAX_PICKLE=2GB.",
-    )  # fmt: skip
+    ),
+]  # fmt: skip
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+]
+Help = Annotated[
+    bool,
+    typer.Option(
+        "-h", "--help", callback=_print_help, is_eager=True, expose_value=False, help="Show this message and exit."
+    ),
+]
 
 
-@click.group(
-    name="ckptool",
-    cls=Commands,
-    help="Look into, compare, filter and rewrite checkpoints without loading them.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-@click.version_option(ckptool.__version__, message="ckptool %(version)s", help="Print the version and exit.")
-def app() -> None:
-    """The command line; its commands do the work."""
+def _shared(limit: Limit = None, show_help: Help = False) -> None:
+    """Has the options that every command has."""
+
+
+def _group(version: Version = False, show_help: Help = False) -> None:
+    """Look into, compare, filter and rewrite checkpoints without loading them."""
+
+
+TEXT = (str, str | None, list[str], list[str] | None)
+"""Types of parameters whose values are used as they were given."""
+
+
+def _built(name: str, function: Callable[..., Any]) -> Any:
+    """Returns typer's command for a function, with the options that every command has."""
+    command, shared = _typer(), _typer()
+    command.command(name, cls=Command, add_help_option=False)(function)
+    shared.command(name)(_shared)
+    built = typer.main.get_command(command)
+    built.params += typer.main.get_command(shared).params
+    return _sparing(built, {**function.__annotations__, **_shared.__annotations__})
+
+
+def _typer(**settings: Any) -> typer.Typer:
+    return typer.Typer(add_completion=False, rich_markup_mode=None, **settings)
+
+
+def _sparing(command: Any, types: dict[str, Any]) -> Any:
+    """Returns the command, whose parameters leave defaults and text as they are.
+
+    typer would import pydantic to convert them, which takes 75 ms, and pydantic refuses file names that are not UTF-8.
+    """
+    for parameter in command.params:
+        parameter.help = types[parameter.name].__metadata__[0].help  # click 8.5 clears the help of arguments
+        is_text = types[parameter.name].__origin__ in TEXT and not parameter.callback
+        parameter.process_value = functools.partial(_value, parameter, is_text, parameter.process_value)
+    return command
+
+
+def _value(parameter: Any, is_text: bool, convert: Callable[[Any, Any], Any], ctx: Any, value: Any) -> Any:
+    """Returns the value of a parameter, which typer converts only where that changes it."""
+    given = is_text and isinstance(value, str | list | tuple) and value != ()
+    return value if given or (value is parameter.default and not parameter.required) else convert(ctx, value)
+
+
+main = _typer(name="ckptool", cls=Commands, suggest_commands=False, add_help_option=False)
+main.callback()(_group)
+app: Any = _sparing(typer.main.get_command(main), _group.__annotations__)
+
+WrongUsage: Any = typer.BadParameter.__base__
+"""What typer raises for any wrong command line; it exports only this one of its subclasses."""
 
 
 def run(args: list[str]) -> int:
-    """Runs one command line. Any exception but ckptool's and click's is a bug and keeps its traceback."""
+    """Runs one command line. Any exception but ckptool's and typer's is a bug and keeps its traceback."""
     command = next((arg for arg in args if arg in COMMANDS), "")
     as_json = "--json" in args
     try:
-        with app.make_context("ckptool", list(args)) as context:  # `app.main` prints a line of its own on Ctrl-C
+        # `app.main` would print a line of its own on Ctrl-C
+        with app.make_context("ckptool", list(args) or ["--help"]) as context:
             code = app.invoke(context)
-    except click.exceptions.Exit as end:
-        code = end.exit_code
+    except typer.Exit as end:
+        code = end.exit_code if args else UsageError.exit_code
     except CkptoolError as error:
         return _fail(error, command, as_json)
-    except click.exceptions.NoArgsIsHelpError as error:
-        render.write(f"{error.format_message()}\n")
-        return 2
-    except click.ClickException as error:
-        where = getattr(error, "ctx", None)
-        hint = f" (see {where.command_path} --help)" if where else ""
+    except WrongUsage as error:
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         return _fail(UsageError(f"{error.format_message()}{hint}"), command, as_json)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("ckptool: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code if isinstance(code, int) else 0

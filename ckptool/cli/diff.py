@@ -22,8 +22,12 @@ def command(
         bool,
         typer.Option("--quick", help="Only whether bytes are equal, by recorded checksums if there are any."),
     ] = False,
-    rtol: Annotated[float, typer.Option(min=0, help="With --values: relative tolerance for floats.")] = 1e-5,
-    atol: Annotated[float, typer.Option(min=0, help="With --values: absolute tolerance for floats.")] = 1e-8,
+    rtol: Annotated[
+        float, typer.Option(min=0, metavar="X", help="With --values: relative tolerance for floats.")
+    ] = 1e-5,
+    atol: Annotated[
+        float, typer.Option(min=0, metavar="X", help="With --values: absolute tolerance for floats.")
+    ] = 1e-8,
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Leave out keys that match (or re:REGEX).")
     ] = None,

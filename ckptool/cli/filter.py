@@ -12,8 +12,6 @@ from ckptool.ops.filter import FilterReport
 from ckptool.saving import SaveOptions
 from ckptool.text import percent
 
-COMMAND = options.Ordered
-
 
 def command(
     ctx: typer.Context,

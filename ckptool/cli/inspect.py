@@ -37,7 +37,10 @@ def command(
     flat: Annotated[bool, typer.Option("--flat", help="One line per tensor; fold nothing.")] = False,
     keys_only: Annotated[bool, typer.Option("--keys", help="Only the keys, one per line.")] = False,
     depth: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sum up all keys below N levels.")] = None,
-    sort: Annotated[Order | None, typer.Option(help="Sort; largest sizes first. Default: the file's order.")] = None,
+    sort: Annotated[
+        Order | None,
+        typer.Option(metavar="key|numel|nbytes", help="Sort; largest sizes first. Default: the file's order."),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Only keys that match (re:REGEX too).")
     ] = None,

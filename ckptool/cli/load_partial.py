@@ -22,8 +22,6 @@ from ckptool.partial.plan import LoadPartialReport, unwritable
 from ckptool.saving import SaveOptions
 from ckptool.text import percent, plural
 
-COMMAND = options.Ordered
-
 
 def command(
     ctx: typer.Context,

@@ -7,9 +7,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
-from typer.core import TyperCommand
 
 import ckptool
 from ckptool import formats
@@ -61,18 +59,8 @@ Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Wr
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-class Ordered(TyperCommand):
-    """A command that keeps the order of its options, which the parser groups by name."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses as any command does, and puts the names of the options, in their order, into ``ctx.meta``."""
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta["ckptool.order"] = [parameter.name for parameter in order]
-        return super().parse_args(ctx, args)
-
-
 def in_order(ctx: typer.Context, **given: Texts) -> Rules:
-    """Returns the rules of these options of an `Ordered` command, in the order of the command line."""
+    """Returns the rules of these options of a command, in the order of the command line."""
     from ckptool.ops.rules import Rules, parse_option
 
     found = Rules()

@@ -20,8 +20,6 @@ from ckptool.ops.rules import PRESETS
 from ckptool.saving import SaveOptions
 from ckptool.text import plural
 
-COMMAND = options.Ordered
-
 
 def command(
     ctx: typer.Context,

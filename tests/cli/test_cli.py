@@ -322,6 +322,21 @@ def test_an_interrupt_is_130_and_leaves_no_partial_file(sparse_dir: Path) -> Non
     assert os.listdir(sparse_dir) == ["source.pth"]
 
 
+# --- every version of typer ------------------------------------------------------------------------------------------
+
+
+def test_a_command_that_is_misspelt_names_the_one_that_is_meant(run: Run) -> None:
+    assert "'inspct'. Did you mean 'inspect'?" in run("inspct", OLD)[2]
+    assert "Did you mean 'diff'?" in run("dif", OLD)[2]
+    assert run("xyz")[2].startswith("ckptool: error: No such command 'xyz'. (")
+
+
+def test_a_file_name_need_not_be_utf_8(tmp_path: Path) -> None:
+    shutil.copy(OLD, name := os.fsencode(tmp_path) + b"/\xff.pth")
+    done = subprocess.run([sys.executable, "-m", "ckptool", "diff", name, os.fsencode(OLD)], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 # --- what it costs: resources, never seconds -------------------------------------------------------------------------
 
 MEASURED = """
