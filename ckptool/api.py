@@ -166,9 +166,8 @@ def save(
 ) -> Saved:
     """Writes a checkpoint in the format ``to``, by default the one that ``path`` says; returns the outcome.
 
-    `Saved` has what the format left out (``left_out``) and, per key, how many finite values a cast made infinite
-    (``overflowed``). `ckptool.saving.SaveOptions` explains the arguments. ``progress`` is called with the number of
-    bytes as they are written.
+    `Saved` has what the format left out (``left_out``) and, per key, how many values a cast changed in kind
+    (`Changed`). `ckptool.saving.SaveOptions` explains the arguments. ``progress`` gets the bytes just written.
 
     Raises: OutputError, LossError, UsageError; see `ckptool.saving.save`.
     """
@@ -226,6 +225,7 @@ def convert(
     root: str | Path | None = None,
     dtype: str | None = None,
     keep: Patterns = (),
+    dequantize: bool = False,
     untie: bool = False,
     publish: bool = False,
     metadata: Patterns = (),
@@ -243,17 +243,18 @@ def convert(
     """Writes a checkpoint in another format, and returns a report.
 
     ``to``: one of `formats.names`; by default ``path`` decides (its suffix; a directory gets shards). ``dtype`` casts
-    floats at root, except keys that match ``keep``. ``untie`` stores tied tensors separately. ``publish`` writes the
-    weights alone and puts the first 8 hex digits of the sha256 in the name. ``metadata`` names scalars of the
-    tree to carry into safetensors' metadata. ``verify`` reads the result back before it gets its name. ``dry_run``
-    writes nothing, estimates the bytes, and raises what the conversion would.
+    floats at root, except keys that match ``keep``. ``dequantize`` multiplies weights of few bits (float8, int8) by
+    their scales, which it drops; to ``dtype``, by default float32. ``untie`` stores tied tensors separately.
+    ``publish`` writes the weights alone and puts the first 8 hex digits of the sha256 in the name. ``metadata`` names
+    scalars of the tree to carry into safetensors' metadata. ``verify`` reads the result back before it gets its name.
+    ``dry_run`` writes nothing, estimates the bytes, and raises what the conversion would.
 
     Raises: what `open` and `save` raise.
     """
     import importlib.util
 
     from ckptool import saving
-    from ckptool.core.dtypes import COMMON_FLOATS, lookup
+    from ckptool.core.dtypes import COMMON_FLOATS, Changed, lookup
     from ckptool.errors import needs_torch
     from ckptool.ops.convert import convert as op
 
@@ -263,15 +264,14 @@ def convert(
     opened = _open_whole(open(source, root))
     keep, metadata = keys.texts(keep, "keep"), keys.texts(metadata, "metadata")
     prepared, report = op(
-        opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, untie=untie, publish=publish,
-        metadata=metadata,
+        opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, dequantize=dequantize, untie=untie,
+        publish=publish, metadata=metadata,
     )  # fmt: skip
     row = formats.writable(url, to)
     if metadata and not row.holds.metadata:
         raise UsageError("--metadata goes into safetensors and shards only")
-    if report.cast:
-        cast, tensors = set(report.cast), opened.state_dict()
-        dtypes = {lookup(str(dtype)).name, *(tensors[key].dtype for key in cast)}
+    if dtype is not None and (report.cast or report.dequantized):
+        dtypes = {lookup(dtype).name, *(one.dtype for one in map(opened.state_dict().__getitem__, report.cast))}
         if not dtypes <= {*COMMON_FLOATS} and importlib.util.find_spec("torch") is None:
             raise needs_torch(f"casting to {dtype}")
     tags, digest = _tags(map_location), publish and not row.is_directory
@@ -281,8 +281,9 @@ def convert(
     elif publish and dry_run:
         report.notes.append("8 hex digits of its sha256 will be in its name")
     saved = saving.check(prepared, url, how) if dry_run else saving.save(prepared, url, how, progress)
+    changed: dict[str, Any] = {name: dict(getattr(saved, name)) for name in Changed._fields}
     return replace(
-        report, output=saved.path, nbytes=saved.nbytes, verified=saved.verified, overflowed=dict(saved.overflowed),
+        report, output=saved.path, nbytes=saved.nbytes, verified=saved.verified, **changed,
         left_out=[name for name in (*report.left_out, *saved.left_out) if name not in metadata],
         notes=[*report.notes, *saved.notes],
     )  # fmt: skip
@@ -529,8 +530,7 @@ def load_partial(
     )  # fmt: skip
     if strict and (failed := report.not_strict()):
         raise StrictError(f"{', '.join(failed)}: {report.summary()}", type(model).__name__)
-    overflowed = live.copy_into(model, planned, report.written, map_location, assign)
-    return replace(report, overflowed=overflowed or None)
+    return replace(report, **live.copy_into(model, planned, report.written, map_location, assign))
 
 
 def _realise(tree: Any, map_location: Any, module_state_dict: Callable[[Any], Any], arrays: bool) -> Any:

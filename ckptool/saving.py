@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ckptool import formats
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.core.tensor import Opaque, Storage, TensorInfo
+from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
 from ckptool.core.tree import nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
 from ckptool.io.output import EXISTS, Output
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
-from ckptool.values.blocks import same_bytes
+from ckptool.values.blocks import changed_values, same_bytes
 
 if TYPE_CHECKING:
     from ckptool.formats.sets import Names
@@ -69,7 +69,8 @@ class SaveOptions:
 class Saved:
     """The result of a save: the path, its bytes, what was left out, whether it was verified.
 
-    ``overflowed`` counts, per key, the finite values that a cast made infinite. ``notes`` are lines for the report.
+    ``overflowed``, ``saturated`` and ``underflowed`` count, per key, the values that a cast changed in kind (see
+    `ckptool.core.dtypes.Changed`). ``notes`` are lines for the report.
     """
 
     path: str
@@ -77,6 +78,8 @@ class Saved:
     left_out: tuple[str, ...] = ()
     verified: bool = False
     overflowed: Mapping[str, int] = field(default_factory=dict)
+    saturated: Mapping[str, int] = field(default_factory=dict)
+    underflowed: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -99,7 +102,7 @@ def save(
         write = _save_directory if row.is_directory else _save_file
         with Files() as files:
             saved = write(checkpoint, row, url, options, tags, files, progress)
-        return replace(saved, verified=options.verify, overflowed=_overflowed(checkpoint, files))
+        return replace(saved, verified=options.verify, **changed_values(checkpoint.state_dict(), files))
     except CkptoolError as error:
         error.path = error.path or url
         raise
@@ -115,12 +118,25 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
         row, tags = _refuse(checkpoint, url, options)
         if row.is_directory:
             left_out, nbytes, notes = row.directory_writer().check(checkpoint, url, **options.of_shards)
-            return Saved(url, nbytes, left_out, notes=notes)
-        left_out, nbytes = row.writer().check(checkpoint, tags)
-        return Saved(url, nbytes, left_out + _lost_ties(checkpoint, row))
+        else:
+            left_out, nbytes = row.writer().check(checkpoint, tags)
+            left_out, notes = left_out + _lost_ties(checkpoint, row), ()
+        uncounted = (UNCOUNTED,) if any(map(_is_cast, checkpoint.state_dict().values())) else ()
+        return Saved(url, nbytes, left_out, notes=(*notes, *uncounted))
     except CkptoolError as error:
         error.path = error.path or url
         raise
+
+
+UNCOUNTED = "a dry run reads no values: it does not count those that a cast makes infinite, saturated or zero"
+
+
+def _is_cast(tensor: TensorInfo) -> bool:
+    """Returns whether values may be rounded to a dtype with a smaller range."""
+    source = tensor.source
+    if not isinstance(source, Derived):
+        return False
+    return source.op in ("cast", "dequantize", "mean", "mix", "resample") or any(map(_is_cast, source.inputs))
 
 
 def work(nbytes: int, options: SaveOptions) -> int:
@@ -202,15 +218,6 @@ def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
     if hidden := checkpoint.hidden():
         inside = [f"{key} (an object with {len(inner)} tensors)" for key, inner in hidden.items()]
         raise LossError(f"{target} cannot hold {listed(inside, 20)}")
-
-
-def _overflowed(checkpoint: Checkpoint, files: Files) -> dict[str, int]:
-    if not files.overflowed:
-        return {}
-    tensors = checkpoint.state_dict().items()
-    return {
-        key: files.overflowed[id(tensor.source)] for key, tensor in tensors if id(tensor.source) in files.overflowed
-    }
 
 
 def _verify(checkpoint: Checkpoint, row: formats.Format, paths: Sequence[str], files: Files) -> None:

@@ -85,7 +85,7 @@ WRITE = (
 )
 SAFETENSORS = "core.aliases formats.flat formats.safetensors formats.safetensors_file json"
 TORCH = "formats.torch_zip"
-MERGE = "ops ops.filter ops.notes"
+MERGE = "ops ops.filter ops.notes ops.scales"
 INSPECT = "cli.inspect core.pickled_names ops ops.inspect ops.notes"
 PARTIAL = (
     "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "
@@ -111,7 +111,7 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     ),
     "convert": (
         ["convert", SAFE, "-o", "out.pth"],
-        f"{WRITE} {TORCH} {SAFETENSORS} cli.convert ops ops.convert ops.notes",
+        f"{WRITE} {TORCH} {SAFETENSORS} cli.convert ops ops.convert ops.notes ops.scales",
     ),
     "remap": (["remap", OLD, "--add-prefix", "x.", "-o", "out.pth"], f"{WRITE} {TORCH} {RULES} cli.remap"),
     "load-partial": (

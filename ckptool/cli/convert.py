@@ -10,10 +10,11 @@ import typer
 import ckptool
 from ckptool import formats, saving
 from ckptool.cli import options, render
-from ckptool.cli.output import Outputs, bar, overflow
+from ckptool.cli.output import Outputs, bar
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.errors import UsageError
+from ckptool.errors import UsageError, listed
 from ckptool.ops.convert import ConvertReport
+from ckptool.ops.notes import changed_lines
 from ckptool.text import plural, size
 
 
@@ -25,6 +26,9 @@ def command(
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Cast floats to it: bf16, float32, ...")] = None,
     keep: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="With --dtype: keys not to cast.")] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Multiply weights by the scales beside them.")
+    ] = False,
     max_shard_size: options.MaxShardSize = "5GB",
     shard_name: options.ShardName = None,
     with_files: options.WithFiles = False,
@@ -72,7 +76,7 @@ def command(
 
     def converted(checkpoint: Checkpoint, path: str, **how: Any) -> ConvertReport:
         return ckptool.convert(
-            checkpoint, path, to=to, dtype=dtype, keep=keep or (), untie=untie, publish=publish,
+            checkpoint, path, to=to, dtype=dtype, keep=keep or (), dequantize=dequantize, untie=untie, publish=publish,
             metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit,
             shard_name=shard_name, with_files=with_files, map_location=tags, verify=verify, fsync=fsync, **how,
         )  # fmt: skip
@@ -113,9 +117,10 @@ def _lines(report: ConvertReport, dry_run: bool) -> list[str]:
     text = f"{report.output}{state}: {plural(report.tensors, 'tensor')}, {'about ' if dry_run else ''}"
     text += f"{size(report.nbytes)}{', verified' if report.verified else ''}"
     lines = [["cast", plural(len(report.cast), "tensor")]] if report.cast else []
-    lines += overflow(report.overflowed)
+    lines += [["dequantized", plural(len(report.dequantized), "tensor")]] if report.dequantized else []
+    lines += changed_lines(report)
     lines += [["untied", ", ".join(report.untied)]] if report.untied else []
-    lines += [["left out", ", ".join(report.left_out)]] if report.left_out else []
+    lines += [["left out", listed(report.left_out, 20)]] if report.left_out else []
     lines += [["note", note] for note in report.notes]
     return [render.safe(text), *render.aligned(lines)]
 

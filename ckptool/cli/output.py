@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptool.cli import render
+from ckptool.core.dtypes import Changed
 from ckptool.errors import CkptoolError, UsageError
-from ckptool.text import plural
 
 if TYPE_CHECKING:  # `inspect` and `diff` need the bar only, and must not import what writes
     from ckptool.core.checkpoint import Checkpoint
@@ -62,8 +62,7 @@ class Outputs:
         left_out: list[str] = [f"left out: {', '.join(saved.left_out)}"] if saved.left_out else []
         changes: dict[str, Any] = {"output": None if self.dry_run else saved.path}
         changes["notes"] = [*report.notes, *left_out, *saved.notes]
-        if saved.overflowed:
-            changes["overflowed"] = dict(saved.overflowed)
+        changes |= {name: dict(counts) for name in Changed._fields if (counts := getattr(saved, name))}
         return replace(report, **changes)
 
     def _save(self, checkpoint: Checkpoint, path: str) -> Saved:
@@ -107,14 +106,6 @@ def heading(dry_run: bool, path: str | None, failed: Sequence[str] = ()) -> str:
     """Returns the start of the first line: the output's path, and whether it was not written."""
     state = " (dry run)" if dry_run and path else " (not written)" if failed else ""
     return f"{path or '(dry run)'}{state}: "
-
-
-def overflow(overflowed: dict[str, int] | None) -> list[list[str]]:
-    """Returns a line with the number of values that a cast made infinite; no line for none."""
-    if not overflowed:
-        return []
-    count = plural(sum(overflowed.values()), "value")
-    return [["overflow", f"{count} no longer finite: {', '.join(overflowed)}"]]
 
 
 # --- the bar -----------------------------------------------------------------------------------------------------

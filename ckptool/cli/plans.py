@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ckptool.cli import render
-from ckptool.cli.output import overflow
 from ckptool.core import keys
 from ckptool.errors import UsageError
 from ckptool.ops.filter import LOADED, FilterReport, Row
+from ckptool.ops.notes import changed_lines
 from ckptool.text import dims, percent
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def head(report: FilterReport | LoadPartialReport, summary: str, all_rows: bool)
 
 
 def tail(report: FilterReport | LoadPartialReport, failed: list[str]) -> list[str]:
-    """Returns the last lines of a report: overflows, notes, conditions that failed."""
+    """Returns the last lines of a report: values that casts changed, notes, conditions that failed."""
     sections = (
-        overflow(report.overflowed),
+        changed_lines(report),
         [["note", text] for text in report.notes],
         [["failed", text] for text in failed],
     )

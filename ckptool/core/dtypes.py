@@ -87,8 +87,15 @@ _ALIASES = {
     "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32",
     "fp64": "float64", "double": "float64", "long": "int64", "int": "int32", "short": "int16",
     "char": "int8", "byte": "uint8", "cfloat": "complex64", "cdouble": "complex128",
-    "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2",
+    "fp8": "float8_e4m3fn", "f8": "float8_e4m3fn", "float8": "float8_e4m3fn",
+    "fp4": "float4_e2m1fn_x2", "float4": "float4_e2m1fn_x2",
 }  # fmt: skip
+
+_BY_BITS = {"e4m3": "e4m3fn", "e8m0": "e8m0fnu", **{bits: bits for bits in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")}}
+
+_ALIASES |= {
+    f"{start}{bits}": f"float8_{full}" for bits, full in _BY_BITS.items() for start in ("", "fp8_", "f8_", "float8_")
+}
 
 
 def lookup(name: str) -> DType:
@@ -103,6 +110,18 @@ def lookup(name: str) -> DType:
     if row is None:
         raise UsageError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
     return row
+
+
+class Changed(NamedTuple):
+    """How many values a cast changed in kind.
+
+    ``overflowed``: finite ones that became infinite or NaN, and what an integer dtype cannot hold. ``saturated``:
+    those far beyond the largest finite value that became it. ``underflowed``: those that became zero, and were not.
+    """
+
+    overflowed: int = 0
+    saturated: int = 0
+    underflowed: int = 0
 
 
 def nbytes_of(dtype: str, numel: int) -> int:

@@ -90,13 +90,14 @@ class Derived:
     """Values computed while they are written, in C order, in memory shared with no other tensor.
 
     ``cast``: the input's, converted to the tensor's dtype. ``copy``: the input's, unchanged (the shape may
-    differ). ``cat``: the inputs', concatenated along the dimension ``dim``. ``chunks``: the inputs are boxes of the
-    tensor, which begin at the indices ``args`` (see `chunks`). ``draw``: new numbers of ``shape``, specified by
+    differ). ``dequantize``: a weight's, multiplied by its scales; ``args`` has how many elements share a scale along
+    each dimension. ``cat``: the inputs', concatenated along the dimension ``dim``. ``chunks``: the inputs are boxes of
+    the tensor, which begin at the indices ``args`` (see `chunks`). ``draw``: new numbers of ``shape``, specified by
     ``args``, a `Draw`. The others are an adapter's (``take``, ``mean``, ``mix``, ``resample``): values of ``shape``
     computed from whole inputs, see `ckptool.values.adapt`.
     """
 
-    op: Literal["cast", "copy", "cat", "chunks", "draw", "take", "mean", "mix", "resample"]
+    op: Literal["cast", "dequantize", "copy", "cat", "chunks", "draw", "take", "mean", "mix", "resample"]
     inputs: tuple[TensorInfo, ...]
     dim: int = 0
     shape: tuple[int, ...] | None = None

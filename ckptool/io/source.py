@@ -204,8 +204,9 @@ class Files:
     """The files that spans point into, opened on first use, at most `MAX_OPEN` at once.
 
     Raises FormatError if a file is not the version that the span was made from, or was changed while it was open.
-    ``progress`` is called with numbers of bytes read. ``overflowed`` counts values that a cast made infinite, by the id
-    of the `Derived`. ``mode``: the permissions that all files have in common. Plain bytes are read ``block`` at a time.
+    ``progress`` is called with numbers of bytes read. ``changed`` counts values that a cast changed in kind, by the id
+    of the `Derived` (see `core.dtypes.Changed`). ``mode``: the permissions that all files have in common. Plain bytes
+    are read ``block`` at a time.
     ``opener`` opens a file by its name. One object is for one thread; `beside` makes another for the same files.
     """
 
@@ -218,7 +219,7 @@ class Files:
         self.progress = progress
         self.block = block
         self.opener = opener
-        self.overflowed: dict[int, int] = {}
+        self.changed: dict[int, tuple[int, ...]] = {}
         self.mode = 0o777
         self._open: OrderedDict[str, Source] = OrderedDict()
         self._lock = allocate_lock()

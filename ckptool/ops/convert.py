@@ -12,16 +12,18 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
 from ckptool.core.tree import as_mapping, path_text
 from ckptool.core.versions import versioned
-from ckptool.errors import UsageError
+from ckptool.errors import LossError, NoTensorsError, UsageError, listed
 from ckptool.ops.notes import pattern_notes, require_tensors, root_notes
+from ckptool.ops.scales import dequantized, scaled_weights
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
     """The result of a conversion. ``nbytes``: the size of the output, in a dry run an estimate.
 
-    ``left_out``: the entries that are not in the output. ``cast``: the keys whose dtype changed. ``untied``: the keys
-    that shared memory with another one. ``overflowed``: {key: number of values that became infinite}.
+    ``left_out``: the entries that are not in the output. ``cast``: the keys whose dtype changed. ``dequantized``: the
+    keys multiplied by their scales. ``untied``: the keys that shared memory with another one. ``overflowed``,
+    ``saturated``, ``underflowed``: {key: values that a cast changed in kind}, see `ckptool.core.dtypes.Changed`.
     """
 
     input: str
@@ -31,8 +33,11 @@ class ConvertReport:
     left_out: list[str]
     verified: bool
     cast: list[str] = field(default_factory=list)
+    dequantized: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     overflowed: dict[str, int] = field(default_factory=dict)
+    saturated: dict[str, int] = field(default_factory=dict)
+    underflowed: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -41,47 +46,110 @@ def convert(
     *,
     dtype: str | None = None,
     keep: Sequence[str] = (),
+    dequantize: bool = False,
     untie: bool = False,
     publish: bool = False,
     metadata: Sequence[str] = (),
 ) -> tuple[Checkpoint, ConvertReport]:
     """Returns (checkpoint, report), ready to be saved in any format. No values are read or computed.
 
-    Raises: NoTensorsError, UsageError for a dtype that is not floating point or for metadata that is not a scalar.
+    Raises: NoTensorsError, also if no tensor has an element; LossError for weights with scales that a cast would
+    part, or that ``dequantize`` cannot resolve; UsageError for a dtype that is not floating point or for metadata that
+    is not a scalar.
     """
     tensors = require_tensors(checkpoint)
+    if not any(tensor.numel for tensor in tensors.values()) and not checkpoint.hidden():
+        what = "no tensor has an element: placeholders of DeepSpeed ZeRO-3, whose weights are in files of their own?"
+        raise NoTensorsError(what, checkpoint.url)
     notes = [*root_notes([checkpoint]), *pattern_notes(keep, tensors)]
     cast: list[str] = []
     untied: list[str] = []
-    if dtype is not None:
-        tensors, cast = _cast(tensors, dtype, keep)
+    left_out: list[str] = []
+    if dtype is not None and (not _is_castable(dtype) or dtype == "float8_e8m0fnu"):  # which has no sign and no zero
+        raise UsageError(f"--dtype takes a floating-point dtype, not {dtype}")
+    made: dict[str, TensorInfo] = {}
+    if dtype is not None or dequantize:
+        chosen = names.chooser(keep, ())
+        stay = {tensor.view for key, tensor in tensors.items() if keep and chosen(key)}
+        made, left_out = _dequantized(tensors, stay, dtype, dequantize, checkpoint.url)
+        notes += [_STALE] if made else ["no weight has a scale to multiply by"] if dequantize else []
+        tensors = {key: made.get(key, tensor) for key, tensor in tensors.items() if key not in left_out}
+        if dtype is not None:
+            tensors, cast = _cast(tensors, dtype, stay)
     if untie:
         tensors, untied = _untied(tensors)
     changed = checkpoint
-    left_out: list[str] = []
     if publish:
-        changed, left_out = _weights_only(checkpoint, tensors)
-    elif cast or untied:
+        changed, others = _weights_only(checkpoint, tensors)
+        left_out += others
+    elif cast or untied or made:
         changed = checkpoint.with_state_dict(tensors)
     if metadata:
         changed = replace(changed, metadata={**changed.metadata, **_scalars(checkpoint, metadata)})
-    return changed, ConvertReport(checkpoint.url, "", len(tensors), 0, left_out, False, cast, untied, {}, notes)
+    report = ConvertReport(
+        checkpoint.url, "", len(tensors), 0, left_out, False, cast, list(made), untied, notes=notes
+    )  # fmt: skip
+    return changed, report
 
 
-def _cast(tensors: dict[str, TensorInfo], dtype: str, keep: Sequence[str]) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Returns (the tensors with floats cast, the keys that were cast). Tied keys stay tied: if one is kept, all are."""
+_STALE = "a config.json with quantization_config still says that these weights are quantised: take that entry out"
+
+
+def _is_castable(dtype: str) -> bool:
     row = DTYPES[dtype]
-    if row.kind != "float" or not row.in_torch or dtype.endswith("_x2"):
-        raise UsageError(f"--dtype takes a floating-point dtype, not {dtype}")
-    kept = names.chooser(keep, ())
-    stay = {tensor.view for key, tensor in tensors.items() if keep and kept(key)}
+    return row.kind == "float" and row.in_torch and not dtype.endswith("_x2")
+
+
+def _is_cast(tensor: TensorInfo, dtype: str | None, stay: set[object]) -> bool:
+    """Returns whether a cast to ``dtype`` concerns a tensor, if those of the views ``stay`` are kept."""
+    other = dtype not in (None, tensor.dtype) and _is_castable(tensor.dtype)
+    return other and not isinstance(tensor.source, Opaque) and tensor.view not in stay
+
+
+def _dequantized(
+    tensors: dict[str, TensorInfo], stay: set[object], dtype: str | None, dequantize: bool, url: str
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Returns ({weight: its values times its scales}, the keys that go with the scales).
+
+    What belongs to a weight of the views ``stay`` is added to them. Raises: LossError.
+    """
+    pairs = scaled_weights(tensors)
+    kept = {key: pair for key, pair in pairs.items() if tensors[key].view in stay}
+    stay |= {tensors[name].view for pair in kept.values() for name in (*pair.scales, *pair.beside)}
+    markers = [key for key in tensors if key.rpartition(".")[2] == "scaled_fp8"] if pairs else []  # ComfyUI's
+    if kept:
+        stay |= {tensors[key].view for key in markers}
+    left = {key: pair for key, pair in pairs.items() if key not in kept}
+    if not dequantize:
+        parted = [
+            f"{key} ({tensors[key].dtype}; {', '.join(pair.scales)})" for key, pair in left.items()
+            if any(_is_cast(tensors[name], dtype, stay) for name in (key, *pair.scales))
+        ]  # fmt: skip
+        if parted:
+            raise LossError(
+                f"a cast to {dtype} would part weights from their scales: {listed(parted)}; --dequantize multiplies "
+                "by them, --keep leaves a weight and its scales as they are",
+                url,
+            )
+        return {}, []
+    made, refused = dequantized(tensors, left, dtype or "float32")
+    if refused:
+        raise LossError(
+            f"--dequantize finds no way to apply the scales of {listed(refused)}; --keep leaves a weight and its "
+            "scales as they are",
+            url,
+        )
+    gone = {name for key in made for name in (*left[key].scales, *left[key].beside)}
+    return made, [key for key in tensors if key in gone or (made and not kept and key in markers)]
+
+
+def _cast(tensors: dict[str, TensorInfo], dtype: str, stay: set[object]) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Returns (the tensors with floats cast, the keys that were cast). Tied keys stay tied: if one is kept, all are."""
     made: dict[object, Derived] = {}
     changed: dict[str, TensorInfo] = {}
     cast = []
     for key, tensor in tensors.items():
-        floats = DTYPES[tensor.dtype].kind == "float" and DTYPES[tensor.dtype].in_torch
-        plain = not isinstance(tensor.source, Opaque) and not tensor.dtype.endswith("_x2")
-        if not (floats and plain) or tensor.dtype == dtype or tensor.view in stay:
+        if not _is_cast(tensor, dtype, stay):
             changed[key] = tensor
             continue
         source = made.setdefault(tensor.view, Derived("cast", (tensor,)))

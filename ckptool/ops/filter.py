@@ -16,6 +16,7 @@ from ckptool.core.tree import Path, ordered_dict, path_text
 from ckptool.core.versions import versioned
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
 from ckptool.ops.notes import optimizer_notes, pattern_notes, require_tensors, root_notes, wrapper_notes
+from ckptool.ops.scales import refuse_parted
 
 Reason = Literal[
     "loaded", "cast", "tied", "adapted", "initialised", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"
@@ -55,7 +56,8 @@ class FilterReport:
 
     ``loaded_fraction`` is the share of the target's elements (counters aside) that have the sources' values.
     ``hint``: the prefixes to strip and add with which more keys would match. ``output`` is set when it is saved, and
-    so is ``overflowed``: {key: finite values that a cast made infinite}, None where there are none.
+    so are ``overflowed``, ``saturated`` and ``underflowed``: {key: values that a cast changed in kind} (see
+    `ckptool.core.dtypes.Changed`), None where there are none.
     """
 
     rows: list[Row]
@@ -67,6 +69,8 @@ class FilterReport:
     sources: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     overflowed: dict[str, int] | None = None
+    saturated: dict[str, int] | None = None
+    underflowed: dict[str, int] | None = None
 
     @property
     def loaded(self) -> int:
@@ -368,6 +372,9 @@ class Merge:
 
     def result(self, only_matched: bool, patterns: Sequence[str]) -> tuple[Checkpoint, FilterReport]:
         """Returns the merged checkpoint and the report."""
+        casts = {(str(row.source), self.taken[key].dtype) for key, row in self.rows.items() if key in self.taken}
+        for source, (_, tensors) in zip(self.sources, self.offers, strict=True):
+            refuse_parted(tensors, casts, source.url)
         merged = {key: self.taken.get(key) or self.made.get(key, tensor) for key, tensor in self.tensors.items()}
         checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
         rows = [*self.rows.values(), *self._object_rows(), *self.refused, *self._unused_rows()]

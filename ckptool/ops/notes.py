@@ -60,6 +60,24 @@ def wrapper_notes(*sides: tuple[str, Iterable[str]]) -> list[str]:
     return [f"looked through {prefix!r} in {url}" for url, prefix in prefixes if prefix]
 
 
+def changed_lines(report: Any) -> list[list[str]]:
+    """Returns (label, text) for each kind of value that casts changed, of a report with the fields of `Changed`."""
+    lines = []
+    for name, label, what in CHANGES:
+        if counts := getattr(report, name):
+            each, total = listed((f"{key} ({count:,})" for key, count in counts.items()), 20), sum(counts.values())
+            lines.append([label, f"{total:,} value{'s' * (total != 1)} {what}: {each}"])
+    return lines
+
+
+CHANGES = (
+    ("overflowed", "overflow", "no longer finite"),
+    ("saturated", "saturated", "cut to the largest of the dtype"),
+    ("underflowed", "underflow", "zero now"),
+)
+"""For each field of `Changed`: the label of its line, and what became of the values."""
+
+
 def optimizer_notes(checkpoint: Checkpoint) -> list[str]:
     """Returns a note if keys were dropped and an optimizer's state, numbered by position, no longer matches them."""
     for path, node in optimizer_states(checkpoint):

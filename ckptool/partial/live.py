@@ -19,6 +19,7 @@ from ckptool.errors import CkptoolError, UnsupportedError, UsageError, listed
 from ckptool.io.source import Files
 from ckptool.pickling.load import stand_in
 from ckptool.pickling.torch_calls import builders
+from ckptool.values.blocks import changed_values
 from ckptool.values.codec import import_torch
 from ckptool.values.torch_bridge import to_torch
 
@@ -303,11 +304,11 @@ def _is_foreign(node: object) -> bool:
 # --- into the model ----------------------------------------------------------------------------------------------
 
 
-def copy_into(model: Any, planned: Checkpoint, keys: Iterable[str], map_location: Any, assign: bool) -> dict[str, int]:
+def copy_into(model: Any, planned: Checkpoint, keys: Iterable[str], map_location: Any, assign: bool) -> dict[str, Any]:
     """Copies the planned values of ``keys`` into a model in place, or with ``assign`` makes the tensors the model's.
 
     Everything is read and computed before the first parameter changes, so the loaded tensors are in memory once more.
-    Returns {key: finite values that a cast made infinite}. Raises: what reading raises; UsageError for tensors that
+    Returns what `changed_values` does, None for no count. Raises: what reading raises; UsageError for tensors that
     stay, or cannot be filled, on meta, and for an extra state that its module refuses.
     """
     torch = import_torch("loading into a model")
@@ -318,11 +319,7 @@ def copy_into(model: Any, planned: Checkpoint, keys: Iterable[str], map_location
     with Files() as files:
         where = map_location if assign and map_location is not None else "cpu"
         values = to_torch(dict(wanted), files, where, lambda _: None)
-        overflowed = {
-            key: files.overflowed[id(node.source)]
-            for key, node in wanted.items()
-            if isinstance(node, TensorInfo) and id(node.source) in files.overflowed
-        }
+        changed = {name: counts or None for name, counts in changed_values(wanted, files).items()}
     states = {key: values.pop(key) for key in list(values) if _is_extra(key)}
     _set_states(model, own, states)
     made: dict[int, Any] = {}
@@ -344,7 +341,7 @@ def copy_into(model: Any, planned: Checkpoint, keys: Iterable[str], map_location
     result = model.load_state_dict(state, strict=False, assign=assign)
     lost = [key for key in getattr(result, "unexpected_keys", ()) if key in values]
     _put(torch, model, {key: (own[key], values[key]) for key in lost}, assign)
-    return overflowed
+    return changed
 
 
 def _refuse_meta(model: Any, own: Mapping[str, Any], wanted: Mapping[str, Any], assign: bool) -> None:

@@ -17,7 +17,7 @@ from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import PyObject, nodes, path_text
 from ckptool.errors import UnsupportedError, UsageError, listed
 from ckptool.ops.filter import LOADED, FilterReport, Merge, Row, Same, counts_of, dims, sourced
-from ckptool.ops.notes import require_tensors, without_optimizers
+from ckptool.ops.notes import changed_lines, require_tensors, without_optimizers
 from ckptool.partial import handover, initplan, resume
 from ckptool.partial.adapt import Adapting
 from ckptool.partial.adapters import Adapter
@@ -33,8 +33,8 @@ class LoadPartialReport:
     ``frozen``: parameters that are not to be trained; ``moving``: frozen BatchNorm layers whose running statistics
     are still updated in train mode. ``groups``: the trained parameters, loaded and new ones apart;
     ``tied``: other names of parameters that are listed under their first. ``numpy``: the version with which ``seed``
-    gives these values, where random numbers were drawn. ``overflowed``: {key: finite values that a cast made
-    infinite}, known when they are written; None where there are none.
+    gives these values, where random numbers were drawn. ``overflowed``, ``saturated``, ``underflowed``: {key: values
+    that a cast changed in kind} (see `ckptool.core.dtypes.Changed`), known when written; None where there are none.
     """
 
     rows: list[Row]
@@ -52,6 +52,8 @@ class LoadPartialReport:
     groups: list[Group] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     overflowed: dict[str, int] | None = None
+    saturated: dict[str, int] | None = None
+    underflowed: dict[str, int] | None = None
 
     def keys(self, *reasons: str) -> list[str]:
         """Returns the keys with one of these reasons."""
@@ -117,8 +119,7 @@ class LoadPartialReport:
                 shapes = f"{shape}, source {theirs}" if differ else ""
                 lines.append("  " + "  ".join(filter(None, (row.reason, row.key, shapes, row.detail))))
         lines += [f"  hint  {self.hint}"] if self.hint else []
-        lost = ", ".join(f"{count} of {key}" for key, count in (self.overflowed or {}).items())
-        lines += [f"  overflow  values no longer finite: {lost}"] if lost else []
+        lines += [f"  {label}  {text}" for label, text in changed_lines(self)]
         return "\n".join([*lines, *(f"  note  {text}" for text in self.notes)])
 
     def freeze(self, model: Any, *specs: str) -> list[str]:

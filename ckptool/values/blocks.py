@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
-from ckptool.core.dtypes import DTYPES
+from ckptool.core.dtypes import DTYPES, Changed
 from ckptool.core.tensor import Box, Derived, Opaque, Span, Storage, TensorInfo, plain_range, reach, storage_range
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError
@@ -64,8 +64,9 @@ def blocks_ahead(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
     Nothing else may read through ``files`` until the iterator is exhausted.
     """
     blocks, source = tensor_blocks(tensor, files), tensor.source
-    # A cast allocates every block anew. Other tensors may yield a buffer that the next block overwrites.
-    if isinstance(source, Derived) and source.op == "cast" and tensor.is_whole and tensor.nbytes >= COMPUTED_AHEAD:
+    # These allocate every block anew. Other tensors may yield a buffer that the next block overwrites.
+    computed = isinstance(source, Derived) and source.op in ("cast", "dequantize")
+    if computed and tensor.is_whole and tensor.nbytes >= COMPUTED_AHEAD:
         return _ahead(blocks)
     return blocks
 
@@ -212,7 +213,10 @@ def _resolved(raw: Any, tensor: TensorInfo, swap: int) -> Bytes:
 def _derived(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
     """Yields computed elements in C order."""
     if source.op == "cast":
-        yield from _cast(source, dtype, files)
+        tensor = source.inputs[0]
+        yield from _cast(source, tensor.dtype, dtype, tensor_blocks(tensor, files), files)
+    elif source.op == "dequantize":
+        yield from _cast(source, "float64", dtype, _dequantized(source, files), files)
     elif source.op == "copy":
         yield from tensor_blocks(source.inputs[0], files)
     elif source.op in ("cat", "chunks"):
@@ -224,20 +228,85 @@ def _derived(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
     else:
         from ckptool.values import adapt
 
-        yield from adapt.blocks(source, dtype, lambda tensor: tensor_blocks(tensor, files))
+        exact = dtype if source.op == "take" else "float64" if source.inputs[0].dtype == "float64" else "float32"
+        made = adapt.blocks(source, exact, lambda tensor: tensor_blocks(tensor, files))
+        yield from made if exact == dtype else _cast(source, exact, dtype, made, files)
 
 
-def _cast(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
-    """Yields values converted as `torch.Tensor.to` converts them; counts finite values that become infinite or NaN."""
+def _cast(source: Derived, old: str, new: str, blocks: Iterator[Bytes], files: Files) -> Iterator[Bytes]:
+    """Yields values converted as `torch.Tensor.to` converts them; counts those that change in kind."""
     from ckptool.values.codec import caster
 
-    tensor = source.inputs[0]
-    cast = caster(tensor.dtype, dtype)
-    for block in tensor_blocks(tensor, files):
-        made, lost = cast(block)
-        if lost:
-            files.overflowed[id(source)] = files.overflowed.get(id(source), 0) + lost
+    cast, total = caster(old, new), Changed()
+    for block in blocks:
+        made, changed = cast(block)
+        if any(changed):
+            total = Changed(*map(sum, zip(total, changed, strict=True)))
+            files.changed[id(source)] = total  # not added to: what is read twice is counted once
         yield made
+
+
+def changed_values(tensors: Mapping[str, Any], files: Files) -> dict[str, Any]:
+    """Returns {field of `Changed`: {key: number of values}} for the values that were read; no key with none."""
+    found: dict[str, dict[str, int]] = {name: {} for name in Changed._fields}
+    for key, tensor in tensors.items() if files.changed else ():
+        if isinstance(tensor, TensorInfo) and isinstance(tensor.source, Derived):
+            counts = [files.changed[number] for number in _derivations(tensor.source) if number in files.changed]
+            for name, count in zip(Changed._fields, map(sum, zip(*counts, strict=True)), strict=False):
+                found[name] |= {key: count} if count else {}
+    return found
+
+
+def _derivations(source: Derived) -> set[int]:
+    """Returns the ids of a lazy value and of those it is computed from."""
+    inputs = (tensor.source for tensor in source.inputs)
+    return {id(source)}.union(*(_derivations(one) for one in inputs if isinstance(one, Derived)))
+
+
+def _dequantized(source: Derived, files: Files) -> Iterator[Bytes]:
+    """Yields a weight's values multiplied by its scales, as float64; in memory are a block, or a row, of them.
+
+    The product of a float of eight bits, or an int8, and a float32 is exact in float64, so it is rounded once.
+    """
+    import numpy as np
+
+    from ckptool.values.codec import decode
+
+    weight, scale = source.inputs
+    shape, sizes = weight.shape or (), source.args
+    if scale.numel == 1 or len(shape) == 1:
+        shape, sizes = ((weight.numel, 1), (weight.numel, 1)) if scale.numel == 1 else ((*shape, 1), (*sizes, 1))
+    many = [-(-count // size) for count, size in zip(shape, sizes, strict=True)]  # scales along each dimension
+    width, itemsize, first = shape[-1], DTYPES[scale.dtype].bits // 8, 0
+    with Spool(tensor_blocks(scale, files)) as spool:
+        for rows in _rows(tensor_blocks(weight, files), width):
+            values = decode(weight.dtype, rows).reshape(-1, width)
+            places = np.unravel_index(np.arange(first, first + len(values)), shape[:-1])
+            lines: Any = np.zeros(len(values), "i8")  # for each row, the row of its scales
+            for place, size, count in zip(places, sizes[:-1], many[:-1], strict=True):
+                lines = lines * count + place // size
+            low, high = int(lines.min()), int(lines.max()) + 1
+            raw = spool.read(low * many[-1] * itemsize, (high - low) * many[-1] * itemsize)
+            scales = decode(scale.dtype, raw).astype("f8", copy=False).reshape(-1, many[-1])
+            if many[-1] > 1:
+                scales = scales.repeat(sizes[-1], axis=1)[:, :width]
+            with np.errstate(over="ignore", invalid="ignore"):
+                yield (values * scales[lines - low]).reshape(-1).view("u1").data
+            first += len(values)
+
+
+def _rows(blocks: Iterator[Bytes], nbytes: int) -> Iterator[Bytes]:
+    """Yields blocks of whole rows of ``nbytes`` bytes; one that has no part of a row is passed on uncopied."""
+    pending = bytearray()
+    for block in blocks:
+        if not pending and not len(block) % nbytes:
+            yield block
+            continue
+        pending += block
+        whole = len(pending) - len(pending) % nbytes
+        if whole:
+            yield bytes(pending[:whole])
+            del pending[:whole]
 
 
 def _boxes(source: Derived) -> list[Box]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from math import frexp
 from typing import Any
 
 import numpy as np
 
-from ckptool.core.dtypes import COMMON_FLOATS, DTYPES
+from ckptool.core.dtypes import COMMON_FLOATS, DTYPES, Changed
 from ckptool.errors import UnsupportedError, needs_torch
 from ckptool.io.source import Bytes
 
@@ -187,8 +188,8 @@ def encode(dtype: str, values: Array) -> Array:
     return made
 
 
-Cast = Callable[[Bytes], tuple[memoryview, int]]
-"""Maps a block of whole elements to (its bytes as another dtype, how many finite values became infinite or NaN)."""
+Cast = Callable[[Bytes], tuple[memoryview, Changed]]
+"""Maps a block of whole elements to (its bytes as another dtype, how many values changed in kind)."""
 
 
 def caster(old: str, new: str) -> Cast:
@@ -196,32 +197,58 @@ def caster(old: str, new: str) -> Cast:
     if old not in COMMON_FLOATS or new not in COMMON_FLOATS:
         return _cast_by_torch(old, new)
     wider = {"float64": 3, "float32": 2, "bfloat16": 1, "float16": 0}
-    may_overflow = wider[new] < wider[old]
+    narrows = wider[new] < wider[old]
 
-    def cast(block: Bytes) -> tuple[memoryview, int]:
+    def cast(block: Bytes) -> tuple[memoryview, Changed]:
         values = decode_float(old, block)
         made = encode(new, values)
-        lost = 0
-        if may_overflow:
-            infinite = (made & 0x7FFF) == 0x7F80 if new == "bfloat16" else np.isinf(made)
-            count = int(np.count_nonzero(infinite))
-            lost = count - int(np.count_nonzero(np.isinf(values))) if count else 0
-        return made.view("u1").data, lost
+        return made.view("u1").data, _changed(new, values, made) if narrows and len(made) else Changed()
 
     return cast
+
+
+def _changed(new: str, values: Array, made: Array) -> Changed:
+    """Returns what became of values as one of the `COMMON_FLOATS`, none of which saturates; a few passes."""
+    width, first = DTYPES[new].bits, _FIRST_SPECIAL[new]
+    words = made.view(f"<u{width // 8}")
+    sizes = words & words.dtype.type((1 << (width - 1)) - 1)
+    overflowed = underflowed = 0
+    if int(sizes.max()) >= first:
+        overflowed = int(np.count_nonzero((sizes >= first) & np.isfinite(values)))
+    if int(sizes.min()) == 0:
+        underflowed = int(np.count_nonzero((sizes == 0) & (values != 0)))
+    return Changed(overflowed, 0, underflowed)
 
 
 def _cast_by_torch(old: str, new: str) -> Cast:
     torch = import_torch(f"casting to {new}")
-    floats = DTYPES[new].kind == DTYPES[old].kind == "float"
 
-    def cast(block: Bytes) -> tuple[memoryview, int]:
+    def cast(block: Bytes) -> tuple[memoryview, Changed]:
         values = torch.frombuffer(bytearray(block), dtype=getattr(torch, old))
         made = values.to(getattr(torch, new))
-        lost = int(torch.isfinite(values.float()).sum() - torch.isfinite(made.float()).sum()) if floats else 0
-        return memoryview(made.view(torch.uint8).numpy()), lost
+        return memoryview(made.view(torch.uint8).numpy()), _changed_by_torch(torch, values, made)
 
     return cast
+
+
+def _changed_by_torch(torch: Any, values: Any, made: Any) -> Changed:
+    """Returns what became of values as another dtype; whether float8 saturates is torch's choice, by version."""
+    if made.dtype == torch.bool:
+        return Changed()
+    if made.is_complex():
+        values, made = torch.view_as_real(values), torch.view_as_real(made)
+    exact = torch.float64 if values.dtype.itemsize > 2 else torch.float32
+    old, new = values.to(exact), made.to(exact)
+    if made.is_floating_point():
+        limits = torch.finfo(made.dtype)
+        half = limits.eps * 2.0 ** (frexp(limits.max)[1] - 2)  # of the last place: what is nearer is only rounded
+        overflowed = old.isfinite() & ~new.isfinite()
+        saturated = (old.abs() > limits.max + half) & new.isfinite()
+    else:
+        range_ = torch.iinfo(made.dtype)
+        overflowed, saturated = ~((old.trunc() >= range_.min) & (old.trunc() <= range_.max)), torch.tensor(0)
+    underflowed = (old != 0) & (new == 0) & (old.abs() < 1)
+    return Changed(int(overflowed.sum()), int(saturated.sum()), int(underflowed.sum()))
 
 
 def import_torch(what: str) -> Any:

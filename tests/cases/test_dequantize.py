@@ -1,0 +1,316 @@
+"""Weights of few bits whose scales lie beside them: never parted by a cast, multiplied with `--dequantize`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracles import Run, Saved, load
+from safetensors.torch import load_file, save_file
+
+import ckptool
+from ckptool.errors import LossError
+from ckptool.values import blocks
+
+F8, BF16 = torch.float8_e4m3fn, torch.bfloat16
+Tensor = torch.Tensor
+
+
+def numbers(*shape: int, dtype: torch.dtype = F8) -> Tensor:
+    torch.manual_seed(sum(shape))
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, dtype=dtype)
+    return (torch.randn(shape) * 100).clamp(-200, 200).to(dtype)
+
+
+def scales(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(1 + sum(shape))
+    return (torch.rand(shape) * 1e-3 + 1e-5).to(dtype)
+
+
+def blocked(weight: Tensor, scale: Tensor, size: int) -> Tensor:
+    """Multiplies by scales for square blocks of the last two dimensions, as DeepSeek's `weight_dequant` does."""
+    whole = scale.float().repeat_interleave(size, -2).repeat_interleave(size, -1)
+    return weight.float() * whole[..., : weight.shape[-2], : weight.shape[-1]]
+
+
+@pytest.fixture
+def fp8() -> dict[str, Tensor]:
+    """A layer as DeepSeek writes it."""
+    torch.manual_seed(0)
+    w = torch.randn(256, 256) * 0.02
+    s = w.abs().max() / 448
+    state = {
+        "model.layers.0.q.weight": (w / s).to(F8), "model.layers.0.q.weight_scale_inv": s.reshape(1, 1).repeat(2, 2),
+        "model.norm.weight": torch.ones(256, dtype=BF16),
+    }  # fmt: skip
+    save_file(state, "fp8.safetensors", {"format": "pt"})
+    return state
+
+
+Q, Q_SCALE = "model.layers.0.q.weight", "model.layers.0.q.weight_scale_inv"
+
+
+def test_a_cast_does_not_part_a_weight_from_its_scale(fp8: Any, refused: Callable[..., str]) -> None:
+    for dtype in ("bf16", "float32", "fp16", "fp8"):  # to its own dtype the scale alone would be cast
+        line = refused("convert", "fp8.safetensors", "--dtype", dtype, "-o", "out.safetensors")
+        assert Q in line
+        assert Q_SCALE in line
+        assert "--dequantize" in line
+        assert "--keep" in line
+    refused("convert", "fp8.safetensors", "--dtype", "bf16", "--keep", "*scale_inv", "-o", "out.safetensors")
+    refused("convert", "fp8.safetensors", "--dtype", "bf16", "-o", "out.safetensors", "--dry-run")
+    with pytest.raises(LossError, match="part weights"):
+        ckptool.convert("fp8.safetensors", "out.safetensors", dtype="bf16")
+
+
+def test_dequantize_multiplies_and_drops_the_scale(fp8: dict[str, Tensor], run: Run) -> None:
+    code, out, err = run("convert", "fp8.safetensors", "--dtype", "bf16", "--dequantize", "-o", "out.safetensors")
+    assert (code, err) == (0, "")
+    assert "dequantized  1 tensor" in out
+    assert Q_SCALE in out
+    found = load_file("out.safetensors")
+    assert set(found) == {Q, "model.norm.weight"}
+    assert torch.equal(found[Q], blocked(fp8[Q], fp8[Q_SCALE], 128).to(BF16))
+    assert found[Q].abs().max() < 0.1
+    assert torch.equal(found["model.norm.weight"], fp8["model.norm.weight"])
+    report = ckptool.convert("fp8.safetensors", "out.pth", dequantize=True)
+    assert (report.dequantized, report.left_out, report.cast) == ([Q], [Q_SCALE], [])
+    assert torch.equal(load("out.pth")[Q], blocked(fp8[Q], fp8[Q_SCALE], 128))  # float32, and the norm as it was
+    assert load("out.pth")["model.norm.weight"].dtype == BF16
+
+
+def test_keep_leaves_a_weight_with_its_scale(fp8: dict[str, Tensor], run: Run) -> None:
+    for pattern in ("*q.weight", "*.q.*"):
+        assert run("convert", "fp8.safetensors", "--dtype", "f32", "--keep", pattern, "-o", "o.pth", "--force")[0] == 0
+        found = load("o.pth")
+        assert (found[Q].dtype, found[Q_SCALE].dtype) == (F8, torch.float32)
+        assert torch.equal(found[Q_SCALE], fp8[Q_SCALE])
+        assert found["model.norm.weight"].dtype == torch.float32
+    assert ckptool.convert("fp8.safetensors", "kept.pth", dtype="bf16", keep=Q).cast == []
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+LAYOUTS: list[tuple[tuple[int, ...], tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = [
+    ((40, 24), (), lambda w, s: w * s),
+    ((40, 24), (1,), lambda w, s: w * s),
+    ((40, 24), (1, 1), lambda w, s: w * s),
+    ((24,), (1,), lambda w, s: w * s),
+    ((40, 24), (40, 1), lambda w, s: w * s),
+    ((40, 24), (40,), lambda w, s: w * s[:, None]),
+    ((40, 24), (1, 24), lambda w, s: w * s),
+    ((8, 3, 5, 5), (8,), lambda w, s: w * s[:, None, None, None]),
+    ((8, 3, 5, 5), (8, 1, 1, 1), lambda w, s: w * s),
+    ((256, 384), (2, 3), lambda w, s: blocked(w, s, 128)),
+    ((200, 300), (2, 3), lambda w, s: blocked(w, s, 128)),
+    ((576, 130), (5, 2), lambda w, s: blocked(w, s, 128)),
+    ((64, 300), (1, 3), lambda w, s: blocked(w, s, 128)),
+    ((300, 64), (3, 1), lambda w, s: blocked(w, s, 128)),
+    ((64, 96), (2, 3), lambda w, s: blocked(w, s, 32)),
+    ((40, 96), (40, 3), lambda w, s: w * s.repeat_interleave(32, 1)),
+    ((3, 200, 260), (3, 2, 3), lambda w, s: blocked(w, s, 128)),
+    ((3, 40, 24), (3,), lambda w, s: w * s[:, None, None]),
+    ((3, 40, 24), (3, 40, 1), lambda w, s: w * s),
+    ((3, 40, 24), (3, 1, 24), lambda w, s: w * s),
+    ((3, 40, 64), (3, 40, 2), lambda w, s: w * s.repeat_interleave(32, 2)),
+    ((3, 40, 24), (1, 40, 1), lambda w, s: w * s),
+]
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("shape", "scaled", "oracle"), LAYOUTS, ids=lambda one: str(one) if type(one) is tuple else "")
+def test_layouts_that_shapes_settle(
+    shape: Any, scaled: Any, oracle: Any, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:  # blocks that end within rows and within blocks of scales
+        plain = blocks.storage_blocks
+        cut = 37
+
+        def pieces(*args: Any) -> Any:
+            for block in plain(*args):
+                yield from (block[start : start + cut] for start in range(0, len(block), cut))
+
+        monkeypatch.setattr(blocks, "storage_blocks", pieces)
+    weight, scale = numbers(*shape), scales(*scaled)
+    save_file({"l.weight": weight, "l.weight_scale": scale}, "in.safetensors")
+    for dtype in (torch.float32, BF16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        ckptool.convert("in.safetensors", "out.pth", dtype=name, dequantize=True, verify=False, force=True)
+        found = load("out.pth")
+        assert list(found) == ["l.weight"]
+        assert torch.equal(found["l.weight"], oracle(weight.float(), scale).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "scale_dtype"),
+    [
+        (torch.float8_e5m2, torch.float32), (torch.float8_e4m3fnuz, torch.float32), (torch.int8, torch.float32),
+        (torch.int8, torch.float16), (F8, BF16), (F8, torch.float8_e8m0fnu),
+    ],
+)  # fmt: skip
+def test_dtypes_of_weights_and_scales(weight_dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    weight, scale = numbers(40, 64, dtype=weight_dtype), scales(40, 2, dtype=scale_dtype)
+    save_file({"l.weight": weight, "l.scale": scale}, "in.safetensors")
+    ckptool.convert("in.safetensors", "out.safetensors", dtype="bfloat16", dequantize=True)
+    expected = weight.float() * scale.float().repeat_interleave(32, 1)
+    assert torch.equal(load_file("out.safetensors")["l.weight"], expected.to(BF16))
+
+
+NAMES = [
+    ("q.weight", "q.weight_scale_inv"), ("q.weight", "q.weight_scale"), ("q.weight", "q.scale_weight"),
+    ("q.weight", "q.scale"), ("experts.w1", "experts.w1_scale"), ("weight", "weight_scale"), ("w1", "w1_scale_inv"),
+    ("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_scale"), ("q.weight", "q.weight.scale"),
+    ("q.weight", "q.weight_scales"), ("a/b.weight", "a/b.weight_scale"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "scale"), NAMES)
+def test_names_of_scales_by_family(key: str, scale: str, refused: Callable[..., str]) -> None:
+    state = {key: numbers(40, 24), scale: scales(40, 1), "logit_scale": torch.ones(()), "b.norm.scale": torch.ones(3)}
+    save_file(state, "in.safetensors")
+    assert scale in refused("convert", "in.safetensors", "--dtype", "bf16", "-o", "out.safetensors")
+    report = ckptool.convert("in.safetensors", "out.safetensors", dtype="bf16", dequantize=True)
+    found = load_file("out.safetensors")
+    assert (report.dequantized, report.left_out) == ([key], [scale])
+    assert set(found) == {key, "logit_scale", "b.norm.scale"}
+    assert torch.equal(found[key], (state[key].float() * state[scale]).to(BF16))
+
+
+def test_scales_of_activations_go_with_the_weight(run: Run) -> None:
+    state = {
+        "scaled_fp8": torch.zeros(2, dtype=F8), "q.weight": numbers(8, 4), "q.scale_weight": scales(1),
+        "q.scale_input": scales(1), "q.bias": torch.ones(8), "k.weight": numbers(8, 4), "k.weight_scale": scales(),
+        "k.input_scale": scales(),
+    }  # fmt: skip
+    save_file(state, "in.safetensors")
+    out = run("convert", "in.safetensors", "--dtype", "bf16", "--dequantize", "-o", "o.safetensors", "--json")[1]
+    result = json.loads(out)["result"][0]
+    assert set(result["left_out"]) == {
+        "scaled_fp8", "q.scale_weight", "q.scale_input", "k.weight_scale", "k.input_scale"
+    }  # fmt: skip
+    assert set(load_file("o.safetensors")) == {"q.weight", "q.bias", "k.weight"}
+    assert run("convert", "in.safetensors", "--dtype", "bf16", "--keep", "*.weight", "-o", "kept.safetensors")[0] == 0
+    kept = load_file("kept.safetensors")
+    assert {key for key in state if kept[key].dtype == state[key].dtype} == {*state} - {"q.bias"}
+
+
+# --- what shapes and names do not settle -----------------------------------------------------------------------------
+
+GPTQ = {"q.qweight": torch.ones(4, 8, dtype=torch.int32), "q.qzeros": torch.ones(1, 1, dtype=torch.int32),
+        "q.scales": torch.ones(1, 8), "q.g_idx": torch.ones(32, dtype=torch.int32)}  # fmt: skip
+UNSETTLED: dict[str, dict[str, Tensor]] = {
+    "a shape that does not fit": {"l.weight": numbers(40, 24), "l.weight_scale": scales(3)},
+    "a shape turned round": {"l.weight": numbers(256, 512), "l.weight_scale_inv": scales(4, 2)},
+    "rows or columns": {"l.weight": numbers(24, 24), "l.weight_scale": scales(24)},
+    "columns": {"l.weight": numbers(40, 24), "l.weight_scale": scales(24)},
+    "blocks of 50 or of 64": {"l.weight": numbers(100, 100), "l.weight_scale_inv": scales(2, 2)},
+    "too many dimensions": {"l.weight": numbers(8, 4), "l.weight_scale": scales(2, 4, 4)},
+    "two scales": {"l.weight": numbers(8, 4), "l.weight_scale": scales(8, 1), "l.weight_scale_2": scales()},
+    "a zero point": {"l.weight": numbers(8, 4, dtype=torch.int8), "l.weight_scale": scales(8, 1),
+                     "l.weight_zero_point": scales(8, 1)},
+    "a smoothing scale": {"l.weight": numbers(8, 4), "l.weight_scale": scales(), "l.pre_quant_scale": scales(4)},
+    "bitsandbytes, 8 bits": {"l.weight": numbers(8, 4, dtype=torch.int8), "l.SCB": scales(8)},
+    "bitsandbytes, 4 bits": {"l.weight": torch.ones(16, 1, dtype=torch.uint8), "l.weight.absmax": scales(2),
+                             "l.weight.quant_map": torch.ones(16)},
+    "GPTQ": GPTQ,
+    "AWQ": {"q.qweight": torch.ones(4, 8, dtype=torch.int32), "q.scales": torch.ones(1, 64, dtype=torch.float16),
+            "q.qzeros": torch.ones(1, 8, dtype=torch.int32)},
+    "compressed-tensors, packed": {"l.weight_packed": torch.ones(8, 4, dtype=torch.int32),
+                                   "l.weight_scale": scales(8, 1), "l.weight_shape": torch.tensor([8, 32])},
+    "codes in bytes": {"l.weight": numbers(8, 64), "l.weight_scale": torch.ones(8, 2, dtype=torch.uint8)},
+    "quanto": {"l.weight._data": numbers(8, 4), "l.weight._scale": scales(8, 1)},
+    "torchao": {"l._weight_qdata": numbers(8, 4, dtype=torch.int8), "l._weight_scale": scales(8, 1)},
+    "a name of its own": {"l.weight": numbers(8, 4), "l.my_scaling_thing": scales(8, 1)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNSETTLED)
+def test_what_is_not_settled_is_refused_and_kept_if_asked(kind: str, refused: Callable[..., str], run: Run) -> None:
+    state = {**UNSETTLED[kind], "norm.weight": torch.ones(3)}
+    save_file(state, "in.safetensors")
+    key = next(iter(state))
+    assert key in refused("convert", "in.safetensors", "--dtype", "bf16", "--dequantize", "-o", "out.safetensors")
+    assert key in refused("convert", "in.safetensors", "--dtype", "bf16", "-o", "out.safetensors")
+    code, _, err = run("convert", "in.safetensors", "--dtype", "bf16", "--keep", key, "-o", "out.safetensors")
+    assert (code, err) == (0, "")
+    found = load_file("out.safetensors")
+    assert found.pop("norm.weight").dtype == BF16
+    assert all(
+        torch.equal(tensor.flatten().view(torch.uint8), state[key].flatten().view(torch.uint8))
+        for key, tensor in found.items()
+    )
+
+
+def test_other_weights_of_the_file_settle_a_square_one() -> None:
+    state = {"q.weight": numbers(24, 24), "q.weight_scale": scales(24), "up.weight": numbers(40, 24),
+             "up.weight_scale": scales(40)}  # fmt: skip
+    save_file(state, "in.safetensors")
+    ckptool.convert("in.safetensors", "out.safetensors", dequantize=True)
+    found = load_file("out.safetensors")
+    assert torch.equal(found["q.weight"], state["q.weight"].float() * state["q.weight_scale"][:, None])
+
+
+# --- what is no scaled weight ----------------------------------------------------------------------------------------
+
+
+def test_float8_without_scales_and_scales_without_low_bits_are_cast_as_before(saved: Saved) -> None:
+    plain = {
+        "a.weight": numbers(8, 4),
+        "a.bias": torch.ones(8),
+        "b.logit_scale": torch.ones(()),
+        "b.scale": torch.ones(3),
+    }
+    ckptool.convert(saved(plain), "out.pth", dtype="bf16")
+    assert torch.equal(load("out.pth")["a.weight"], plain["a.weight"].to(BF16))
+    observers = {
+        "fc.weight": torch.ones(2, 2), "fc.weight_fake_quant.scale": torch.ones(1),
+        "fc.weight_fake_quant.zero_point": torch.zeros(1, dtype=torch.int32),
+        "fc.weight_fake_quant.fake_quant_enabled": torch.ones(1, dtype=torch.uint8),
+    }  # fmt: skip
+    ckptool.convert(saved(observers), "qat.pth", dtype="bf16")
+    assert load("qat.pth")["fc.weight_fake_quant.scale"].dtype == BF16
+
+
+def test_dequantize_of_nothing_says_so(saved: Saved) -> None:
+    report = ckptool.convert(saved({"w": torch.ones(2)}), "out.pth", dequantize=True)
+    assert any("no weight has a scale" in note for note in report.notes)
+
+
+# --- other commands and formats --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["filter", "load-partial"])
+def test_a_cast_into_a_target_does_not_part_them_either(
+    command: str, fp8: dict[str, Tensor], saved: Saved, refused: Callable[..., str], run: Run
+) -> None:
+    target = saved({Q: torch.zeros(256, 256, dtype=BF16), "model.norm.weight": torch.zeros(256, dtype=BF16)})
+    how = ["--match", target, "--cast"] if command == "filter" else ["--into", target]
+    line = refused(command, "fp8.safetensors", *how, "-o", "out.safetensors")
+    assert Q_SCALE in line
+    assert "--dequantize" in line
+    ckptool.convert("fp8.safetensors", "plain.safetensors", dequantize=True, dtype="bf16")
+    assert run(command, "plain.safetensors", *how, "-o", "out.safetensors")[0] == 0
+    assert torch.equal(load_file("out.safetensors")[Q], blocked(fp8[Q], fp8[Q_SCALE], 128).to(BF16))
+
+
+def test_tied_weights_share_the_product_and_values_that_overflow_are_counted(saved: Saved) -> None:
+    weight = numbers(40, 24)
+    state = {"emb.weight": weight, "emb.weight_scale": torch.full((40, 1), 1e4), "head.weight": weight}
+    report = ckptool.convert(saved({"model": state}), "out.pth", dtype="fp16", dequantize=True)
+    expected = (weight.float() * 1e4).half()
+    found = load("out.pth")["model"]
+    assert list(found) == ["emb.weight", "head.weight"]
+    assert torch.equal(found["head.weight"], expected)
+    assert found["head.weight"].data_ptr() == found["emb.weight"].data_ptr()
+    assert report.overflowed["emb.weight"] == int(expected.isinf().sum()) > 0
+
+
+def test_shards_and_views_are_dequantized(saved: Saved) -> None:
+    weight, scale = numbers(300, 200), scales(3, 2)
+    state = {"l.weight": weight.t().contiguous().t(), "l.weight_scale_inv": scale.t().contiguous().t()}
+    ckptool.convert(saved(state), "out", to="sharded", dequantize=True, dtype="bf16")
+    assert torch.equal(ckptool.open("out").to_torch()["l.weight"], blocked(weight, scale, 128).to(BF16))
