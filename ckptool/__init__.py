@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     )
     from ckptool.ops.convert import ConvertReport
     from ckptool.ops.diff import Changed, DiffReport, ValuesChanged
-    from ckptool.ops.filter import FilterReport, Row
     from ckptool.ops.inspect import Beside, InspectReport, TensorRow
     from ckptool.ops.remap import Mapped, RemapReport
+    from ckptool.ops.rows import FilterReport, Row
     from ckptool.ops.rules import Rules
     from ckptool.partial.handover import Group
     from ckptool.partial.plan import LoadPartialReport
@@ -105,7 +105,7 @@ __all__ = [
 
 
 _MODULES = (
-    "errors", "core.tensor", "api", "ops.rules", "ops.inspect", "core.findings", "ops.diff", "ops.filter", "ops.remap",
+    "errors", "core.tensor", "api", "ops.rules", "ops.inspect", "core.findings", "ops.diff", "ops.rows", "ops.remap",
     "ops.convert", "partial.plan", "partial.handover", "saving",
 )  # fmt: skip
 """Where the public names are defined, those first that are used most."""

@@ -19,9 +19,9 @@ from ckptool.limits import limited
 if TYPE_CHECKING:
     from ckptool.ops.convert import ConvertReport
     from ckptool.ops.diff import DiffReport
-    from ckptool.ops.filter import FilterReport
     from ckptool.ops.inspect import InspectReport
     from ckptool.ops.remap import RemapReport
+    from ckptool.ops.rows import FilterReport
     from ckptool.partial.plan import LoadPartialReport
     from ckptool.saving import MapLocation, Progress, Saved
 
@@ -294,8 +294,8 @@ def diff(
     b: Source,
     *,
     ignore: Patterns = (),
-    strip_prefix_a: str | None = None,
-    strip_prefix_b: str | None = None,
+    strip_prefix_a: Patterns | None = None,
+    strip_prefix_b: Patterns | None = None,
     devices: bool = False,
     values: bool = False,
     rtol: float = 1e-5,
@@ -314,12 +314,10 @@ def diff(
 
     from ckptool.ops import diff as op
 
-    keys.expect_texts(strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b)
     keys.expect_numbers(0, rtol=rtol, atol=atol)
-    differences = partial(
-        op.diff, _open_whole(a), _open_whole(b), ignore=keys.texts(ignore, "ignore"), strip_prefix_a=strip_prefix_a,
-        strip_prefix_b=strip_prefix_b, devices=devices,
-    )  # fmt: skip
+    ignore, one, other = keys.all_texts(ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b)
+    both: dict[str, Any] = {"ignore": ignore, "strip_prefix_a": one, "strip_prefix_b": other, "devices": devices}
+    differences = partial(op.diff, _open_whole(a), _open_whole(b), **both)
     if not (values or quick):
         return differences()
     from ckptool import saving
@@ -341,7 +339,7 @@ def filter(
     match: Source | None = None,
     include: Patterns = (),
     exclude: Patterns = (),
-    strip_prefix: str | None = None,
+    strip_prefix: Patterns | None = None,
     add_prefix: str | None = None,
     rules: Any = None,
     allow_unused: bool = False,
@@ -365,11 +363,12 @@ def filter(
 
     from ckptool.io.source import Files
     from ckptool.ops import filter as op
+    from ckptool.ops import rows
     from ckptool.ops.notes import with_optimizers
     from ckptool.values.blocks import same_bytes
 
-    keys.expect_texts(strip_prefix=strip_prefix, add_prefix=add_prefix)
-    include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
+    keys.expect_texts(add_prefix=add_prefix)
+    include, exclude, strip_prefix = keys.all_texts(include=include, exclude=exclude, strip_prefix=strip_prefix)
     opened = [_open_whole(source) for source in sources]
     target = None if match is None else _open_whole(match)
     if target is not None:
@@ -384,15 +383,16 @@ def filter(
     with Files() as files:
         made, report = op.filter(
             opened, target, include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix,
-            only_matched=only_matched, cast=cast, first_wins=first_wins, same=partial(same_bytes, files=files),
+            only_matched=only_matched, cast=cast, first_wins=first_wins, renamed=rules is not None,
+            same=partial(same_bytes, files=files),
         )  # fmt: skip
-    report = replace(report, rows=op.sourced(report.rows, origins), notes=[*report.notes, *notes])
+    report = replace(report, rows=rows.sourced(report.rows, origins), notes=[*report.notes, *notes])
     if target is None and (rules is not None or strip_prefix or add_prefix):
         from ckptool.ops.rules import Rules, prefixes
 
         changes = Rules.parse(rules or []) + prefixes(made.entries(), strip_prefix, add_prefix)
         made, renamed = remap(made, changes, allow_unused=allow_unused)
-        report = op.followed(report, made, {row.new: row.old for row in renamed.map})
+        report = rows.followed(report, made, {row.new: row.old for row in renamed.map})
     return made, report
 
 
@@ -412,7 +412,7 @@ def plan_partial(
     optimizer: str | None = None,
     include: Patterns = (),
     exclude: Patterns = (),
-    strip_prefix: str | None = None,
+    strip_prefix: Patterns | None = None,
     add_prefix: str | None = None,
     root: str | Path | None = None,
 ) -> tuple[Checkpoint, LoadPartialReport]:
@@ -441,9 +441,9 @@ def plan_partial(
         raise UsageError(f"optimizer is drop or remap, not {optimizer!r}")
     if type(seed) is not int:
         raise UsageError(f"seed is a whole number, not {kind_of(seed)}")
-    keys.expect_texts(strip_prefix=strip_prefix, add_prefix=add_prefix)
+    keys.expect_texts(add_prefix=add_prefix)
     keys.expect_numbers(0, new_lr_mult=new_lr_mult, weight_decay=weight_decay)
-    include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
+    include, exclude, strip_prefix = keys.all_texts(include=include, exclude=exclude, strip_prefix=strip_prefix)
     options = op.Options(
         [(pattern, adapters.parse(text)) for pattern, text in keys.pairs(adapt, "adapt", "adapter")],
         keys.pairs(init, "init", "rule"), keys.texts(init_preset, "init_preset"), seed,
@@ -460,8 +460,7 @@ def plan_partial(
     else:
         from ckptool.partial import live
 
-        given = {} if opened is None else live.offered(opened, strip_prefix, add_prefix)
-        into, classes = live.checkpoint_of(target, given), live.classes_of(target)
+        into, classes = live.checkpoint_of(target, opened, strip_prefix, add_prefix), live.classes_of(target)
     for checkpoint in (opened, into):
         if checkpoint is not None:
             checkpoint.require_whole()
@@ -501,7 +500,7 @@ def load_partial(
     optimizer: str | None = None,
     include: Patterns = (),
     exclude: Patterns = (),
-    strip_prefix: str | None = None,
+    strip_prefix: Patterns | None = None,
     add_prefix: str | None = None,
     root: str | Path | None = None,
 ) -> LoadPartialReport:

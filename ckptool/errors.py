@@ -129,6 +129,13 @@ def near(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
+def as_options(given: Iterable[tuple[str, str | None]]) -> str:
+    """Returns (option, value) pairs as they are typed in a shell, without those that have no option or no value."""
+    import shlex
+
+    return " ".join(f"{name} {shlex.quote(value)}" for name, value in given if name and value is not None)
+
+
 def needs_torch(what: str) -> DependencyError:
     """Returns the error for an operation that needs torch, which is not installed."""
     return DependencyError(f"{what} needs torch, which is not installed: pip install 'ckptool[torch]'")

@@ -10,7 +10,7 @@ import pytest
 
 from ckptool import errors, formats
 from ckptool.cli.app import COMMANDS, app
-from ckptool.ops.filter import Reason
+from ckptool.ops.rows import Reason
 from ckptool.partial import adapters, init, presets
 from tests.transcripts import DOCS, FILES, REPOSITORY, rerun, rerun_file
 

@@ -85,7 +85,7 @@ WRITE = (
 )
 SAFETENSORS = "core.aliases formats.flat formats.safetensors formats.safetensors_file json"
 TORCH = "formats.torch_zip"
-MERGE = "ops ops.filter ops.notes ops.scales"
+MERGE = "ops ops.filter ops.notes ops.rows ops.scales"
 INSPECT = "cli.inspect core.pickled_names ops ops.inspect ops.notes"
 PARTIAL = (
     "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "

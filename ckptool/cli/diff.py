@@ -31,8 +31,12 @@ def command(
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Leave out keys that match (or re:REGEX).")
     ] = None,
-    strip_prefix_a: Annotated[str | None, typer.Option(metavar="P", help="Remove a prefix from A's keys.")] = None,
-    strip_prefix_b: Annotated[str | None, typer.Option(metavar="P", help="Remove a prefix from B's keys.")] = None,
+    strip_prefix_a: Annotated[
+        list[str] | None, typer.Option(metavar="P", help="Remove a prefix from A's keys.")
+    ] = None,
+    strip_prefix_b: Annotated[
+        list[str] | None, typer.Option(metavar="P", help="Remove a prefix from B's keys.")
+    ] = None,
     root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are, in both.")] = None,
     root_a: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in A.")] = None,
     root_b: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in B.")] = None,
@@ -57,7 +61,7 @@ def command(
     first = ckptool.open(a, root=root_a or root)
     second = ckptool.open(b, root=root_b or root)
     chosen: dict[str, Any] = {
-        "ignore": ignore or (), "strip_prefix_a": strip_prefix_a, "strip_prefix_b": strip_prefix_b
+        "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
     }  # fmt: skip
     with bar(lambda: volume(first, second, **chosen)) as progress:
         report = ckptool.diff(

@@ -8,7 +8,7 @@ import ckptool
 from ckptool.cli import options, plans
 from ckptool.cli.output import Outputs, heading
 from ckptool.errors import UsageError
-from ckptool.ops.filter import FilterReport
+from ckptool.ops.rows import FilterReport
 from ckptool.saving import SaveOptions
 from ckptool.text import percent
 
@@ -68,7 +68,7 @@ def command(
     target = ckptool.open(match, root=match_root) if match is not None else None
     outputs.check([] if output is None else [output], [*opened, *([] if target is None else [target])])
     checkpoint, report = ckptool.filter(
-        *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix,
+        *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix or (),
         add_prefix=add_prefix, only_matched=only_matched, cast=cast, first_wins=first_wins, optimizer=optimizer,
         rules=options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None, allow_unused=allow_unused,
     )  # fmt: skip

@@ -112,7 +112,7 @@ def command(
         init=[init_rules.parse_option(text) for text in init or ()],
         init_preset=init_preset or (), seed=seed, freeze=freeze or (), new_lr_mult=new_lr_mult,
         weight_decay=weight_decay, optimizer=optimizer, include=include or (), exclude=exclude or (),
-        strip_prefix=strip_prefix, add_prefix=add_prefix,
+        strip_prefix=strip_prefix or (), add_prefix=add_prefix,
     )  # fmt: skip
     if model is not None:
         if foreign := unwritable(checkpoint):

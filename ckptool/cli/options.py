@@ -21,7 +21,7 @@ Texts = list[str] | None
 Output = Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write.")]
 Include = Annotated[Texts, typer.Option(metavar="GLOB", help="Only keys that match (re:REGEX too).")]
 Exclude = Annotated[Texts, typer.Option(metavar="GLOB", help="Leave out keys that match.")]
-StripPrefix = Annotated[str | None, typer.Option(metavar="P", help="Remove a prefix from the source's keys.")]
+StripPrefix = Annotated[Texts, typer.Option(metavar="P", help="Remove a prefix from the source's keys (repeatable).")]
 AddPrefix = Annotated[str | None, typer.Option(metavar="P", help="Add a prefix to the source's keys.")]
 Rename = Annotated[Texts, typer.Option(metavar="A=B", help="Rename segments; {i} and * match one each.")]
 RulesFiles = Annotated[Texts, typer.Option(metavar="FILE", help="Rules from a TOML or JSON file.")]

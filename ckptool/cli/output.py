@@ -15,8 +15,8 @@ from ckptool.errors import CkptoolError, UsageError
 
 if TYPE_CHECKING:  # `inspect` and `diff` need the bar only, and must not import what writes
     from ckptool.core.checkpoint import Checkpoint
-    from ckptool.ops.filter import FilterReport
     from ckptool.ops.remap import RemapReport
+    from ckptool.ops.rows import FilterReport
     from ckptool.partial.plan import LoadPartialReport
     from ckptool.saving import Saved, SaveOptions
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from ckptool.cli import render
 from ckptool.core import keys
 from ckptool.errors import UsageError
-from ckptool.ops.filter import LOADED, FilterReport, Row
 from ckptool.ops.notes import changed_lines
-from ckptool.text import dims, percent
+from ckptool.ops.rows import LOADED, FilterReport, Row
+from ckptool.text import dims, percent, plural
 
 if TYPE_CHECKING:
     from ckptool.partial.plan import LoadPartialReport
@@ -78,6 +78,10 @@ def tail(report: FilterReport | LoadPartialReport, failed: list[str]) -> list[st
     return [line for section in sections for line in render.aligned(section)]
 
 
+EXAMPLES = 3
+"""How many lines of each reason are shown where nothing fits: all of both sides would be shown."""
+
+
 def _rows(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[list[str]]:
     """Returns lines for the rows that are shown: repeated blocks folded, counters counted."""
     shown = []
@@ -85,11 +89,19 @@ def _rows(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[list
         if row.reason in ("loaded", "ignored") and not all_rows and not row.tensors:
             continue
         shown.append((row.reason, row.key, _text(row)))
-    lines = []
+    lines: list[list[str]] = []
     plain = [row for row in shown if all_rows or row[0] != "bookkeeping"]
+    few = bool(report.target and report.sources and not report.loaded and not all_rows)
+    count: Counter[str] = Counter()
+    more: Counter[str] = Counter()
     for name, members in keys.fold([(key, (reason, text)) for reason, key, text in plain]):
         reason, _, text = plain[members[0]]
+        count[reason] += 1
+        if few and count[reason] > EXAMPLES:
+            more[reason] += len(members)
+            continue
         lines.append([reason, name, text + (f"  ({len(members)} keys)" if len(members) > 1 else "")])
+    lines += [[reason, f"and {plural(number, 'more key')}", "--all shows them"] for reason, number in more.items()]
     if not all_rows:
         sides = Counter(row.detail for row in report.rows if row.reason == "bookkeeping")
         stay = f": the values of {report.target} stay"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import translate
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import takewhile
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ from ckptool.errors import CollisionError, UsageError, kind_of, listed
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments that torch.compile, FSDP and activation checkpointing put anywhere in a name.
 
-``module``, which DataParallel and DistributedDataParallel put in front, counts only while it leads.
+``module``, which DataParallel and DistributedDataParallel put before what they wrap, is one too: see `looking_through`.
 """
 
 ROOTS = (
@@ -37,40 +37,49 @@ def is_counter(key: str) -> bool:
     return key.rpartition(".")[2] == COUNTER
 
 
-def unwrapped(key: str) -> str:
-    """Returns a key without wrapper segments, in any order and at any depth.
+def unwrapped(key: str, *, inside: bool = True) -> str:
+    """Returns a key without wrapper segments, in any order and at any depth; not ``inside``: ``module`` in front only.
 
-    >>> unwrapped("module._orig_mod.layers.0._checkpoint_wrapped_module.w"), unwrapped("encoder.module.w")
-    ('layers.0.w', 'encoder.module.w')
+    >>> unwrapped("module._orig_mod.layers.0._checkpoint_wrapped_module.w"), unwrapped("features.module.0.w")
+    ('layers.0.w', 'features.0.w')
     """
     if "module" not in key and "_orig_mod" not in key:
         return key
     kept: list[str] = []
     *path, last = key.split(".")
     for segment in path:
-        if segment in WRAPPERS or (segment == "module" and not kept):
+        if segment in WRAPPERS or (segment == "module" and (inside or not kept)):
             continue
         kept.append(segment)
     return ".".join([*kept, last])
 
 
-def unwrap_all(keys: Iterable[str]) -> dict[str, str]:
-    """Returns {unwrapped key: key}, or the keys as they are if two of them would collide."""
-    listed = list(keys)
-    found = {unwrapped(key): key for key in listed}
-    return found if len(found) == len(listed) else {key: key for key in listed}
+def looking_through(*sides: Collection[str]) -> Callable[[str], str]:
+    """Returns the function that takes wrappers off keys to compare them: as many as leave each side's keys unique.
+
+    That is all, else all but a ``module`` inside a name (which may be the model's own), else none.
+    """
+    for plain in (unwrapped, partial(unwrapped, inside=False)):
+        if all(len(set(map(plain, keys))) == len(keys) for keys in sides):
+            return plain
+    return str
 
 
-def wrapper_of(keys: Sequence[str]) -> str:
-    """Returns the wrapper segments of these keys, for display: ``module.``, ``_orig_mod.``; "" for none."""
-    wrapped = [key for key in keys if unwrapped(key) != key]
+def unwrap_all(keys: Collection[str]) -> dict[str, str]:
+    """Returns {unwrapped key: key}, with as many wrappers taken off as leave the keys unique."""
+    plain = looking_through(keys)
+    return {plain(key): key for key in keys}
+
+
+def wrapper_of(keys: Collection[str], plain: Callable[[str], str] | None = None) -> str:
+    """Returns the wrapper segments that ``plain`` takes off these keys, for display: ``module.``; "" for none.
+
+    By default ``plain`` is what `looking_through` gives for the keys themselves.
+    """
+    plain = plain or looking_through(keys)
+    wrapped = [key for key in keys if plain(key) != key]
     segments = (part for key in wrapped for part in key.split(".")[:-1] if part in WRAPPERS or part == "module")
     return "".join(f"{segment}." for segment in dict.fromkeys(segments))
-
-
-def looked_through(keys: Sequence[str]) -> str:
-    """Returns the wrapper segments that `unwrap_all` removes from these keys; "" where it changes none."""
-    return wrapper_of(keys) if any(plain != key for plain, key in unwrap_all(keys).items()) else ""
 
 
 def common_prefix(keys: Sequence[str]) -> str:
@@ -120,57 +129,68 @@ def unused_patterns(patterns: Iterable[str], keys: Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(fits(pattern, key) for key in listed)]
 
 
-def replace_prefix(key: str, strip: str | None, add: str | None) -> str:
-    """Returns a key with the prefix ``strip`` removed, if it has it, then ``add`` prepended."""
-    if strip and key.startswith(strip):
-        key = key[len(strip) :]
-    return f"{add or ''}{key}"
+def is_empty(name: str) -> bool:
+    """Returns whether a name is empty, or has an empty segment: what a prefix without its dot would leave."""
+    return not name or name[0] == "." or name[-1] == "." or ".." in name
 
 
-def plain_keys(keys: Iterable[str], strip: str | None, add: str | None, where: str) -> dict[str, str]:
-    """Returns {key to compare: key in the file ``where``}: without wrappers, one prefix stripped and one added.
+def renamed(keys: Iterable[str], strip: Sequence[str], add: str | None, where: str) -> dict[str, str]:
+    """Returns {name: key in the file ``where``}, with each prefix of ``strip`` removed in turn, and ``add`` prepended.
 
-    ``strip`` is a prefix of the unwrapped keys, or, if none of them has it, of the keys in the file.
-    Raises: UsageError if no key begins with ``strip``, CollisionError if two keys become one.
+    A key has a prefix if it begins with it, or does so without its wrappers.
+    Raises: UsageError if no key has a prefix, CollisionError if two keys become one or a name has an empty segment.
     """
-    listed_keys = list(keys)
-    plain = unwrap_all(listed_keys)
-    if not (strip or add):
-        return plain
-    if strip and not any(name.startswith(strip) for name in plain):
-        if not any(key.startswith(strip) for key in listed_keys):
-            raise UsageError(f"no key begins with {strip!r}", where)
-        plain = {key: key for key in listed_keys}
+    made = {key: key for key in keys}
+    if not (add or any(strip)):
+        return made
+    plain = looking_through(made)
+    for prefix in filter(None, strip):
+        after = {key: _stripped(name, prefix, plain) for key, name in made.items()}
+        wrapper = unwrapped(f"{prefix}_") == "_" and any(prefix in key for key in made)  # looked through already
+        if after == made and not wrapper:
+            raise UsageError(f"no key begins with {prefix!r}", where)
+        made = after
     found: dict[str, str] = {}
-    twice = []
-    for name, key in plain.items():
-        made = replace_prefix(name, strip, add)
-        if made in found:
-            twice.append(made)
-        found[made] = key
-    if twice:
-        raise CollisionError(f"with these prefixes two keys are named {listed(twice)}", where)
-    return {name: found[key] for name, key in unwrap_all(found).items()}
+    errors = []
+    for key, name in made.items():
+        name = f"{add or ''}{name}"
+        if name != key and is_empty(name) and not is_empty(key):
+            errors.append(f"{key} would be {name!r}: an empty name")
+        elif name in found:
+            errors.append(f"{found[name]} and {key} would both be {name}")
+        found[name] = key
+    if errors:
+        raise CollisionError(f"with these prefixes {listed(errors)}", where)
+    return found
+
+
+def _stripped(name: str, prefix: str, plain: Callable[[str], str]) -> str:
+    if not name.startswith(prefix):
+        bare = plain(name)
+        if not bare.startswith(prefix):
+            return name
+        name = bare
+    return name[len(prefix) :]
 
 
 def best_prefix(
     sources: Iterable[str], targets: Iterable[str], agree: Callable[[str, str], bool] = lambda source, target: True
-) -> tuple[str, str, int] | None:
-    """Returns (prefix to strip from the sources, prefix to add, keys that would match), or None if nothing would.
+) -> tuple[str, str, int]:
+    """Returns (prefix to strip from the sources, prefix to add, keys that match then); ("", "", n) if none is better.
 
-    Of each source key the longest suffix (at a ".") that is a target's too votes for a pair of prefixes; the eight
-    pairs with the most votes are tried on all keys, and a match counts if ``agree(source key, target key)``.
-    10,000 keys take well under a second.
+    Of each source key that matches none, the longest suffix (at a "." or "/") that is one of such a target too votes
+    for a pair of prefixes; the eight pairs with the most votes are tried on all keys, and a match counts if
+    ``agree(source key, target key)``. 10,000 keys take well under a second.
     """
-    wanted = dict.fromkeys(targets)
+    listed, wanted = list(sources), dict.fromkeys(targets)
+    direct = {key for key in listed if key in wanted and agree(key, key)}
     by_suffix: dict[str, list[str]] = {}
     for target in wanted:
-        for prefix, suffix in _splits(target):
+        for prefix, suffix in _splits(target) if target not in direct else ():
             by_suffix.setdefault(suffix, []).append(prefix)
     votes: dict[tuple[str, str], int] = {}
-    listed = list(sources)
     for source in listed:
-        for prefix, suffix in _splits(source):
+        for prefix, suffix in _splits(source) if source not in direct and by_suffix else ():
             found = by_suffix.get(suffix)
             if found is not None and len(found) <= 4:
                 for added in found:
@@ -178,18 +198,18 @@ def best_prefix(
                     votes[pair] = votes.get(pair, 0) + 1
                 break
     ranked = sorted(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1])))[:8]
-    best: tuple[str, str, int] | None = None
+    best = "", "", len(direct)
     for strip, add in ranked:
-        made = {f"{add}{key[len(strip) :]}": key for key in listed if key.startswith(strip)}
+        made = {f"{add}{key.removeprefix(strip)}": key for key in listed}
         count = sum(name in wanted and agree(key, name) for name, key in made.items())
-        if count and (best is None or count > best[2]):
+        if count > best[2] and len(made) == len(listed):
             best = (strip, add, count)
     return best
 
 
 def _splits(key: str) -> list[tuple[str, str]]:
-    """Returns (prefix, suffix) at every dot, the whole key first."""
-    return [(key[:at], key[at:]) for at in (0, *(dot.end() for dot in re.finditer(r"\.", key)))]
+    """Returns (prefix, suffix) at every dot and slash, the whole key first."""
+    return [(key[:at], key[at:]) for at in (0, *(mark.end() for mark in re.finditer(r"[./]", key)))]
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
@@ -241,9 +261,9 @@ def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
 # --- arguments of the library ------------------------------------------------------------------------------------
 
 
-def texts(given: str | Sequence[str], name: str) -> list[str]:
-    """Returns the argument ``name`` as a list of str; one str becomes a list of one. Raises: UsageError."""
-    several = [given] if isinstance(given, str) else given
+def texts(given: str | Sequence[str] | None, name: str) -> list[str]:
+    """Returns the argument ``name`` as a list of str; one str is a list of one, None of none. Raises: UsageError."""
+    several = [given] if isinstance(given, str) else () if given is None else given
     if isinstance(several, Mapping) or not isinstance(several, Iterable):
         raise UsageError(f"{name} is a text or a list of texts, not {kind_of(given)}")
     found = list(several)
@@ -251,6 +271,11 @@ def texts(given: str | Sequence[str], name: str) -> list[str]:
     if wrong:
         raise UsageError(f"{name} is a text or a list of texts; {kind_of(wrong[0])} is none")
     return found
+
+
+def all_texts(**given: str | Sequence[str] | None) -> Iterator[list[str]]:
+    """Yields each of these arguments as `texts` gives it. Raises: UsageError."""
+    return (texts(value, name) for name, value in given.items())
 
 
 def pairs(given: Mapping[str, str] | Sequence[tuple[str, str]], name: str, what: str) -> list[tuple[str, str]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ckptool.core import keys as names
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
-from ckptool.ops.notes import pattern_notes, require_tensors, root_notes, wrapper_notes
+from ckptool.ops.notes import diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
 """The kinds of differences; all but bookkeeping make two checkpoints differ by default."""
@@ -87,8 +87,8 @@ def diff(
     b: Checkpoint,
     *,
     ignore: Sequence[str] = (),
-    strip_prefix_a: str | None = None,
-    strip_prefix_b: str | None = None,
+    strip_prefix_a: Sequence[str] = (),
+    strip_prefix_b: Sequence[str] = (),
     devices: bool = False,
     compare: Compare | None = None,
 ) -> DiffReport:
@@ -98,9 +98,8 @@ def diff(
     """
     (first, owners), (second, more) = _tensors(a), _tensors(b)
     owners |= more
-    plain_a = names.plain_keys(first, strip_prefix_a, None, a.url)
-    plain_b = names.plain_keys(second, strip_prefix_b, None, b.url)
-    notes = [*root_notes([a, b]), *wrapper_notes((a.url, first), (b.url, second))]
+    plain_a, plain_b, unwrapped = _compared(a, b, strip_prefix_a, strip_prefix_b)
+    notes = [*root_notes([a, b]), *wrapper_notes(unwrapped, (a.url, first), (b.url, second))]
     notes += pattern_notes(ignore, [*plain_a, *plain_b, *first, *second, *owners.values()], "--ignore ")
     chosen = names.chooser((), ignore) if ignore else lambda key: True
     report = DiffReport(False, 0, [], [], [], [], [], [], [], compared=compare is not None, notes=notes)
@@ -124,8 +123,9 @@ def diff(
         counters[side] = len(report.bookkeeping) - before
     if ignored:
         notes.append(f"ignored: {ignored} keys")
-    if (report.only_in_a or report.only_in_b) and not equal + len(report.shape) + len(report.dtype):
-        notes += _hint(plain_a, plain_b)
+    if report.only_in_a and report.only_in_b:
+        hint = diff_hint(a, b, strip_prefix_a, strip_prefix_b, _compared)
+        notes += [hint] if hint else []
     same = not any(count for kind, count in report.found().items() if kind != "bookkeeping")
     return replace(report, same=same, equal=equal, counters=counters)
 
@@ -188,10 +188,12 @@ def _shape(tensor: TensorInfo) -> Any:
     return list(tensor.shape)
 
 
-def _hint(plain_a: Mapping[str, str], plain_b: Mapping[str, str]) -> list[str]:
-    best = names.best_prefix(plain_a, plain_b)
-    if best is None:
-        return []
-    strip, add, count = best
-    options = " ".join(f"--strip-prefix-{side} {prefix}" for side, prefix in (("a", strip), ("b", add)) if prefix)
-    return [f"{options} would match {count} of {len(plain_b)} keys"]
+def _compared(
+    a: Checkpoint, b: Checkpoint, strip_a: Sequence[str], strip_b: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str], Callable[[str], str]]:
+    """Returns ({key as it is compared: key} of A, that of B, the function that takes wrappers off)."""
+    one, other = (
+        names.renamed(_tensors(side)[0], strip, None, side.url) for side, strip in ((a, strip_a), (b, strip_b))
+    )
+    plain = names.looking_through(one, other)
+    return {plain(name): key for name, key in one.items()}, {plain(name): key for name, key in other.items()}, plain

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ckptool.core import keys as names
 from ckptool.core import modules
@@ -15,67 +14,18 @@ from ckptool.core.tensor import Derived, Extras, Opaque, Storage, TensorInfo, co
 from ckptool.core.tree import Path, ordered_dict, path_text
 from ckptool.core.versions import versioned
 from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
-from ckptool.ops.notes import optimizer_notes, pattern_notes, require_tensors, root_notes, wrapper_notes
+from ckptool.ops.notes import (
+    merge_hint,
+    optimizer_notes,
+    pattern_notes,
+    require_tensors,
+    root_notes,
+    wrapper_notes,
+)
+from ckptool.ops.rows import LOADED, FilterReport, Reason, Row, counts_of, dims
 from ckptool.ops.scales import refuse_parted
 
-Reason = Literal[
-    "loaded", "cast", "tied", "adapted", "initialised", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"
-]
-"""Only `ckptool.partial.plan` adapts and initialises."""
-
-LOADED: tuple[Reason, ...] = ("loaded", "cast", "tied", "adapted")
-"""The reasons of the target's keys that have a source's values."""
-
 Same = Callable[[TensorInfo, TensorInfo], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One key, and what was decided about it. ``source`` is the source's key that it was matched with.
-
-    ``key`` and ``shape`` are the target's; for unexpected and ignored keys of a source they are that source's, and
-    ``file`` is its path where there are several. ``dtype`` is that of the output, ``source_dtype`` the source's if it
-    was converted. ``tensors`` counts those inside an entry that is no tensor: packed parameters, extra state.
-    """
-
-    key: str
-    reason: Reason
-    shape: list[int] | None
-    source: str | None = None
-    source_shape: list[int] | None = None
-    dtype: str | None = None
-    source_dtype: str | None = None
-    file: str | None = None
-    detail: str | None = None
-    tensors: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FilterReport:
-    """``rows``: one per key of the target, then one per key of a source that was not used.
-
-    ``loaded_fraction`` is the share of the target's elements (counters aside) that have the sources' values.
-    ``hint``: the prefixes to strip and add with which more keys would match. ``output`` is set when it is saved, and
-    so are ``overflowed``, ``saturated`` and ``underflowed``: {key: values that a cast changed in kind} (see
-    `ckptool.core.dtypes.Changed`), None where there are none.
-    """
-
-    rows: list[Row]
-    counts: dict[str, int]
-    output: str | None = None
-    loaded_fraction: float = 0.0
-    hint: str | None = None
-    target: str | None = None
-    sources: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    overflowed: dict[str, int] | None = None
-    saturated: dict[str, int] | None = None
-    underflowed: dict[str, int] | None = None
-
-    @property
-    def loaded(self) -> int:
-        """Returns how many keys have the sources' values."""
-        return sum(self.counts.get(reason, 0) for reason in LOADED)
 
 
 def filter(
@@ -84,14 +34,17 @@ def filter(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    strip_prefix: str | None = None,
+    strip_prefix: Sequence[str] = (),
     add_prefix: str | None = None,
     only_matched: bool = False,
     cast: bool = False,
     first_wins: bool = False,
+    renamed: bool = False,
     same: Same,
 ) -> tuple[Checkpoint, FilterReport]:
     """Returns (checkpoint, report); ``same`` says whether two tensors have the same bytes.
+
+    ``renamed``: the sources' keys are no longer their files', so that a hint at another root would be wrong.
 
     Without a target, keys stay as they are, and one in two sources must have the same bytes unless ``first_wins``.
 
@@ -106,34 +59,10 @@ def filter(
             raise UsageError("--only-matched and --cast need --match")
         return _select(sources, names.chooser(include, exclude), [*include, *exclude], first_wins, same)
     merge = Merge(sources, target, strip_prefix, add_prefix, names.chooser(include, exclude), cast)
+    merge.source_root = "" if renamed else "--root"
     merge.match()
     merge.tie(same)
     return merge.result(only_matched, [*include, *exclude])
-
-
-def sourced(rows: Sequence[Row], origins: Mapping[str | None, Mapping[str, str]]) -> list[Row]:
-    """Returns the rows with the sources' keys as in their files: {``Row.file``: {key after rules: keys before}}."""
-    made = []
-    for row in rows:
-        known = origins.get(row.file, {})
-        key = row.source or (row.key if row.reason == "unexpected" else None)
-        origin = known.get(key, key) if key else None
-        made.append(row if origin == row.key and not row.source else replace(row, source=origin))
-    return made
-
-
-def followed(report: FilterReport, checkpoint: Checkpoint, origins: Mapping[str, Sequence[str]]) -> FilterReport:
-    """Returns the report on a selection after rules gave the ``checkpoint``: {its key: keys of the selection}."""
-    chosen = {row.key: row for row in report.rows if row.reason == "loaded"}
-    rows = []
-    for key, tensor in checkpoint.state_dict().items():
-        old = [chosen[name] for name in origins[key]]
-        source = " + ".join(row.source or row.key for row in old)
-        rows.append(Row(key, "loaded", dims(tensor), source, dtype=tensor.dtype, file=old[0].file))
-    used = {name for names in origins.values() for name in names}
-    lost = [replace(row, reason="ignored", detail="a rule drops it") for key, row in chosen.items() if key not in used]
-    rows += [*lost, *(row for row in report.rows if row.reason != "loaded")]
-    return replace(report, rows=rows, counts=counts_of(rows))
 
 
 # --- selection by patterns ---------------------------------------------------------------------------------------
@@ -237,25 +166,28 @@ def _object_row(key: str, tensors: Sized, decision: str, what: str = "no tensor"
 class Merge:
     """Matches sources with a target key by key (`match`), then ties (`tie`), then makes the output (`result`).
 
-    ``plain``: {key of the target: key as it is compared}. ``offers``: for each source, what `_offer` returns.
+    ``offers``: for each source, what `_offer` returns.
     ``taken``: values from a source; ``made``: values from no source. ``used``: (number of the source, its key) of the
-    keys that were looked at. ``objects``: keys, as they are compared, that are no tensors in the target.
+    keys that were looked at.
     ``refused``: rows of sources' tensors that did not match where another source's did, or an earlier one.
     """
+
+    source_root, target_root = "--root", "--match-root"
+    """The options that say where the weights are, for hints; "" if they cannot be given."""
 
     def __init__(
         self,
         sources: Sequence[Checkpoint],
         target: Checkpoint,
-        strip_prefix: str | None,
+        strip_prefix: Sequence[str],
         add_prefix: str | None,
         chosen: Callable[[str], bool],
         cast: bool,
     ) -> None:
         self.sources, self.target, self.chosen, self.cast = sources, target, chosen, cast
+        self.strip_prefix, self.add_prefix = strip_prefix, add_prefix
         self.tensors = target.state_dict()
-        self.plain = {key: plain for plain, key in names.unwrap_all(self.tensors).items()}
-        self.offers = [_offer(source, strip_prefix, add_prefix) for source in sources]
+        self.offers = [_offer(source, target, strip_prefix, add_prefix) for source in sources]
         self.files = _files(sources)
         self.rows: dict[str, Row] = {}
         self.taken: dict[str, TensorInfo] = {}
@@ -263,7 +195,6 @@ class Merge:
         self.used: set[tuple[int, str]] = set()
         self.uncastable: list[str] = []
         self.refused: list[Row] = []
-        self.objects: set[str] = set()
         self._storages: dict[tuple[int, str], Storage] = {}
         self._casts: dict[tuple[object, str], Derived] = {}
 
@@ -273,8 +204,8 @@ class Merge:
             if self.chosen(key):
                 self.rows[key] = self._match_one(key, tensor)
                 continue
-            plain = self.plain[key]
-            matched = [(number, offer[plain]) for number, (offer, _) in enumerate(self.offers) if plain in offer]
+            offered = ((number, offer.source(key)) for number, offer in enumerate(self.offers))
+            matched = [(number, name) for number, name in offered if name is not None]
             self.used.update(matched)
             source = matched[0][1] if matched else None
             self.rows[key] = Row(key, "ignored", dims(tensor), source, dtype=tensor.dtype, detail="not chosen")
@@ -287,11 +218,11 @@ class Merge:
         shape = dims(tensor)
         mismatched: list[Row] = []
         row: Row | None = None
-        for number, (plain, tensors) in enumerate(self.offers):
-            source = plain.get(self.plain[key])
+        for number, offer in enumerate(self.offers):
+            source = offer.source(key)
             if source is None:
                 continue
-            offered, file = tensors[source], self.files[number]
+            offered, file = offer.tensors[source], self.files[number]
             self.used.add((number, source))
             if not self.fits(key, offered, tensor):
                 why, theirs = _why(offered, tensor), dims(offered)
@@ -362,30 +293,39 @@ class Merge:
             )
 
     def fits(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
-        """Returns whether a source's tensor has the kind and shape of the target's; a counter's shape may differ."""
+        """Returns whether a source's tensor has the kind and shape of the target's; a counter's shape may differ.
+
+        A target on meta has no values, and takes a dense tensor of its shape.
+        """
+        if tensor.kind == "meta" and offered.form == ("dense", tensor.shape):
+            return True
         counters = names.is_counter(key) and {offered.form, tensor.form} <= {("dense", ()), ("dense", (1,))}
         return offered.form == tensor.form or counters
 
     def tied(self) -> list[list[str]]:
-        """Returns the groups of the target's keys that are one tensor."""
-        return self.target.shared()
+        """Returns the groups of the target's keys that are one tensor, on meta too, where they share no storage."""
+        groups: dict[int, list[str]] = {}
+        for key, tensor in self.tensors.items():
+            if tensor.kind == "meta":
+                groups.setdefault(id(tensor.source), []).append(key)
+        return [*self.target.shared(), *(group for group in groups.values() if len(group) > 1)]
 
     def result(self, only_matched: bool, patterns: Sequence[str]) -> tuple[Checkpoint, FilterReport]:
         """Returns the merged checkpoint and the report."""
         casts = {(str(row.source), self.taken[key].dtype) for key, row in self.rows.items() if key in self.taken}
-        for source, (_, tensors) in zip(self.sources, self.offers, strict=True):
-            refuse_parted(tensors, casts, source.url)
+        for source, offer in zip(self.sources, self.offers, strict=True):
+            refuse_parted(offer.tensors, casts, source.url)
         merged = {key: self.taken.get(key) or self.made.get(key, tensor) for key, tensor in self.tensors.items()}
         checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
         rows = [*self.rows.values(), *self._object_rows(), *self.refused, *self._unused_rows()]
-        known = [*self.tensors, *(key for plain, _ in self.offers for key in plain), *(row.key for row in rows)]
+        known = [*self.tensors, *(key for offer in self.offers for key in offer.names), *(row.key for row in rows)]
         notes = [*root_notes([*self.sources, self.target]), *pattern_notes(patterns, known)]
-        for source, (_, tensors) in zip(self.sources, self.offers, strict=True):
-            wrappers = wrapper_notes((source.url, tensors), (self.target.url, self.tensors))
+        for source, offer in zip(self.sources, self.offers, strict=True):
+            wrappers = wrapper_notes(offer.plain, (source.url, offer.tensors), (self.target.url, self.tensors))
             notes += [note for note in wrappers if note not in notes]
         notes += [] if only_matched else _module_notes(self.target)
         notes += self._memory_notes(merged)
-        report = _report(rows, notes, self.sources, self.target.url, self._fraction(), self._hint())
+        report = _report(rows, notes, self.sources, self.target.url, self._fraction(), merge_hint(self))
         return checkpoint, report
 
     def _only_matched(self) -> Checkpoint:
@@ -405,12 +345,11 @@ class Merge:
             if isinstance(value, TensorInfo):
                 continue
             row = _object_row(key, hidden.get(key, ()), "the target's stays")
-            for number, (plain, tensors) in enumerate(self.offers):
-                source = plain.get(names.unwrapped(key), plain.get(key))
+            for number, offer in enumerate(self.offers):
+                source = offer.source(key)
                 if source is not None:
                     self.used.add((number, source))
-                    self.objects.add(names.unwrapped(key))
-                    theirs = dims(tensors[source])
+                    theirs = dims(offer.tensors[source])
                     detail = "no tensor in the target (uninitialised, or an object)"
                     row = replace(row, reason="mismatched", source=source, source_shape=theirs, detail=detail)
             rows.append(row)
@@ -418,21 +357,21 @@ class Merge:
 
     def _unused_rows(self) -> list[Row]:
         """Returns a row for each entry of a source that is not in the output."""
-        known = set(self.plain.values()) | self.objects
         rows = []
-        for number, (source, (plain, tensors)) in enumerate(zip(self.sources, self.offers, strict=True)):
+        for number, (source, offer) in enumerate(zip(self.sources, self.offers, strict=True)):
             file = self.files[number]
-            for name, key in plain.items():
+            known = set(map(offer.plain, self.tensors))
+            for name, key in offer.names.items():
                 reason: Reason = "ignored"
+                if (number, key) in self.used:
+                    continue
                 if name in known:
-                    if (number, key) in self.used:
-                        continue
                     detail = "an earlier source has it"
                 elif not self.chosen(name):
                     detail = "not chosen"
                 else:
                     reason, detail = "bookkeeping" if names.is_counter(key) else "unexpected", "absent in the target"
-                tensor = tensors[key]
+                tensor = offer.tensors[key]
                 rows.append(Row(key, reason, dims(tensor), dtype=tensor.dtype, file=file, detail=detail))
             hidden = source.hidden()
             rows += [
@@ -448,24 +387,15 @@ class Merge:
         packed = sum(tensor.numel for inner in self.target.hidden().values() for tensor in inner.values())
         return loaded / total if (total := sum(counted.values()) + packed) else float(bool(self.taken))
 
-    def _hint(self) -> str | None:
-        if not self.offers or len(self.taken) == len(self.tensors):
-            return None
-        plain, tensors = self.offers[0]
-        key_of = {name: key for key, name in self.plain.items()}
+    def again(self, sources: Sequence[Checkpoint], target: Checkpoint, strip: str | None, add: str | None) -> Merge:
+        """Returns a merge of these with the same options, and another prefix to strip after those, and to add."""
+        return Merge(sources, target, [*self.strip_prefix, strip or ""], add, self.chosen, False)
 
-        def agree(source: str, target: str) -> bool:
-            return self.fits(key_of[target], tensors[plain[source]], self.tensors[key_of[target]])
-
-        best = names.best_prefix(plain, key_of, agree)
-        direct = sum(agree(name, name) for name in plain if name in key_of)
-        if best is None or best[2] <= direct or not (best[0] or best[1]):
-            return None
-        strip, add, count = best
-        change = f"stripping {strip!r}" if strip else f"adding {add!r}"
-        change = f"replacing {strip!r} by {add!r}" if strip and add else change
-        options = " ".join(f"--{name}-prefix {value}" for name, value in (("strip", strip), ("add", add)) if value)
-        return f"{change} would match {count} of {len(self.tensors)} ({options})"
+    def loadable(self) -> int:
+        """Matches, and returns how many keys of the target would have a source's values; compares no bytes."""
+        self.match()
+        tied = (key for group in self.tied() if not self.taken.keys().isdisjoint(group) for key in group)
+        return len({*self.taken, *tied})
 
     def _memory_notes(self, merged: Mapping[str, TensorInfo]) -> list[str]:
         """Returns notes on what shares memory with the target's weights and will not in the output.
@@ -494,10 +424,24 @@ class Merge:
         return notes
 
 
-def _offer(source: Checkpoint, strip: str | None, add: str | None) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Returns ({key as it is compared: key in the source}, the source's tensors). Raises: CollisionError."""
+class _Offer(NamedTuple):
+    """A source's ``tensors``; ``names``: {key as it is compared: key}; ``plain`` takes wrappers off, on both sides."""
+
+    tensors: dict[str, TensorInfo]
+    names: dict[str, str]
+    plain: Callable[[str], str]
+
+    def source(self, key: str) -> str | None:
+        """Returns the source's key that has the name of a key of the target, None if there is none."""
+        return self.names.get(self.plain(key))
+
+
+def _offer(source: Checkpoint, target: Checkpoint, strip: Sequence[str], add: str | None) -> _Offer:
+    """Returns what a source has for a target. Raises: UsageError, CollisionError, as `keys.renamed` does."""
     tensors = source.state_dict()
-    return names.plain_keys(tensors, strip, add, source.url), tensors
+    made = names.renamed(tensors, strip, add, source.url)
+    plain = names.looking_through(made, target.entries())
+    return _Offer(tensors, {plain(name): key for name, key in made.items()}, plain)
 
 
 def _like(values: TensorInfo, tensor: TensorInfo) -> TensorInfo:
@@ -524,11 +468,6 @@ def _why(offered: TensorInfo, tensor: TensorInfo) -> str | None:
     return None
 
 
-def dims(tensor: TensorInfo) -> list[int] | None:
-    """Returns a tensor's shape for a report."""
-    return None if tensor.shape is None else list(tensor.shape)
-
-
 def _module_notes(checkpoint: Checkpoint) -> list[str]:
     if not modules.is_module(checkpoint.at(checkpoint.root)):
         return []
@@ -541,8 +480,3 @@ def _report(
 ) -> FilterReport:  # fmt: skip
     urls = [source.url for source in sources]
     return FilterReport(rows, counts_of(rows), None, fraction, hint, target, urls, notes)
-
-
-def counts_of(rows: Sequence[Row]) -> dict[str, int]:
-    """Returns {reason: how many rows have it}."""
-    return dict(Counter(row.reason for row in rows))

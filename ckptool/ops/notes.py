@@ -1,10 +1,11 @@
-"""What several operations share: where the weights are, which patterns match nothing, where the optimizers are."""
+"""What several operations share: where the weights are, which patterns match nothing, where optimizers are, hints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptool.core import keys as names
 from ckptool.core import modules
@@ -13,7 +14,7 @@ from ckptool.core.optimizers import is_optimizer
 from ckptool.core.roots import find_root, is_flat
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, path_text, replaced, walk, with_content
-from ckptool.errors import NoTensorsError, UsageError, listed
+from ckptool.errors import CollisionError, FormatError, NoTensorsError, UsageError, as_options, listed
 
 
 def require_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -52,9 +53,9 @@ def pattern_notes(patterns: Sequence[str], keys: Iterable[str], option: str = ""
     return [f"{option}{pattern} fits no key" for pattern in names.unused_patterns(patterns, keys)]
 
 
-def wrapper_notes(*sides: tuple[str, Iterable[str]]) -> list[str]:
-    """Returns notes on the wrapper prefixes ignored in comparing keys, where two ``sides``, (url, keys), differ."""
-    prefixes = [(url, names.looked_through(list(keys))) for url, keys in sides]
+def wrapper_notes(plain: Callable[[str], str], *sides: tuple[str, Collection[str]]) -> list[str]:
+    """Returns notes on the wrappers that ``plain`` takes off, where ``sides``, (url, keys), have not the same."""
+    prefixes = [(url, names.wrapper_of(keys, plain)) for url, keys in sides]
     if len({prefix for _, prefix in prefixes}) == 1:
         return []
     return [f"looked through {prefix!r} in {url}" for url, prefix in prefixes if prefix]
@@ -150,3 +151,123 @@ def _removed(checkpoint: Checkpoint, path: Path) -> Any:
     else:  # a list in which the weights would move to another position, or an attribute that its class may need
         return replaced(checkpoint.tree, path, None)
     return replaced(checkpoint.tree, tuple(above), made)
+
+
+# --- hints: options to add to the command that was given, with which most keys would match ---------------------------
+
+# Each is tried before it is given: with the prefixes of the command, on the checkpoints as they are and at the other
+# roots of their trees. Of equal numbers of keys those options count that leave fewest keys on either side, then the
+# fewest options. Only keys and shapes are looked at.
+
+
+class _Trial(NamedTuple):
+    """``options`` with which ``matched`` of ``total`` keys match, and ``left`` keys of both sides do not."""
+
+    matched: int
+    left: int
+    total: int
+    options: Sequence[tuple[str, str | None]]
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Returns what is higher for the better of two trials."""
+        return self.matched, -self.left, -sum(bool(name and value is not None) for name, value in self.options)
+
+
+_UNFIT = (UsageError, CollisionError, FormatError, NoTensorsError)
+"""What a trial raises to which the options of the command do not apply: it is no hint."""
+
+
+def merge_hint(merge: Any) -> str | None:
+    """Returns the hint for a `filter.Merge` that has matched its keys; None if no options load more of them."""
+    now = sum(merge.rows[key].reason in ("loaded", "cast", "tied", "adapted") for key in merge.tensors)
+    if not merge.sources or now == len(merge.tensors):
+        return None
+    best = _best(now, _merge_trials(merge))
+    if best is None:
+        return None
+    (option, root), (_, strip), (_, add) = best.options
+    words = [f"taking the weights at {root!r}"] if option else []
+    if strip and add:
+        words.append(f"replacing {strip!r} by {add!r}")
+    elif strip or add is not None:
+        words.append(f"stripping {strip!r}" if strip else f"adding {add!r}")
+    return f"{' and '.join(words)} would match {best.matched} of {best.total} ({as_options(best.options)})"
+
+
+def diff_hint(
+    a: Checkpoint, b: Checkpoint, strip_a: Sequence[str], strip_b: Sequence[str], compared: Callable[..., Any]
+) -> str | None:
+    """Returns the hint for a comparison; ``compared`` gives {key as it is compared: key} of two checkpoints."""
+
+    def common(one: Checkpoint, other: Checkpoint, strip: str = "", add: str = "") -> tuple[Any, Any, int]:
+        plain_a, plain_b, _ = compared(one, other, [*strip_a, strip], [*strip_b, add])
+        return plain_a, plain_b, len(plain_a.keys() & plain_b.keys())
+
+    def trials() -> Iterator[_Trial]:
+        roots = [(a, b, "", a), *((one, b, "--root-a", one) for one in _other_roots(a))]
+        for one, other, option, at in [*roots, *((a, one, "--root-b", one) for one in _other_roots(b))]:
+            with suppress(*_UNFIT):
+                plain_a, plain_b, _ = common(one, other)
+                strip, add, _ = names.best_prefix(plain_a, plain_b)
+                plain_a, plain_b, count = common(one, other, strip, add)
+                prefixes = ("--strip-prefix-a", strip or None), ("--strip-prefix-b", add or None)
+                left = len(plain_a) + len(plain_b) - 2 * count
+                yield _Trial(count, left, len(plain_b), [(option, _root(at)), *prefixes])
+
+    best = _best(common(a, b)[2], trials())
+    return best and f"{as_options(best.options)} would match {best.matched} of {best.total} keys"
+
+
+def _best(now: int, trials: Iterable[_Trial]) -> _Trial | None:
+    """Returns the best trial with which more keys match than ``now``; the first of equal ones."""
+    return max((trial for trial in trials if trial.matched > now), key=lambda trial: trial.rank, default=None)
+
+
+def _merge_trials(merge: Any) -> Iterator[_Trial]:
+    first, target = merge.sources[0], merge.target
+    at = [(merge.sources, target, "", first)]
+    for other in _other_roots(first) if merge.source_root else ():
+        at.append(([replace(source, root=other.root) for source in merge.sources], target, merge.source_root, other))
+    for other in _other_roots(target) if target.format != "model" else ():
+        at.append((merge.sources, other, merge.target_root, other))
+    for sources, into, option, changed in at:
+        with suppress(*_UNFIT):
+            for checkpoint in (*sources, into):
+                require_tensors(checkpoint)
+            strip, add = _best_prefix(merge.again(sources, into, None, None))
+            trial = merge.again(sources, into, strip, add)
+            count = trial.loadable()
+            left = len(trial.tensors) + sum(len(offer.tensors) for offer in trial.offers) - len(trial.used)
+            added = None if add == (merge.add_prefix or "") else add
+            options = [(option, _root(changed)), ("--strip-prefix", strip or None), ("--add-prefix", added)]
+            yield _Trial(count, left, len(trial.tensors), options)
+
+
+def _best_prefix(merge: Any) -> tuple[str, str]:
+    """Returns the prefixes to strip from the sources' keys and to add with which most tensors fit the target."""
+    offered: dict[str, TensorInfo] = {}
+    wanted: Mapping[str, str] = {}
+    for offer in merge.offers:
+        wanted = {offer.plain(key): key for key in merge.tensors}
+        offered = {**{name: offer.tensors[key] for name, key in offer.names.items()}, **offered}
+
+    def agree(source: str, key: str) -> bool:
+        return bool(merge.fits(wanted[key], offered[source], merge.tensors[wanted[key]]))
+
+    strip, add, _ = names.best_prefix(offered, wanted, agree)
+    return strip, add
+
+
+def _root(checkpoint: Checkpoint) -> str:
+    return path_text(checkpoint.root) or "/"
+
+
+def _other_roots(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """Returns the checkpoint with each other root that has weights (16 at most): other models in the file, averages."""
+    found: list[Checkpoint] = []
+    for path, node in walk(checkpoint.tree, closed=lambda node: is_optimizer(node) or modules.is_module(node)):
+        weights = modules.is_module(node) or (is_flat(node) and as_mapping(node) and not is_optimizer(node))
+        if weights and path != checkpoint.root and len(found) < 16:
+            found.append(replace(checkpoint, root=path))
+    return found

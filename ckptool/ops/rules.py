@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -219,17 +219,20 @@ def parse_option(kind: str, text: str) -> Rules:
     return Rules.parse([{kind: text}])
 
 
-def prefixes(keys: Collection[str], strip: str | None, add: str | None) -> Rules:
-    """Returns the rules of ``--strip-prefix`` and ``--add-prefix`` for the keys of a file.
+def prefixes(keys: Iterable[str], strip: Sequence[str], add: str | None) -> Rules:
+    """Returns the rules of ``--strip-prefix`` (in turn) and ``--add-prefix`` for the keys of a file.
 
-    If no key begins with ``strip`` but keys without their wrappers do, the wrappers are removed first.
+    If no key begins with a prefix but keys without their wrappers do, the wrappers are removed first.
     """
     rules: list[dict[str, str]] = []
-    if strip and strip not in {key[: len(strip)] for key in keys}:
-        wrapped = any(names.unwrapped(key).startswith(strip) for key in keys)
-        wrappers = rf"^(module\.)+|(?<![^.])({'|'.join(names.WRAPPERS)})\."
-        rules += [{"sub": wrappers, "by": ""}] if wrapped else []
-    rules += [{"strip_prefix": strip}] if strip else []
+    for prefix in filter(None, strip):
+        keys = list(keys)
+        plain = [names.unwrapped(key, inside=False) for key in keys]
+        if any(key.startswith(prefix) for key in plain) and not any(key.startswith(prefix) for key in keys):
+            rules.append({"sub": rf"^(module\.)+|(?<![^.])({'|'.join(names.WRAPPERS)})\.", "by": ""})
+            keys = plain
+        rules.append({"strip_prefix": prefix})
+        keys = [key.removeprefix(prefix) for key in keys]
     rules += [{"add_prefix": add}] if add else []
     return Rules.parse(rules)
 

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ckptool.core.dtypes import DTYPES
+from ckptool.core.keys import is_empty
 from ckptool.core.tensor import Opaque, TensorInfo, cat, copied, is_countable, narrow, permute, unflatten
 from ckptool.errors import UnsupportedError, UsageError
 
@@ -159,7 +160,7 @@ def _advance_slowly(steps: Sequence[Step], current: Shapes) -> tuple[Shapes, lis
     errors = []
     for key, shape in current.items():
         for name, its in becomes.get(key, {key: shape}).items():
-            if name != key and _is_empty(name):
+            if name != key and is_empty(name):
                 errors.append(f"{key} would be {name!r}: an empty name")
             elif name in made:
                 errors.append(f"{origin[name]} and {key} would both be {name}")
@@ -168,13 +169,9 @@ def _advance_slowly(steps: Sequence[Step], current: Shapes) -> tuple[Shapes, lis
 
 
 def _may_be_empty(names: Iterable[str]) -> bool:
-    """Returns whether one of the names `_is_empty`; may be a false alarm if a name has a line break in it."""
+    """Returns whether one of the names `is_empty`; may be a false alarm if a name has a line break in it."""
     text = "\n".join(["", *names, ""])
     return any(mark in text for mark in ("\n\n", "\n.", ".\n", ".."))
-
-
-def _is_empty(name: str) -> bool:
-    return not name or name[0] == "." or name[-1] == "." or ".." in name
 
 
 def new_shapes(step: Step, shapes: Sequence[Shape | None]) -> list[Shape | None]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.keys import fits as fits_key
-from ckptool.core.keys import unwrap_all, unwrapped
+from ckptool.core.keys import looking_through, unwrap_all, unwrapped
 from ckptool.core.tensor import TensorInfo
 from ckptool.errors import UsageError, listed
 
@@ -96,7 +96,7 @@ def _is_number(segment: str) -> bool:
     return segment.isascii() and segment.isdigit()
 
 
-def blocks(names: Iterable[str]) -> dict[str, list[str]]:
+def blocks(names: Collection[str]) -> dict[str, list[str]]:
     """Returns {block: names in it}, in the order of first names; names outside any block are left out.
 
     A block is a name, without wrapper prefixes, up to its first segment that is a whole number: ``layers.0``,
@@ -290,10 +290,11 @@ def freeze_model(model: Any, frozen: Collection[str]) -> list[str]:
 def names_of(model: Any, keys: Collection[str]) -> list[str]:
     """Returns the `named_parameters` of keys of a state_dict, even if the model was wrapped since or a hook renames."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {unwrapped(key) for key in keys}
     state = model.state_dict(keep_vars=True)
-    values = {id(value) for key, value in state.items() if unwrapped(key) in wanted}
-    return [name for name, value in own.items() if id(value) in values or unwrapped(name) in wanted]
+    plain = looking_through(own, state, keys)
+    wanted = set(map(plain, keys))
+    values = {id(value) for key, value in state.items() if plain(key) in wanted}
+    return [name for name, value in own.items() if id(value) in values or plain(name) in wanted]
 
 
 def moving_of_model(model: Any) -> list[str]:

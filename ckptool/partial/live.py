@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -37,22 +37,25 @@ def refuse_no_module(model: Any) -> Any:
     return torch
 
 
-def checkpoint_of(model: Any, source: Mapping[str, TensorInfo] | None = None) -> Checkpoint:
+def checkpoint_of(
+    model: Any, source: Checkpoint | None = None, strip: Sequence[str] = (), add: str | None = None
+) -> Checkpoint:
     """Returns a model's state_dict as a checkpoint; the tensors are not copied and stay on their devices.
 
-    ``source`` is {unwrapped key: tensor to load}: an uninitialised parameter (`torch.nn.LazyLinear`) takes its shape
-    from there. Raises: UsageError for anything but a torch.nn.Module.
+    An uninitialised parameter (`torch.nn.LazyLinear`) takes its shape from what the source has for it.
+    Raises: UsageError for anything but a torch.nn.Module, and what `keys.renamed` raises.
     """
     torch = refuse_no_module(model)
     state = model.state_dict(keep_vars=True)
     modules = dict(model.named_modules(remove_duplicate=False))
     made = _Reading(torch)
+    given = {} if source is None else offered(source, state, strip, add)
     tree: dict[Any, Any] = {}
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and torch.nn.parameter.is_lazy(value):
             path, _, name = key.rpartition(".")
-            offered = (source or {}).get(names.unwrapped(key))
-            tree[key] = made.lazy(value, offered, modules.get(path), name)
+            _, theirs = given.get(key, ("", None))
+            tree[key] = made.lazy(value, theirs, modules.get(path), name)
         else:
             tree[key] = made.node(value)
     versions = {path: dict(entry) for path, entry in getattr(state, "_metadata", {}).items()}
@@ -119,9 +122,9 @@ class _Reading:
             return content if type(value) is dict else ordered_dict(content)
         return Global.named(type(value).__module__, type(value).__qualname__)()
 
-    def lazy(self, value: Any, offered: TensorInfo | None, module: Any, name: str) -> Any:
-        """Returns an uninitialised parameter with the shape of the offered tensor, if its layer allows that shape."""
-        if offered is None or offered.shape is None or not _allows(module, name, offered.shape):
+    def lazy(self, value: Any, offered: Any, module: Any, name: str) -> Any:
+        """Returns an uninitialised parameter with the shape of an offered tensor, if its layer allows that shape."""
+        if not isinstance(offered, TensorInfo) or offered.shape is None or not _allows(module, name, offered.shape):
             return Global.named("torch.nn.parameter", type(value).__name__)()
         dtype = _name(value.dtype)
         span = Span("", 0, nbytes_of(dtype, offered.numel), memory=_uninitialised)
@@ -262,29 +265,32 @@ def _uninitialised() -> memoryview:
     raise UnsupportedError("a parameter that is not yet initialised has no values")
 
 
-def offered(source: Checkpoint, strip: str | None, add: str | None) -> dict[str, TensorInfo]:
-    """Returns {key: tensor} of a source, with keys unwrapped and prefixes replaced, as they are matched."""
-    tensors = source.state_dict()
-    return {plain: tensors[key] for plain, key in names.plain_keys(tensors, strip, add, source.url).items()}
+def offered(
+    source: Checkpoint, keys: Collection[str], strip: Sequence[str], add: str | None
+) -> dict[str, tuple[str, Any]]:
+    """Returns {key: (the source's key, value)} of those of a model's keys that a source has, matched as in `filter`."""
+    entries = source.entries()
+    made = names.renamed(entries, strip, add, source.url)
+    plain = names.looking_through(made, keys)
+    theirs = {plain(name): key for name, key in made.items()}
+    found = ((key, theirs.get(plain(key))) for key in keys)
+    return {key: (name, entries[name][1]) for key, name in found if name is not None}
 
 
 def extra_states(
-    target: Checkpoint, source: Checkpoint, chosen: Callable[[str], bool], strip: str | None, add: str | None
+    target: Checkpoint, source: Checkpoint, chosen: Callable[[str], bool], strip: Sequence[str], add: str | None
 ) -> dict[str, tuple[str, Any]]:
     """Returns {key: (the source's key, tree)} of a source's extra states for the modules of a model.
 
     States that need a class of the file are left out, so the model keeps its own; so are tensors of the same shape and
     dtype, which are loaded like any other.
     """
-    theirs = {
-        names.replace_prefix(names.unwrapped(key), strip, add): (key, value)
-        for key, (_, value) in source.entries().items()
-    }
+    entries = target.entries()
     found = {}
-    for key, (_, own) in target.entries().items():
-        if not _is_extra(key) or names.unwrapped(key) not in theirs or not chosen(key):
+    for key, (name, value) in offered(source, entries, strip, add).items():
+        own = entries[key][1]
+        if not _is_extra(key) or not chosen(key):
             continue
-        name, value = theirs[names.unwrapped(key)]
         both = isinstance(own, TensorInfo) and isinstance(value, TensorInfo)
         if both and (own.form, own.dtype) == (value.form, value.dtype):
             continue

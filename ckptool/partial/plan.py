@@ -16,8 +16,9 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import PyObject, nodes, path_text
 from ckptool.errors import UnsupportedError, UsageError, listed
-from ckptool.ops.filter import LOADED, FilterReport, Merge, Row, Same, counts_of, dims, sourced
+from ckptool.ops.filter import Merge, Same
 from ckptool.ops.notes import changed_lines, require_tensors, without_optimizers
+from ckptool.ops.rows import LOADED, FilterReport, Row, counts_of, dims, sourced
 from ckptool.partial import handover, initplan, resume
 from ckptool.partial.adapt import Adapting
 from ckptool.partial.adapters import Adapter
@@ -164,7 +165,7 @@ class Options:
     optimizer: str | None = None
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    strip_prefix: str | None = None
+    strip_prefix: Sequence[str] = ()
     add_prefix: str | None = None
 
 
@@ -188,6 +189,8 @@ def load_partial(
         if checkpoint is not None:
             require_tensors(checkpoint)
     plan = _Plan(source, target, options, classes if classes is not None else module_classes(target))
+    if origins:
+        plan.source_root = ""  # the rules that renamed the keys would have others to rename
     plan.match()
     plan.adapt(read)
     plan.tie(same)
@@ -229,6 +232,8 @@ _LAZY = ("UninitializedParameter", "UninitializedBuffer")
 class _Plan(Merge):
     """`filter`'s matches, then adapters, init rules, parameter groups and optimizer state."""
 
+    target_root = "--into-root"
+
     def __init__(
         self, source: Checkpoint | None, target: Checkpoint, options: Options, classes: Mapping[str, str]
     ) -> None:
@@ -250,7 +255,7 @@ class _Plan(Merge):
                 continue
             if row.reason != "mismatched" and not adapter.rearranges:
                 continue
-            offered = self.offers[0][1][row.source]
+            offered = self.offers[0].tensors[row.source]
             try:
                 made, detail = adapting.adapt(adapter, offered, self.tensors[key], key)
             except (UsageError, UnsupportedError) as error:
@@ -267,19 +272,6 @@ class _Plan(Merge):
             f"--adapt {pattern} fits no key"
             for pattern in names.unused_patterns([pattern for pattern, _ in self.options.adapt], self.tensors)
         ]
-
-    def fits(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
-        """Returns `filter`'s answer, or True for a tensor on meta of the same shape, which has no values to compare."""
-        on_meta = tensor.kind == "meta" and offered.form == ("dense", tensor.shape)
-        return on_meta or super().fits(key, offered, tensor)
-
-    def tied(self) -> list[list[str]]:
-        """Returns the target's keys in groups of tied ones, tensors on meta included, which share no storage."""
-        groups: dict[int, list[str]] = {}
-        for key, tensor in self.tensors.items():
-            if tensor.kind == "meta":
-                groups.setdefault(id(tensor.source), []).append(key)
-        return [*super().tied(), *(keys for keys in groups.values() if len(keys) > 1)]
 
     def tie(self, same: Same) -> None:
         """Ties as `filter` does; a mismatched key that is tied to an adapted one has its values now."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptool.core import optimizers
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.core.keys import unwrap_all
+from ckptool.core.keys import looking_through
 from ckptool.core.tensor import Derived, Opaque, TensorInfo, copied
 from ckptool.core.tree import Path, as_mapping, children, key_text, path_text, replaced, with_content
 from ckptool.errors import UnsupportedError, UsageError, listed
@@ -191,9 +191,10 @@ class _Remapping:
         return [_Slot(ident, at, self.old_names[number]) for (ident, at), number in zip(idents, order, strict=True)]
 
     def _by_name(self, idents: Sequence[tuple[Any, int]], named: Sequence[str]) -> list[_Slot]:
-        plain = unwrap_all(self.old)
+        plain = looking_through(self.old, set(named))
+        own = {plain(key): key for key in self.old}
         groups = {name: names for names in self.old_names for name in names}
-        keys = {name: plain.get(own, own) for own, name in unwrap_all(dict.fromkeys(named)).items()}
+        keys = {name: own.get(plain(name), plain(name)) for name in named}
         slots = [
             _Slot(ident, at, groups.get(keys[name], (keys[name],)))
             for (ident, at), name in zip(idents, named, strict=True)

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import pytest
 
 from ckptool.core import keys
-from ckptool.errors import UsageError
+from ckptool.errors import CollisionError, UsageError
 
 # --- counters and wrappers -------------------------------------------------------------------------------------------
 
@@ -27,11 +27,16 @@ def test_wrappers_go_in_any_order_repeated_and_at_any_depth() -> None:
     assert keys.unwrapped("a._orig_mod.b._fsdp_wrapped_module._checkpoint_wrapped_module.w") == "a.b.w"
 
 
-@pytest.mark.parametrize(
-    "key", ["encoder.module.w", "modules.w", "my_module.w", "module", "_orig_mod", "a._orig_modx.w", "w", ""]
-)
+@pytest.mark.parametrize("key", ["modules.w", "my_module.w", "module", "_orig_mod", "a._orig_modx.w", "w", ""])
 def test_what_only_looks_like_a_wrapper_stays(key: str) -> None:
     assert keys.unwrapped(key) == key
+
+
+def test_module_inside_a_name_is_looked_through_where_both_sides_stay_unique() -> None:
+    inner, plain = ["module.a.module.w", "module.b"], ["a.w", "b"]
+    assert list(map(keys.looking_through(inner, plain), inner)) == plain
+    assert list(map(keys.looking_through(inner, [*plain, "a.module.w"]), inner)) == ["a.module.w", "b"]
+    assert list(map(keys.looking_through(inner, ["w", "module.w"]), inner)) == inner
 
 
 def test_wrappers_that_would_make_two_keys_one_are_left_alone_altogether() -> None:
@@ -43,7 +48,8 @@ def test_wrappers_that_would_make_two_keys_one_are_left_alone_altogether() -> No
 def test_the_wrapper_that_keys_carry_is_named_in_the_order_it_stands() -> None:
     assert keys.wrapper_of(["module._orig_mod.w", "module._orig_mod.b"]) == "module._orig_mod."
     assert keys.wrapper_of(["a._checkpoint_wrapped_module.w"]) == "_checkpoint_wrapped_module."
-    assert keys.wrapper_of(["encoder.module.w", "w"]) == ""
+    assert keys.wrapper_of(["encoder.module.w", "w"]) == "module."
+    assert keys.wrapper_of(["encoder.module.w", "encoder.w"]) == ""
 
 
 # --- prefixes --------------------------------------------------------------------------------------------------------
@@ -60,11 +66,26 @@ def test_a_common_prefix_is_made_of_whole_segments() -> None:
 
 
 def test_a_prefix_is_replaced_only_where_it_stands_in_front() -> None:
-    assert keys.replace_prefix("module.a.w", "module.", None) == "a.w"
-    assert keys.replace_prefix("a.module.w", "module.", None) == "a.module.w"
-    assert keys.replace_prefix("module.w", "module.", "net.") == "net.w"
-    assert keys.replace_prefix("w", None, "net.") == "net.w"
-    assert keys.replace_prefix("w", None, None) == "w"
+    assert keys.renamed(["module.a.w", "b.module.w"], ["module."], None, "") == {
+        "a.w": "module.a.w", "b.module.w": "b.module.w"
+    }  # fmt: skip
+    assert keys.renamed(["module.w"], ["module."], "net.", "") == {"net.w": "module.w"}
+    assert keys.renamed(["w"], [], "net.", "") == {"net.w": "w"}
+    assert keys.renamed(["w"], [], None, "") == {"w": "w"}
+
+
+def test_prefixes_are_stripped_in_turn_seen_through_wrappers_and_never_leave_an_empty_name() -> None:
+    for order in (["module.", "model."], ["model.", "module."]):
+        for key in ("module.model.w", "model.module.w"):
+            (name,) = keys.renamed([key], order, None, "")
+            assert keys.unwrapped(name) == "w"
+    assert keys.renamed(["a.b.a.w", "v"], ["a.", "b.", "a."], None, "") == {"w": "a.b.a.w", "v": "v"}
+    with pytest.raises(UsageError, match=r"no key begins with 'b\.'"):
+        keys.renamed(["a.w"], ["a.", "b."], None, "")
+    with pytest.raises(CollisionError, match=r"a\.w would be '\.w': an empty name"):
+        keys.renamed(["a.w"], ["a"], None, "")
+    with pytest.raises(CollisionError, match=r"a\.w and w would both be w"):
+        keys.renamed(["a.w", "w"], ["a."], None, "")
 
 
 BASE = [f"layer{i}.{j}.{name}" for i in range(4) for j in range(2) for name in ("conv.weight", "bn.weight", "bn.bias")]
@@ -80,14 +101,20 @@ def test_the_best_prefix_is_the_one_that_makes_all_keys_match(theirs: str, ours:
 
 
 def test_no_prefix_is_guessed_where_none_would_match() -> None:
-    assert keys.best_prefix(["a.w", "a.b"], ["x.scale", "x.shift"]) is None
-    assert keys.best_prefix([], ["x"]) is None
+    assert keys.best_prefix(["a.w", "a.b"], ["x.scale", "x.shift"]) == ("", "", 0)
+    assert keys.best_prefix([], ["x"]) == ("", "", 0)
 
 
 def test_a_prefix_counts_only_keys_that_agree_otherwise() -> None:
     sources, targets = ["a.w", "a.b"], ["net.a.w", "net.a.b"]
     assert keys.best_prefix(sources, targets, lambda source, target: source.endswith("w")) == ("", "net.", 1)
-    assert keys.best_prefix(sources, targets, lambda source, target: False) is None
+    assert keys.best_prefix(sources, targets, lambda source, target: False) == ("", "", 0)
+
+
+def test_a_prefix_that_would_make_two_keys_one_or_is_put_before_what_matches_is_no_guess() -> None:
+    assert keys.best_prefix(["a.w", "w", "v"], ["w", "v"]) == ("", "", 2)
+    assert keys.best_prefix(["a.w", "a.u", "w"], ["w", "u"]) == ("", "", 1)
+    assert keys.best_prefix(["w", "v", "u"], ["w", "v", "n.u"]) == ("", "", 2)
 
 
 # --- patterns --------------------------------------------------------------------------------------------------------
