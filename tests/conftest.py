@@ -2,19 +2,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from oracles import CANARY, FIXTURES, Run, content
 
-from ckptool.cli import main
+if TYPE_CHECKING:
+    from oracles import Run
+
+# No import of torch here: the process that starts the workers reads this file too, and they wait for it.
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "fixtures"
+MEMORY = "/dev/shm"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # every worker has a core of its own: threads would only be in each other's way
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:  # a disk takes long, and changes nothing
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
+# Tests run in directories of their own, where hypothesis would compute its tables of characters anew.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".hypothesis"))
 
 sys.path.insert(0, str(FIXTURES))  # make.py and record.py
 
@@ -22,6 +32,8 @@ sys.path.insert(0, str(FIXTURES))  # make.py and record.py
 @pytest.fixture(autouse=True)
 def nothing_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test runs in an empty directory, and fails if a file's code made the directory it tries to make."""
+    from oracles import CANARY
+
     monkeypatch.chdir(tmp_path)
     yield
     assert not (tmp_path / CANARY).exists()
@@ -42,6 +54,8 @@ def fixtures_stay_as_they_are() -> Iterator[None]:
 def saved(tmp_path: Path) -> Callable[..., Path]:
     """Saves an object with torch.save and returns the path."""
 
+    import torch
+
     def save(obj: Any, name: str = "saved.pth", **options: Any) -> Path:
         torch.save(obj, tmp_path / name, **options)
         return tmp_path / name
@@ -52,6 +66,8 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command line in this process: (exit code, stdout, stderr)."""
+
+    from ckptool.cli import main
 
     def call(*args: object) -> tuple[int, str, str]:
         code = main([str(arg) for arg in args])
@@ -64,6 +80,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def refused(run: Run) -> Callable[..., str]:
     """Runs a command that must fail with one line and leave the directory as it is; returns the line."""
+
+    from oracles import content
 
     def call(*args: object) -> str:
         before = content()
