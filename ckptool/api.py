@@ -139,12 +139,13 @@ def inspect(
     choose = keys.chooser(include, exclude) if include or exclude else None
     found = look_into(opened, choose, stats=stats, hashes=hashes, check=check, progress=progress)
     judged = judge(report.problems, opened.trailing, report.unsafe, found.findings, found.unchecked) if check else None
-    rows = [
-        replace(row, stats=found.stats.get(row.key), hash=found.hashes.get(row.key)) if stats or hashes else row
-        for row in report.tensors
-    ]
+    rows, inside = (
+        [replace(row, stats=found.stats.get(row.key), hash=found.hashes.get(row.key)) for row in some]
+        if stats or hashes else some
+        for some in (report.tensors, report.inside)
+    )  # fmt: skip
     return replace(
-        report, tensors=rows, notes=[*report.notes, *found.missed], hash=found.whole,
+        report, tensors=rows, inside=inside, notes=[*report.notes, *found.missed], hash=found.whole,
         prefixes=found.prefixes if stats else None, check=judged,
     )  # fmt: skip
 

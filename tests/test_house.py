@@ -184,7 +184,10 @@ def test_nothing_of_a_file_is_run_and_no_assertion_stands_on_user_data() -> None
     for path in files(PACKAGE):
         tree = ast.parse((PACKAGE / path).read_text())
         modules = {module.split(".")[0] for module, _, _ in imports(PACKAGE, path)}
-        if modules & {"pickle", "_pickle", "marshal", "shelve"} and path != Path("pickling/load.py"):
+        if modules & {"pickle", "_pickle", "marshal", "shelve"} and path.as_posix() not in (
+            "pickling/load.py",
+            "pickling/classes.py",
+        ):
             found.append(f"{path} imports an unpickler of Python's own")
         for node in ast.walk(tree):
             if isinstance(node, ast.Assert):

@@ -93,7 +93,7 @@ def command(
         if depth:
             lines += ([render.safe(prefix)] if prefix else []) + _summed(rows, depth, prefix, report.prefixes)
         elif stats or hashes:
-            lines += _valued(rows, stats)
+            lines += _valued(rows + [row for row in report.inside if row.hash], stats)
         elif flat or sort:
             lines += _flat(rows)
         elif not check:

@@ -97,7 +97,7 @@ class Checkpoint:
         return {key: value for key, (_, value) in self.entries().items() if isinstance(value, TensorInfo)}
 
     def hidden(self) -> dict[str, dict[str, TensorInfo]]:
-        """Returns {key: {path inside: tensor}} of the objects in a state_dict that are no tensors and contain some.
+        """Returns {key: {path inside: tensor}} of the entries at ``root`` that are no tensors and contain some.
 
         Examples are the packed parameters of quantised modules and ``_extra_state``.
         """
@@ -146,18 +146,22 @@ class Checkpoint:
                 what = f"two keys read {text!r} ({listed(alike)}): rename or drop one with remap"
                 raise CollisionError(what, self.url)
 
+    def inside(self) -> dict[str, TensorInfo]:
+        """Returns {key/path: tensor} of the tensors that `hidden` finds."""
+        return {f"{key}/{path}": tensor for key, inner in self.hidden().items() for path, tensor in inner.items()}
+
     def tensors(self) -> Iterator[tuple[Path, TensorInfo]]:
         """Yields (path, tensor) for all tensors of the tree, optimizer and EMA copies included.
 
-        Of an nn.Module it yields those of its state_dict, each under its dotted key.
+        Of an nn.Module it yields those of its state_dict, under its dotted keys, and those inside of its entries.
         """
         for path, node in walk(self.tree, closed=modules.is_module):
             if isinstance(node, TensorInfo):
                 yield path, node
             elif modules.is_module(node):
                 for key, value in modules.state_dict(node).items():
-                    if isinstance(value, TensorInfo):
-                        yield (*path, key), value
+                    inner = walk(value, closed=modules.is_module)
+                    yield from (((*path, key, *step), one) for step, one in inner if isinstance(one, TensorInfo))
 
     def leaves(self) -> Iterator[tuple[Path, Any]]:
         """Yields (path, object) for every object without children that is no tensor."""
@@ -213,7 +217,7 @@ class Checkpoint:
         old = self.entries()
         self.refuse_alike(tensors)
         if modules.is_module(node):
-            made: Any = versioned(detached(tensors), node)
+            made: Any = versioned(detached(_merged(old, {key: key for key in old}, tensors, objects)), node)
             made.state = without_lost_counters(made, old, tensors)
         elif is_flat(node):
             names = {key: path[0] for key, (path, _) in old.items()}

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 from ckptool.core import dtypes
-from ckptool.core.tree import Leaf, PyObject, brief, parts
+from ckptool.core.tree import Global, Leaf, PyObject, brief, parts
 from ckptool.errors import FormatError, IncompleteError
 from ckptool.limits import MAX_DIMS, MAX_NUMEL
 
@@ -305,6 +305,17 @@ class TensorInfo(Leaf):
         """Returns a value that is equal for tensors of the same elements of the same memory (see `shared`)."""
         conj = (self.extras.conj, self.extras.neg) if self.extras else (False, False)
         return id(self.source), self.dtype, self.shape, self.stride, self.storage_offset, conj
+
+
+def quantization(tensor: TensorInfo) -> str:
+    """Returns the parameters of a quantised tensor as text: its scheme, and its scale and zero point or its axis.
+
+    The scales and zero points of channels are tensors among its ``parts``. Of any other tensor: "".
+    """
+    node = tensor.source.node if isinstance(tensor.source, Opaque) and tensor.kind == "quantized" else None
+    given = node.args[4] if node is not None and len(node.args) > 4 else ()
+    plain = [one for one in given if not isinstance(one, TensorInfo)] if isinstance(given, tuple) else []
+    return " ".join(one.qualname if isinstance(one, Global) else brief(one) for one in plain)
 
 
 def is_countable(shape: tuple[int, ...]) -> bool:

@@ -41,7 +41,7 @@ class Global(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> PyObject:
         made: PyObject = object.__new__(cls)  # type: ignore[arg-type]
         made.args, made.kwargs, made.called = args, kwargs, True
-        made.state = made.items = made.mapping = made.maker = made.pairs = None
+        made.state = made.items = made.mapping = made.maker = made.pairs = made.calls = None
         return made
 
     def __setattr__(cls, name: str, value: object) -> None:
@@ -58,11 +58,13 @@ class PyObject(metaclass=Global):
     ``__new__`` (NEWOBJ), with ``args`` and ``kwargs``. ``state``: the argument of BUILD, for ``__setstate__`` or
     ``__dict__``. ``items``: the appended items. ``mapping``: the items set by key; an OrderedDict is a
     PyObject whose mapping is its content and whose state may hold ``_metadata``.
-    ``maker``: the object that was called to make this one, where that is no `Global`.
+    ``maker``: the object that was called to make this one, or its class, where that is no `Global`.
+    ``calls``: calls whose result the pickle dropped, and which so are only for what they do to this object: pickles
+    with a class in them fill it by these.
     ``pairs``: the cache of `as_mapping` for a list of pairs: (length of the list, the dict made of it).
     """
 
-    __slots__ = ("args", "called", "items", "kwargs", "maker", "mapping", "pairs", "state")
+    __slots__ = ("args", "called", "calls", "items", "kwargs", "maker", "mapping", "pairs", "state")
     __hash__ = object.__hash__
 
     module: ClassVar[str]
@@ -74,6 +76,7 @@ class PyObject(metaclass=Global):
     items: list[Any] | None
     mapping: dict[Any, Any] | None
     maker: PyObject | None
+    calls: list[PyObject] | None
     pairs: tuple[int, dict[Any, Any]] | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PyObject:
@@ -132,6 +135,7 @@ class PyObject(metaclass=Global):
         """Returns a copy with this state."""
         made: PyObject = object.__new__(type(self))
         made.args, made.kwargs, made.called, made.maker = self.args, self.kwargs, self.called, self.maker
+        made.calls = self.calls
         made.items, made.mapping, made.state, made.pairs = self.items, self.mapping, state, None
         return made
 
@@ -215,7 +219,7 @@ def children(node: object) -> Iterator[tuple[Any, Any]]:
             yield from enumerate(node.args)
         yield from node.kwargs.items()
         yield from enumerate(node.items or ())
-        if node.maker is not None:
+        if node.maker is not None and node.called:
             yield "__call__", node.maker
         for layer in layers(node):
             if isinstance(layer, dict):
@@ -240,6 +244,7 @@ def parts(node: object) -> Iterator[tuple[Any, Any]]:
         yield from parts(node.mapping)
         if node.state is not None:
             yield "__state__", node.state
+        yield from (("__call__", call) for call in node.calls or ())
     elif isinstance(node, Leaf):
         yield from node.inside()
     else:

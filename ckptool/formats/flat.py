@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Opaque, TensorInfo
 from ckptool.core.tree import path_text
@@ -29,10 +30,11 @@ def has_surrogate(name: str) -> bool:
 
 
 def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Returns the names of all that is not a weight: entries outside root, and tensors' subclasses and attributes."""
+    """Returns the names of all that is no weight: other entries, and attributes of tensors and of a model."""
     left = [path_text(path) if key is None else key for path, key, _ in checkpoint.beside()]
     for key, tensor in checkpoint.state_dict().items():
         if (extras := tensor.extras) is not None:
             left += [f"the class of {key} ({extras.subclass!r})"] if extras.subclass is not None else []
             left += [f"the attributes of {key}"] if extras.state is not None else []
-    return tuple(left)
+    node = checkpoint.at(checkpoint.root)
+    return (*left, *(modules.loose(node) if modules.is_module(node) else ()))

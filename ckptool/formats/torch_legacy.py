@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Derived, Storage, TensorInfo
-from ckptool.core.tree import Global, brief, path_text, walk
+from ckptool.core.tree import Global, PyObject, brief, path_text, walk
 from ckptool.errors import CkptoolError, FormatError, LossError, UnsupportedError, listed
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files
@@ -113,7 +113,7 @@ def read(probe: Probe) -> Checkpoint:
 
 def _is_module(pid: object) -> bool:
     """Returns whether it is the persistent id of a pickled module's class: ("module", class, file, source)."""
-    return isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Global)
+    return isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], (Global, PyObject))
 
 
 def _storage_pid(pid: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ckptool.core import keys as names
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.core.tensor import TensorInfo
+from ckptool.core.tensor import TensorInfo, quantization
 from ckptool.ops.notes import diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
@@ -164,13 +164,15 @@ def _same(
     if one.form[1] != other.form[1] and not counters:
         report.shape.append(Changed(key, _shape(one), _shape(other)))
         same = False
-    if (one.dtype, one.kind) != (other.dtype, other.kind):
-        report.dtype.append(Changed(key, _dtype(one), _dtype(other)))
+    forms = _dtype(one, compare is None), _dtype(other, compare is None)
+    if forms[0] != forms[1]:
+        report.dtype.append(Changed(key, *forms))
         same = False
     if devices and one.location != other.location:
         report.devices.append(Changed(key, one.location, other.location))
         same = False
-    if compare is not None and (one.form == other.form or counters):
+    values = one.form == other.form or (one.shape == other.shape and {one.kind, other.kind} == {"dense", "quantized"})
+    if compare is not None and (values or counters):
         distance = compare(one, other)
         if distance.status != "equal":
             report.values.append(ValuesChanged(key, distance.status, distance.max_abs, distance.rel_l2))
@@ -178,8 +180,12 @@ def _same(
     return same
 
 
-def _dtype(tensor: TensorInfo) -> str:
-    return tensor.dtype if tensor.kind == "dense" else f"{tensor.dtype} {tensor.kind}"
+def _dtype(tensor: TensorInfo, parameters: bool) -> str:
+    """Returns a tensor's dtype and kind; with ``parameters`` also how it is quantised, as far as headers have it."""
+    if tensor.kind == "dense":
+        return tensor.dtype
+    scheme = quantization(tensor) if parameters else ""
+    return f"{tensor.dtype} {tensor.kind}{' ' * bool(scheme)}{scheme}"
 
 
 def _shape(tensor: TensorInfo) -> Any:

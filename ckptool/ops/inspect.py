@@ -56,7 +56,8 @@ class InspectReport:
     ``stored_nbytes`` is the size of all storages in the file, ``used_nbytes`` the part of it that tensors use.
     ``unsafe``: the names in the pickle that tensors do not need; none was imported or called.
     ``counters``: how many BatchNorm layers have num_batches_tracked, and how many lack it. ``loose``: tensors of an
-    nn.Module that are not in its state_dict.
+    nn.Module that are not in its state_dict. ``inside``: the tensors inside entries that are no tensors, such as packed
+    parameters, with the keys ENTRY/PATH.
     ``prefixes``, ``hash`` (of all chosen tensors) and ``check`` are None if they were not requested.
     """
 
@@ -81,6 +82,7 @@ class InspectReport:
     empty: list[str] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
     loose: list[str] = field(default_factory=list)
+    inside: list[TensorRow] = field(default_factory=list)
     metadata: Mapping[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -99,13 +101,16 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         checkpoint.require_whole()
     tied = checkpoint.shared()
     first_of = {key: group[0] for group in tied for key in group[1:]}
-    rows = [
-        TensorRow(
-            key, None if tensor.shape is None else list(tensor.shape), tensor.dtype, tensor.nbytes, first_of.get(key),
-            tensor.location if devices else None, None if tensor.kind == "dense" else tensor.kind,
-        )
-        for key, tensor in tensors.items()
-    ]  # fmt: skip
+    rows, inside = (
+        [
+            TensorRow(
+                key, None if one.shape is None else list(one.shape), one.dtype, one.nbytes, first_of.get(key),
+                one.location if devices else None, None if one.kind == "dense" else one.kind,
+            )
+            for key, one in some.items()
+        ]
+        for some in (tensors, checkpoint.inside())
+    )  # fmt: skip
     stored, used = _stored_and_used(checkpoint)
     found = roots.find_root(checkpoint.tree)
     by_dtype: dict[str, list[int]] = {}
@@ -143,7 +148,8 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         used,
         [row.key for row in rows if row.shape is not None and 0 in row.shape],
         _counters(keys),
-        _loose(node),
+        modules.loose(node) if modules.is_module(node) else [],
+        inside,
         checkpoint.metadata,
         list(checkpoint.problems),
         [*checkpoint.notes, *_notes(checkpoint, node)],
@@ -154,7 +160,8 @@ def volume(checkpoint: Checkpoint, choose: Callable[[str], bool], *, check: bool
     """Returns roughly how many bytes statistics and hashes of the chosen keys read, or a ``check`` of the file."""
     if check:
         return max(_stored_and_used(checkpoint)[0], checkpoint.nbytes)
-    return sum({one.view: one.nbytes for key, one in checkpoint.state_dict().items() if choose(key)}.values())
+    tensors = checkpoint.state_dict() | checkpoint.inside()
+    return sum({one.view: one.nbytes for key, one in tensors.items() if choose(key)}.values())
 
 
 def _module(module: str) -> str:
@@ -192,21 +199,6 @@ def _counters(keys: list[str]) -> dict[str, int]:
     return {"present": len(present), "absent": len(layers - present)}
 
 
-def _loose(node: Any) -> list[str]:
-    """Returns the tensors of an nn.Module that are not in its state_dict: attributes, non-persistent buffers."""
-    if not modules.is_module(node):
-        return []
-    kept = set(modules.state_dict(node))
-    found = []
-    for prefix, module in modules.walk_modules(node):
-        named = attributes(module)
-        buffers = as_mapping(named.get("_buffers")) or {}
-        for name, value in {**buffers, **named}.items():
-            if isinstance(value, TensorInfo) and f"{prefix}{name}" not in kept:
-                found.append(f"{prefix}{name}")
-    return found
-
-
 def _notes(checkpoint: Checkpoint, node: Any) -> list[str]:
     found = [checkpoint.trailing] if checkpoint.trailing else []
     if any(name.startswith(("_rebuild_device_", "_rebuild_xla_")) for _, name in checkpoint.names):
@@ -240,7 +232,7 @@ def _described(path: Path, value: Any, key: str | None = None) -> Beside:
         kinds = [optimizers.describe(as_mapping(state) or {}) for state in states]
         text = ", ".join(f"{kind} of {count} parameters" for kind, count in kinds)
     elif modules.is_module(value):
-        text = f"a {value.qualname} model of {len(modules.state_dict(value))} tensors"
+        text = f"a {modules.class_name(value)} model of {len(modules.state_dict(value))} tensors"
     elif tensors and not isinstance(value, TensorInfo):
         kind = value.qualname if isinstance(value, PyObject) else type(value).__name__
         text = f"{kind} with {len(tensors)} tensor{'s' * (len(tensors) > 1)}"

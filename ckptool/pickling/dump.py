@@ -84,6 +84,7 @@ class _Writer:
         self.names: dict[object, int] = {}
         self.forms: dict[int, tuple[tuple[bytes, ...], dict[tuple[Any, ...], bytes]]] = {}
         self.kept: list[Any] = []
+        self.making: dict[int, list[tuple[Any, Any]]] = {}
         self.count = 0
         self.depth = 0
         self.deepest = MAX_DEPTH.now()
@@ -139,7 +140,7 @@ class _Writer:
         if kind is dict:
             self.out.append(b"}")
             self.put(node)
-            self.save_pairs(node)
+            self.save_pairs(node, node)
         elif kind is list:
             self.out.append(b"]")
             self.put(node)
@@ -288,14 +289,22 @@ class _Writer:
             self.save(node.maker)
         else:
             self.save_global(node.module, node.qualname)
+        self.making[id(node)] = []
         self.save(node.args)
         self.out.append(b"R" if node.called else b"\x81")
         self.put(node)
+        for holder, key in self.making.pop(id(node)):  # a function's globals, among the arguments of its class
+            self.get(self.memo[id(holder)])
+            self.save_pairs(holder, {key: node})
+            self.out.append(b"0")
         self.save_items(node.items or [])
-        self.save_pairs(node.mapping or {})
+        self.save_pairs(node, node.mapping or {})
         if node.state is not None:
             self.save(node.state)
             self.out.append(b"b")
+        for call in node.calls or ():
+            self.save(call)
+            self.out.append(b"0")
 
     def save_items(self, items: list[Any]) -> None:
         for start in range(0, len(items), 1000):
@@ -309,8 +318,13 @@ class _Writer:
                 self.save(item)
             self.out.append(b"e")
 
-    def save_pairs(self, mapping: dict[Any, Any]) -> None:
+    def save_pairs(self, holder: Any, mapping: dict[Any, Any]) -> None:
+        """Writes the items of ``holder``, which is on the stack; later those whose value is not made yet."""
         pairs = list(mapping.items())
+        if self.making and (later := [pair for pair in pairs if id(pair[1]) in self.making]):
+            for key, value in later:
+                self.making[id(value)].append((holder, key))
+            pairs = [pair for pair in pairs if id(pair[1]) not in self.making]
         for start in range(0, len(pairs), 1000):
             batch = pairs[start : start + 1000]
             if len(batch) > 1:

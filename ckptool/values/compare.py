@@ -23,7 +23,7 @@ def compare_bytes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
     if None not in sums and a.dtype == b.dtype:
         return Distance("equal") if sums[0] == sums[1] else Distance("differ", None, None)
     if isinstance(a.source, Opaque) or isinstance(b.source, Opaque):
-        return compare(a, b, files, 0.0, 0.0)
+        return _compare_parts(a, b, files, 0.0, 0.0)
     return Distance("equal") if same_bytes(a, b, files) else Distance("differ", None, None)
 
 
@@ -37,20 +37,29 @@ def compare(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float
     """Returns how far two tensors of one shape are apart; reads both, a block at a time.
 
     Floating-point values are close where |a - b| <= atol + rtol * |b|, as `torch.allclose` has it; integers and
-    booleans are exact. Different dtypes are compared as float64. Dtypes without values are equal or differ.
+    booleans are exact. Different dtypes are compared as float64, quantised tensors by their dequantised values. Dtypes
+    without values are equal or differ.
     """
     if isinstance(a.source, Opaque) or isinstance(b.source, Opaque):
-        return _compare_parts(a, b, files, rtol, atol)
+        return _compare_opaque(a, b, files, rtol, atol)
     recorded = _recorded(a), _recorded(b)
     known_to_differ = None not in recorded and recorded[0] != recorded[1]  # then they need not be read to find that out
     if not known_to_differ and same_bytes(a, b, files):
         return Distance("equal")
-    from ckptool.values.codec import FOUR_BITS, has_values
-    from ckptool.values.distance import distance
+    from ckptool.values.distance import distance, has_numbers
 
-    if not all(has_values(tensor.dtype) and tensor.dtype != FOUR_BITS for tensor in (a, b)):
+    if not (has_numbers(a) and has_numbers(b)):
         return Distance("differ", None, None)
     return distance(a, b, files, rtol, atol)
+
+
+def _compare_opaque(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
+    found = _compare_parts(a, b, files, rtol, atol)
+    if found.status == "equal" or "quantized" not in (a.kind, b.kind) or a.shape != b.shape:
+        return found
+    from ckptool.values.distance import distance, has_numbers
+
+    return distance(a, b, files, rtol, atol) if has_numbers(a) and has_numbers(b) else found
 
 
 def _compare_parts(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:

@@ -5,6 +5,7 @@ joined with commas: ``float32[64,3,7,7]``, ``int64[]``), then its elements in C 
 made of parts is the sha256 of ``KIND DTYPE[SHAPE]`` and a newline, a quantised one's parameters and a newline, and the
 hashes of its parts, each with a newline. That of the whole is the sha256 of a line ``HASH  KEY`` for every key, as
 `sha256sum` prints it, sorted by the keys' UTF-8 bytes; in a key a backslash is written twice and a newline as ``\\n``.
+A tensor inside an entry that is no tensor, such as packed parameters, has the key ``ENTRY/PATH``.
 None depends on the file format, on the order of keys, or on how the elements lie in the file.
 """
 
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.findings import Finding, PrefixStats, Stats, not_finite
-from ckptool.core.tensor import Opaque, Span, Storage, TensorInfo, whole_storage
-from ckptool.core.tree import Global, path_text, walk
+from ckptool.core.tensor import Opaque, Span, Storage, TensorInfo, quantization, whole_storage
+from ckptool.core.tree import path_text, walk
 from ckptool.errors import FormatError, listed
 from ckptool.io import zip_read as zips
 from ckptool.io.source import Files
@@ -75,8 +76,9 @@ def look_into(
                 kind = f"{tensor.kind} tensors" if isinstance(tensor.source, Opaque) else tensor.dtype
                 missed.setdefault(kind, []).append(key)
         found.missed += [f"no statistics of {what}: {listed(keys)}" for what, keys in missed.items()]
+    hashed = {**chosen, **{key: one for key, one in checkpoint.inside().items() if choose is None or choose(key)}}
     if hashes:
-        for tensor in chosen.values():
+        for tensor in hashed.values():
             for part in tensor.parts if isinstance(tensor.source, Opaque) else (tensor,):
                 plan.job(part).head = f"{_form(part)}\n".encode("ascii")
     named = _named(checkpoint, chosen, whole=choose is None) if check else {}
@@ -92,9 +94,9 @@ def look_into(
         found.stats = {key: one.stats() for key, one in moments.items()}
         found.prefixes = _by_prefix({key: (chosen[key].view, one) for key, one in moments.items()})
     if hashes:
-        made = {key: _hash(tensor, plan) for key, tensor in chosen.items()}
+        made = {key: _hash(tensor, plan) for key, tensor in hashed.items()}
         found.hashes = {key: digest for key, digest in made.items() if digest is not None}
-        found.whole = _whole(found.hashes) if chosen and len(found.hashes) == len(chosen) else None
+        found.whole = _whole(found.hashes) if hashed and len(found.hashes) == len(hashed) else None
     if check:
         found.findings += _wrong(records, named)
         reported = {id(record.job) for record in records}
@@ -161,9 +163,7 @@ def _hash(tensor: TensorInfo, plan: _Plan) -> str | None:
         return plan.job(tensor).digest
     lines = [f"{source.kind} {_form(tensor)}"]
     if source.kind == "quantized":
-        parameters = source.node.args[4] if len(source.node.args) > 4 else ()
-        plain = [one for one in parameters if not isinstance(one, TensorInfo)]
-        lines.append(" ".join(one.qualname if isinstance(one, Global) else repr(one) for one in plain))
+        lines.append(quantization(tensor))
     for part in source.parts:
         digest = plan.job(part).digest
         if digest is None:

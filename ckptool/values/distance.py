@@ -1,20 +1,25 @@
-"""The distance of two tensors' values: computed in float64, or in float32 where that is enough."""
+"""The distance of two tensors' values: computed in float64, or in float32 where that is enough.
+
+A quantised tensor's values are ``(integer - zero point) * scale``, computed in float32 as `torch.dequantize` does.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.findings import Distance
-from ckptool.core.tensor import TensorInfo, plain_range
+from ckptool.core.tensor import Opaque, TensorInfo, plain_range
+from ckptool.core.tree import Global
+from ckptool.errors import UnsupportedError
 from ckptool.io.source import Bytes, Files
 from ckptool.values.blocks import tensor_blocks
-from ckptool.values.codec import Array, decode, decode_unordered
+from ckptool.values.codec import FOUR_BITS, Array, decode, decode_unordered, has_values
 from ckptool.values.stats import LARGE, TINY, squares
 from ckptool.values.streams import in_step
 
@@ -23,15 +28,87 @@ SMALL = 1 << 14
 
 
 def distance(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
-    """Returns how far two tensors of one shape are apart; reads both once. Their dtypes have a number per element."""
+    """Returns how far two tensors of one shape are apart; reads both once. Both must have numbers (`has_numbers`)."""
     sums = Sums(rtol, atol)
     if a.numel > SMALL and is_fast(a, b):
         _Kernel(sums, a.dtype).add(tensor_blocks(a, files), tensor_blocks(b, files))
     else:
-        widths = (DTYPES[tensor.dtype].bits // 8 for tensor in (a, b))
-        for one, other in in_step(tensor_blocks(a, files), tensor_blocks(b, files), *widths):
-            sums.add(decode(a.dtype, one), decode(b.dtype, other))
+        (blocks, dtype), (others, other_dtype) = (
+            (_dequantized(tensor, files), "float32")
+            if tensor.kind == "quantized"
+            else (tensor_blocks(tensor, files), tensor.dtype)
+            for tensor in (a, b)
+        )
+        for one, other in in_step(blocks, others, DTYPES[dtype].bits // 8, DTYPES[other_dtype].bits // 8):
+            sums.add(decode(dtype, one), decode(other_dtype, other))
     return sums.distance()
+
+
+def has_numbers(tensor: TensorInfo) -> bool:
+    """Returns whether a tensor has a number per element that can be read."""
+    if tensor.kind == "quantized":
+        return _scheme(tensor) is not None
+    return tensor.kind == "dense" and has_values(tensor.dtype) and tensor.dtype != FOUR_BITS
+
+
+class _Scheme(NamedTuple):
+    """A quantised tensor's integers and how they become values: one scale and zero point, or one per channel.
+
+    ``step`` is how many successive elements have one of the ``channels``.
+    """
+
+    integers: TensorInfo
+    scale: float | TensorInfo
+    zero_point: int | TensorInfo
+    step: int = 1
+    channels: int = 1
+
+
+_INTEGERS = {"qint8": "i1", "quint8": "u1", "qint32": "<i4", "quint4x2": "u1"}
+"""How each quantised dtype's integers are stored; a byte of quint4x2 has two, that in the low bits first."""
+
+
+def _scheme(tensor: TensorInfo) -> _Scheme | None:
+    """Returns how a quantised tensor is dequantised; None for a dtype or parameters of an unknown form."""
+    source, shape = tensor.source, tensor.shape or ()
+    arguments = source.node.args if isinstance(source, Opaque) else ()
+    if tensor.dtype not in _INTEGERS or len(arguments) < 5 or not isinstance(arguments[4], tuple):
+        return None
+    integers = tensor.parts[0]
+    match arguments[4]:
+        case (Global(), float(scale), int(zero_point)) if abs(zero_point) < 1 << 31:
+            return _Scheme(integers, scale, zero_point)
+        case (Global(), TensorInfo() as scales, TensorInfo() as zero_points, int(axis)) if 0 <= axis < len(shape):
+            if scales.shape == zero_points.shape == (shape[axis],) and has_numbers(scales) and has_numbers(zero_points):
+                return _Scheme(integers, scales, zero_points, math.prod(shape[axis + 1 :]), shape[axis])
+    return None
+
+
+def _dequantized(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
+    """Yields the values of a quantised tensor in C order, as float32 in blocks of whole elements."""
+    scheme = _scheme(tensor)
+    if scheme is None:
+        raise UnsupportedError(f"a {tensor.dtype} tensor cannot be dequantised")
+    numbers: list[Any] = [scheme.scale, scheme.zero_point]
+    for index, one in enumerate(numbers):
+        if isinstance(one, TensorInfo):
+            numbers[index] = np.concatenate(
+                [decode(one.dtype, block) for block in tensor_blocks(one, files)] or [np.empty(0)]
+            )
+    scale, zero_point = np.asarray(numbers[0], "f4"), np.asarray(numbers[1], "f8")
+    start = 0
+    for block in tensor_blocks(scheme.integers, files):
+        stored = np.frombuffer(block, _INTEGERS[tensor.dtype])
+        if tensor.dtype == "quint4x2":
+            stored = np.stack((stored & 15, stored >> 4), 1).reshape(-1)[: tensor.numel - start]
+        values = stored.astype("f8")
+        if scale.ndim:
+            channels = np.arange(start, start + len(values)) // scheme.step % scheme.channels
+            made = (values - zero_point[channels]).astype("f4") * scale[channels]
+        else:
+            made = (values - zero_point).astype("f4") * scale
+        start += len(values)
+        yield made.astype("<f4").tobytes()
 
 
 class Norm:

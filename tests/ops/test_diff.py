@@ -548,12 +548,19 @@ def quantised(scale: float, value: float = 1.0) -> torch.Tensor:
     return torch.quantize_per_tensor(torch.tensor([value, 2.0]), scale, 3, torch.quint8)
 
 
-def test_quantised_tensors_are_equal_only_with_their_scale(saved: Saved) -> None:
-    same = pair(saved, {"w": quantised(0.1)}, {"w": quantised(0.1)})
-    assert ckptool.diff(*same, values=True).equal == 1
-    for other in (quantised(0.2), quantised(0.1, 1.5)):
-        report = ckptool.diff(*pair(saved, {"w": quantised(0.1)}, {"w": other}), values=True)
-        assert [row.status for row in report.values] == ["differ"]
+def test_quantised_tensors_are_compared_by_their_dequantised_values(saved: Saved) -> None:
+    one = quantised(0.1)
+    for other in (quantised(0.1), quantised(0.2), quantised(0.1, 1.5), one.dequantize() + 0.25):
+        report = ckptool.diff(*pair(saved, {"w": one}, {"w": other}), values=True)
+        gap = (one.dequantize() - other.dequantize()).abs().max().item()
+        assert [row.max_abs for row in report.values] == pytest.approx([gap] if gap else [])
+
+
+def test_without_values_quantised_tensors_differ_where_their_headers_do(saved: Saved) -> None:
+    for other, count in ((quantised(0.1), 0), (quantised(0.1, 1.5), 0), (quantised(0.2), 1)):
+        report = ckptool.diff(*pair(saved, {"w": quantised(0.1)}, {"w": other}))
+        assert [row.b for row in report.dtype] == ["quint8 quantized per_tensor_affine 0.2 3"][:count]
+        assert report.same is not bool(count)
 
 
 @pytest.mark.parametrize("layout", ["coo", "csr"])
