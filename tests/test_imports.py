@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -123,23 +125,48 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
 
 COMMAND = "from ckptool.cli import main; assert main(sys.argv[1:]) == 0"
 
+ASKED = """
+import os, sys
+for line in sys.stdin:
+    if not os.fork():
+        statements, sys.argv[1:] = eval(line)
+        told = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        exec(statements)
+        print(*sys.modules, file=told, flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(1)
+"""
+"""An interpreter that has just started, and runs the statements of each line in a fork."""
 
-@functools.cache
-def imported(statements: str, *args: object) -> set[str]:
+
+@pytest.fixture(scope="module")
+def imported() -> Iterator[Callable[..., set[str]]]:
     """The names of all modules that there are behind some statements, Python's own start included."""
-    done = python(f"import sys; {statements}; print('modules:', *sys.modules, file=sys.stderr)", *args)
-    assert done.returncode == 0, done.stderr
-    return set(done.stderr.rpartition("modules:")[2].split())
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", ASKED], text=True, **pipes) as asked:
+
+        @functools.cache
+        def ask(statements: str, *args: object) -> frozenset[str]:
+            here = f"os.chdir({os.getcwd()!r}); {statements}", [*map(str, args)]
+            print(here, file=asked.stdin, flush=True)
+            found = frozenset(asked.stdout.readline().split())
+            assert found, asked.stderr.read()
+            return found
+
+        yield ask
+        asked.stdin.close()
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_a_command_imports_what_stands_here_and_nothing_else(name: str) -> None:
+def test_a_command_imports_what_stands_here_and_nothing_else(name: str, imported: Callable[..., set[str]]) -> None:
     arguments, allowed = ALLOWED[name]
     package = Path(ckptool.__file__).parent
     places = {word: package / Path(*word.split(".")) for word in allowed.split()}
     ours = {word for word, place in places.items() if place.with_suffix(".py").exists() or place.is_dir()}
     begun = imported("import __future__, gc")
-    others = imported(f"import __future__, gc, {', '.join(sorted({*places} - ours)) or 'sys'}")
+    others = {one for word in {*places} - ours for one in imported(f"import {word}")}
     others = {one for one in others if one.partition(".")[0] in sys.stdlib_module_names}
     found = {one for one in imported(COMMAND, *arguments) if one.partition(".")[0] not in FAMILIES}
     unexpected = found - begun - others - {"ckptool", *(f"ckptool.{word}" for word in ours)}
@@ -180,24 +207,32 @@ def test_comparing_values_needs_numpy_and_no_torch() -> None:
 # --- where torch cannot be imported ----------------------------------------------------------------------------------
 
 
+def without_torch(*calls: list[object]) -> None:
+    """Runs command lines one behind the other, which must all succeed without a word of complaint."""
+    each = "sys.exit([main(args) for args in eval(sys.argv[1])] != [0] * len(eval(sys.argv[1])))"
+    code = (BLOCKED % ["torch"]).replace("sys.exit(main(sys.argv[1:]))", each)
+    done = python(code, [[str(arg) for arg in args] for args in calls])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_whole_flow_works_where_torch_cannot_be_imported() -> None:
-    blocked = BLOCKED % ["torch"]
     nested, legacy = FIXTURES / "resnet_nested.pth", FIXTURES / "resnet_legacy.pth"
-    assert python(blocked, "inspect", nested, "--json").returncode == 0
-    assert python(blocked, "filter", "--match", nested, legacy, "-o", "out.pth").returncode == 0
-    assert python(blocked, "diff", "out.pth", legacy, "--values").returncode == 0
-    assert python(blocked, "filter", "out.pth", "-o", "out.safetensors").returncode == 0
-    assert python(blocked, "diff", "out.safetensors", "out.pth", "--values").returncode == 0
+    without_torch(
+        ["inspect", nested, "--json"],
+        ["filter", "--match", nested, legacy, "-o", "out.pth"],
+        ["diff", "out.pth", legacy, "--values"],
+        ["filter", "out.pth", "-o", "out.safetensors"],
+        ["diff", "out.safetensors", "out.pth", "--values"],
+    )
     old = torch.load(OLD)
     for name, tensor in torch.load("out.pth", weights_only=False)["model"].items():
         assert torch.equal(tensor, old[name])
 
 
 def test_views_and_lazy_bits_are_gathered_without_torch() -> None:
-    for name in ("views.pth", "conj_neg.pth", "big_endian.pth"):
-        done = python(BLOCKED % ["torch"], "filter", FIXTURES / name, "-o", f"out-{name}")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert python(BLOCKED % ["torch"], "diff", FIXTURES / name, f"out-{name}", "--values").returncode == 0
+    names = ("views.pth", "conj_neg.pth", "big_endian.pth")
+    without_torch(*(["filter", FIXTURES / name, "-o", f"out-{name}"] for name in names))
+    without_torch(*(["diff", FIXTURES / name, f"out-{name}", "--values"] for name in names))
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:

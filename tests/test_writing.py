@@ -452,18 +452,19 @@ def umask() -> Iterator[Callable[[int], None]]:
     os.umask(before)
 
 
-@pytest.mark.parametrize("options", WRITERS, ids=" ".join)
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002, 0o000])
 @pytest.mark.parametrize("mode", [0o644, 0o600, 0o640, 0o664, 0o666, 0o444])
 def test_permissions_are_those_of_cp(
-    mode: int, mask: int, options: list[str], run: Run, umask: Callable[[int], None], saved: Saved
+    mode: int, mask: int, run: Run, umask: Callable[[int], None], saved: Saved
 ) -> None:
     saved({"w": torch.ones(4)}, "in.pth").chmod(mode)
     umask(mask)
-    assert run("convert", "in.pth", *options, "--no-fsync")[0] == 0
     subprocess.run(["cp", "in.pth", "copy"], check=True)
-    written = list(Path(options[1]).iterdir()) if options[1] == "d" else [Path(options[1])]
-    assert {path.stat().st_mode for path in written} == {os.stat("copy").st_mode}
+    for number, options in enumerate(WRITERS):
+        place = f"{number}{options[1]}"
+        assert run("convert", "in.pth", "-o", place, *options[2:], "--no-fsync")[0] == 0
+        written = list(Path(place).iterdir()) if os.path.isdir(place) else [Path(place)]
+        assert {path.stat().st_mode for path in written} == {os.stat("copy").st_mode}, options
 
 
 def test_no_one_reads_what_is_not_finished(umask: Callable[[int], None]) -> None:
