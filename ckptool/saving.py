@@ -17,6 +17,7 @@ from ckptool.core.tree import nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
 from ckptool.io.output import EXISTS, Output
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
+from ckptool.text import plural
 from ckptool.values.blocks import changed_values, same_bytes
 
 if TYPE_CHECKING:
@@ -213,11 +214,11 @@ def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
         for key, (path, value) in checkpoint.entries().items()
         if len(path) == 1 and not isinstance(path[0], str) and isinstance(value, TensorInfo)
     ]
-    if numbers:
-        raise LossError(f"{target} cannot hold keys that are no text: {listed(numbers, 20)}")
+    if numbers and not isinstance(checkpoint.at(checkpoint.root), (list, tuple)):
+        raise LossError(f"{target} cannot hold keys that are no text: {listed(numbers, 20)} (remap gives them names)")
     if hidden := checkpoint.hidden():
-        inside = [f"{key} (an object with {len(inner)} tensors)" for key, inner in hidden.items()]
-        raise LossError(f"{target} cannot hold {listed(inside, 20)}")
+        inside = [f"{key} (an object with {plural(len(inner), 'tensor')})" for key, inner in hidden.items()]
+        raise LossError(f"{target} cannot hold {listed(inside, 20)}: filter --exclude leaves it out")
 
 
 def _verify(checkpoint: Checkpoint, row: formats.Format, paths: Sequence[str], files: Files) -> None:

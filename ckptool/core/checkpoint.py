@@ -230,7 +230,10 @@ class Checkpoint:
             kept = {key for key, (_, value) in old.items() if objects is None and not isinstance(value, TensorInfo)}
             kept.update(tensors, objects or ())
             if list(tensors) != [key for key in old if key in tensors] or not kept <= old.keys():
-                what = "its weights are spread over several nested containers: choose one with --root"
+                paths = [path for path, value in old.values() if isinstance(value, TensorInfo) and len(path) > 1]
+                parts = dict.fromkeys(path_text((*self.root, *path[:-1])) for path in paths)
+                what = f"choose one with --root ({listed(parts)}), or " if parts else ""
+                what = f"its weights are in several nested containers: {what}convert it to safetensors, which has none"
                 raise UnsupportedError(what, self.url)
             made = node
             if len(kept) < len(old):

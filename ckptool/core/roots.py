@@ -29,7 +29,8 @@ def find_root(tree: Any) -> Root:
     """Returns the path to the weights: a known name, else the tree itself if it is key -> tensor, else the only dict.
 
     A known name goes before tensors beside it, however large: a random state, a memory bank. Keys with dots are those
-    of a state_dict: they go before it below another known name, and where they are as many as it has.
+    of a state_dict: they go before it below another known name, and where they are as many as it has. A list or tuple
+    with weights in one of its items is like a dict with one of that name: ``(state_dict, optimizer, epoch)``.
 
     >>> find_root({"epoch": 3}).path
     ()
@@ -39,7 +40,7 @@ def find_root(tree: Any) -> Root:
     ema: list[Path] = []
     node = tree
     while len(path) < _DEEPEST and not modules.is_module(node):
-        mapping = as_mapping(node)
+        mapping = dict(enumerate(node)) if isinstance(node, (list, tuple)) else as_mapping(node)
         if mapping is None:
             break
         ema += [(*path, name) for name in keys.EMA if name in mapping and holds_weights(mapping[name])]
@@ -58,7 +59,9 @@ def find_root(tree: Any) -> Root:
             if dotted and not stay:
                 others.append(path)
         else:
-            stay = len(found) > 1 or isinstance(mapping[found[0]], (list, tuple)) or _outweigh(loose, mapping[found[0]])
+            only = mapping[found[0]]
+            several = isinstance(only, (list, tuple)) and sum(map(holds_weights, only)) != 1
+            stay = len(found) > 1 or several or _outweigh(loose, only)
         if loose or len(found) > 1:
             others += [(*path, name) for name in (found if stay else found[1:])]
         if stay:
@@ -71,7 +74,8 @@ def find_root(tree: Any) -> Root:
 def is_flat(node: object) -> bool:
     """Returns whether a node is key -> tensor, or an empty dict.
 
-    A dict with tensors among its values is, unless these lie beside several models: then all of it is nested.
+    A dict with tensors among its values is, unless these lie beside models: then all of it is nested, but for a
+    state_dict, known by its dots or ``_metadata``.
     """
     mapping = as_mapping(node)
     if not mapping:
@@ -82,10 +86,7 @@ def is_flat(node: object) -> bool:
             if _is_dotted(name):
                 return True  # nearly always at the first key
             loose = True
-    if not loose or _has_metadata(node):
-        return loose
-    found = _models(mapping)
-    return len(found) < 2 and not any(isinstance(mapping[name], (list, tuple)) for name in found)
+    return loose and (_has_metadata(node) or not _models(mapping))
 
 
 def holds_weights(node: Any) -> bool:
@@ -115,13 +116,13 @@ def _models(mapping: Mapping[Any, Any]) -> list[Any]:
 
 
 def _outweigh(loose: Mapping[Any, TensorInfo], node: Any) -> bool:
-    """Returns whether tensors beside a dict of unknown name are the weights: they have dots, or more elements."""
+    """Returns whether tensors beside a dict of unknown name are weights too: by their names, or as they are more."""
     if not loose or any(map(_is_dotted, loose)):
         return bool(loose)
-    inside = list(_tensors(node))
-    if any(map(_is_dotted, (path[-1] for path, _ in inside if path))) or _has_metadata(node):
+    inside = [path[-1] for path, _ in _tensors(node) if path]
+    if any(map(_is_dotted, inside)) or _has_metadata(node):
         return False
-    return sum(tensor.numel for tensor in loose.values()) >= sum(tensor.numel for _, tensor in inside)
+    return len(loose) > len(inside) or "weight" in loose or "bias" in loose
 
 
 def _tensors(node: Any) -> Iterator[tuple[Path, TensorInfo]]:

@@ -177,11 +177,19 @@ def test_an_average_beside_two_models_is_in_no_output_and_named(saved: Saved, ru
             {"model": {"atoms": ["H"]}, "scaler": {"stats": {"mean": torch.ones(1)}}, "other": {"std": torch.ones(1)}},
             ["scaler/stats/mean", "other/std"], ["model"],
         ),
-        ((nn.Linear(2, 2).state_dict(), {"lr": 0.1}, 3), ["0/weight", "0/bias"], ["1", "2"]),
-        ([nn.Linear(2, 2).state_dict(), trained()[1], [0.5]], ["0/weight", "0/bias"], ["1", "2"]),
         (
-            {"agents": [{"net": nn.Linear(2, 2).state_dict(), "opt": trained()[1], "wins": [1, 2]}], "round": 7},
-            ["agents/0/net/weight", "agents/0/net/bias"], ["agents/0/opt", "agents/0/wins", "round"],
+            [nn.Linear(2, 2).state_dict(), nn.Linear(1, 1).state_dict(), trained()[1], [0.5]],
+            ["0/weight", "0/bias", "1/weight", "1/bias"], ["2", "3"],
+        ),
+        (
+            ((nn.Linear(2, 2).state_dict(), nn.Linear(1, 1).state_dict()), (1, 2)),
+            ["0/0/weight", "0/0/bias", "0/1/weight", "0/1/bias"], ["1"],
+        ),
+        ((torch.ones(2), torch.zeros(3), 4), ["0", "1"], ["2"]),
+        ({"weight": torch.ones(2), "aux": {"scale": torch.ones(3)}, "n": 1}, ["weight", "aux/scale"], ["n"]),
+        (
+            {"net_g": {"w": torch.ones(1)}, "a": torch.ones(2), "b": torch.ones(3), "step": 1},
+            ["net_g/w", "a", "b"], ["step"],
         ),
         (
             {"agents": [nn.Linear(2, 2).state_dict(), nn.Linear(1, 1).state_dict()], "rng": torch.get_rng_state()},
@@ -196,7 +204,10 @@ def test_an_average_beside_two_models_is_in_no_output_and_named(saved: Saved, ru
             ["G/weight", "G/bias", "D/weight", "D/bias", "losses/0", "losses/1"], [],
         ),
     ],
-    ids=["matgl", "a tuple", "a list", "agents", "agents and a state", "a tensor beside two", "tensors in a list"],
+    ids=[
+        "matgl", "a list", "nested tuples", "bare tensors", "a parameter and a dict", "fewer in a dict",
+        "agents and a state", "a tensor beside two", "tensors in a list",
+    ],
 )  # fmt: skip
 def test_lists_and_tuples_of_models_are_read_and_the_rest_named(
     tree: Any, keys: list[str], named: list[str], saved: Saved, run: Run
@@ -210,6 +221,68 @@ def test_lists_and_tuples_of_models_are_read_and_the_rest_named(
         for step in key.split("/"):
             node = node[int(step) if isinstance(node, (list, tuple)) else step]
         assert torch.equal(node, value)
+
+
+ONE = {
+    "a tuple": (lambda state: (state, {"lr": 0.1}, 3), "0", ["1", "2"]),
+    "a list with an optimizer": (lambda state: [trained()[1], state, [0.5]], "1", ["0", "2"]),
+    "a tuple with a module": (lambda state: (nn.Linear(2, 2), trained()[1]), "0", ["1"]),
+    "a training state in a tuple": (lambda state: ({"model": state, "epoch": 1}, 5), "0/model", ["1", "0/epoch"]),
+    "a random state": (lambda state: (state, torch.get_rng_state()), "0", ["1"]),
+    "random states": (lambda state: {"actor": dict(state), "rng": [torch.get_rng_state()]}, "actor", ["rng"]),
+    "a replay buffer": (lambda state: {"policy": dict(state), "replay": [(torch.ones(4), 1)]}, "policy", ["replay"]),
+    "an agent": (
+        lambda state: {"agents": [{"net": state, "opt": trained()[1], "wins": [1, 2]}], "round": 7},
+        "agents/0/net", ["round", "agents/0/opt", "agents/0/wins"],
+    ),
+    "a bank": (lambda state: {"net_g": dict(state), "bank": torch.ones(1000, 16)}, "net_g", ["bank"]),
+    "a bank and one weight": (
+        lambda state: {"net_g": {"weight": state["weight"]}, "bank": torch.ones(1000, 16)}, "net_g", ["bank"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_model_in_a_list_or_beside_larger_tensors_has_the_keys_of_its_state_dict(
+    name: str, saved: Saved, run: Run
+) -> None:
+    make, root, named = ONE[name]
+    state = nn.Linear(2, 2).state_dict()
+    path, target = saved(make(state)), saved(state, "target.pth")
+    tensors, left_out = converted(run, path)
+    assert tensors.keys() <= state.keys()
+    assert name == "a tuple with a module" or all(torch.equal(tensors[key], state[key]) for key in tensors)
+    assert sorted(left_out) == sorted(named)
+    result = inspected(run, path)
+    assert (result["root"], sorted(beside(result))) == (root, sorted(named))
+    for to in ("npz", "sharded"):
+        code, out, _ = run("convert", path, "--to", to, "-o", f"o.{to}", "--json")
+        assert (code, sorted(result_of(out)[0]["left_out"])) == (0, sorted(named))
+    assert run("filter", path, "--match", target, "-o", "merged.pth")[0] == 0
+    assert run("load-partial", path, "--into", target, "-o", "loaded.pth")[0] == 0
+    assert_same({key: load("loaded.pth")[key] for key in tensors}, tensors)
+    assert run("remap", path, "--add-prefix", "net.", "-o", "renamed.pth")[0] == 0
+    opened = ckptool.open("renamed.pth")
+    assert set(opened.state_dict()) == {f"net.{key}" for key in tensors}
+    renamed = torch.load("renamed.pth", weights_only=False)
+    assert type(renamed) is type(make(state))
+    assert len(renamed) == len(make(state))
+
+
+def test_keys_in_several_containers_are_renamed_where_the_refusal_says(saved: Saved, run: Run) -> None:
+    agents = {"agents": [nn.Linear(2, 2).state_dict(), nn.Linear(1, 1).state_dict()]}
+    for name, tree, roots in (
+        ("agents.pth", agents, ["agents/0", "agents/1"]),
+        ("list.pth", [torch.ones(2), torch.ones(3)], []),
+    ):
+        path = saved(tree, name)
+        code, _, err = run("remap", path, "--add-prefix", "x.", "-o", "o.pth", "--force")
+        assert (code, "convert it to safetensors" in err, "--root" in err) == (2, True, bool(roots))
+        for root in roots:
+            assert root in err
+            assert run("remap", path, "--root", root, "--add-prefix", "x.", "-o", "o.pth", "--force")[0] == 0
+        converted(run, path)
+        assert run("remap", "o.safetensors", "--add-prefix", "x.", "-o", "x.safetensors", "--force")[0] == 0
 
 
 def test_a_root_inside_a_list_names_its_neighbours(saved: Saved, run: Run) -> None:

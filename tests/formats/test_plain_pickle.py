@@ -99,7 +99,7 @@ def test_arrays_that_are_one_stay_one_and_others_of_equal_bytes_do_not(tmp_path:
     made["self"] = made
     (tmp_path / "given.pkl").write_bytes(pickle.dumps(made, 3))
     checkpoint = open_checkpoint(tmp_path / "given.pkl")
-    assert checkpoint.shared() == [["a", "b"]]
+    assert checkpoint.shared() == [["a", "b", "e/0", "e/1/0"], ["c", "e/1/1/f/0"]]
     tree = checkpoint.tree
     assert tree["self"] is tree
     assert tree["e"][0] is tree["e"][1][0] is tree["a"]
