@@ -86,7 +86,8 @@ def _rows(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[list
     """Returns lines for the rows that are shown: repeated blocks folded, counters counted."""
     shown = []
     for row in report.rows:
-        if row.reason in ("loaded", "ignored") and not all_rows and not row.tensors:
+        lost = row.tensors or (row.detail or "").endswith(": not chosen")  # an object, which no count covers
+        if row.reason in ("loaded", "ignored") and not all_rows and not lost:
             continue
         shown.append((row.reason, row.key, _text(row)))
     lines: list[list[str]] = []

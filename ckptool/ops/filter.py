@@ -24,6 +24,7 @@ from ckptool.ops.notes import (
 )
 from ckptool.ops.rows import LOADED, FilterReport, Reason, Row, counts_of, dims
 from ckptool.ops.scales import refuse_parted
+from ckptool.text import plural
 
 Same = Callable[[TensorInfo, TensorInfo], bool]
 
@@ -104,7 +105,7 @@ def _select(
                 detail = f"an earlier source has {'the same' if equal else 'it'}"
                 rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file, detail=detail))
     if repeated and not first_wins:
-        what = f"{len(repeated)} keys are in two sources, with other values: {listed(repeated, 20)}"
+        what = f"in two sources, with other values: {plural(len(repeated), 'key')}: {listed(repeated, 20)}"
         raise CollisionError(f"{what}; --first-wins takes those of the first, --match TARGET takes what fits one")
     if not kept:
         raise NoTensorsError(f"the patterns choose none of {len(tensors)} tensors", base.url)

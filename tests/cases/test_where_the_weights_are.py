@@ -354,6 +354,8 @@ def test_what_a_pattern_leaves_out_has_a_row_that_says_so(saved: Saved, run: Run
     code, out, _ = run("filter", path, "--exclude", "state_dict", "-o", "out.safetensors")
     assert code == 0
     assert "an object with 2 tensors: not chosen" in out
+    code, out, _ = run("filter", saved(with_extra_state(), "te.pt"), "--include", "*.weight", "-o", "out.pt")
+    assert (code, "ignored  q._extra_state  no tensor: not chosen" in out) == (0, True)
 
 
 def test_objects_of_a_second_file_are_taken_like_its_tensors(saved: Saved, run: Run) -> None:
