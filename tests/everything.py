@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import zipfile
@@ -38,7 +39,12 @@ def at_root(loaded: Any, root: tuple[Any, ...]) -> Any:
 
 
 def truth(name: str) -> dict[str, torch.Tensor]:
-    """The weights of a fixture as torch or safetensors reads them, without ckptool."""
+    """The weights of a fixture as torch or safetensors reads them, without ckptool; its tensors are read once."""
+    return dict(_truth(name))
+
+
+@functools.cache
+def _truth(name: str) -> dict[str, torch.Tensor]:
     path = FIXTURES / name
     if name.endswith(".safetensors"):
         return load_file(path)
