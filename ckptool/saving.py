@@ -15,7 +15,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
 from ckptool.core.tree import nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
-from ckptool.io.output import EXISTS, Output
+from ckptool.io.output import EXISTS, Output, is_stream, write_stream
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
 from ckptool.text import plural
 from ckptool.values.blocks import changed_values, same_bytes
@@ -382,7 +382,9 @@ def _refuse_linked(directory: str, names: Collection[Names], inputs: Sequence[Ch
 
 def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
     """Raises as `write_text` would for this path, and OutputError if it is an input."""
-    _check_place(os.fspath(path), force, inputs, "is one of the inputs")
+    url = os.fspath(path)
+    if not is_stream(url):
+        _check_place(url, force, inputs, "is one of the inputs")
 
 
 def _check_place(url: str, force: bool, inputs: Sequence[Checkpoint], refusal: str) -> None:
@@ -404,8 +406,12 @@ def same_place(first: str, second: str) -> bool:
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:
-    """Writes a text file atomically. Raises: OutputError."""
-    with Output(os.fspath(path), force=force) as output:
+    """Writes a text file atomically, or into a pipe or device. Raises: OutputError."""
+    url = os.fspath(path)
+    if is_stream(url):
+        write_stream(url, text)
+        return
+    with Output(url, force=force) as output:
         output.write(text.encode())
         output.commit()
 

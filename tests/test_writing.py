@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import resource
 import shutil
@@ -372,6 +373,21 @@ def test_a_missing_directory_is_one_line(refused: Callable[..., str], source: Pa
         assert "no such directory" in refused("convert", source, "-o", output, "--to", to)
     os.symlink("a/b", "link.pth")
     assert "no such directory" in refused("convert", source, "-o", "link.pth", "--force")
+
+
+@pytest.mark.parametrize("command", [["filter"], ["remap", "--add-prefix", "x."], ["convert"]])
+def test_a_report_may_go_into_a_pipe_or_device(command: list[str], run: Run, source: Path) -> None:
+    reader, writer = os.pipe()
+    try:
+        assert run(*command, source, "-o", "one.pth", "--report", f"/dev/fd/{writer}")[0] == 0
+    finally:
+        os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as stream:
+        assert json.loads(stream.read())["command"] == command[0]
+    assert run(*command, source, "-o", "two.pth", "--report", "/dev/null")[0] == 0
+    assert Path("one.pth").read_bytes() == Path("two.pth").read_bytes()
+    code, _, err = run(*command, source, "-o", "three.pth", "--report", "/dev/full")
+    assert (code, err) == (2, "ckptool: error: /dev/full: cannot be written: no space left on device\n")
 
 
 @pytest.mark.parametrize("force", [["--force"], []])

@@ -36,6 +36,20 @@ WORTH_CLONING = 1 << 20
 EXISTS = "exists already; --force overwrites it"
 
 
+def is_stream(path: str) -> bool:
+    """Returns whether a path is a pipe or a device, which text is written into: nothing is overwritten."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def write_stream(path: str, text: str) -> None:
+    """Writes text into a pipe or device. Raises: OutputError."""
+    try:
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {explain(error)}", path) from error
+
+
 class Output:
     """Atomic output file: a staging file, which `commit` syncs and renames.
 
