@@ -559,7 +559,7 @@ def in_a_state(depth: int) -> bytes:
     )  # fmt: skip
 
 
-IN_A_STATE = in_a_state(LONG_CHAIN)
+IN_A_STATE = in_a_state(5_000)
 IN_A_KEY = mapping(text("w"), tensor(), MODULE + b"]" * LONG_CHAIN + b"a" * (LONG_CHAIN - 1) + b"b", b"N")
 
 
@@ -661,8 +661,8 @@ def test_strides_of_one_hash_are_looked_at_one_by_one() -> None:
 
 
 def test_a_list_of_pairs_that_many_places_share_is_made_a_dict_of_once() -> None:
-    pairs = b"ccollections\nOrderedDict\n](](K\x01Neq\x01" + b"h\x01" * 60_000 + b"e\x85Rq\x020"
-    shared = mapping(text("w"), tensor(), text("l"), b"](" + b"h\x02" * 20_000 + b"e")
+    pairs = b"ccollections\nOrderedDict\n](](K\x01Neq\x01" + b"h\x01" * 30_000 + b"e\x85Rq\x020"
+    shared = mapping(text("w"), tensor(), text("l"), b"](" + b"h\x02" * 10_000 + b"e")
     assert len(ckptool.inspect(archive(pairs + shared)).tensors) == 1
 
 
