@@ -24,7 +24,6 @@ from ckptool.ops.notes import (
 )
 from ckptool.ops.rows import LOADED, FilterReport, Reason, Row, counts_of, dims
 from ckptool.ops.scales import refuse_parted
-from ckptool.text import plural
 
 Same = Callable[[TensorInfo, TensorInfo], bool]
 
@@ -66,6 +65,10 @@ def filter(
     return merge.result(only_matched, [*include, *exclude])
 
 
+_PLAIN = (str, bytes, int, float, type(None))
+"""Types whose values are compared at once."""
+
+
 # --- selection by patterns ---------------------------------------------------------------------------------------
 
 
@@ -79,6 +82,7 @@ def _select(
     rows: list[Row] = []
     tensors: list[str] = []
     objects: dict[str, Any] = {}
+    objects_lost: list[str] = []
     base = sources[0]
     for number, (checkpoint, file) in enumerate(zip(sources, _files(sources), strict=True)):
         hidden = checkpoint.hidden()
@@ -90,6 +94,8 @@ def _select(
                 rows.append(_object_row(key, hidden.get(key, ()), fate, file=file))
                 if fate.startswith("kept"):
                     objects[key] = value
+                elif chosen(key) and not (isinstance(value, _PLAIN) and value == objects[key]):
+                    objects_lost.append(f"{key} ({checkpoint.url})")
                 continue
             tensors.append(key)
             shape = dims(value)
@@ -105,13 +111,16 @@ def _select(
                 detail = f"an earlier source has {'the same' if equal else 'it'}"
                 rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file, detail=detail))
     if repeated and not first_wins:
-        what = f"in two sources, with other values: {plural(len(repeated), 'key')}: {listed(repeated, 20)}"
+        what = (
+            f"in two sources, with other values: {len(repeated)} key{'s' * (len(repeated) > 1)}: {listed(repeated, 20)}"
+        )
         raise CollisionError(f"{what}; --first-wins takes those of the first, --match TARGET takes what fits one")
     if not kept:
         raise NoTensorsError(f"the patterns choose none of {len(tensors)} tensors", base.url)
     notes = [*root_notes(sources), *pattern_notes(patterns, [row.key for row in rows])]
     notes += [f"the same in two sources, taken once: {listed(equals)}"] if equals else []
     notes += [f"in two sources, taken from the first: {listed(repeated)}"] if repeated else []
+    notes += [f"no tensors, and an earlier source has them: {listed(objects_lost)}"] if objects_lost else []
     for checkpoint in sources[1:]:
         notes += _retied(kept, origin, checkpoint, same)
         outside = [path_text(path) for path, key, _ in checkpoint.beside() if key is None]

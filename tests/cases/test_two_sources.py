@@ -121,3 +121,19 @@ def test_a_tie_that_the_first_source_breaks_is_said(saved: Saved) -> None:
     chosen, report = ckptool.filter(first, second, first_wins=True)
     assert_identical(chosen.to_torch(), {"embed": torch.zeros(4, 2), "head": table})
     assert f"tied in {second}, and no longer: embed, head" in report.notes
+
+
+def test_an_entry_that_is_no_tensor_and_differs_in_a_later_source_is_named(saved: Saved, run: Run) -> None:
+    one = saved({"a.w": torch.ones(2), "steps": 5, "same": 1, "extra": {"n": 1}}, "one.pth")
+    two = saved({"b.w": torch.ones(2), "steps": 6, "same": 1}, "two.pth")
+    three = saved({"c.w": torch.ones(2), "extra": {"n": 2}}, "three.pth")
+    code, out, _ = run("filter", one, two, three, "-o", "o.pth")
+    assert code == 0
+    assert f"no tensors, and an earlier source has them: steps ({two}), extra ({three})" in out
+    written = torch.load("o.pth", weights_only=True)
+    assert (written["steps"], written["extra"], list(written)) == (
+        5, {"n": 1}, ["a.w", "steps", "same", "extra", "b.w", "c.w"],
+    )  # fmt: skip
+    code, out, _ = run("filter", one, two, three, "-o", "o.pth", "--json", "--force")
+    assert (code, f"steps ({two})" in out) == (0, True)
+    assert "no tensors" not in run("filter", one, two, three, "--exclude", "re:steps|extra", "-o", "p.pth")[1]
