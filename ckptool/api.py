@@ -109,6 +109,8 @@ def inspect(
     check: bool = False,
     include: Patterns = (),
     exclude: Patterns = (),
+    fail_on: Patterns | None = None,
+    allow: Patterns = (),
     progress: Progress | None = None,
 ) -> InspectReport:
     """Returns what a checkpoint holds: its weights, the rest of its tree, metadata, notes.
@@ -117,7 +119,8 @@ def inspect(
     to four threads: ``stats`` (mean, standard deviation, extremes, zeros, NaN and infinities, of every tensor and of
     every prefix; see `Stats`), ``hashes`` (sha256 of each tensor and of all; `ckptool.values.contents` defines what
     is hashed), ``check`` (damage; see `Finding`). ``include`` and ``exclude`` choose the keys to read; the report
-    lists all. ``progress`` is called with the number of bytes as they are read.
+    lists all. ``fail_on`` are the kinds of finding that fail the check (None: all but unknown and ordinary names), and
+    names of the pickle that fit ``allow`` pass. ``progress`` is called with the number of bytes as they are read.
 
     Raises: what `open` raises; FormatError for unreadable data, which ``check`` reports instead; NoTensorsError if all
     tensors are elsewhere than at a ``root`` that was given.
@@ -128,7 +131,7 @@ def inspect(
     opened = open(source, root)
     if root is not None and next(opened.tensors(), None):
         require_tensors(opened)
-    include, exclude = keys.texts(include, "include"), keys.texts(exclude, "exclude")
+    include, exclude, allow = keys.all_texts(include=include, exclude=exclude, allow=allow)
     row = formats.labelled(opened.format)
     report = op(opened, devices=row is None or row.holds.devices)
     if not (stats or hashes or check):
@@ -138,7 +141,7 @@ def inspect(
 
     choose = keys.chooser(include, exclude) if include or exclude else None
     found = look_into(opened, choose, stats=stats, hashes=hashes, check=check, progress=progress)
-    judged = judge(report.problems, opened.trailing, report.unsafe, found.findings, found.unchecked) if check else None
+    judged = judge(report.problems, opened.trailing, report.kinds, found.findings, found.unchecked, fail_on, allow)
     rows, inside = (
         [replace(row, stats=found.stats.get(row.key), hash=found.hashes.get(row.key)) for row in some]
         if stats or hashes else some
@@ -146,7 +149,7 @@ def inspect(
     )  # fmt: skip
     return replace(
         report, tensors=rows, inside=inside, notes=[*report.notes, *found.missed], hash=found.whole,
-        prefixes=found.prefixes if stats else None, check=judged,
+        prefixes=found.prefixes if stats else None, check=judged if check else None,
     )  # fmt: skip
 
 
@@ -516,13 +519,10 @@ def load_partial(
     """
     from ckptool.partial import live
 
-    torch = live.refuse_no_module(model)
-    if not isinstance(map_location, torch.device):
+    if not isinstance(map_location, live.refuse_no_module(model).device):
         _tags(map_location)
     if optimizer == "remap":
-        raise UsageError(
-            "load_partial carries no optimizer state: plan_partial and save write it to a file, as the command does"
-        )
+        raise UsageError("load_partial carries no optimizer state: plan_partial and save write it to a file")
     planned, report = plan_partial(
         source, model, rules=rules, allow_unused=allow_unused, adapt=adapt, init=init, init_preset=init_preset,
         seed=seed, freeze=freeze, new_lr_mult=new_lr_mult, weight_decay=weight_decay, optimizer=optimizer,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ckptool import formats
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.pickled_names import beyond_tensors
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
-from ckptool.core.tree import nodes, path_text
+from ckptool.core.tree import Global, nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
 from ckptool.io.output import EXISTS, Output, is_stream, write_stream
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
@@ -103,6 +104,7 @@ def save(
         write = _save_directory if row.is_directory else _save_file
         with Files() as files:
             saved = write(checkpoint, row, url, options, tags, files, progress)
+        saved = replace(saved, notes=(*saved.notes, *_acting_notes(checkpoint, row)))
         return replace(saved, verified=options.verify, **changed_values(checkpoint.state_dict(), files))
     except CkptoolError as error:
         error.path = error.path or url
@@ -123,7 +125,7 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
             left_out, nbytes = row.writer().check(checkpoint, tags)
             left_out, notes = left_out + _lost_ties(checkpoint, row), ()
         uncounted = (UNCOUNTED,) if any(map(_is_cast, checkpoint.state_dict().values())) else ()
-        return Saved(url, nbytes, left_out, notes=(*notes, *uncounted))
+        return Saved(url, nbytes, left_out, notes=(*notes, *uncounted, *_acting_notes(checkpoint, row)))
     except CkptoolError as error:
         error.path = error.path or url
         raise
@@ -138,6 +140,22 @@ def _is_cast(tensor: TensorInfo) -> bool:
     if not isinstance(source, Derived):
         return False
     return source.op in ("cast", "dequantize", "mean", "mix", "resample") or any(map(_is_cast, source.inputs))
+
+
+def _acting_notes(checkpoint: Checkpoint, row: formats.Format) -> list[str]:
+    """Returns notes on the names of the input that act: which the output has, and which it lacks."""
+    acting = [name for name, kind in beyond_tensors(checkpoint.names).items() if kind == "acting"]
+    carried: dict[str, Any] = {}
+    if acting and row.holds.tree:
+        kinds = (node if isinstance(node, Global) else type(node) for node in nodes(checkpoint.tree))
+        carried = beyond_tensors({(one.module, one.qualname) for one in kinds if isinstance(one, Global)})
+    kept, left = [name for name in acting if name in carried], [name for name in acting if name not in carried]
+    found = []
+    if kept:
+        found.append(f"the output carries names that act, for torch.load(weights_only=False) to call: {listed(kept)}")
+    if left:
+        found.append(f"names that act are left out: {listed(left)}")
+    return found
 
 
 def work(nbytes: int, options: SaveOptions) -> int:

@@ -78,8 +78,8 @@ CORE = (
     "core.tensor core.tree core.versions cli.output text fnmatch math"
 )
 READ = (
-    f"{CORE} api core.roots formats io io.probe io.source io.zip_read pickling pickling.guard pickling.load "
-    "pickling.torch_calls array bisect errno struct zlib _pickle"
+    f"{CORE} api core.pickled_names core.roots formats io io.probe io.source io.zip_read pickling pickling.guard "
+    "pickling.load pickling.torch_calls array bisect errno struct zlib _pickle _compat_pickle"
 )
 WRITE = (
     f"{READ} cli.options core.aliases formats.layout io.leftovers io.output io.zip_write pickling.dump saving values "
@@ -88,7 +88,7 @@ WRITE = (
 SAFETENSORS = "core.aliases formats.flat formats.safetensors formats.safetensors_file json"
 TORCH = "formats.torch_zip"
 MERGE = "ops ops.filter ops.notes ops.rows ops.scales"
-INSPECT = "cli.inspect core.pickled_names ops ops.inspect ops.notes"
+INSPECT = "cli.inspect ops ops.inspect ops.notes"
 PARTIAL = (
     "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "
     "partial.layers partial.plan partial.presets partial.resume partial.vocabulary values.adapt tempfile"

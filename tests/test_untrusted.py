@@ -250,7 +250,7 @@ Every = Callable[..., list[tuple[int, str, str]]]
 def test_no_opcode_makes_any_command_run_anything(name: str, every: Every) -> None:
     results = every(PLACES["a zip's data.pkl"](PAYLOADS[name]))
     assert results[0][0] == 0
-    assert {code for code, _, _ in results} == {0, 1, 2} or 2 not in {code for code, _, _ in results[:6]}
+    assert {code for code, _, _ in results} >= {0, 2} or 2 not in {code for code, _, _ in results[:6]}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -351,14 +351,14 @@ def is_named_so(path: str, run: Run) -> None:
     code, out, _ = run("inspect", path)
     assert code == 0
     assert re.search(r"names beyond tensors, none imported or run: .*songbird\.", out)
-    code, out, _ = run("inspect", path, "--check")
+    code, out, _ = run("inspect", path, "--check", "--fail-on", "acting,unknown")
     assert code == 1
-    assert re.search(r"unsafe +songbird\.[\w.]+: named by the pickle, not needed by tensors, not run", out)
+    assert re.search(r"(acting|unknown) +songbird\.[\w.]+: named by the pickle, not needed by tensors, not run", out)
     code, out, _ = run("inspect", path, "--check", "--json")
     (report,) = json.loads(out)["result"]
-    assert code == 1
+    assert code == ("acting" in report["kinds"].values())  # calls; a class alone is unknown
     assert any(one.startswith("songbird.") for one in report["unsafe"])
-    assert {one["kind"] for one in report["check"]["findings"]} == {"unsafe"}
+    assert {one["kind"] for one in report["check"]["findings"]} <= {"acting", "unknown"}
 
 
 def test_a_name_behind_a_name_that_tensors_need_is_not_needed_by_tensors(run: Run) -> None:
@@ -367,7 +367,7 @@ def test_a_name_behind_a_name_that_tensors_need_is_not_needed_by_tensors(run: Ru
     )
     code, out, _ = run("inspect", zipped(beside(behind)), "--check")
     assert code == 1
-    assert "unsafe  torch._utils._rebuild_tensor_v2.__globals__.__getitem__" in out
+    assert "acting  torch._utils._rebuild_tensor_v2.__globals__.__getitem__" in out
 
 
 def test_files_of_tensors_alone_pass_the_gate(run: Run) -> None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,8 +52,15 @@ def command(
         bool, typer.Option("--hash", help="Read the data: a hash of each tensor, and one of all together.")
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Read all: exit 1 on damage, NaN, inf, or unsafe names in a pickle.")
+        bool, typer.Option("--check", help="Read all: exit 1 on damage, NaN, inf, or names in a pickle that act.")
     ] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND", help="With --check: what makes the exit code 1 (acting,unknown,nan,crc,...)."),
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="With --check: names in a pickle that pass.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Show what a checkpoint holds; runs nothing that is in it."""
@@ -63,17 +70,27 @@ def command(
         raise UsageError("--hash is of single tensors: it does not go with --depth")
     if flat and depth:
         raise UsageError("--flat and --depth contradict each other")
+    if (fail_on or allow) and not check:
+        raise UsageError("--fail-on and --allow go with --check")
+    gate: dict[str, Any] = {}
+    if check:
+        from ckptool.core.findings import failing
+
+        kinds = None if not fail_on else [kind.strip() for text in fail_on for kind in text.split(",")]
+        gate = {"check": True, "fail_on": failing(kinds), "allow": allow or []}
     reports = []
     failed = render.Failures(len(files))
     for path in files:
         with failed.kept():
-            report = _inspected(path, root, include or [], exclude or [], stats, hashes, check)
+            report = _inspected(path, root, include or [], exclude or [], stats, hashes, gate)
             reports.append(replace(report, path=path))
     notes = [
         f"{report.path}: {pattern} fits no key"
         for report in reports
         for pattern in keys.unused_patterns([*(include or []), *(exclude or [])], _keys(report))
     ]
+    names = [name for report in reports for name in report.unsafe]
+    notes += [f"--allow {pattern} fits no name" for pattern in keys.unused_patterns(allow or [], names)]
     chosen = [(report, _chosen(report, include or [], exclude or [], sort)) for report in reports]
     for text in () if as_json else notes:
         render.note(text)
@@ -99,21 +116,20 @@ def command(
         elif not check:
             lines += ([render.safe(prefix)] if prefix else []) + _folded(rows, prefix)
         render.show(lines if lines[-1] else lines[:-1])
-    return failed.exit_code or int(any(report.check and report.check.findings for report in reports))
+    return failed.exit_code or int(any(report.check and report.check.fails for report in reports))
 
 
 def _inspected(
-    path: str, root: str | None, include: list[str], exclude: list[str], stats: bool, hashes: bool, check: bool
+    path: str, root: str | None, include: list[str], exclude: list[str], stats: bool, hashes: bool, gate: dict[str, Any]
 ) -> InspectReport:
-    if not (stats or hashes or check):
+    if not (stats or hashes or gate):
         return ckptool.inspect(path, root=root)
     # numpy's BLAS starts a thread per core, for matrix products that are not needed here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     opened = ckptool.open(path, root=root)
-    with bar(lambda: volume(opened, keys.chooser(include, exclude), check=check)) as progress:
+    with bar(lambda: volume(opened, keys.chooser(include, exclude), check=bool(gate))) as progress:
         return ckptool.inspect(
-            opened, root=root, stats=stats, hashes=hashes, check=check, include=include, exclude=exclude,
-            progress=progress,
+            opened, root=root, stats=stats, hashes=hashes, include=include, exclude=exclude, progress=progress, **gate
         )  # fmt: skip
 
 
@@ -191,16 +207,20 @@ def _notes(report: InspectReport) -> list[str]:
         found.append(text + (f", absent in {plural(absent, 'BatchNorm layer')}" if absent else ""))
     if report.loose:
         found.append(f"not in the state_dict: {', '.join(report.loose)}")
-    return found + _foreign_names(report.unsafe) + list(report.notes)
+    return found + _foreign_names(report) + list(report.notes)
 
 
-def _foreign_names(names: list[str]) -> list[str]:
-    """Returns a line with the pickled names that tensors do not need; classes of torch.nn are only counted."""
-    layers = [name for name in names if name.startswith("torch.nn.modules.")]
-    others = [name for name in names if not name.startswith("torch.nn.modules.")]
-    if layers:
-        others.append(f"{len(layers)} class{'es' if len(layers) > 1 else ''} of torch.nn")
-    return [f"names beyond tensors, none imported or run: {', '.join(others)}"] if others else []
+def _foreign_names(report: InspectReport) -> list[str]:
+    """Returns a line with the pickled names that tensors do not need, by kind; classes of torch.nn are only counted."""
+    groups = []
+    for kind in ("acting", "unknown", "ordinary"):
+        names = [name for name, one in report.kinds.items() if one == kind]
+        layers = [name for name in names if kind == "ordinary" and name.startswith("torch.nn.modules.")]
+        names = [name for name in names if name not in layers]
+        if layers:
+            names.append(f"{len(layers)} class{'es' if len(layers) > 1 else ''} of torch.nn")
+        groups += [f"{', '.join(names)} ({kind})"] if names else []
+    return [f"names beyond tensors, none imported or run: {'; '.join(groups)}"] if groups else []
 
 
 def _folded(rows: list[TensorRow], prefix: str) -> list[str]:
@@ -256,7 +276,7 @@ def _checked(check: "Check") -> list[str]:
     lines = []
     for kind in KINDS:
         found = [finding for finding in check.findings if finding.kind == kind]
-        lines += [[kind, finding.key or "", finding.text] for finding in found[:20]]
+        lines += [[kind, one.key or "", one.text + ", let pass" * bool(one.passes)] for one in found[:20]]
         if len(found) > 20:
             lines.append([kind, "", f"{len(found) - 20:,} more (--json has all)"])
     lines += [["unchecked", "", text] for text in check.unchecked]

@@ -47,7 +47,8 @@ class Checkpoint:
     """A checkpoint file (or directory of shards), its tensors not read.
 
     ``root`` is the path to the weights in ``tree``. ``metadata`` is safetensors' ``__metadata__``.
-    ``nbytes`` is the size of the file(s). ``names`` are all classes and functions that its pickle names.
+    ``nbytes`` is the size of the file(s). ``names`` are all classes and functions that its pickle names, again with
+    ``()`` behind the second where it calls one that is on no list (see `ckptool.core.pickled_names`).
     ``problems`` are the contradictions of shards and index; ``broken``: tensors are missing. ``trailing`` says what
     follows the end of the content in the file, if anything does. ``notes`` say by which rule one of several sets in a
     directory was read, and what else lies there.

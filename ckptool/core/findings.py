@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
 
-Kind = Literal["index", "offsets", "trailing", "crc", "data", "nan", "inf", "unsafe"]
+from ckptool.core.keys import fits, texts
+from ckptool.core.pickled_names import NameKind
+from ckptool.errors import UsageError, near
 
-KINDS: tuple[Kind, ...] = ("index", "offsets", "trailing", "crc", "data", "nan", "inf", "unsafe")
+Kind = Literal[
+    "index", "offsets", "trailing", "crc", "data", "nan", "inf", "acting", "unknown", "ordinary"
+]  # fmt: skip
+
+KINDS: tuple[Kind, ...] = (
+    "index", "offsets", "trailing", "crc", "data", "nan", "inf", "acting", "unknown", "ordinary",
+)  # fmt: skip
 """All kinds of finding, in the order of a report."""
+
+FAIL_ON = KINDS[: KINDS.index("unknown")]
+"""The kinds of finding that fail a check, if nothing else is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +71,17 @@ class Finding:
 
     ``index``: shards and their index contradict each other. ``offsets``: a zip member is not at the directory's
     offset. ``trailing``: more follows the end of the content, and is not read. ``crc``: bytes differ from their
-    checksum. ``data``: they cannot be read. ``nan``, ``inf``: ``count`` elements are NaN or infinite. ``unsafe``: the
-    pickle names classes or functions that tensors do not need.
-    ``key`` is below root, or a whole path.
+    checksum. ``data``: they cannot be read. ``nan``, ``inf``: ``count`` elements are NaN or infinite. ``acting``,
+    ``unknown``, ``ordinary``: a class or function that the pickle names and tensors do not need (see
+    `ckptool.core.pickled_names`; ordinary ones only if they are to fail).
+    ``key`` is below root, or a whole path. ``passes`` is True for a finding that does not fail the check, else None.
     """
 
     kind: Kind
     text: str
     key: str | None = None
     count: int | None = None
+    passes: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +91,49 @@ class Check:
     findings: list[Finding] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
+    @property
+    def fails(self) -> bool:
+        """Returns whether there is a finding that does not pass."""
+        return not all(finding.passes for finding in self.findings)
+
+
+def failing(fail_on: Sequence[str] | None) -> tuple[Kind, ...]:
+    """Returns the kinds of finding that fail a check. Raises: UsageError for what is none."""
+    if fail_on is None:
+        return FAIL_ON
+    kinds = texts(fail_on, "fail_on")
+    for wanted in kinds:
+        if wanted not in KINDS:
+            raise UsageError(f"--fail-on knows {', '.join(KINDS)}; not {wanted!r}{near(wanted, KINDS)}")
+    return cast("tuple[Kind, ...]", tuple(kinds))
+
 
 def check(
-    problems: Sequence[str], trailing: str, unsafe: Sequence[str], found: Iterable[Finding], unchecked: Sequence[str]
+    problems: Sequence[str],
+    trailing: str,
+    names: Mapping[str, NameKind],
+    found: Iterable[Finding],
+    unchecked: Sequence[str],
+    fail_on: Sequence[str] | None = None,
+    allow: Sequence[str] = (),
 ) -> Check:
-    """Returns all findings, by kind: those of the headers, and those ``found`` in the bytes."""
+    """Returns all findings, by kind: those of the headers, and those ``found`` in the bytes.
+
+    ``names`` are {name: kind} of what the pickle names; ``fail_on`` the kinds that fail (None: `FAIL_ON`); names that
+    fit a pattern of ``allow`` pass. Raises: UsageError for a kind that is none.
+    """
+    fails = failing(fail_on)
     findings = [
         *(Finding("index", text) for text in problems),
         *([Finding("trailing", trailing)] if trailing else []),
         *found,
-        *(Finding("unsafe", f"{name}: named by the pickle, not needed by tensors, not run") for name in unsafe),
     ]
+    for name, kind in names.items():
+        if kind == "tensor" or (kind == "ordinary" and kind not in fails):
+            continue
+        passes = any(fits(pattern, name) for pattern in allow) or None
+        findings.append(Finding(kind, f"{name}: named by the pickle, not needed by tensors, not run", passes=passes))
+    findings = [one if one.kind in fails else replace(one, passes=True) for one in findings]
     return Check(sorted(findings, key=lambda finding: KINDS.index(finding.kind)), list(unchecked))
 
 

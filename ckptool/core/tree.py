@@ -80,7 +80,7 @@ class PyObject(metaclass=Global):
     pairs: tuple[int, dict[Any, Any]] | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PyObject:
-        made = cls(*args, **kwargs)  # type(cls).__call__
+        made = Global.__call__(cls, *args, **kwargs)
         made.called = False
         return made
 

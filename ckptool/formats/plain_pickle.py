@@ -58,7 +58,7 @@ def read(probe: Probe) -> Checkpoint:
         _refuse_joblib(pickled)
         raise
     nested = _Nested(file.span(0, 0))
-    builders = {**rebuild.builders, ("torch.storage", "_load_from_bytes"): nested.storage}
+    builders = {**rebuild.builders, _STORAGE: nested.storage}
     tree, names = pickles.load(pickled, builders=builders)
     for name, what in _REFUSED.items():
         if name in names:
@@ -67,8 +67,11 @@ def read(probe: Probe) -> Checkpoint:
         what = f"a plain pickle ends at byte {end}, and {file.size - end} bytes follow it{calls(names)}"
         raise FormatError(what, file.path)
     tree = pickles.with_arrays(tree, names, file.span(0, 0), keep=False)
-    every = tuple(dict.fromkeys((*names, *nested.names)))
+    every = tuple(name for name in dict.fromkeys((*names, *nested.names)) if name != _STORAGE)  # its bytes were read
     return Checkpoint(tree, url=file.path, nbytes=file.size, names=every)
+
+
+_STORAGE = ("torch.storage", "_load_from_bytes")
 
 
 def _refuse_joblib(pickled: bytes) -> None:

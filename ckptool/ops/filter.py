@@ -125,7 +125,8 @@ def _select(
         notes += _retied(kept, origin, checkpoint, same)
         outside = [path_text(path) for path, key, _ in checkpoint.beside() if key is None]
         notes += [f"not taken from {checkpoint.url}: {listed(outside)}"] if outside else []
-    merged = base.with_state_dict(kept, objects)
+    every = tuple(dict.fromkeys(name for checkpoint in sources for name in checkpoint.names))
+    merged = replace(base.with_state_dict(kept, objects), names=every)
     if len(kept) != len(base.state_dict()):
         notes += optimizer_notes(merged)
     notes += _module_notes(base)

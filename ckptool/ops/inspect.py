@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptool.core import keys as names
 from ckptool.core import modules, optimizers, roots
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.core.pickled_names import is_needed_for_tensors
+from ckptool.core.pickled_names import NameKind, beyond_tensors
 from ckptool.core.tensor import Storage, TensorInfo
 from ckptool.core.tree import Global, Path, PyObject, as_mapping, attributes, nodes, path_text, walk
 
@@ -54,7 +54,8 @@ class InspectReport:
     """``nbytes`` is the file's size. ``parameters`` counts elements, each tie group once, counters aside.
 
     ``stored_nbytes`` is the size of all storages in the file, ``used_nbytes`` the part of it that tensors use.
-    ``unsafe``: the names in the pickle that tensors do not need; none was imported or called.
+    ``unsafe``: the names in the pickle that tensors do not need; none was imported or called. ``kinds``: the kind of
+    each: ordinary, unknown or acting (see `ckptool.core.pickled_names`).
     ``counters``: how many BatchNorm layers have num_batches_tracked, and how many lack it. ``loose``: tensors of an
     nn.Module that are not in its state_dict. ``inside``: the tensors inside entries that are no tensors, such as packed
     parameters, with the keys ENTRY/PATH.
@@ -89,6 +90,7 @@ class InspectReport:
     prefixes: list[PrefixStats] | None = None
     hash: str | None = None
     check: Check | None = None
+    kinds: Mapping[str, NameKind] = field(default_factory=dict)
 
 
 def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
@@ -124,16 +126,14 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
                 parameters += tensor.numel
     keys = list(tensors)
     node = checkpoint.at(checkpoint.root)
-    unsafe = {
-        f"{_module(module)}.{name}" for module, name in checkpoint.names if not is_needed_for_tensors(module, name)
-    }
+    kinds = beyond_tensors(checkpoint.names)
     return InspectReport(
         checkpoint.url,
         checkpoint.format,
         path_text(checkpoint.root),
         checkpoint.nbytes,
         rows,
-        sorted(unsafe),
+        list(kinds),
         parameters,
         sum(nbytes for _, nbytes in by_dtype.values()),
         by_dtype,
@@ -153,6 +153,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         checkpoint.metadata,
         list(checkpoint.problems),
         [*checkpoint.notes, *_notes(checkpoint, node)],
+        kinds=kinds,
     )
 
 
@@ -162,10 +163,6 @@ def volume(checkpoint: Checkpoint, choose: Callable[[str], bool], *, check: bool
         return max(_stored_and_used(checkpoint)[0], checkpoint.nbytes)
     tensors = checkpoint.state_dict() | checkpoint.inside()
     return sum({one.view: one.nbytes for key, one in tensors.items() if choose(key)}.values())
-
-
-def _module(module: str) -> str:
-    return {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
 
 
 def _stored_and_used(checkpoint: Checkpoint) -> tuple[int, int]:

@@ -23,8 +23,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from ckptool.core.pickled_names import CALLED, is_function, kind
 from ckptool.core.tensor import Span
-from ckptool.core.tree import Global, nodes, walk
+from ckptool.core.tree import Global, PyObject, nodes, walk
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 from ckptool.limits import MAX_DIGITS, MAX_GLOBALS, MAX_MEMO, MAX_NAME, MAX_TUPLES, MAX_WIDE
 from ckptool.pickling import guard as nesting
@@ -307,6 +308,32 @@ def _decoded(raw: Any, errors: str = "strict") -> tuple[str, int]:
 codecs.register({_PYTHON_2: codecs.CodecInfo(codecs.latin_1_encode, _decoded, name=_PYTHON_2)}.get)
 
 
+class _Watched(Global):
+    """A stand-in that notes whether the pickle calls it, where it is a function, or calls what it returned."""
+
+    is_called = False
+
+    @classmethod
+    def named(mcs, module: str, qualname: str) -> Global:
+        made = super().named(module, qualname)
+        type.__setattr__(made, "__call__", _call_of_result)
+        if is_function(qualname):  # so that INST and OBJ without arguments call it, as they would a function
+            type.__setattr__(made, "__getinitargs__", None)
+        return made
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> PyObject:
+        if is_function(cls.qualname) and kind(cls.module, cls.qualname) == "unknown":
+            type.__setattr__(cls, "is_called", True)
+        return super().__call__(*args, **kwargs)
+
+
+def _call_of_result(self: PyObject, *args: Any) -> PyObject:
+    function = self.state[0] if isinstance(self.state, tuple) and self.state else None
+    if not (self.qualname == "partial" and isinstance(function, Global) and function.qualname.endswith(".__new__")):
+        type.__setattr__(type(self), "is_called", True)
+    return PyObject.__call__(self, *args)
+
+
 class _Unpickling:
     """One run of the C unpickler; ``found`` has the classes and functions that the pickle names."""
 
@@ -314,6 +341,7 @@ class _Unpickling:
         self.builders = builders
         self.persistent_load = persistent_load
         self.found: dict[tuple[str, str], Any] = {}
+        self.getattr_called: set[tuple[str, str]] = set()
         self.most, self.longest = MAX_GLOBALS.now(), MAX_NAME.now()
 
     def find_class(self, module: str, qualname: str) -> Any:
@@ -328,17 +356,26 @@ class _Unpickling:
                 found = Builder(module, qualname, self.builders[name])
             elif name in _GETATTR:
                 found = Builder(module, qualname, self._getattr)
+            elif name == _FROM_TYPE:
+                found = Builder(module, qualname, _from_type)
             else:
-                found = Global.named(module, qualname)
+                known = kind(module, qualname) in ("tensor", "acting")
+                found = (Global if known else _Watched).named(module, qualname)
             self.found[name] = found
         return found
+
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """Returns all names, and those that act because they are called a second time, with `CALLED` behind them."""
+        called = [name for name, one in self.found.items() if isinstance(one, _Watched) and one.is_called]
+        called += list(self.getattr_called)
+        return (*self.found, *((module, f"{qualname}{CALLED}") for module, qualname in called))
 
     def _getattr(self, *args: Any) -> Any:
         """Returns a nested class, ``Outer.Inner``, which protocol 2 names by a call of getattr."""
         if len(args) == 2 and isinstance(args[0], Global) and isinstance(args[1], str):
             return self.find_class(args[0].module, f"{args[0].qualname}.{args[1]}")
-        made = Global.named("builtins", "getattr")
-        return made(*args)
+        self.getattr_called |= _GETATTR & self.found.keys()
+        return Global.named("builtins", "getattr")(*args)
 
     def run(self, buffer: bytes, start: int) -> Any:
         # The unpickler reads large blocks from a file that has peek(); from a bare BytesIO it reads each argument.
@@ -361,6 +398,16 @@ class _Unpickling:
         stream = io.BytesIO(buffer)
         stream.seek(start)
         return unpickler(stream, self.find_class, self.persistent_load or _no_persistent_id, _PYTHON_2).load()
+
+
+_FROM_TYPE = ("torch._tensor", "_rebuild_from_type_v2")
+
+
+def _from_type(*args: Any) -> PyObject:
+    """Returns the stand-in of this call; a function that it would call is noted as called, where no builder does so."""
+    if len(args) > 2 and callable(args[0]) and isinstance(args[2], tuple):
+        args[0](*args[2])
+    return Global.named(*_FROM_TYPE)(*args)
 
 
 _GETATTR = {("__builtin__", "getattr"), ("builtins", "getattr")}
@@ -412,7 +459,7 @@ def load(
     finally:
         if enabled:
             gc.enable()
-    return made, tuple(unpickling.found)
+    return made, unpickling.names()
 
 
 def stand_in(value: Any, leaf: Callable[[Any], Any]) -> Any:

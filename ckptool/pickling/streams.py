@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from ckptool.core.pickled_names import is_needed_for_tensors
+from ckptool.core.pickled_names import beyond_tensors
 from ckptool.errors import FormatError, listed
 from ckptool.limits import MAX_PICKLE
 from ckptool.pickling import load as pickles
@@ -94,5 +94,5 @@ class PickleStream:
 
 def calls(names: Iterable[tuple[str, str]]) -> str:
     """Returns what a message adds on the names that tensors do not need; "" if there is none."""
-    others = [f"{module}.{name}" for module, name in names if not is_needed_for_tensors(module, name)]
-    return f"; its pickles name {listed(others)}, which was not run" if others else ""
+    others = beyond_tensors(names)
+    return f"; its pickles name {listed(list(others))}, which was not run" if others else ""
