@@ -441,33 +441,28 @@ def plan_partial(
     from ckptool.values.adapt import read_object
     from ckptool.values.blocks import same_bytes
 
-    if optimizer not in (None, "drop", "remap"):
-        raise UsageError(f"optimizer is drop or remap, not {optimizer!r}")
-    if type(seed) is not int:
-        raise UsageError(f"seed is a whole number, not {kind_of(seed)}")
+    keys.expect(optimizer in (None, "drop", "remap"), "optimizer", "drop or remap", optimizer)
+    keys.expect(type(seed) is int, "seed", "a whole number", seed)
     keys.expect_texts(add_prefix=add_prefix)
     keys.expect_numbers(0, new_lr_mult=new_lr_mult, weight_decay=weight_decay)
     include, exclude, strip_prefix = keys.all_texts(include=include, exclude=exclude, strip_prefix=strip_prefix)
     options = op.Options(
         [(pattern, adapters.parse(text)) for pattern, text in keys.pairs(adapt, "adapt", "adapter")],
-        keys.pairs(init, "init", "rule"), keys.texts(init_preset, "init_preset"), seed,
-        keys.texts(freeze, "freeze"), new_lr_mult, weight_decay, optimizer, include, exclude, strip_prefix, add_prefix,
+        keys.pairs(init, "init", "rule"), keys.texts(init_preset, "init_preset"), seed, keys.texts(freeze, "freeze"),
+        new_lr_mult, weight_decay, optimizer, include, exclude, strip_prefix, add_prefix, allow_unused,
     )  # fmt: skip
-    opened = None if source is None else open(source, root)
+    opened = None if source is None else _open_whole(open(source, root))
     origins: dict[str, str] = {}
     if rules is not None and opened is not None:
         opened, renamed = remap(opened, rules, allow_unused=allow_unused)
         origins = {row.new: " + ".join(row.old) for row in renamed.map}
     classes: dict[str, str] | None = None
     if isinstance(target, (Checkpoint, str, os.PathLike, Mapping)):
-        into = open(target)
+        into = _open_whole(target)
     else:
         from ckptool.partial import live
 
         into, classes = live.checkpoint_of(target, opened, strip_prefix, add_prefix), live.classes_of(target)
-    for checkpoint in (opened, into):
-        if checkpoint is not None:
-            checkpoint.require_whole()
     with Files() as files:
         planned, report = op.load_partial(
             opened, into, options, same=partial(same_bytes, files=files), read=read_object, classes=classes,
@@ -482,6 +477,7 @@ def plan_partial(
                 tree = replaced(tree, (*planned.root, key), value)
             planned = replace(planned, tree=tree)
             report = report.with_states({key: origins.get(name, name) for key, (name, _) in states.items()})
+    op.refuse_unset(planned, report)
     return planned, report
 
 
@@ -518,16 +514,20 @@ def load_partial(
     Raises: what `plan_partial` raises, StrictError, DependencyError without torch.
     """
     from ckptool.partial import live
+    from ckptool.partial.plan import UnsetError
 
     if not isinstance(map_location, live.refuse_no_module(model).device):
         _tags(map_location)
     if optimizer == "remap":
         raise UsageError("load_partial carries no optimizer state: plan_partial and save write it to a file")
-    planned, report = plan_partial(
-        source, model, rules=rules, allow_unused=allow_unused, adapt=adapt, init=init, init_preset=init_preset,
-        seed=seed, freeze=freeze, new_lr_mult=new_lr_mult, weight_decay=weight_decay, optimizer=optimizer,
-        include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix, root=root,
-    )  # fmt: skip
+    try:
+        planned, report = plan_partial(
+            source, model, rules=rules, allow_unused=allow_unused, adapt=adapt, init=init, init_preset=init_preset,
+            seed=seed, freeze=freeze, new_lr_mult=new_lr_mult, weight_decay=weight_decay, optimizer=optimizer,
+            include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix, root=root,
+        )  # fmt: skip
+    except UnsetError as error:  # what is missing is judged first
+        planned, report = error.planned
     if strict and (failed := report.not_strict()):
         raise StrictError(f"{', '.join(failed)}: {report.summary()}", type(model).__name__)
     return replace(report, **live.copy_into(model, planned, report.written, map_location, assign))

@@ -109,7 +109,7 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "diff safetensors": (["diff", SAFE, FULL], f"{READ} {TORCH} {SAFETENSORS} cli.diff ops ops.diff ops.notes"),
     "filter": (
         ["filter", "--match", FULL, OLD, "-o", "out.pth"],
-        f"{WRITE} {TORCH} {MERGE} cli.filter cli.plans",
+        f"{WRITE} {TORCH} {MERGE} cli.filter cli.plans shlex",
     ),
     "convert": (
         ["convert", SAFE, "-o", "out.pth"],

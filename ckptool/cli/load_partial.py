@@ -18,7 +18,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError, listed
 from ckptool.partial import adapters, presets
 from ckptool.partial import init as init_rules
-from ckptool.partial.plan import LoadPartialReport, unwritable
+from ckptool.partial.plan import LoadPartialReport, UnsetError, refuse_unset, unwritable
 from ckptool.saving import SaveOptions
 from ckptool.text import percent, plural
 
@@ -105,21 +105,26 @@ def command(
     outputs.check([] if output is None else [output], inputs, groups_out)
     if model is not None:
         target = build(model, arg or [])
-    checkpoint, report = ckptool.plan_partial(
-        opened, target, rules=options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None,
-        allow_unused=allow_unused,
-        adapt=[(pattern, adapter.text) for pattern, adapter in map(adapters.parse_option, adapt or ())],
-        init=[init_rules.parse_option(text) for text in init or ()],
-        init_preset=init_preset or (), seed=seed, freeze=freeze or (), new_lr_mult=new_lr_mult,
-        weight_decay=weight_decay, optimizer=optimizer, include=include or (), exclude=exclude or (),
-        strip_prefix=strip_prefix or (), add_prefix=add_prefix,
-    )  # fmt: skip
+    changes = options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None
+    try:
+        checkpoint, report = ckptool.plan_partial(
+            opened, target, rules=changes, allow_unused=allow_unused,
+            adapt=[(pattern, adapter.text) for pattern, adapter in map(adapters.parse_option, adapt or ())],
+            init=[init_rules.parse_option(text) for text in init or ()],
+            init_preset=init_preset or (), seed=seed, freeze=freeze or (), new_lr_mult=new_lr_mult,
+            weight_decay=weight_decay, optimizer=optimizer, include=include or (), exclude=exclude or (),
+            strip_prefix=strip_prefix or (), add_prefix=add_prefix,
+        )  # fmt: skip
+    except UnsetError as error:  # refused where it would be written, after the gates
+        checkpoint, report = error.planned
     if model is not None:
-        if foreign := unwritable(checkpoint):
+        if foreign := unwritable(checkpoint, report.unset):
             raise UsageError(f"the model's state_dict holds what cannot be written: {listed(foreign, 20)}")
         report = replace(report, notes=[f"imported and ran {model}, your own code, to build the model", *report.notes])
     failed = plans.failed(report, least, require or [], strict)
     if not failed:
+        if output is not None:
+            refuse_unset(checkpoint, report)
         report = outputs.write(checkpoint, output, report)
         outputs.write_beside(groups_out, groups_document(report))
     begin = heading(dry_run, output, failed)

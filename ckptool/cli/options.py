@@ -25,7 +25,7 @@ StripPrefix = Annotated[Texts, typer.Option(metavar="P", help="Remove a prefix f
 AddPrefix = Annotated[str | None, typer.Option(metavar="P", help="Add a prefix to the source's keys.")]
 Rename = Annotated[Texts, typer.Option(metavar="A=B", help="Rename segments; {i} and * match one each.")]
 RulesFiles = Annotated[Texts, typer.Option(metavar="FILE", help="Rules from a TOML or JSON file.")]
-AllowUnused = Annotated[bool, typer.Option("--allow-unused", help="Allow rules that match no key.")]
+AllowUnused = Annotated[bool, typer.Option("--allow-unused", help="Allow rules and patterns that match no key.")]
 MinLoaded = Annotated[
     str | None, typer.Option(metavar="90%", help="Exit 1 if fewer of the target's parameters are loaded.")
 ]

@@ -129,6 +129,30 @@ def unused_patterns(patterns: Iterable[str], keys: Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(fits(pattern, key) for key in listed)]
 
 
+def near_pattern(pattern: str, keys: Iterable[str]) -> str:
+    """Returns `` (did you mean head.*?)`` for a pattern that fits no key, if one like it fits some; "" if none does.
+
+    >>> near_pattern("haed.*", ["head.weight"]), near_pattern("head.*", ["net.head.weight"])
+    (' (did you mean head.*?)', ' (did you mean *.head.*?)')
+    """
+    import difflib
+
+    if pattern.startswith("re:"):
+        return ""
+    listed = list(keys)
+    words = list(dict.fromkeys(word for key in listed for word in re.split(r"[./]", key)))[:1000]
+
+    def like(found: re.Match[str]) -> str:
+        close = difflib.get_close_matches(found[0], words, 1)
+        return close[0] if close else found[0]
+
+    tried = re.sub(r"[^./*?[\]]+", like, pattern), f"*.{pattern}", pattern.partition(".")[2]
+    for other in tried:
+        if other.strip("*.") and any(fits(other, key) for key in listed):
+            return f" (did you mean {other}?)"
+    return ""
+
+
 def is_empty(name: str) -> bool:
     """Returns whether a name is empty, or has an empty segment: what a prefix without its dot would leave."""
     return not name or name[0] == "." or name[-1] == "." or ".." in name

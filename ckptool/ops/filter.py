@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ckptool.core import keys as names
@@ -13,8 +14,10 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
 from ckptool.core.tree import Path, ordered_dict, path_text
 from ckptool.core.versions import versioned
-from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, listed
+from ckptool.errors import CollisionError, LossError, NoTensorsError, UsageError, as_options, listed
 from ckptool.ops.notes import (
+    adapter_patterns,
+    adapters_for,
     merge_hint,
     optimizer_notes,
     pattern_notes,
@@ -62,7 +65,11 @@ def filter(
     merge.source_root = "" if renamed else "--root"
     merge.match()
     merge.tie(same)
-    return merge.result(only_matched, [*include, *exclude])
+    made, report = merge.result(only_matched, [*include, *exclude])
+    found = adapters_for(merge.mismatched())
+    given = as_options(("--adapt", f"{at}={how}") for at, how, _ in islice(adapter_patterns(found, found), 8))
+    report.notes.extend([f"load-partial may adapt {listed(found, 3)} ({given})"] if found else [])
+    return made, report
 
 
 _PLAIN = (str, bytes, int, float, type(None))
@@ -313,6 +320,10 @@ class Merge:
         counters = names.is_counter(key) and {offered.form, tensor.form} <= {("dense", ()), ("dense", (1,))}
         return offered.form == tensor.form or counters
 
+    def mismatched(self) -> Iterator[Row]:
+        """Yields the rows of the keys that have no values of a source because shapes or kinds differ."""
+        return (row for key, row in self.rows.items() if row.reason == "mismatched" and key not in self.taken)
+
     def tied(self) -> list[list[str]]:
         """Returns the groups of the target's keys that are one tensor, on meta too, where they share no storage."""
         groups: dict[int, list[str]] = {}
@@ -472,7 +483,7 @@ def _castable(old: str, new: str) -> bool:
 
 
 def _why(offered: TensorInfo, tensor: TensorInfo) -> str | None:
-    if offered.kind != tensor.kind:
+    if offered.kind != tensor.kind and (offered.kind, tensor.kind) != ("dense", "meta"):
         return f"{offered.kind} in the source, {tensor.kind} in the target"
     if offered.shape and tensor.shape and offered.shape[::-1] == tensor.shape:
         return "transposed?"

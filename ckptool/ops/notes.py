@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
+from math import isqrt
 from typing import Any, NamedTuple
 
 from ckptool.core import keys as names
@@ -271,3 +274,84 @@ def _other_roots(checkpoint: Checkpoint) -> list[Checkpoint]:
         if weights and path != checkpoint.root and len(found) < 16:
             found.append(replace(checkpoint, root=path))
     return found
+
+
+# --- adapters of load-partial that would make mismatched shapes fit --------------------------------------------------
+
+_RELATIVE = re.compile(r"rel(?:ative)?_?pos")
+_POSITIONS = re.compile(r"(?:^|[^a-z])(?:pos(?:ition|emb|enc|[^a-z]|$)|pe$)")
+_PATCHES = re.compile(r"patch|proj|embed")
+_IMAGES = re.compile(r"vis|image|patch|vit|pixel")
+_TABLES = re.compile(  # no number before: what stands in every block of a model is no table of words or classes
+    r"(?:[a-z_]\w*[./])*?(?:(?:\w*emb(?:ed\w*)?|wte|\w*heads?|classifier|\w*vocab\w*)(?:[./]\w+){0,3}"
+    r"|(?:\w*fc|\w*logits?|score|output|decoder|predictions|shared|last_linear)(?:[./]\d+)?(?:[./](?:weight|bias))?)"
+)
+
+
+def adapters_for(rows: Iterable[Any]) -> dict[str, str]:
+    """Returns {key: adapter} of the mismatched rows whose key and shapes speak for one adapter of `load-partial`.
+
+    Rows of a tensor fit nearly anything: they are named for a table only (an embedding, a head, its bias), known by its
+    key, and where no other layer takes up what its rows give out. At most 10,000 rows are looked at.
+    """
+    listed_rows = list(islice(rows, 10_000))
+    pairs = [
+        (row.key, tuple(row.source_shape), tuple(row.shape))
+        for row in listed_rows
+        if row.shape and row.source_shape and "float" in (row.dtype or "") and 0 not in (*row.shape, *row.source_shape)
+    ]
+    inner = {
+        sizes for _, old, new in pairs if len(old) == len(new)
+        for sizes in zip(old[1:], new[1:], strict=True) if sizes[0] != sizes[1]
+    }  # fmt: skip
+    found = ((key, _adapter(key.lower(), old, new, inner)) for key, old, new in pairs)
+    return {key: name for key, name in found if name is not None}
+
+
+def _adapter(name: str, old: Sequence[int], new: Sequence[int], inner: Collection[tuple[int, int]]) -> str | None:
+    """Returns the adapter that a key, in lower case, and two shapes speak for."""
+    if len(old) != len(new):
+        flat = len(old) == 4 and len(new) == 5 and new[2] <= 4096
+        return "inflate" if flat and old == (*new[:2], *new[3:]) else None
+    differ = [dim for dim, (one, other) in enumerate(zip(old, new, strict=True)) if one != other]
+    if _RELATIVE.search(name):
+        linear = ":mode=linear" * bool(re.search(r"rel_pos_[a-z]$", name))
+        return f"rel-pos{linear}" if differ == [0] or (len(old) == 3 and 0 not in differ) else None
+    if _POSITIONS.search(name):
+        return "pos-embed" if _are_positions(name, old, new) else None
+    if len(old) == 4 and differ and min(differ) >= 2:
+        image = old[1] <= 16 and old[2] == old[3] and new[2] == new[3] and not (old[2] % 2 or new[2] % 2)
+        return "patch-embed" if image or _PATCHES.search(name) else None
+    if len(old) >= 3 and differ == [1] and old[0] > 1:  # of an image: between layers there are more channels
+        return "in-chans" if min(old[1], new[1]) <= 16 and max(old[1], new[1]) <= 4096 else None
+    table = differ == [0] and (old[0], new[0]) not in inner and _TABLES.fullmatch(name)
+    return "rows" if table else None
+
+
+def _are_positions(name: str, old: Sequence[int], new: Sequence[int]) -> bool:
+    """Returns whether two shapes are of positions in an image: a text's, whose lengths are powers of 2, are not."""
+    if len(old) != 2:
+        return old[0] == new[0] == 1
+    return bool(_IMAGES.search(name)) or not any(
+        all(count > beside and _is_power_of_4(count - beside) for count in (old[0], new[0])) for beside in (0, 2)
+    )
+
+
+def _is_power_of_4(count: int) -> bool:
+    return isqrt(count) ** 2 == count and count & (count - 1) == 0
+
+
+def adapter_patterns(found: Mapping[str, str], differ: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Yields (pattern, adapter, keys) that cover {key: adapter}: one for keys that differ in numbers alone.
+
+    A pattern fits no other key of those whose shapes ``differ``.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key, adapter in found.items():
+        exact = re.sub(r"([*?[])", r"[\1]", key)
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", exact), adapter), []).append(key)
+    for (pattern, adapter), keys in groups.items():
+        if len(keys) > 1 and not any(names.fits(pattern, key) for key in differ if found.get(key) != adapter):
+            yield pattern, adapter, keys
+        else:
+            yield from ((re.sub(r"([*?[])", r"[\1]", key), adapter, [key]) for key in keys)

@@ -92,13 +92,9 @@ class _Plan:
             init, text = self._by_preset(leader, roles[leader])
         elif init and init.method == "default":
             init, text = self._by_default(leader, roles[leader])
-        if init is None:
+        if init is None or init.method == "keep":
             return
-        tensor = self.tensors[keys[0]]
-        if init.method == "keep":
-            if tensor.kind == "meta":
-                self._refuse("it is on meta and has no values to keep: name a rule for it", keys[0])
-        elif len(keys) < len(group):
+        if len(keys) < len(group):
             others = ", ".join(key for key in group if key not in self.wanted)
             self.problems.append(f"{keys[0]} is the same tensor as {others}, which is not to be initialised")
         else:

@@ -362,7 +362,8 @@ def _refuse_meta(model: Any, own: Mapping[str, Any], wanted: Mapping[str, Any], 
     tensors = [*model.named_parameters(), *model.named_buffers()]
     stay = [name for name, value in tensors if value.is_meta and id(value) not in filled and name not in wanted]
     if stay:
-        raise UsageError(f"would stay on meta, since no checkpoint holds them: {listed(stay)}; give them values first")
+        what = f"would stay on meta, since no checkpoint holds them: {listed(stay)}"
+        raise UsageError(f"{what}; give them values first, or name a rule for them in init")
 
 
 def _set_states(model: Any, own: Mapping[str, Any], states: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from ckptool.core import keys as names
@@ -15,13 +16,13 @@ from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import PyObject, nodes, path_text
-from ckptool.errors import UnsupportedError, UsageError, listed
+from ckptool.errors import UnsupportedError, UsageError, as_options, listed
 from ckptool.ops.filter import Merge, Same
-from ckptool.ops.notes import changed_lines, require_tensors, without_optimizers
+from ckptool.ops.notes import adapter_patterns, adapters_for, changed_lines, require_tensors, without_optimizers
 from ckptool.ops.rows import LOADED, FilterReport, Row, counts_of, dims, sourced
 from ckptool.partial import handover, initplan, resume
-from ckptool.partial.adapt import Adapting
-from ckptool.partial.adapters import Adapter
+from ckptool.partial.adapt import COMPUTED, Adapting
+from ckptool.partial.adapters import Adapter, parse
 from ckptool.partial.handover import Group
 from ckptool.text import dims as dims_text
 
@@ -33,9 +34,11 @@ class LoadPartialReport:
     ``loaded_fraction`` is the share of the target's elements (counters aside) that have the source's values.
     ``frozen``: parameters that are not to be trained; ``moving``: frozen BatchNorm layers whose running statistics
     are still updated in train mode. ``groups``: the trained parameters, loaded and new ones apart;
-    ``tied``: other names of parameters that are listed under their first. ``numpy``: the version with which ``seed``
-    gives these values, where random numbers were drawn. ``overflowed``, ``saturated``, ``underflowed``: {key: values
-    that a cast changed in kind} (see `ckptool.core.dtypes.Changed`), known when written; None where there are none.
+    ``tied``: other names of parameters that are listed under their first. ``unset``: keys of a target on meta that have
+    no values yet, neither the source's nor a rule's: such a plan is not written. ``numpy``: the version with which
+    ``seed`` gives these values, where random numbers were drawn. ``overflowed``, ``saturated``, ``underflowed``: {key:
+    values that a cast changed in kind} (see `ckptool.core.dtypes.Changed`), known when written; None where there are
+    none.
     """
 
     rows: list[Row]
@@ -52,6 +55,7 @@ class LoadPartialReport:
     moving: list[str] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
+    unset: list[str] = field(default_factory=list)
     overflowed: dict[str, int] | None = None
     saturated: dict[str, int] | None = None
     underflowed: dict[str, int] | None = None
@@ -167,6 +171,26 @@ class Options:
     exclude: Sequence[str] = ()
     strip_prefix: Sequence[str] = ()
     add_prefix: str | None = None
+    allow_unused: bool = False
+
+
+class UnsetError(UsageError):
+    """Keys of a target on meta would have no values. ``planned``: (checkpoint, report), for gates on the report."""
+
+    planned: tuple[Checkpoint, LoadPartialReport]
+
+
+def refuse_unset(checkpoint: Checkpoint, report: LoadPartialReport) -> None:
+    """Raises UnsetError if keys on meta have no values."""
+    if report.unset:
+        error = UnsetError(_unset_text(report.unset), report.target)
+        error.planned = checkpoint, report
+        raise error
+
+
+def _unset_text(keys: Sequence[str]) -> str:
+    folded = [name for name, _ in names.fold([(key, None) for key in keys])]
+    return f"{listed(folded)}: on meta and has no values to keep: name a rule for it (--init)"
 
 
 def load_partial(
@@ -195,8 +219,10 @@ def load_partial(
     plan.adapt(read)
     plan.tie(same)
     plan.initialise()
+    plan.check_patterns()
     if plan.problems:
         raise UsageError("; ".join(plan.problems), target.url)
+    plan.propose()
     merged, report = plan.result(False, [*options.include, *options.exclude])
     return plan.finished(merged, report, origins or {})
 
@@ -214,16 +240,31 @@ def module_classes(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
-def unwritable(checkpoint: Checkpoint) -> list[str]:
-    """Returns the keys of a live model's state_dict that cannot be written to a file, with the kind of each."""
+def unwritable(checkpoint: Checkpoint, besides: Sequence[str]) -> list[str]:
+    """Returns the keys of a live model's state_dict that cannot be written, with their kinds; none of ``besides``."""
     found = []
+    left = set(besides)
     for key, (_, value) in checkpoint.entries().items():
-        for node in nodes(value):
+        for node in nodes(value) if key not in left else ():
             if isinstance(node, TensorInfo) and node.kind != "dense":
                 found.append(f"{key} ({node.kind})")
             elif isinstance(node, PyObject) and node.qualname != "OrderedDict":
                 found.append(f"{key} ({node.qualname})")
     return list(dict.fromkeys(found))
+
+
+_HINTED = 8
+"""How many adapters a hint names."""
+
+
+def _adapts(adapting: Adapting, text: str, source: TensorInfo, target: TensorInfo) -> bool:
+    if source.dtype != target.dtype and not {source.dtype, target.dtype} <= COMPUTED:
+        return False
+    try:
+        adapting.adapt(parse(text), source, target, "")
+    except (UsageError, UnsupportedError):
+        return False
+    return True
 
 
 _LAZY = ("UninitializedParameter", "UninitializedBuffer")
@@ -245,6 +286,9 @@ class _Plan(Merge):
         self.problems: list[str] = []
         self.refused_keys: set[str] = set()
         self.numpy: str | None = None
+        self.unset: list[str] = []
+        self.needless: list[str] = []
+        self.adapter_hint: str | None = None
 
     def adapt(self, read: Callable[[str], Any] | None) -> None:
         """Applies the adapters to the keys that they were named for."""
@@ -268,10 +312,6 @@ class _Plan(Merge):
                 row, reason="adapted", source_shape=dims(offered), dtype=made.dtype, source_dtype=source_dtype,
                 detail=f"{adapter.text}: {detail}",
             )  # fmt: skip
-        self.notes += [
-            f"--adapt {pattern} fits no key"
-            for pattern in names.unused_patterns([pattern for pattern, _ in self.options.adapt], self.tensors)
-        ]
 
     def tie(self, same: Same) -> None:
         """Ties as `filter` does; a mismatched key that is tied to an adapted one has its values now."""
@@ -295,8 +335,58 @@ class _Plan(Merge):
             import numpy
 
             self.numpy = numpy.__version__
-        self.notes += [f"--init {pattern} fits no key that was not loaded" for pattern in unused]
+        self.unset = [key for key in wanted if self.tensors[key].kind == "meta" and key not in made]
+        self.needless = unused
         self.problems += problems
+
+    def check_patterns(self) -> None:
+        """Refuses patterns that fit no key of the target, unless they may; notes those of init that were not needed."""
+        entries, options = self.target.entries(), self.options
+        wrong: dict[str, str] = {}
+        for option, pairs in (("--adapt", options.adapt), ("--init", options.init)):
+            for pattern in names.unused_patterns(dict.fromkeys(pattern for pattern, _ in pairs), entries):
+                wrong[f"{option} {pattern}"] = names.near_pattern(pattern, entries)
+        if options.allow_unused:
+            self.notes += [f"{given} fits no key" for given in wrong]
+        elif wrong:
+            texts = [f"{given}{like}" for given, like in wrong.items()]
+            self.problems.append(f"patterns that fit no key (--allow-unused lets them): {listed(texts)}")
+        needless = [pattern for pattern in self.needless if f"--init {pattern}" not in wrong]
+        self.notes += [f"--init {pattern} fits no key that was not loaded" for pattern in needless]
+
+    def propose(self) -> None:
+        """Names the adapter in each row whose mismatch it would solve, and makes the hint of them."""
+        adapting = Adapting()
+        tried: dict[object, bool] = {}
+        found: dict[str, str] = {}
+        for key, name in adapters_for(self.mismatched()).items():
+            source, target = self.offers[0].tensors[str(self.rows[key].source)], self.tensors[key]
+            grows = name == "rows" and target.kind == "meta" and target.numel > source.numel
+            text = f"{name}:fill=zero" if grows else name
+            identity = text, source.form, target.form, source.dtype, target.dtype
+            if identity not in tried:
+                tried[identity] = _adapts(adapting, text, source, target)
+            if tried[identity]:
+                found[key] = text
+        for group in self.tied():  # one tensor takes one value
+            theirs = [key for key in group if key in found]
+            if len({self.offers[0].tensors[str(self.rows[key].source)].view for key in theirs}) > 1:
+                for key in theirs:
+                    del found[key]
+        for key, text in found.items():
+            self.rows[key] = replace(self.rows[key], detail=f"{text} would fit")
+        differ = [key for key, row in self.rows.items() if row.source_shape not in (None, row.shape)]
+        self.adapter_hint = self._adapter_hint(list(islice(adapter_patterns(found, differ), _HINTED)))
+
+    def _adapter_hint(self, patterns: Sequence[tuple[str, str, Sequence[str]]]) -> str | None:
+        """Returns the hint: options to add, and how many keys are loaded with them; None without any."""
+        if not patterns:
+            return None
+        keys = [key for _, _, members in patterns for key in members]
+        loaded = {key for key, row in self.rows.items() if row.reason in LOADED} | {*keys}
+        loaded |= {key for group in self.tied() if not loaded.isdisjoint(group) for key in group}
+        options = as_options(("--adapt", f"{pattern}={text}") for pattern, text, _ in patterns)
+        return f"adapting {listed(keys, 3)} would match {len(loaded)} of {len(self.tensors)} ({options})"
 
     def _object_rows(self) -> list[Row]:
         rows = super()._object_rows()
@@ -323,6 +413,7 @@ class _Plan(Merge):
         )
         handover.check(groups, frozen, parameters)
         merged, notes = self._optimizer(merged)
+        notes += [_unset_text(self.unset)] if self.unset else []
         rows = report.rows
         if self.source is None:
             rows = [replace(row, detail=None) if row.reason in ("missing", "bookkeeping") else row for row in rows]
@@ -331,9 +422,10 @@ class _Plan(Merge):
         if adapted:
             notes.append(f"frozen, though not all of their values are the source's: {listed(adapted)}")
         return merged, LoadPartialReport(
-            sourced(rows, {None: origins}), counts_of(rows), None, report.loaded_fraction, report.hint, report.target,
-            report.sources, [*report.notes, *self.notes, *notes], options.seed, self.numpy, frozen,
-            handover.moving_batch_norms(self.tensors, frozen), groups, tied,
+            sourced(rows, {None: origins}), counts_of(rows), None, report.loaded_fraction,
+            report.hint or self.adapter_hint, report.target, report.sources, [*report.notes, *self.notes, *notes],
+            options.seed, self.numpy, frozen, handover.moving_batch_norms(self.tensors, frozen), groups, tied,
+            self.unset,
         )  # fmt: skip
 
     def _optimizer(self, merged: Checkpoint) -> tuple[Checkpoint, list[str]]:
