@@ -396,7 +396,7 @@ def filter(
 
         changes = Rules.parse(rules or []) + prefixes(made.entries(), strip_prefix, add_prefix)
         made, renamed = remap(made, changes, allow_unused=allow_unused)
-        report = rows.followed(report, made, {row.new: row.old for row in renamed.map})
+        report = rows.followed(report, made, renamed)
     return made, report
 
 

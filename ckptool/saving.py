@@ -123,7 +123,7 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
             left_out, nbytes, notes = row.directory_writer().check(checkpoint, url, **options.of_shards)
         else:
             left_out, nbytes = row.writer().check(checkpoint, tags)
-            left_out, notes = left_out + _lost_ties(checkpoint, row), ()
+            left_out, notes = left_out + _lost(checkpoint, row), ()
         uncounted = (UNCOUNTED,) if any(map(_is_cast, checkpoint.state_dict().values())) else ()
         return Saved(url, nbytes, left_out, notes=(*notes, *uncounted, *_acting_notes(checkpoint, row)))
     except CkptoolError as error:
@@ -197,13 +197,15 @@ def _save_file(
         if options.hash_in_name:
             output.rename(_with_hash(url, output.finished(), progress))
         output.commit()
-        return Saved(output.path, output.position, left_out + _lost_ties(checkpoint, row))
+        return Saved(output.path, output.position, left_out + _lost(checkpoint, row))
 
 
-def _lost_ties(checkpoint: Checkpoint, row: formats.Format) -> tuple[str, ...]:
-    """Returns ``untied: b = a`` for each tie of the weights that the format cannot hold."""
+def _lost(checkpoint: Checkpoint, row: formats.Format) -> tuple[str, ...]:
+    """Returns ``untied: b = a`` for each tie of the weights, ``metadata a`` for each entry, that it cannot hold."""
     ties = {} if row.holds.ties else aliases.ties(checkpoint.state_dict())
-    return tuple(f"untied: {alias} = {kept}" for alias, kept in ties.items())
+    entries = {} if row.holds.metadata else aliases.carried(checkpoint.metadata, {})
+    metadata = (f"metadata {name}" for name, text in entries.items() if (name, text) != ("format", "pt"))
+    return (*(f"untied: {alias} = {kept}" for alias, kept in ties.items()), *metadata)
 
 
 def _save_directory(

@@ -1,26 +1,33 @@
-"""Tied weights in formats where names cannot share bytes: Hugging Face's metadata ``{dropped alias: kept name}``.
+"""Names of tensors in metadata: the records of tied weights, and entries that follow a rename.
 
-They are entries of safetensors' ``__metadata__``, or of the index's metadata when sharded. Reading restores a dropped
-alias right after the kept name, several in alphabetical order, as JSON maps are written sorted. Where that is another
-order than the state_dict's, ckptool's own entry `ORDER`, which other readers ignore, has the positions; another,
-`PLAIN`, names the entries that only look like ties: ``{"arch": "conv"}`` beside a tensor ``conv``.
+Formats where names cannot share bytes record ties as Hugging Face does, ``{dropped alias: kept name}``, in safetensors'
+``__metadata__``, or in the index's metadata when sharded. Reading restores a dropped alias right after the kept name,
+several in alphabetical order, as JSON maps are written sorted. Where that is another order than the state_dict's,
+ckptool's own entry `ORDER`, which other readers ignore, has the positions. An entry is a record if it was written as
+one: `ORDER` lists it, or both names have a dot, or both end in the same name. ``{"base_model": "unet"}`` is text.
+`PLAIN` names the entries that only look like ties.
 Source: ``huggingface_hub/serialization/_torch.py`` (`save_torch_state_dict`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
 from ckptool.core.tensor import TensorInfo
+from ckptool.errors import listed
 
 T = TypeVar("T", list[Any], dict[str, Any])
 
+Fates = dict[str, list[str] | None]
+"""{old key: its new keys; none if it was dropped; None if it is no more and other tensors were made of it}."""
+
 ORDER = "ckptool.alias_order"
-"""Metadata entry: JSON ``{alias: position in the state_dict}``, written only if an alias would otherwise move."""
+"""Metadata entry: JSON ``{alias: position in the state_dict}``, if an alias would otherwise move or be text."""
 
 PLAIN = "ckptool.no_alias"
 """Metadata entry: JSON list of the entries that look like ties and are none."""
@@ -43,7 +50,8 @@ def record(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 def described(tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> dict[str, str]:
     """Returns the metadata entries for the aliases of `record`: one for each, and `ORDER` where needed."""
-    if not aliases or _order((name for name in tensors if name not in aliases), aliases) == list(tensors):
+    clear = all(_looks_tied(dropped, kept) for dropped, kept in aliases.items())
+    if clear and _order((name for name in tensors if name not in aliases), aliases) == list(tensors):
         return dict(aliases)
     positions = {name: position for position, name in enumerate(tensors) if name in aliases}
     return {**aliases, ORDER: json.dumps(positions, ensure_ascii=False, separators=(",", ":"))}
@@ -64,13 +72,29 @@ def restored(tensors: dict[str, TensorInfo], metadata: Mapping[str, str]) -> dic
 
 def _recorded(stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, str]:
     """Returns the entries of a file's metadata that record ties: {name that is not stored: stored name}."""
-    listed = _parsed(metadata.get(PLAIN), list)
-    plain = {name for name in listed if isinstance(name, str)}
-    return {
-        dropped: kept
-        for dropped, kept in metadata.items()
-        if kept in stored and dropped not in stored and dropped not in RESERVED and dropped not in plain
-    }
+    ordered = _parsed(metadata.get(ORDER), dict)
+    return {name: kept for name, kept in _alike(stored, metadata) if name in ordered or _looks_tied(name, kept)}
+
+
+def _alike(stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yields the entries {name that is not stored: stored name} of a file's metadata, without those of `PLAIN`."""
+    plain = {name for name in _parsed(metadata.get(PLAIN), list) if isinstance(name, str)}
+    for name, kept in metadata.items():
+        if kept in stored and name not in stored and name not in RESERVED and name not in plain:
+            yield name, kept
+
+
+def _looks_tied(dropped: str, kept: str) -> bool:
+    """Returns whether an entry reads like a tie that Hugging Face recorded, and not like a text."""
+    return ("." in dropped and "." in kept) or dropped.rpartition(".")[2] == kept.rpartition(".")[2]
+
+
+def doubts(stored: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns a note if entries whose text is a stored name are not taken for ties."""
+    found = dict(_alike(stored, metadata))
+    texts = [f"{name}: {found[name]}" for name in found.keys() - _recorded(stored, metadata).keys()]
+    what = f"metadata whose text is a key's name, taken for text and not for a tie: {listed(sorted(texts))}"
+    return (what,) if texts else ()
 
 
 def plain(metadata: Mapping[str, str], stored: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -89,6 +113,18 @@ def carried(metadata: Mapping[str, str], stored: Mapping[str, TensorInfo]) -> di
     return {**found, PLAIN: json.dumps(like, ensure_ascii=False)} if like else found
 
 
+def joined(first: Mapping[str, str], other: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Returns (metadata of two shards, names of the other one's entries left out); JSON lists are put together."""
+    made, left = {**other, **first}, []
+    for name in [name for name, text in other.items() if made[name] != text]:
+        one, more = _json(made[name]), _json(other[name])
+        if isinstance(one, list) and isinstance(more, list) and {str}.issuperset(map(type, (*one, *more))):
+            made[name] = json.dumps([*dict.fromkeys((*one, *more))])
+        else:
+            left.append(name)
+    return made, left
+
+
 def clashes(metadata: Mapping[str, str], aliases: Mapping[str, str]) -> list[str]:
     """Returns the aliases that are also names of metadata entries with another value: one map holds both."""
     return [name for name, kept in aliases.items() if metadata.get(name, kept) != kept]
@@ -96,11 +132,16 @@ def clashes(metadata: Mapping[str, str], aliases: Mapping[str, str]) -> list[str
 
 def _parsed(text: str | None, kind: type[T]) -> T:
     """Returns the JSON list or dict of an entry; an empty one if the entry is absent or not valid."""
-    try:
-        found = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return kind()
+    found = _json(text or "")
     return found if isinstance(found, kind) else kind()
+
+
+def _json(text: str) -> Any:
+    """Returns what a JSON list or object is, None for any other text."""
+    try:
+        return json.loads(text) if text.lstrip()[:1] in ("[", "{") else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _order(stored: Iterable[str], aliases: Mapping[str, str]) -> list[str]:
@@ -119,3 +160,127 @@ def _moved(names: list[str], positions: Mapping[str, int]) -> list[str]:
         moved.extend(islice(others, min(max(positions[name] - len(moved), 0), len(names))))
         moved.append(name)
     return [*moved, *others]
+
+
+# --- metadata that names keys, after these were changed ---------------------------------------------------------------
+
+
+def followed(
+    metadata: Mapping[str, str], before: Iterable[str], moves: Iterable[tuple[str, str]], computed: Iterable[str] = ()
+) -> tuple[Mapping[str, str], list[str]]:
+    """Returns (metadata, notes) with the new keys in place of those ``before``, whose entries go with dropped keys.
+
+    ``moves``: (old key, new key) of the tensors that are what they were; ``computed``: keys that others were made of.
+    What follows: an entry that has a key's name, JSON lists of keys, JSON objects whose names are keys. A name may also
+    be that of a tensor in parts (torchao: ``fc.weight`` of ``fc._weight_qdata`` and ``fc._weight_scale``).
+    The notes say what followed, what went, and what names an old key and stays as it is.
+    """
+    if RESERVED.issuperset(metadata):
+        return metadata, []
+    new: dict[str, list[str]] = {key: [] for key in before}
+    for old, name in moves:
+        new[old].append(name)
+    fates: Fates = {**new, **{key: None for key in computed if not new[key]}}
+    if all(fate == [key] for key, fate in fates.items()):
+        return metadata, []
+    trees = {name: _json(text) for name, text in metadata.items()}
+    fates |= _of_parts(fates, {*metadata, *(text for tree in trees.values() for text in _texts(tree))})
+    gone = {key for key, fate in fates.items() if key not in (fate or ()) and not key.isdigit()}
+    pairs = [(name, to) for name in metadata for to in _entries_of(name, fates)]
+    if len({to for _, to in pairs}) < len(pairs):  # another entry has the new name: none moves
+        pairs = [(name, name) for name in metadata]
+    kept = {name for name, _ in pairs}
+    texts = dict(metadata)
+    moved = [name for name, to in pairs if name != to]
+    stale = [name for name, to in pairs if name == to and name in gone]
+    for name in kept:
+        changed, left = _renamed(trees[name], fates) if trees[name] is not None else (False, [texts[name]])
+        if changed:
+            moved.append(name)
+            texts[name] = json.dumps(trees[name])
+        stale += [name] if any(_names_one(text, gone) for text in left) else []
+    dropped = [name for name in metadata if name not in kept]
+    notes = {"follows its tensors": moved, "went with its tensors": dropped, "names old keys and stays as it is": stale}
+    made = {to: texts[name] for name, to in pairs}
+    return made, [f"metadata that {what}: {listed(sorted({*names}))}" for what, names in notes.items() if names]
+
+
+def _entries_of(name: str, fates: Fates) -> list[str]:
+    """Returns the new names of an entry: its own, unless it is a key's that was renamed or dropped."""
+    fate = None if name in RESERVED else fates.get(name)
+    return [name] if fate is None or not RESERVED.isdisjoint(fate) else fate
+
+
+def _of_parts(fates: Fates, mentioned: set[str]) -> Fates:
+    """Returns the fates of mentioned tensors that torchao stored in parts: they follow if all parts went alike."""
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for key in fates:
+        name, part = max(((name, part) for name, part in _wholes(key) if name in mentioned), default=("", ""))
+        if name and name not in fates:
+            parts.setdefault(name, []).append((key, part))
+    found: Fates = {}
+    for name, pairs in parts.items():
+        ways = []
+        for key, part in pairs:
+            new = [{end: whole for whole, end in _wholes(to)}.get(part) for to in fates[key] or ()]
+            ways.append(None if fates[key] is None or None in new else new)
+        found[name] = ways[0] if all(way == ways[0] for way in ways) else None  # type: ignore[assignment]
+    return found
+
+
+def _wholes(key: str) -> Iterator[tuple[str, str]]:
+    """Yields (tensor, part) for each way to read a key as a part: ``fc._weight_scale``, ``fc.weight:scale``."""
+    tensor, colon, part = key.rpartition(":")
+    if colon:
+        yield tensor, colon + part
+    module, dot, last = key.rpartition(".")
+    if last.startswith("_"):
+        for found in islice(re.finditer("_", last[2:]), 16):  # bounds the work for a hostile name
+            yield f"{module}{dot}{last[1 : found.start() + 2]}", last[found.start() + 2 :]
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Yields all texts of JSON, names included."""
+    stack = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, str):
+            yield node
+        elif isinstance(node, (list, dict)):
+            stack.extend(node)
+            stack.extend(node.values() if isinstance(node, dict) else ())
+
+
+def _renamed(tree: Any, fates: Fates) -> tuple[bool, list[str]]:
+    """Renames the keys in the lists and objects of JSON that hold nothing else; returns (whether any, other texts)."""
+    changed, left, stack = False, [], [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, str):
+            left.append(node)
+        if not isinstance(node, (list, dict)):
+            continue
+        names, values = list(node), []
+        new = [fates.get(name) if isinstance(name, str) else None for name in names]
+        numbers = all(isinstance(name, str) and name.isdigit() for name in names)  # {"0": "cat"} are no keys
+        if None in new or numbers:
+            stack += [*names, *(node.values() if isinstance(node, dict) else ())]
+        elif isinstance(node, list):
+            node[:] = [to for fate in new for to in fate or ()]
+        else:
+            for value, fate in zip(list(node.values()), new, strict=True):
+                same = fates.get(value) if isinstance(value, str) else None
+                values.append(same[0] if same and len(same) == 1 else value)
+                stack += [value] if fate and values[-1] is value and value else []
+            node.clear()
+            node.update((to, value) for fate, value in zip(new, values, strict=True) for to in fate or ())
+        changed = changed or list(node) != names
+    return changed, left
+
+
+def _names_one(text: str, keys: set[str]) -> bool:
+    """Returns whether a text is one of the keys, or has one of several segments as a word."""
+    return text in keys or any("." in word and word.strip(".:") in keys for word in _WORDS.findall(text))
+
+
+_WORDS = re.compile(r"[^\s\"',;=()\[\]{}]+")

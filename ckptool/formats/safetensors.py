@@ -76,7 +76,8 @@ def read(probe: Probe) -> Checkpoint:
         ranges.append((begin, end, name))
     _check_ranges(ranges, file.size - start)
     said = aliases.plain(metadata, tree)
-    return Checkpoint(aliases.restored(tree, metadata), url=file.path, nbytes=file.size, metadata=said)
+    doubts, whole = aliases.doubts(tree, metadata), aliases.restored(tree, metadata)
+    return Checkpoint(whole, url=file.path, nbytes=file.size, metadata=said, notes=doubts)
 
 
 _DIGITS = bytes(0x30 if byte in b"0123456789" else 0 for byte in range(256))

@@ -86,6 +86,7 @@ def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
     names: dict[tuple[str, str], None] = {}
     said = {str(key): str(value) for key, value in (index.get("metadata") or {}).items()}
     metadata: dict[str, str] = {}
+    differ: list[str] = []
     missing: list[str] = []
     twice: dict[str, list[str]] = {}
     trailing: list[str] = []
@@ -99,7 +100,8 @@ def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
         part = open_(path)
         nbytes += part.nbytes
         names.update(dict.fromkeys(part.names))
-        metadata = {**part.metadata, **metadata}
+        metadata, other = aliases.joined(metadata, part.metadata)
+        differ += [f"{shard}: {name}" for name in other]
         trailing += [f"{shard}: {part.trailing}"] if part.trailing else []
         for key, tensor in part.state_dict().items():
             if key in tree:
@@ -109,6 +111,7 @@ def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
             tree[key], shard_of[key] = tensor, shard
     problems, broken = _contradictions(weight_map, tree, shard_of, missing, twice, directory)
     problems += _wrong_size(index, tree)
+    lost = [f"metadata of which another shard's was taken: {listed(differ)}"] if differ else []
     opened = Checkpoint(
         aliases.restored(tree, said),
         format=LABEL,
@@ -119,6 +122,7 @@ def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
         problems=tuple(problems),
         broken=broken,
         trailing="; ".join(trailing),
+        notes=(*aliases.doubts(tree, said), *lost),
     )
     return opened, shards
 

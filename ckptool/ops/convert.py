@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from ckptool.core import aliases
 from ckptool.core import keys as names
-from ckptool.core.aliases import RESERVED
 from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
@@ -74,6 +74,9 @@ def convert(
         made, left_out = _dequantized(tensors, stay, dtype, dequantize, checkpoint.url)
         notes += [_STALE] if made else ["no weight has a scale to multiply by"] if dequantize else []
         tensors = {key: made.get(key, tensor) for key, tensor in tensors.items() if key not in left_out}
+        kept = ((key, key) for key in tensors if key not in made)
+        followed, told = aliases.followed(checkpoint.metadata, checkpoint.entries(), kept, made)
+        checkpoint, notes = replace(checkpoint, metadata=followed), [*notes, *told]
         if dtype is not None:
             tensors, cast = _cast(tensors, dtype, stay)
     if untie:
@@ -182,7 +185,7 @@ def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tup
 
 def _scalars(checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:
     """Returns {name: text} of scalars in the dicts on the path from the top of the tree to the weights."""
-    reserved = [name for name in wanted if name in RESERVED]
+    reserved = [name for name in wanted if name in aliases.RESERVED]
     if reserved:
         raise UsageError(f"{', '.join(reserved)}: reserved by safetensors for another meaning", checkpoint.url)
     found: dict[str, str] = {}

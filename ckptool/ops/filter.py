@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ckptool.core import keys as names
 from ckptool.core import modules
+from ckptool.core.aliases import RESERVED, followed
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
@@ -131,9 +132,13 @@ def _select(
     for checkpoint in sources[1:]:
         notes += _retied(kept, origin, checkpoint, same)
         outside = [path_text(path) for path, key, _ in checkpoint.beside() if key is None]
+        theirs = {name for name, text in checkpoint.metadata.items() if base.metadata.get(name) != text} - RESERVED
+        outside += [f"metadata {name}" for name in sorted(theirs)]
         notes += [f"not taken from {checkpoint.url}: {listed(outside)}"] if outside else []
     every = tuple(dict.fromkeys(name for checkpoint in sources for name in checkpoint.names))
-    merged = replace(base.with_state_dict(kept, objects), names=every)
+    stay = ((key, key) for key in base.entries() if key in kept or key in objects)
+    metadata, told = followed(base.metadata, base.entries(), stay)
+    merged, notes = replace(base.with_state_dict(kept, objects), names=every, metadata=metadata), [*notes, *told]
     if len(kept) != len(base.state_dict()):
         notes += optimizer_notes(merged)
     notes += _module_notes(base)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ckptool.core import modules
+from ckptool.core.aliases import followed
 from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.keys import is_counter
 from ckptool.core.roots import is_flat
@@ -55,7 +56,8 @@ Same = Callable[[TensorInfo, TensorInfo], bool]
 def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -> tuple[Checkpoint, RemapReport]:
     """Returns (checkpoint, report) with the rules applied in order to the keys at root.
 
-    Keys are renamed in ``_metadata``, in optimizer state that is keyed by name, and in ``param_names`` too.
+    Keys are renamed in ``_metadata``, in safetensors' metadata, in optimizer state that is keyed by name, and in
+    ``param_names`` too.
     Raises: CollisionError listing all colliding and empty names and all sizes that do not add up; UsageError for
     rules that match no key (unless ``allow_unused``); NoTensorsError if no tensor would be left.
     """
@@ -252,14 +254,17 @@ def _finished(
 ) -> tuple[Checkpoint, RemapReport]:
     """Returns (checkpoint, report) with the new entries, and key names changed in metadata and optimizer state too."""
     changed = _with_content(checkpoint, node, done, follow)
-    # Metadata that records ties keeps the old names: writers derive these records from the tensors again.
-    changed, notes = _with_renamed_optimizers(changed, done)
+    # Records of ties are not among the metadata: writers derive them from the tensors again.
+    same = ((old, row.new) for row in done.rows if row.op in ("rename", "copy") for old in row.old)
+    computed = (old for row in done.rows if row.op not in ("rename", "copy") for old in row.old)
+    metadata, told = followed(checkpoint.metadata, before, same, computed)
+    changed, notes = _with_renamed_optimizers(replace(changed, metadata=metadata), done)
     content = maps.Map(
         batches, list(before), done.shapes, _broken_ties(checkpoint, before, batches, done),
         follow.paths if follow else {}, follow.lost if follow else {},
     )  # fmt: skip
     saved = maps.written(content, [{"new": row.new, "old": row.old, "op": row.op} for row in done.rows], done.dropped)
-    return changed, RemapReport(done.rows, done.dropped, [], None, saved, [*root_notes([checkpoint]), *notes])
+    return changed, RemapReport(done.rows, done.dropped, [], None, saved, [*root_notes([checkpoint]), *told, *notes])
 
 
 # --- ties --------------------------------------------------------------------------------------------------------

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    from ckptool.ops.remap import RemapReport
 
 Reason = Literal[
     "loaded", "cast", "tied", "adapted", "initialised", "mismatched", "missing", "unexpected", "bookkeeping", "ignored"
@@ -89,8 +92,9 @@ def sourced(rows: Sequence[Row], origins: Mapping[str | None, Mapping[str, str]]
     return made
 
 
-def followed(report: FilterReport, checkpoint: Checkpoint, origins: Mapping[str, Sequence[str]]) -> FilterReport:
-    """Returns the report on a selection after rules gave the ``checkpoint``: {its key: keys of the selection}."""
+def followed(report: FilterReport, checkpoint: Checkpoint, renamed: RemapReport) -> FilterReport:
+    """Returns the report on a selection after rules gave the ``checkpoint``, as ``renamed`` reports."""
+    origins = {row.new: row.old for row in renamed.map}
     chosen = {row.key: row for row in report.rows if row.reason == "loaded"}
     rows = []
     for key, tensor in checkpoint.state_dict().items():
@@ -100,4 +104,5 @@ def followed(report: FilterReport, checkpoint: Checkpoint, origins: Mapping[str,
     used = {name for names in origins.values() for name in names}
     lost = [replace(row, reason="ignored", detail="a rule drops it") for key, row in chosen.items() if key not in used]
     rows += [*lost, *(row for row in report.rows if row.reason != "loaded")]
-    return replace(report, rows=rows, counts=counts_of(rows))
+    notes = [*report.notes, *(note for note in renamed.notes if note not in report.notes)]
+    return replace(report, rows=rows, counts=counts_of(rows), notes=notes)
