@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -369,12 +370,10 @@ def measured(*args: object) -> tuple[int, int, int, str]:
 
 
 @pytest.fixture
-def sparse_dir(tmp_path: Path) -> Iterator[Path]:
-    """A directory that is emptied at once: pytest keeps its own, and what is written here is large."""
-    folder = tmp_path / "sparse"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
+def sparse_dir() -> Iterator[Path]:
+    """A directory on a disk, emptied at once: the tests' own is in memory, and what is reserved here is large."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def eight_gigabytes(last: int) -> dict[str, int]:
