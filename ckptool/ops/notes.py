@@ -294,10 +294,10 @@ def adapters_for(rows: Iterable[Any]) -> dict[str, str]:
     Rows of a tensor fit nearly anything: they are named for a table only (an embedding, a head, its bias), known by its
     key, and where no other layer takes up what its rows give out. At most 10,000 rows are looked at.
     """
-    listed_rows = list(islice(rows, 10_000))
+    named = (row for row in islice(rows, 10_000) if len(row.key) <= 200)  # the expressions take its length squared
     pairs = [
         (row.key, tuple(row.source_shape), tuple(row.shape))
-        for row in listed_rows
+        for row in named
         if row.shape and row.source_shape and "float" in (row.dtype or "") and 0 not in (*row.shape, *row.source_shape)
     ]
     inner = {

@@ -386,6 +386,14 @@ def test_hints_of_thousands_of_mismatches_are_few_and_quick(saved: Saved, run: R
     followed(run, hint, "load-partial", source, "--into", target, "-o", "out.pth")
 
 
+def test_a_hostile_key_costs_nothing(saved: Saved, run: Run) -> None:
+    key = "embed" * 12_000 + "!"
+    source, target = saved({key: torch.zeros(3, 2)}, "source.pth"), saved({key: torch.zeros(4, 2)}, "target.pth")
+    begun = time.perf_counter()
+    document(run, "load-partial", source, "--into", target, "--dry-run")
+    assert time.perf_counter() - begun < 5
+
+
 def test_a_hostile_shape_costs_nothing(saved: Saved, run: Run) -> None:
     wide = {"conv.weight": torch.zeros(1).expand(2, 10**9, 3), "x": torch.zeros(1)}
     source, target = saved(zeros(conv__weight=(2, 3, 3), x=(1,)), "source.pth"), saved(wide, "wide.pth")
