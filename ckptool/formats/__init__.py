@@ -254,8 +254,8 @@ def by_suffix(path: str) -> Format | None:
 
 
 def is_directory(path: str) -> bool:
-    """Returns whether an output path is that of a directory: it ends in a slash, or there is one."""
-    return path.endswith(tuple(filter(None, (os.sep, os.altsep)))) or os.path.isdir(path)
+    """Returns whether an output path is that of a directory: it ends in a slash, or there is one without a suffix."""
+    return path.endswith(tuple(filter(None, (os.sep, os.altsep)))) or (by_suffix(path) is None and os.path.isdir(path))
 
 
 def writable(path: str, name: str | None = None) -> Format:
