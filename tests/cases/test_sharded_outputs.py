@@ -137,8 +137,8 @@ def test_the_name_can_be_chosen_and_a_wrong_one_is_refused(run: Run) -> None:
 @pytest.mark.parametrize("command", FILES)
 def test_a_directory_or_a_slash_as_output_means_shards(command: str, run: Run) -> None:
     torch.save(TENSORS, "x.pth")
-    os.mkdir("there.pth")
-    for output in ("new/", "there.pth", "./"):
+    os.mkdir("there")
+    for output in ("new/", "there", "./"):
         ok(run, *FILES[command]("x.pth"), "-o", output)
         assert load_file(f"{output}/model.safetensors").keys() == TENSORS.keys()
     code, _, err = run(*FILES[command]("x.pth"), "-o", "absent/new/")

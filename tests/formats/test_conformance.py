@@ -316,7 +316,7 @@ def test_rewritten_as_a_stream_it_loads_as_the_same_tree_or_is_refused(name: str
 # --- the order of tied names -----------------------------------------------------------------------------------------
 
 
-def weights(names: str) -> list[str]:
+def named(names: str) -> list[str]:
     return [f"{name}.w" for name in names.split()]
 
 
@@ -344,10 +344,10 @@ def tied(*names: str) -> Checkpoint:
     ],
 )
 def test_tied_names_come_back_where_they_were(names: str, recorded: bool, way: str, tmp_path: Path) -> None:
-    opened = tied(*weights(names))
+    opened = tied(*named(names))
     target = written(opened, way, tmp_path / "x")
     back = open_checkpoint(target)
-    assert list(back.state_dict()) == weights(names)
+    assert list(back.state_dict()) == named(names)
     assert back.shared() == opened.shared()
     assert (aliases.ORDER in said_in(target)) == recorded
     assert not {*back.metadata} - {"format", "total_size"}  # what it says of ties is in the tensors
@@ -369,19 +369,19 @@ def said_in(target: Path) -> dict[str, str]:
      '{"a1.w": 99999999999999999999}', '{"zz": 0}', '{"a.w": 1}', "[" * 100_000],
 )  # fmt: skip
 def test_an_order_that_makes_no_sense_loses_no_name(record: str) -> None:
-    tensors = tied(*weights("a b c")).state_dict()
+    tensors = tied(*named("a b c")).state_dict()
     found = aliases.restored(tensors, {"a1.w": "a.w", "b1.w": "b.w", aliases.ORDER: record})
-    assert sorted(found) == weights("a a1 b b1 c")
+    assert sorted(found) == named("a a1 b b1 c")
     assert found["a1.w"].source is found["a.w"].source
 
 
 def test_the_order_of_other_names_never_travels(tmp_path: Path) -> None:
-    target = written(tied(*weights("a b a1")), "safetensors", tmp_path / "once")
+    target = written(tied(*named("a b a1")), "safetensors", tmp_path / "once")
     assert aliases.ORDER in said_in(target)
     once = open_checkpoint(target)
     fewer = {key: tensor for key, tensor in once.state_dict().items() if key != "b.w"}
     target = written(once.with_state_dict(fewer), "sharded", tmp_path / "again")
-    assert (list(open_checkpoint(target).state_dict()), aliases.ORDER in said_in(target)) == (weights("a a1"), False)
+    assert (list(open_checkpoint(target).state_dict()), aliases.ORDER in said_in(target)) == (named("a a1"), False)
 
 
 @pytest.mark.parametrize("few", [2000, pytest.param(20_000, marks=pytest.mark.slow)])  # both beyond the cache
