@@ -79,7 +79,7 @@ _ORDINARY = {
     "zoneinfo": {"ZoneInfo._unpickle"},
     "numpy": {
         "bool", "bool_", "number", "integer", "floating", "generic", "datetime64", "timedelta64", "str_", "bytes_",
-        "void", "record", "recarray", "matrix", "memmap", "object_", "float128", "longdouble", "intc", "uintc",
+        "void", "record", "recarray", "matrix", "object_", "float128", "longdouble", "intc", "uintc",
         *(f"{kind}{bits}" for kind in ("int", "uint", "float", "complex") for bits in (8, 16, 32, 64, 128, 256)),
     },
     "numpy.rec": {"recarray", "record"},
@@ -108,7 +108,8 @@ _ACTING_PACKAGES = {
 
 _ACTING_CLASSES = {
     "Popen", "Process", "Thread", "Timer", "Pool", "ThreadPool", "ThreadPoolExecutor", "ProcessPoolExecutor", "CDLL",
-    "InteractiveConsole", "InteractiveInterpreter",
+    "InteractiveConsole", "InteractiveInterpreter", "memmap", "DataSource", "PyTorchFileReader", "PyTorchFileWriter",
+    "SummaryWriter", "FileWriter", "FileHandler",
 }  # fmt: skip
 
 

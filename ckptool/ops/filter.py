@@ -352,6 +352,8 @@ class Merge:
             notes += [note for note in wrappers if note not in notes]
         notes += [] if only_matched else _module_notes(self.target)
         notes += self._memory_notes(merged)
+        empty = [key for key, tensor in merged.items() if tensor.kind == "meta"]
+        notes += [f"without values in the output, as {self.target.url} is on meta: {listed(empty)}"] if empty else []
         report = _report(rows, notes, self.sources, self.target.url, self._fraction(), merge_hint(self))
         return checkpoint, report
 

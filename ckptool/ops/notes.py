@@ -46,7 +46,8 @@ def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
         found, root = find_root(one.tree), path_text(one.root)
         others = [path_text(path) or "/" for path in found.others if found.path == one.root]
         if root or others:
-            more = f"; other places (--root): {listed(others)}" if others else ""
+            option = "" if several else " (--root)"  # of several files each has an option of its own
+            more = f"; other places{option}: {listed(others)}" if others else ""
             notes[f"the weights of {one.url} are at {root or 'the top'}{more}"] = None
     return list(notes)
 
@@ -75,7 +76,7 @@ def changed_lines(report: Any) -> list[list[str]]:
 
 
 CHANGES = (
-    ("overflowed", "overflow", "no longer finite"),
+    ("overflowed", "overflow", "no longer finite, or out of an integer's range"),
     ("saturated", "saturated", "cut to the largest of the dtype"),
     ("underflowed", "underflow", "zero now"),
 )

@@ -126,6 +126,8 @@ EVIL: dict[str, Callable[[], Any]] = {
     "runpy": lambda: Call(runpy.run_path, "evil.py"),
     "torch.hub": lambda: Call(torch.hub.load, "a/b", "c"),
     "torch.load": lambda: Call(torch.load, "evil.pth"),
+    "a map of a file that is made": lambda: Call(np.memmap, "victim", "u1", "w+"),
+    "a reader of a file": lambda: Call(torch._C.PyTorchFileReader, "x"),
     "an import": lambda: Call(__import__, "evil"),
     "getattr of an object": lambda: Call(getattr, argparse.Namespace(a=1), "a"),
     "a function of the user's that is called": lambda: Call(helper, 1),

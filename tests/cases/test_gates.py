@@ -401,3 +401,10 @@ def test_a_hostile_shape_costs_nothing(saved: Saved, run: Run) -> None:
     code, found = document(run, "load-partial", source, "--into", target, "--dry-run")
     assert time.perf_counter() - begun < 10
     assert (code, found["result"].get("hint")) == (0, None)
+
+
+def test_what_a_filter_leaves_without_values_is_named(saved: Saved, run: Run) -> None:
+    source, target = saved(PART, "source.pth"), saved(on_meta(FULL), "meta.pth")
+    code, out, _ = run("filter", source, "--match", target, "-o", "out.pth")
+    assert code == 0
+    assert re.search(r"without values in the output, as \S*meta.pth is on meta: head.weight, head.bias", out)

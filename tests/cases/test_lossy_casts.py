@@ -17,7 +17,10 @@ import ckptool
 KINDS = ("overflowed", "saturated", "underflowed")
 HOT = torch.tensor([1e10, -1e10, 65519.0, 1.0, 1e-10, -1e-10, 0.0, -0.0, float("inf"), float("nan")])
 IN_HALF = {"overflowed": {"hot": 2}, "underflowed": {"hot": 2}}
-LINES = ("overflow   2 values no longer finite: hot (2)", "underflow  2 values zero now: hot (2)")
+LINES = (
+    "overflow   2 values no longer finite, or out of an integer's range: hot (2)",
+    "underflow  2 values zero now: hot (2)",
+)
 
 
 def counts(result: Any) -> dict[str, dict[str, int]]:
