@@ -192,7 +192,7 @@ def run(args: list[str]) -> int:
     except WrongUsage as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         return _fail(UsageError(f"{error.format_message()}{hint}"), command, as_json)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, Interrupted, typer.Abort):
         print("ckptool: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code if isinstance(code, int) else 0
@@ -209,21 +209,30 @@ ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signa
 """Signals that end a process by default: from a scheduler, or from a terminal that is closed."""
 
 
+class Interrupted(BaseException):
+    """Ctrl-C. After a KeyboardInterrupt inside exec or eval of text, as namedtuple uses them, CPython ends the process
+    by the signal, although it was handled."""
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP raise SystemExit inside the block. Signals that are ignored or handled stay so."""
-    changed = [number for number in ENDS if signal.getsignal(number) == signal.SIG_DFL]
+    """Makes SIGTERM and SIGHUP raise SystemExit inside the block, and SIGINT `Interrupted`.
+
+    Signals that are ignored or handled stay so.
+    """
+    defaults = {**dict.fromkeys(ENDS, signal.SIG_DFL), signal.SIGINT: signal.default_int_handler}
+    changed = {number: default for number, default in defaults.items() if signal.getsignal(number) == default}
     try:
         for number in changed:
-            signal.signal(number, _terminate)
+            signal.signal(number, _end)
     except ValueError:  # only the main thread may set handlers: elsewhere the caller handles signals
-        changed = []
+        changed = {}
     try:
         yield
     finally:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)
+        for number, default in changed.items():
+            signal.signal(number, default)
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
+def _end(number: int, frame: object) -> NoReturn:
+    raise Interrupted if number == signal.SIGINT else SystemExit(128 + number)
