@@ -220,11 +220,12 @@ def _of_parts(fates: Fates, mentioned: set[str]) -> Fates:
             parts.setdefault(name, []).append((key, part))
     found: Fates = {}
     for name, pairs in parts.items():
-        ways = []
+        ways: list[list[str] | None] = []
         for key, part in pairs:
-            new = [{end: whole for whole, end in _wholes(to)}.get(part) for to in fates[key] or ()]
-            ways.append(None if fates[key] is None or None in new else new)
-        found[name] = ways[0] if all(way == ways[0] for way in ways) else None  # type: ignore[assignment]
+            fate = fates[key]
+            new = [whole for to in fate or () for whole, end in _wholes(to) if end == part]
+            ways.append(new if fate is not None and len(new) == len(fate) else None)
+        found[name] = ways[0] if all(way == ways[0] for way in ways) else None
     return found
 
 

@@ -84,7 +84,10 @@ def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
     tree: dict[str, TensorInfo] = {}
     shard_of: dict[str, str] = {}
     names: dict[tuple[str, str], None] = {}
-    said = {str(key): str(value) for key, value in (index.get("metadata") or {}).items()}
+    said = {
+        str(key): value if isinstance(value, str) else json.dumps(value)
+        for key, value in (index.get("metadata") or {}).items()
+    }
     metadata: dict[str, str] = {}
     differ: list[str] = []
     missing: list[str] = []

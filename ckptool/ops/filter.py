@@ -67,7 +67,7 @@ def filter(
     merge.match()
     merge.tie(same)
     made, report = merge.result(only_matched, [*include, *exclude])
-    found = adapters_for(merge.mismatched())
+    found = adapters_for(merge.mismatched(), merge.tensors)
     given = as_options(("--adapt", f"{at}={how}") for at, how, _ in islice(adapter_patterns(found, found), 8))
     report.notes.extend([f"load-partial may adapt {listed(found, 3)} ({given})"] if found else [])
     return made, report

@@ -289,11 +289,12 @@ _TABLES = re.compile(  # no number before: what stands in every block of a model
 )
 
 
-def adapters_for(rows: Iterable[Any]) -> dict[str, str]:
+def adapters_for(rows: Iterable[Any], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Returns {key: adapter} of the mismatched rows whose key and shapes speak for one adapter of `load-partial`.
 
     Rows of a tensor fit nearly anything: they are named for a table only (an embedding, a head, its bias), known by its
-    key, and where no other layer takes up what its rows give out. At most 10,000 rows are looked at.
+    key, and where no other layer takes up what its rows give out. On meta, ``tensors`` of the target have no rows to
+    keep. At most 10,000 rows are looked at.
     """
     named = (row for row in islice(rows, 10_000) if len(row.key) <= 200)  # the expressions take its length squared
     pairs = [
@@ -305,8 +306,12 @@ def adapters_for(rows: Iterable[Any]) -> dict[str, str]:
         sizes for _, old, new in pairs if len(old) == len(new)
         for sizes in zip(old[1:], new[1:], strict=True) if sizes[0] != sizes[1]
     }  # fmt: skip
-    found = ((key, _adapter(key.lower(), old, new, inner)) for key, old, new in pairs)
-    return {key: name for key, name in found if name is not None}
+    found = {}
+    for key, old, new in pairs:
+        if name := _adapter(key.lower(), old, new, inner):
+            empty = name == "rows" and new[0] > old[0] and tensors[key].kind == "meta"
+            found[key] = f"{name}:fill=zero" if empty else name
+    return found
 
 
 def _adapter(name: str, old: Sequence[int], new: Sequence[int], inner: Collection[tuple[int, int]]) -> str | None:

@@ -359,10 +359,8 @@ class _Plan(Merge):
         adapting = Adapting()
         tried: dict[object, bool] = {}
         found: dict[str, str] = {}
-        for key, name in adapters_for(self.mismatched()).items():
+        for key, text in adapters_for(self.mismatched(), self.tensors).items():
             source, target = self.offers[0].tensors[str(self.rows[key].source)], self.tensors[key]
-            grows = name == "rows" and target.kind == "meta" and target.numel > source.numel
-            text = f"{name}:fill=zero" if grows else name
             identity = text, source.form, target.form, source.dtype, target.dtype
             if identity not in tried:
                 tried[identity] = _adapts(adapting, text, source, target)

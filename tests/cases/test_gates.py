@@ -266,7 +266,7 @@ def test_the_hint_names_the_adapter_and_loads_what_it_says(
         torch.testing.assert_close(made.sum(2), given)
     code, found = document(run, "filter", source, "--match", target, "--dry-run")
     assert code == 0
-    assert f"load-partial may adapt {key} (--adapt {shlex.quote(f'{key}={adapter}')})" in found["notes"]
+    assert f"load-partial may adapt {key} (--adapt {shlex.quote(options[1])})" in found["notes"]
 
 
 def followed(run: Run, hint: str, *command: object) -> list[str]:

@@ -332,3 +332,16 @@ def test_ties_without_dots_come_back(names: tuple[str, ...], to: str, saved: Sav
     assert list(opened.state_dict()) == [*names, "other"]
     assert len({opened.state_dict()[name].view for name in names}) == 1
     assert aliases.ORDER not in opened.metadata
+
+
+def test_lists_in_the_metadata_of_an_index_stay_json() -> None:
+    save_file({"a.w": torch.ones(2)}, "one.safetensors")
+    said = {"total_size": 8, "stages": ["a", "b"], "exact": True, "by": {"name": None}, "note": "as it is"}
+    Path("model.safetensors.index.json").write_text(
+        json.dumps({"metadata": said, "weight_map": {"a.w": "one.safetensors"}})
+    )
+    metadata = ckptool.open("model.safetensors.index.json").metadata
+    assert metadata["note"] == "as it is"
+    assert {name: json.loads(metadata[name]) for name in ("stages", "exact", "by")} == {
+        name: said[name] for name in ("stages", "exact", "by")
+    }
