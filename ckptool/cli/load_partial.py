@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -115,22 +116,25 @@ def command(
             weight_decay=weight_decay, optimizer=optimizer, include=include or (), exclude=exclude or (),
             strip_prefix=strip_prefix or (), add_prefix=add_prefix,
         )  # fmt: skip
-    except UnsetError as error:  # refused where it would be written, after the gates
+    except UnsetError as error:  # refused after the gates were judged
         checkpoint, report = error.planned
     if model is not None:
         if foreign := unwritable(checkpoint, report.unset):
             raise UsageError(f"the model's state_dict holds what cannot be written: {listed(foreign, 20)}")
         report = replace(report, notes=[f"imported and ran {model}, your own code, to build the model", *report.notes])
     failed = plans.failed(report, least, require or [], strict)
+    refused = render.Failures(1 if output else 2)  # a dry run shows the report too
     if not failed:
-        if output is not None:
-            refuse_unset(checkpoint, report)
+        if output or not (least is not None or require or strict):
+            with refused.kept():
+                refuse_unset(checkpoint, report)
         report = outputs.write(checkpoint, output, report)
         outputs.write_beside(groups_out, groups_document(report))
     begin = heading(dry_run, output, failed)
     groups = bool(groups_out or freeze)
-    outputs.finish(report, [*report.notes, *failed], lambda: _lines(report, begin, failed, all_rows, groups))
-    return int(bool(failed))
+    lines = partial(_lines, report, begin, failed, all_rows, groups)
+    outputs.finish(report, [*report.notes, *failed], lines, refused.errors)
+    return int(bool(failed)) or refused.exit_code
 
 
 def build(name: str, arguments: Sequence[str]) -> Any:

@@ -22,8 +22,9 @@ from ckptool.errors import StrictError, UsageError
 
 def document(run: Run, *command: object) -> tuple[int, dict[str, Any]]:
     code, out, err = run(*command, "--json")
-    assert err == "", err
-    return code, json.loads(out)
+    found = json.loads(out)
+    assert bool(err) == ("errors" in found), err
+    return code, found
 
 
 def on_meta(state: State) -> State:
@@ -129,6 +130,46 @@ def test_what_would_have_no_values_is_refused_where_it_would_be_written(saved: S
         ckptool.plan_partial(source, target)
     with pytest.raises(UsageError, match=r"head\.weight.*head\.bias.*no values to keep"):
         ckptool.plan_partial(source, target, init={"head.*": "keep"})
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (("--model", "nets_on_meta:meta"), "head.weight, head.bias"),
+        (("--into", "meta.pth"), "head.weight, head.bias"),
+        (("--into", "meta.pth", "--init", "head.bias=zeros"), "head.weight"),
+        (("--into", "meta.pth", "--exclude", "body.bias"), "body.bias, head.weight, head.bias"),
+    ],
+)
+def test_a_dry_run_without_gates_says_what_the_run_would(
+    target: tuple[str, ...], words: str, saved: Saved, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("nets_on_meta.py").write_text(NETS)
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.delitem(sys.modules, "nets_on_meta", raising=False)
+    call = ("load-partial", saved(PART, "source.pth"), *target)
+    saved(on_meta(FULL), "meta.pth")
+    code, out, refusal = run(*call, "-o", "out.pth")
+    assert (code, out, refusal.count("\n")) == (2, "", 1)
+    assert f"{words}: on meta and has no values to keep" in refusal
+    code, out, err = run(*call, "--dry-run", "--report", "report.json")
+    assert (code, err) == (2, refusal)
+    assert re.search(r"mismatched +head\.weight +target 3x4, source 5x4", out)
+    code, found = document(run, *call, "--dry-run")
+    assert code == 2
+    assert [error["kind"] for error in found["errors"]] == ["usage"]
+    assert ", ".join(found["result"]["unset"]) == words
+    assert json.loads(Path("report.json").read_text()) == found
+    for gate in (("--require", "body.weight"), ("--min-loaded", "0")):  # a condition is judged without values
+        assert run(*call, "--dry-run", *gate)[0] == 0
+    assert not Path("out.pth").exists()
+
+
+def test_a_dry_run_that_would_write_all_values_passes(saved: Saved, run: Run) -> None:
+    source, target = saved(PART, "source.pth"), saved(on_meta(FULL), "meta.pth")
+    assert run("load-partial", source, "--into", target, "--dry-run", "--init", "head.*=zeros")[0] == 0
+    code, _, err = run("load-partial", "--into", target, "--init", "head.*=zeros", "--dry-run")
+    assert (code, "body.weight, body.bias: on meta" in err) == (2, True)
 
 
 def test_strict_says_what_a_model_on_meta_lacks_before_its_values_are_asked_for(saved: Saved) -> None:
@@ -252,7 +293,7 @@ def test_the_hint_names_the_adapter_and_loads_what_it_says(
     target = saved(on_meta(state) if meta else state, "target.pth")
     call = ("load-partial", source, "--into", target)
     code, found = document(run, *call, "--dry-run")
-    assert code == 0
+    assert code == 2 * meta  # without the adapter the key has no values on meta
     options = followed(run, found["result"]["hint"], *call, "-o", "out.pth")
     grows = meta and adapter == "rows" and new[0] > old[0]
     assert options == ["--adapt", f"{key}={adapter}{':fill=zero' * grows}"]
