@@ -172,8 +172,8 @@ def followed(
 
     ``moves``: (old key, new key) of the tensors that are what they were; ``computed``: keys that others were made of.
     What follows: an entry that has a key's name, JSON lists of keys, JSON objects whose names are keys. A name may also
-    be that of a tensor in parts (torchao: ``fc.weight`` of ``fc._weight_qdata`` and ``fc._weight_scale``).
-    The notes say what followed, what went, and what names an old key and stays as it is.
+    be a module's, or that of a tensor in parts (torchao: ``fc.weight`` of ``fc._weight_qdata``, ``fc._weight_scale``).
+    The notes say what followed, what went, and what names an old key and stays as it is. Cost: linear.
     """
     if RESERVED.issuperset(metadata):
         return metadata, []
@@ -183,61 +183,56 @@ def followed(
     fates: Fates = {**new, **{key: None for key in computed if not new[key]}}
     if all(fate == [key] for key, fate in fates.items()):
         return metadata, []
-    trees = {name: _json(text) for name, text in metadata.items()}
-    fates |= _of_parts(fates, {*metadata, *(text for tree in trees.values() for text in _texts(tree))})
-    gone = {key for key, fate in fates.items() if key not in (fate or ()) and not key.isdigit()}
-    pairs = [(name, to) for name in metadata for to in _entries_of(name, fates)]
+    mentions = {name: _mentions(text) for name, text in metadata.items()}
+    wholes = _of_wholes(fates, set(metadata).union(*mentions.values()))
+    doubtful = {name for name in wholes if "." not in name}  # a module, or a word such as ``model``?
+    fates |= wholes
+    pairs = [(name, to) for name in metadata for to in ([name] if name in doubtful else _new_names(name, fates))]
     if len({to for _, to in pairs}) < len(pairs):  # another entry has the new name: none moves
         pairs = [(name, name) for name in metadata]
-    kept = {name for name, _ in pairs}
     texts = dict(metadata)
     moved = [name for name, to in pairs if name != to]
-    stale = [name for name, to in pairs if name == to and name in gone]
-    for name in kept:
-        changed, left = _renamed(trees[name], fates) if trees[name] is not None else (False, [texts[name]])
-        if changed:
-            moved.append(name)
-            texts[name] = json.dumps(trees[name])
-        stale += [name] if any(_names_one(text, gone) for text in left) else []
-    dropped = [name for name in metadata if name not in kept]
+    stale = [name for name, to in pairs if name == to and _is_gone(name, fates)]
+    for name in dict.fromkeys(name for name, _ in pairs):
+        if fates.keys().isdisjoint(mentions[name]):
+            continue
+        left, tree = mentions[name] - doubtful, _json(texts[name])
+        if tree is not None:
+            changed, others = _renamed(tree, fates, doubtful)
+            left = set().union(*map(_mentions, others))
+            if changed:
+                moved.append(name)
+                texts[name] = json.dumps(tree)
+        stale += [name] if any(_is_gone(one, fates) for one in left) else []
+    dropped = metadata.keys() - {name for name, _ in pairs}
     notes = {"follows its tensors": moved, "went with its tensors": dropped, "names old keys and stays as it is": stale}
     made = {to: texts[name] for name, to in pairs}
     return made, [f"metadata that {what}: {listed(sorted({*names}))}" for what, names in notes.items() if names]
 
 
-def _entries_of(name: str, fates: Fates) -> list[str]:
+def _new_names(name: str, fates: Fates) -> list[str]:
     """Returns the new names of an entry: its own, unless it is a key's that was renamed or dropped."""
     fate = None if name in RESERVED else fates.get(name)
     return [name] if fate is None or not RESERVED.isdisjoint(fate) else fate
 
 
-def _of_parts(fates: Fates, mentioned: set[str]) -> Fates:
-    """Returns the fates of mentioned tensors that torchao stored in parts: they follow if all parts went alike."""
-    parts: dict[str, list[tuple[str, str]]] = {}
-    for key in fates:
-        name, part = max(((name, part) for name, part in _wholes(key) if name in mentioned), default=("", ""))
-        if name and name not in fates:
-            parts.setdefault(name, []).append((key, part))
-    found: Fates = {}
-    for name, pairs in parts.items():
-        ways: list[list[str] | None] = []
-        for key, part in pairs:
-            fate = fates[key]
-            new = [whole for to in fate or () for whole, end in _wholes(to) if end == part]
-            ways.append(new if fate is not None and len(new) == len(fate) else None)
-        found[name] = ways[0] if all(way == ways[0] for way in ways) else None
-    return found
+def _is_gone(name: str, fates: Fates) -> bool:
+    """Returns whether a key or module has another name now, or none; what reads like a number is no name."""
+    return name in fates and name not in (fates[name] or ()) and not name.replace(".", "").isdigit()
 
 
-def _wholes(key: str) -> Iterator[tuple[str, str]]:
-    """Yields (tensor, part) for each way to read a key as a part: ``fc._weight_scale``, ``fc.weight:scale``."""
-    tensor, colon, part = key.rpartition(":")
-    if colon:
-        yield tensor, colon + part
-    module, dot, last = key.rpartition(".")
-    if last.startswith("_"):
-        for found in islice(re.finditer("_", last[2:]), 16):  # bounds the work for a hostile name
-            yield f"{module}{dot}{last[1 : found.start() + 2]}", last[found.start() + 2 :]
+def _mentions(text: str) -> set[str]:
+    """Returns what may be names in a text: itself, or the texts of JSON; and the words of several segments in it."""
+    texts: Iterable[str] = (text,)
+    if text.lstrip()[:1] in ("[", "{"):
+        # Parsed for escapes only: torchao has such a text for each weight. Words are the same without the quotes.
+        texts = _QUOTED.findall(text) if "\\" not in text else [*_texts(_json(text))] or [text]
+        text = "\n".join(texts) if "\\" in text else text
+    return {*texts, *(word.strip(".:") for word in _WORDS.findall(text) if "." in word)}
+
+
+_QUOTED = re.compile('"([^"]*)"')
+_WORDS = re.compile(r"[^\s\"',;=()\[\]{}]+")
 
 
 def _texts(tree: Any) -> Iterator[str]:
@@ -252,7 +247,70 @@ def _texts(tree: Any) -> Iterator[str]:
             stack.extend(node.values() if isinstance(node, dict) else ())
 
 
-def _renamed(tree: Any, fates: Fates) -> tuple[bool, list[str]]:
+def _of_wholes(fates: Fates, known: set[str]) -> Fates:
+    """Returns the fates of the ``known`` names that are no keys, but of modules, or of tensors in parts.
+
+    Parts must all go alike; of a module, the keys that are left.
+    """
+    members: dict[str, list[tuple[str, str]]] = {}
+    for key in fates:
+        for whole, rest in _wholes(key, known):
+            members.setdefault(whole, []).append((key, rest))
+    found: Fates = {}
+    for whole in members.keys() - fates.keys():
+        ways = [_way(whole, fates[key], rest) for key, rest in members[whole]]
+        first: list[str] | None = ways[0]
+        if all(rest[0] == "." for _, rest in members[whole]) and None not in ways:
+            left = [way for way in ways if way]
+            first = [name for name in left[0] if all(name in way for way in left)] if left else []
+            ways = [first] if first or not left else [None]
+        found[whole] = first if all(way == first for way in ways) else None
+    return found
+
+
+def _way(whole: str, fate: list[str] | None, rest: str) -> list[str] | None:
+    """Returns the new names of a module or a tensor in parts, as one of its keys tells them; None if it does not."""
+    if fate is None:
+        return None
+    names = [_unscored(to) if rest[0] == "_" else to for to in fate]
+    inside = f"{whole}." if rest[0] == "." else None
+    found = [
+        name.removesuffix(rest) if name.endswith(rest) else whole if inside and name.startswith(inside) else ""
+        for name in names
+    ]
+    return found if all(found) else None
+
+
+def _wholes(key: str, known: set[str]) -> Iterator[tuple[str, str]]:
+    """Yields (name, rest of the key) of those ``known`` modules and tensors that a key is a part of.
+
+    Parts are ``fc.weight:scale``, and ``fc._weight_scale`` with the rest ``_scale``.
+    """
+    end = key.rfind(".")
+    while end > 0:
+        if key[:end] in known:
+            yield key[:end], key[end:]
+        end = key.rfind(".", 0, end)
+    tensor, colon, part = key.rpartition(":")
+    if colon and tensor in known:
+        yield tensor, colon + part
+    if plain := _unscored(key):
+        start, end = key.rfind(".") + 2, len(plain)
+        for _ in range(16):  # bounds the work for a hostile name
+            end = plain.rfind("_", start, end)
+            if end > 0 and plain[:end] in known:
+                yield plain[:end], plain[end:]
+            if end < 0 or plain[:end] in known:
+                return
+
+
+def _unscored(key: str) -> str:
+    """Returns ``fc.weight_scale`` of ``fc._weight_scale``; "" of a key whose last name has no "_" in front."""
+    start = key.rfind(".") + 1
+    return key[:start] + key[start + 1 :] if key[start : start + 1] == "_" else ""
+
+
+def _renamed(tree: Any, fates: Fates, doubtful: set[str]) -> tuple[bool, list[str]]:
     """Renames the keys in the lists and objects of JSON that hold nothing else; returns (whether any, other texts)."""
     changed, left, stack = False, [], [tree]
     while stack:
@@ -263,25 +321,17 @@ def _renamed(tree: Any, fates: Fates) -> tuple[bool, list[str]]:
             continue
         names, values = list(node), []
         new = [fates.get(name) if isinstance(name, str) else None for name in names]
-        numbers = all(isinstance(name, str) and name.isdigit() for name in names)  # {"0": "cat"} are no keys
-        if None in new or numbers:
+        # {"0": "cat"} are no keys, {"model": "large"} need not be.
+        if None in new or all(name.isdigit() or name in doubtful for name in names):
             stack += [*names, *(node.values() if isinstance(node, dict) else ())]
         elif isinstance(node, list):
             node[:] = [to for fate in new for to in fate or ()]
         else:
             for value, fate in zip(list(node.values()), new, strict=True):
-                same = fates.get(value) if isinstance(value, str) else None
+                same = fates.get(value) if isinstance(value, str) and value not in doubtful else None
                 values.append(same[0] if same and len(same) == 1 else value)
                 stack += [value] if fate and values[-1] is value and value else []
             node.clear()
             node.update((to, value) for fate, value in zip(new, values, strict=True) for to in fate or ())
         changed = changed or list(node) != names
     return changed, left
-
-
-def _names_one(text: str, keys: set[str]) -> bool:
-    """Returns whether a text is one of the keys, or has one of several segments as a word."""
-    return text in keys or any("." in word and word.strip(".:") in keys for word in _WORDS.findall(text))
-
-
-_WORDS = re.compile(r"[^\s\"',;=()\[\]{}]+")

@@ -225,6 +225,75 @@ def test_a_name_of_underscores_takes_no_time(saved: Saved) -> None:
     assert len(made.metadata) == 201
 
 
+# --- entries of modules -----------------------------------------------------------------------------------------------
+
+MODULES: dict[str, tuple[dict[str, str], list[Any], dict[str, str], list[str]]] = {
+    "an entry": ({"layers.0": "8 bits", "layers.1": "4 bits"}, [["^layers", "net"]],
+                 {"net.0": "8 bits", "net.1": "4 bits"}, []),
+    "an object": ({"bits": '{"layers.0": 8, "layers.1": 4, "head": 2}'}, [["^", "m."]],
+                  {"bits": '{"m.layers.0": 8, "m.layers.1": 4, "m.head": 2}'}, []),
+    "a list inside": ({"q": '{"by": "me", "skip": ["head", "layers.1.attn"]}'}, [["^", "m."]],
+                      {"q": '{"by": "me", "skip": ["m.head", "m.layers.1.attn"]}'}, []),
+    "keys and modules": ({"q": '{"layers.0.weight": 8, "layers.1": 4}'}, [["^layers", "net"]],
+                         {"q": '{"net.0.weight": 8, "net.1": 4}'}, []),
+    "a swap": ({"layers.0": "a", "layers.1.attn": "b"},
+               [[r"^layers.0.weight", "x.weight"], [r"^layers.1.attn", "layers.0"], ["^x", "layers.1.attn"],
+                [r"^layers.0.bias", "layers.1.attn.bias"]],
+               {"layers.1.attn": "a", "layers.0": "b"}, []),
+    "a key inside": ({"layers.0": "8 bits"}, [["layers.0.weight", "layers.0.w"]], {"layers.0": "8 bits"}, []),
+    "keys that went apart": ({"layers.0": "8 bits", "bits": '{"layers.0": 8}'}, [["layers.0.weight", "fc.weight"]],
+                             {"layers.0": "8 bits", "bits": '{"layers.0": 8}'}, ["bits", "layers.0"]),
+    "a module that is no more": ({"layers.0": "8 bits"}, [[r"layers.0\.", ""]], {"layers.0": "8 bits"}, ["layers.0"]),
+    "a word": ({"head": "large", "o": '{"head": "large"}'}, [["^head", "top"]],
+               {"head": "large", "o": '{"head": "large"}'}, ["head", "o"]),
+    "a text": ({"note": "layers.0 in 8 bits"}, [["^layers", "net"]], {"note": "layers.0 in 8 bits"}, ["note"]),
+    "a text of one word": ({"note": "head"}, [["^head", "top"]], {"note": "head"}, []),
+    "escapes": ({"a": '{"layers.\\u0030": 8}'}, [["^layers", "net"]], {"a": '{"net.0": 8}'}, []),
+    "a copy": ({"layers.1": "b"}, [{"copy": "layers.1.attn.weight", "to": "layers.2.attn.weight"}],
+               {"layers.1": "b", "layers.2": "b"}, []),
+    "a copy of one key": ({"layers.0": "a"}, [{"copy": "layers.0.bias", "to": "other.bias"}], {"layers.0": "a"}, []),
+    "a computed key": ({"layers.0": "a"}, [{"transpose": "layers.0.weight"}], {"layers.0": "a"}, ["layers.0"]),
+    "numbers": ({"version": "0.1", "of": '["0.1"]'}, [["^0.1", "net"]], {"version": "0.1", "of": '["net"]'}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_an_entry_of_a_module_follows_its_keys_or_is_named(kind: str, saved: Saved) -> None:
+    given, rules, expected, stale = MODULES[kind]
+    names = ("layers.0.weight", "layers.0.bias", "layers.1.attn.weight", "head.weight", "0.1.weight")
+    save_file({name: torch.ones(2, 2) for name in names}, "in.safetensors", given)
+    made, report = ckptool.remap("in.safetensors", rules)
+    assert made.metadata == expected
+    said = [note for note in report.notes if "names old keys" in note]
+    assert said == ([f"metadata that names old keys and stays as it is: {', '.join(stale)}"] if stale else [])
+
+
+def test_the_entry_of_a_module_goes_with_its_last_key(saved: Saved, notes: Callable[..., list[str]]) -> None:
+    state = {"layers.0.weight": torch.ones(2), "layers.0.bias": torch.ones(2), "layers.1.weight": torch.ones(2)}
+    given = {"layers.0": "8 bits", "layers.1": "4 bits", "bits": '{"layers.0": 8, "layers.1": 4}'}
+    save_file(state, "in.safetensors", given)
+    assert notes("remap", "in.safetensors", "--drop", "layers.0.bias", "-o", "one.safetensors") == []
+    assert metadata_of("one.safetensors") == {"format": "pt", **given}
+    for command, option in (("remap", "--drop"), ("filter", "--exclude")):
+        said = notes(command, "in.safetensors", option, "layers.0.*", "-o", "out.safetensors", "--force")
+        assert "metadata that went with its tensors: layers.0" in said
+        assert metadata_of("out.safetensors") == {"format": "pt", "layers.1": "4 bits", "bits": '{"layers.1": 4}'}
+
+
+def test_texts_that_name_no_key_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = ckptool.open(write("in.safetensors", *(f"net.{number}.weight" for number in range(99))))
+    plain, parsed = aliases._json, []
+
+    def parse(text: str) -> Any:
+        parsed.append(text)
+        return plain(text)
+
+    monkeypatch.setattr(aliases, "_json", parse)
+    made, _ = ckptool.remap(opened, [["^net", "n"]])
+    assert len(made.metadata) == 100
+    assert parsed == [opened.metadata["tensor_names"]]
+
+
 # --- what goes -------------------------------------------------------------------------------------------------------
 
 
