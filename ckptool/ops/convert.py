@@ -14,7 +14,7 @@ from ckptool.core.tree import as_mapping, path_text
 from ckptool.core.versions import versioned
 from ckptool.errors import LossError, NoTensorsError, UsageError, listed
 from ckptool.ops.notes import pattern_notes, require_tensors, root_notes
-from ckptool.ops.scales import dequantized, scaled_weights
+from ckptool.ops.scales import dequantized, outside, scaled_weights, with_doubtful
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def convert(
     if dtype is not None or dequantize:
         chosen = names.chooser(keep, ())
         stay = {tensor.view for key, tensor in tensors.items() if keep and chosen(key)}
-        made, left_out = _dequantized(tensors, stay, dtype, dequantize, checkpoint.url)
+        made, left_out = _dequantized(checkpoint, tensors, stay, dtype, dequantize)
         notes += [_STALE] if made else ["no weight has a scale to multiply by"] if dequantize else []
         tensors = {key: made.get(key, tensor) for key, tensor in tensors.items() if key not in left_out}
         kept = ((key, key) for key in tensors if key not in made)
@@ -110,23 +110,24 @@ def _is_cast(tensor: TensorInfo, dtype: str | None, stay: set[object]) -> bool:
 
 
 def _dequantized(
-    tensors: dict[str, TensorInfo], stay: set[object], dtype: str | None, dequantize: bool, url: str
+    checkpoint: Checkpoint, tensors: dict[str, TensorInfo], stay: set[object], dtype: str | None, dequantize: bool
 ) -> tuple[dict[str, TensorInfo], list[str]]:
     """Returns ({weight: its values times its scales}, the keys that go with the scales).
 
     What belongs to a weight of the views ``stay`` is added to them. Raises: LossError.
     """
-    pairs = scaled_weights(tensors)
+    pairs, url = with_doubtful(scaled_weights(tensors), tensors, outside(checkpoint)), checkpoint.url
     kept = {key: pair for key, pair in pairs.items() if tensors[key].view in stay}
-    stay |= {tensors[name].view for pair in kept.values() for name in (*pair.scales, *pair.beside)}
+    theirs = (name for pair in kept.values() for name in pair.parts if name in tensors)
+    stay |= {tensors[name].view for name in theirs}
     markers = [key for key in tensors if key.rpartition(".")[2] == "scaled_fp8"] if pairs else []  # ComfyUI's
     if kept:
         stay |= {tensors[key].view for key in markers}
     left = {key: pair for key, pair in pairs.items() if key not in kept}
     if not dequantize:
         parted = [
-            f"{key} ({tensors[key].dtype}; {', '.join(pair.scales)})" for key, pair in left.items()
-            if any(_is_cast(tensors[name], dtype, stay) for name in (key, *pair.scales))
+            f"{key} ({tensors[key].dtype}; {pair.told})" for key, pair in left.items()
+            if any(_is_cast(tensors[name], dtype, stay) for name in (key, *pair.scales) if name in tensors)
         ]  # fmt: skip
         if parted:
             raise LossError(

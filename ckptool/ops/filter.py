@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ckptool.core import keys as names
@@ -27,7 +27,7 @@ from ckptool.ops.notes import (
     wrapper_notes,
 )
 from ckptool.ops.rows import LOADED, FilterReport, Reason, Row, counts_of, dims
-from ckptool.ops.scales import refuse_parted
+from ckptool.ops.scales import mixed_notes, outside, parted_notes, refuse_parted
 
 Same = Callable[[TensorInfo, TensorInfo], bool]
 
@@ -85,6 +85,7 @@ def _select(
 ) -> tuple[Checkpoint, FilterReport]:
     kept: dict[str, TensorInfo] = {}
     origin: dict[str, int] = {}
+    theirs: list[set[str]] = [set() for _ in sources]  # the keys whose values are those of a source
     repeated: list[str] = []
     equals: list[str] = []
     rows: list[Row] = []
@@ -111,11 +112,13 @@ def _select(
                 rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file))
             elif key not in kept:
                 kept[key], origin[key] = value, number
+                theirs[number].add(key)
                 rows.append(Row(key, "loaded", shape, dtype=value.dtype, file=file))
             else:
                 equal = not first_wins and _equal(kept[key], value, same)
                 where = f"{key} ({sources[origin[key]].url} and {checkpoint.url})"
                 (equals if equal else repeated).append(where)
+                theirs[number].update([key] if equal else ())
                 detail = f"an earlier source has {'the same' if equal else 'it'}"
                 rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file, detail=detail))
     if repeated and not first_wins:
@@ -129,12 +132,10 @@ def _select(
     notes += [f"the same in two sources, taken once: {listed(equals)}"] if equals else []
     notes += [f"in two sources, taken from the first: {listed(repeated)}"] if repeated else []
     notes += [f"no tensors, and an earlier source has them: {listed(objects_lost)}"] if objects_lost else []
+    notes += parted_notes([checkpoint.state_dict() for checkpoint in sources], theirs)
     for checkpoint in sources[1:]:
         notes += _retied(kept, origin, checkpoint, same)
-        outside = [path_text(path) for path, key, _ in checkpoint.beside() if key is None]
-        theirs = {name for name, text in checkpoint.metadata.items() if base.metadata.get(name) != text} - RESERVED
-        outside += [f"metadata {name}" for name in sorted(theirs)]
-        notes += [f"not taken from {checkpoint.url}: {listed(outside)}"] if outside else []
+        notes += _not_taken(checkpoint, _outside(checkpoint), base.metadata)
     every = tuple(dict.fromkeys(name for checkpoint in sources for name in checkpoint.names))
     stay = ((key, key) for key in base.entries() if key in kept or key in objects)
     metadata, told = followed(base.metadata, base.entries(), stay)
@@ -143,6 +144,18 @@ def _select(
         notes += optimizer_notes(merged)
     notes += _module_notes(base)
     return merged, _report(rows, notes, sources)
+
+
+def _outside(checkpoint: Checkpoint) -> list[str]:
+    """Returns the names of what lies outside of a checkpoint's weights."""
+    return [path_text(path) for path, key, _ in checkpoint.beside() if key is None]
+
+
+def _not_taken(checkpoint: Checkpoint, left: Sequence[str], metadata: Mapping[str, str]) -> list[str]:
+    """Returns a note on what is ``left`` of a checkpoint, and on its entries of metadata that are no others' too."""
+    theirs = {name for name, text in checkpoint.metadata.items() if metadata.get(name) != text} - RESERVED
+    names = [*left, *(f"metadata {name}" for name in sorted(theirs))]
+    return [f"not taken from {checkpoint.url}: {listed(names)}"] if names else []
 
 
 def _equal(one: TensorInfo, other: TensorInfo, same: Same) -> bool:
@@ -341,17 +354,22 @@ class Merge:
         """Returns the merged checkpoint and the report."""
         casts = {(str(row.source), self.taken[key].dtype) for key, row in self.rows.items() if key in self.taken}
         for source, offer in zip(self.sources, self.offers, strict=True):
-            refuse_parted(offer.tensors, casts, source.url)
+            others = chain(outside(source), *(other.tensors.items() for other in self.offers))
+            refuse_parted(offer.tensors, others, casts, source.url)
         merged = {key: self.taken.get(key) or self.made.get(key, tensor) for key, tensor in self.tensors.items()}
         checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
-        rows = [*self.rows.values(), *self._object_rows(), *self.refused, *self._unused_rows()]
+        fate = "left out" if only_matched else "the target's stays"
+        rows = [*self.rows.values(), *self._object_rows(fate), *self.refused, *self._unused_rows()]
         known = [*self.tensors, *(key for offer in self.offers for key in offer.names), *(row.key for row in rows)]
         notes = [*root_notes([*self.sources, self.target]), *pattern_notes(patterns, known)]
         for source, offer in zip(self.sources, self.offers, strict=True):
             wrappers = wrapper_notes(offer.plain, (source.url, offer.tensors), (self.target.url, self.tensors))
             notes += [note for note in wrappers if note not in notes]
         notes += [] if only_matched else _module_notes(self.target)
-        notes += self._memory_notes(merged)
+        notes += self._scale_notes(only_matched) + self._memory_notes(merged)
+        for source in self.sources:
+            notes += _not_taken(source, (), checkpoint.metadata)
+        notes += _not_taken(self.target, _outside(self.target), {}) if only_matched else []
         empty = [key for key, tensor in merged.items() if tensor.kind == "meta"]
         notes += [f"without values in the output, as {self.target.url} is on meta: {listed(empty)}"] if empty else []
         report = _report(rows, notes, self.sources, self.target.url, self._fraction(), merge_hint(self))
@@ -366,14 +384,14 @@ class Merge:
             return replace(bare, tree=ordered_dict({}))
         return bare.with_state_dict(taken)
 
-    def _object_rows(self) -> list[Row]:
-        """Returns a row for each entry of the target that is no tensor: it stays, whatever a source has."""
+    def _object_rows(self, fate: str) -> list[Row]:
+        """Returns a row for each entry of the target that is no tensor: its ``fate``, whatever a source has."""
         hidden = self.target.hidden()
         rows = []
         for key, (_, value) in self.target.entries().items():
             if isinstance(value, TensorInfo):
                 continue
-            row = _object_row(key, hidden.get(key, ()), "the target's stays")
+            row = _object_row(key, hidden.get(key, ()), fate)
             for number, offer in enumerate(self.offers):
                 source = offer.source(key)
                 if source is not None:
@@ -425,6 +443,13 @@ class Merge:
         self.match()
         tied = (key for group in self.tied() if not self.taken.keys().isdisjoint(group) for key in group)
         return len({*self.taken, *tied})
+
+    def _scale_notes(self, only_matched: bool) -> list[str]:
+        """Returns notes on weights of few bits whose values and scales are not of one file."""
+        rows = [row for key, row in self.rows.items() if key in self.taken]
+        kept = [{str(row.source) for row in rows if row.file in (file, None)} for file in self.files]
+        notes = parted_notes([offer.tensors for offer in self.offers], kept)
+        return notes or ([] if only_matched else mixed_notes(self.tensors, self.taken.keys() | self.made.keys()))
 
     def _memory_notes(self, merged: Mapping[str, TensorInfo]) -> list[str]:
         """Returns notes on what shares memory with the target's weights and will not in the output.

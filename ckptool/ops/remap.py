@@ -259,6 +259,11 @@ def _finished(
     computed = (old for row in done.rows if row.op not in ("rename", "copy") for old in row.old)
     metadata, told = followed(checkpoint.metadata, before, same, computed)
     changed, notes = _with_renamed_optimizers(replace(changed, metadata=metadata), done)
+    if done.dropped:
+        from ckptool.ops.scales import parted_notes
+
+        tensors = {key: value for key, value in before.items() if isinstance(value, TensorInfo)}
+        told += parted_notes([tensors], [tensors.keys() - done.dropped])
     content = maps.Map(
         batches, list(before), done.shapes, _broken_ties(checkpoint, before, batches, done),
         follow.paths if follow else {}, follow.lost if follow else {},

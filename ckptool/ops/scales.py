@@ -5,23 +5,27 @@ A weight of a float8, an int8 or a packed integer dtype means nothing without it
     q.weight_scale_inv  q.weight_scale  q.scale_weight  q.scale  q.SCB  q.weight.absmax  q.scales (of q.qweight)
     experts.w1_scale (of experts.w1)  experts.w1_scales (of experts.w1_blocks)
 
-Shapes settle how they apply: one scale for all, one per row, one per block. What they do not settle is refused.
+Scales under another prefix are paired with nothing: where names say that they may be a weight's, it is not cast.
+Shapes settle how scales apply: one scale for all, one per row, one per block. What they do not settle is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
+from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
+from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
-from ckptool.core.tree import brief
+from ckptool.core.tree import brief, path_text, walk
 from ckptool.errors import LossError, listed
 
 Shape = tuple[int, ...]
+Elsewhere = Iterable[tuple[str, TensorInfo]]
 
 BLOCK = 128
 """Rows and columns of a block in which DeepSeek and its followers scale; only theirs may end in a smaller one."""
@@ -30,27 +34,44 @@ _SCALE = re.compile(
     r"(?:(?P<base>.*?)_)?(?:global_|block_|channel_|group_)?(?:scales?|scaling(?:_factor)?|absmax|scb)(?:_inv|_\d)*",
     re.IGNORECASE,
 )
-_MARK = re.compile(r"scale|scaling|absmax|scb|zero|(^|_)zp($|_)|g_idx|quant_|weight_format", re.IGNORECASE)
+_MARK = re.compile(r"scale|scaling|absmax|scb|zero|(^|_)zp($|_)|g_idx|quant_|weight_(format|shape)|bitsandbytes", re.I)
+_SURE = re.compile(r"weights?_.*scal|scale_weight|scale_inv|^scales$|absmax|scb", re.IGNORECASE)
 _OF_ACTIVATIONS = re.compile(r"input|output|act_|activation")
-_QUANTISED = re.compile(r"input|output|act_|activation|zero|zp|g_idx|quant|smooth|weight_|absmax|scb", re.IGNORECASE)
+_QUANTISED = re.compile(
+    r"input|output|act_|activation|zero|zp|g_idx|quant|smooth|weight_|absmax|scb|bitsandbytes", re.IGNORECASE
+)
 _UNRELATED = re.compile(r"logit|layer_scale|(^|_)[qkv]_scale|temperature|skip|residual")
 _PACKED = ("_packed", "_blocks", "_qdata", "_data", "_quantized")
+_GENERIC = ("weight", "qweight", "W_q", "blocks", *_PACKED)
+_SCALES = re.compile("scal|absmax|scb", re.IGNORECASE)
+_TAIL = re.compile(r"(?:^|[./])([^./]*[^\d./][^./]*(?:[./]\d+)*[./][^./]+)$")
+"""The end of a key that tells modules apart: the last name, and the modules before it up to one that is no number."""
 
 
 class Scaled(NamedTuple):
     """``scales``: the keys of a weight's scales. ``beside``: of activations' scales, zero points and the like.
 
-    ``is_named``: the names say that they are the weight's; else they only lie beside it.
+    ``is_named``: the names say that they are the weight's; else they only lie beside it, or may be its.
     """
 
     scales: list[str]
     beside: list[str]
     is_named: bool = True
 
+    @property
+    def parts(self) -> list[str]:
+        """Returns all that belongs to the weight."""
+        return [*self.scales, *self.beside]
+
+    @property
+    def told(self) -> str:
+        """Returns the scales for a message."""
+        return listed(self.scales) + " which may be its scales" * (not self.is_named)
+
 
 def scaled_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, Scaled]:
     """Returns {key of a weight of few bits: its scales}."""
-    low = {key: None for key, tensor in tensors.items() if _has_few_bits(key, tensor)}
+    low = _of_few_bits(tensors)
     if not low:
         return {}
     found: dict[str, Scaled] = {}
@@ -63,7 +84,7 @@ def scaled_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, Scaled]:
         if of is not None:
             found.setdefault(of, Scaled([], [])).scales.append(key)
         else:
-            others.setdefault(module, []).append(key)
+            others.setdefault(module.removesuffix("quant_state."), []).append(key)
     for key in low:
         module, leaf = _split(key)
         beside = [other for inside in (module, f"{key}.") for other in others.get(inside, ()) if other != key]
@@ -79,14 +100,65 @@ def scaled_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, Scaled]:
     return found | tied
 
 
-def refuse_parted(tensors: Mapping[str, TensorInfo], casts: set[tuple[str, str]], url: str) -> None:
-    """Raises LossError for weights of few bits that ``casts``, (key, new dtype), would part from their scales."""
+def refuse_parted(
+    tensors: Mapping[str, TensorInfo],
+    elsewhere: Iterable[tuple[str, TensorInfo]],
+    casts: set[tuple[str, str]],
+    url: str,
+) -> None:
+    """Raises LossError for weights of few bits that ``casts``, (key, new dtype), would part from their scales.
+
+    The scales may be ``elsewhere``: outside of the weights, or in another file.
+    """
     cast = {key for key, dtype in casts if key in tensors and tensors[key].dtype != dtype}
-    pairs = scaled_weights(tensors) if cast else {}
-    parted = [f"{key} ({', '.join(pair.scales)})" for key, pair in pairs.items() if key in cast]
+    pairs = with_doubtful(scaled_weights(tensors), tensors, elsewhere) if cast else {}
+    parted = [f"{key} ({pair.told})" for key, pair in pairs.items() if key in cast]
     if parted:
         what = f"a cast would part weights from their scales: {listed(parted)}"
         raise LossError(f"{what}; `ckptool convert --dequantize` multiplies by them", url)
+
+
+def parted_notes(sources: Sequence[Mapping[str, TensorInfo]], kept: Sequence[Collection[str]]) -> list[str]:
+    """Returns notes on what a selection takes apart: weights of few bits, and what scales them.
+
+    ``kept``: the keys that are taken, of each source.
+    """
+    bare: dict[str, None] = {}
+    stray: dict[str, None] = {}
+    sides = [(scaled_weights(tensors), taken) for tensors, taken in zip(sources, kept, strict=True)]
+    if len(sources) > 1:  # a weight in one, its scales in another
+        known = {key for pairs, _ in sides for key, pair in pairs.items() for key in (key, *pair.scales)}
+        rest = {key: one for tensors in sources for key, one in tensors.items() if key not in known}
+        sides.append((scaled_weights(rest), set().union(*kept)))
+    for pairs, taken in sides:
+        parts = {key: pair.parts for key, pair in pairs.items()}
+        needed = {part for key in parts if key in taken for part in parts[key]}  # by a tied weight
+        for key, names in parts.items():
+            lost = [name for name in names if name not in taken]
+            if key in taken and lost:
+                bare[f"{key} ({listed(lost, 3)})"] = None
+            elif key not in taken and (left := [name for name in names if name in taken and name not in needed]):
+                stray[f"{key} ({listed(left, 3)})"] = None
+    return _counted("kept without all of their scales", bare) + _counted("left out, and scales of them kept", stray)
+
+
+def _counted(what: str, found: Collection[str]) -> list[str]:
+    return [f"weights {what} ({len(found):,}): {listed(found, 3)}"] if found else []
+
+
+def mixed_notes(target: Mapping[str, TensorInfo], new: Collection[str]) -> list[str]:
+    """Returns a note on weights of few bits in a target of which only the values, or only the scales, are ``new``."""
+    pairs = ((key, pair.parts) for key, pair in scaled_weights(target).items())
+    mixed = [f"{key} ({listed(parts, 3)})" for key, parts in pairs if len({name in new for name in (key, *parts)}) > 1]
+    return _counted("whose values or scales are new, and not both", mixed)
+
+
+def outside(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
+    """Yields (path as text, tensor) of what is not among a checkpoint's weights, optimizer states aside."""
+    for path, _, value in checkpoint.beside():
+        for steps, node in walk(value, closed=is_optimizer):
+            if isinstance(node, TensorInfo):
+                yield path_text((*path, *steps)), node
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -95,25 +167,92 @@ def _split(key: str) -> tuple[str, str]:
     return key[:end], key[end:]
 
 
-def _has_few_bits(key: str, tensor: TensorInfo) -> bool:
-    row = DTYPES[tensor.dtype]
-    packed = row.kind == "int" and key.endswith(("qweight", "_packed"))
-    return (row.kind in ("float", "int") and row.bits <= 8) or packed
+def _of_few_bits(tensors: Mapping[str, TensorInfo]) -> dict[str, None]:
+    """Returns the keys of tensors of at most 8 bits, and of integers that are packed weights by their names."""
+    rows = [DTYPES[dtype] for dtype in {tensor.dtype for tensor in tensors.values()}]
+    small = {row.name for row in rows if row.kind in ("float", "int") and row.bits <= 8}
+    ints = {row.name for row in rows if row.kind == "int"} - small
+    packed = ("qweight", "_packed")
+    return {
+        key: None for key, tensor in tensors.items()
+        if tensor.dtype in small or (tensor.dtype in ints and key.endswith(packed))
+    }  # fmt: skip
 
 
 def _weights_of(module: str, leaf: str) -> Iterator[str]:
     """Yields the keys of weights that a tensor of this name may scale; the nearest name first."""
-    match = _SCALE.fullmatch(leaf)
+    tensor, colon, part = leaf.rpartition(":")
+    match = _SCALE.fullmatch(part)
+    if colon and match:  # torchao
+        yield f"{module}{tensor}:qdata"
+        return
     base = match["base"] if match else leaf.removeprefix("scale_") if leaf.startswith("scale_") else None
     if base:
         yield from (f"{module}{base}{ending}" for ending in ("", *_PACKED))
     elif match:
-        yield from (f"{module}{name}" for name in ("weight", "qweight", "W_q", *_PACKED))
+        yield from (f"{module}{name}" for name in ("weight", "qweight", "W_q", "blocks", *_PACKED))
         yield module[:-1]
 
 
+def with_doubtful(
+    pairs: dict[str, Scaled], tensors: Mapping[str, TensorInfo], elsewhere: Elsewhere = ()
+) -> dict[str, Scaled]:
+    """Returns the pairs, and for each other weight of few bits the scales that may be its: it is not to be cast then.
+
+    Those are unused scales under another prefix whose names end alike, or that can be nothing else. ``elsewhere``:
+    (key, tensor) of what is not among the weights.
+    """
+    views = {tensors[key].view for key in pairs}
+    low = (key for key in _of_few_bits(tensors) if key not in pairs and tensors[key].view not in views)
+    lone = {key: tensors[key] for key in low if not _MARK.search(_split(key)[1])}
+    if not lone:
+        return pairs
+    every = {**dict(elsewhere), **tensors}
+    used = {scale for pair in pairs.values() for scale in pair.parts}
+    sure: list[str] = []
+    alike: dict[str, list[str]] = {}
+    for key in every:
+        names = _named_elsewhere(key) if key not in used else set()
+        if names and not any(name in every and name not in lone for name in names):
+            sure += [key] if _SURE.search(_split(key)[1]) else []
+            for tail in {tail for name in names for tail in _tails(name)}:
+                alike.setdefault(tail, []).append(key)
+    found = {}
+    for key, weight in lone.items():
+        near = [scale for tail in _tails(key) for scale in alike.get(tail, ()) if _can_scale(every[scale], weight)]
+        if near or (sure and DTYPES[weight.dtype].kind == "float"):
+            found[key] = Scaled(near or sure, [], False)
+    return pairs | found
+
+
+def _named_elsewhere(key: str) -> set[str]:
+    """Returns the weights that a tensor may scale by its name, or by that of a module: ``l.weight`` of `scales.l`."""
+    module, leaf = _split(key)
+    if not _SCALES.search(key) or _OF_ACTIVATIONS.search(leaf) or _UNRELATED.search(leaf):
+        return set()
+    names = set(_weights_of(module, leaf)) if _may_scale(leaf) else set()
+    for found in re.finditer(r"([^./]+)[./]", module if not names else ""):
+        match = _SCALE.fullmatch(found[1])
+        if match and match["base"] in (None, "weight"):
+            rest = key[: found.start()] + key[found.end() :]
+            names |= {rest, f"{rest}.weight", *_weights_of(key[: found.start()], found[1])}
+    return names
+
+
+def _tails(name: str) -> list[str]:
+    """Returns the ends of a weight's key by which it is known under another prefix: ``l.weight``, ``w1``."""
+    last = _split(name)[1]
+    return [match[1] for match in (_TAIL.search(name),) if match] + [last] * (last not in _GENERIC)
+
+
+def _can_scale(scale: TensorInfo, weight: TensorInfo) -> bool:
+    """Returns whether one tensor may be the scales of another, which has dimensions: of another dtype, and smaller."""
+    other = scale.dtype != weight.dtype or DTYPES[scale.dtype].kind == "int"
+    return other and scale.numel <= weight.numel and len(weight.shape or ()) > 1
+
+
 def _may_scale(leaf: str) -> bool:
-    return re.search("scal|absmax", leaf) is not None and not (_OF_ACTIVATIONS.search(leaf) or _UNRELATED.search(leaf))
+    return _SCALES.search(leaf) is not None and not (_OF_ACTIVATIONS.search(leaf) or _UNRELATED.search(leaf))
 
 
 def dequantized(
@@ -125,12 +264,12 @@ def dequantized(
     made: dict[object, Derived] = {}
     found, refused = {}, []
     for key, sizes in settled.items():
-        weight, scale = tensors[key], tensors[scaled[key].scales[0]]
         if sizes == AMBIGUOUS and _split(scaled[key].scales[0])[1] in by_rows:
-            sizes = (1, *(weight.shape or ())[1:])
+            sizes = (1, *(tensors[key].shape or ())[1:])
         if isinstance(sizes, str):
-            refused.append(f"{key} ({', '.join(scaled[key].scales)}: {sizes})")
+            refused.append(f"{key} ({listed(scaled[key].scales)}: {sizes})")
             continue
+        weight, scale = tensors[key], tensors[scaled[key].scales[0]]
         lazy = Derived("dequantize", (weight, scale), shape=weight.shape, args=sizes)
         source = made.setdefault((weight.view, scale.view), lazy)
         found[key] = replace(computed_as(weight, source, dtype), extras=None)
@@ -139,10 +278,10 @@ def dequantized(
 
 def _sizes(tensors: Mapping[str, TensorInfo], key: str, pair: Scaled) -> Shape | str:
     """Returns how many elements share a scale along each dimension of a weight, or why that is not known."""
-    weight, scale = tensors[key], tensors[pair.scales[0]]
-    points = [other for other in pair.beside if not _OF_ACTIVATIONS.search(_split(other)[1])]
     if not pair.is_named:
         return "not known as scales of this weight"
+    weight, scale = tensors[key], tensors[pair.scales[0]]
+    points = [other for other in pair.beside if not _OF_ACTIVATIONS.search(_split(other)[1])]
     if points:
         return f"with {', '.join(points)}"
     if len(pair.scales) > 1:

@@ -386,8 +386,8 @@ class _Plan(Merge):
         options = as_options(("--adapt", f"{pattern}={text}") for pattern, text, _ in patterns)
         return f"adapting {listed(keys, 3)} would match {len(loaded)} of {len(self.tensors)} ({options})"
 
-    def _object_rows(self) -> list[Row]:
-        rows = super()._object_rows()
+    def _object_rows(self, fate: str) -> list[Row]:
+        rows = super()._object_rows(fate)
         entries = self.target.entries()
         detail = "not initialised yet: it gets its shape in the first forward pass"
         return [

@@ -1,8 +1,9 @@
-"""Weights of few bits whose scales lie beside them: never parted by a cast, multiplied with `--dequantize`."""
+"""Weights of few bits and their scales: not parted by a cast, nor by a selection without a note; `--dequantize`."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +253,166 @@ def test_other_weights_of_the_file_settle_a_square_one() -> None:
     ckptool.convert("in.safetensors", "out.safetensors", dequantize=True)
     found = load_file("out.safetensors")
     assert torch.equal(found["q.weight"], state["q.weight"].float() * state["q.weight_scale"][:, None])
+
+
+# --- scales that lie elsewhere ---------------------------------------------------------------------------------------
+
+E8M0 = torch.float8_e8m0fnu
+ELSEWHERE: dict[str, tuple[str, dict[str, Tensor]]] = {
+    "another prefix": ("l.weight", {"s.l.weight_scale_inv": scales(1, 1)}),
+    "a parallel tree": ("model.layers.0.q.weight", {"scales.layers.0.q.weight": scales(8, 1)}),
+    "a tree inside": ("model.layers.0.q.weight", {"model.scales.layers.0.q.weight": scales(8, 1)}),
+    "a module behind": ("l.weight", {"l.weight_scale.value": scales(8, 1)}),
+    "a scale without the weight's prefix": ("model.l.weight", {"l.weight_scale": scales()}),
+    "two prefixes": ("model.layers.0.q.weight", {"quant.layers.0.q.scale": scales(8, 1, dtype=BF16)}),
+    "a wrapper": ("_orig_mod.l.weight", {"l.weight_scale": scales()}),
+    "e8m0": ("l.weight", {"aux.l.scale": scales(8, 1, dtype=E8M0)}),
+    "experts": ("experts.w1", {"quant.w1_scales": scales(8, 1)}),
+    "a slash": ("a/l.weight", {"b/l.weight_scale": scales()}),
+    "names that tell nothing": ("l.weight", {"x17.weight_scale_inv": scales(1, 1)}),
+    "two that may be it": ("l.weight", {"s.l.weight_scale": scales(8, 1), "t.l.weight_scale": scales(8, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_a_scale_elsewhere_is_not_passed_over(kind: str, refused: Callable[..., str], run: Run) -> None:
+    key, others = ELSEWHERE[kind]
+    state = {key: numbers(8, 4), **others, "norm.weight": torch.ones(3)}
+    save_file(state, "in.safetensors")
+    for more in ([], ["--dequantize"]):
+        line = refused("convert", "in.safetensors", "--dtype", "bf16", "-o", "out.safetensors", *more)
+        assert all(name in line for name in (key, *others))
+    assert run("convert", "in.safetensors", "--dtype", "bf16", "--keep", key, "-o", "out.safetensors")[0] == 0
+    found = load_file("out.safetensors")
+    assert found.pop("norm.weight").dtype == BF16
+    assert all(found[name].dtype == state[name].dtype for name in found)
+    save_file({key: torch.zeros(8, 4)}, "target.safetensors")
+    assert key in refused("filter", "in.safetensors", "--match", "target.safetensors", "--cast", "-o", "o.safetensors")
+    assert key in refused("load-partial", "in.safetensors", "--into", "target.safetensors", "-o", "o.safetensors")
+
+
+def test_scales_outside_of_the_weights_and_in_another_source_are_seen(
+    saved: Saved, refused: Callable[..., str]
+) -> None:
+    tree = {"model": {"l.weight": numbers(8, 4), "b": torch.ones(2)}, "scales": {"l.weight": scales(8, 1)}}
+    assert "scales/l.weight" in refused("convert", saved(tree), "--dtype", "bf16", "-o", "out.pth")
+    assert "scales/l.weight" in refused("convert", saved(tree), "--dtype", "bf16", "--dequantize", "-o", "out.pth")
+    average = {"model": {"l.weight": numbers(8, 4)}, "ema": {"l.weight": numbers(8, 4), "l.weight_scale": scales(8, 1)}}
+    assert ckptool.convert(saved(average), "average.pth", dtype="bf16", root="model").cast == ["l.weight"]
+    save_file({"l.weight": numbers(8, 4)}, "w.safetensors")
+    save_file({"l.weight_scale": scales(8, 1)}, "s.safetensors")
+    save_file({"l.weight": torch.zeros(8, 4)}, "t.safetensors")
+    for files in (("w", "s"), ("s", "w")):
+        names = [f"{name}.safetensors" for name in files]
+        line = refused("filter", *names, "--match", "t.safetensors", "--cast", "-o", "o.safetensors")
+        assert "l.weight_scale" in line
+
+
+@pytest.mark.parametrize("other", [
+    {"x.norm.scale": torch.ones(4)}, {"d.l.weight": torch.ones(8, 4), "d.l.weight_scale": torch.ones(8, 1)},
+    {"x.l.input_scale": torch.ones(())}, {"x.l.weight_scale": torch.ones(8, 1), "x.l.weight": numbers(8, 4)},
+    {"attn.k_scale": torch.ones(())}, {"scale.l.weight": numbers(8, 4)},
+], ids=lambda one: next(iter(one)))  # fmt: skip
+def test_a_scale_of_something_else_stops_no_cast(other: dict[str, Tensor]) -> None:
+    save_file({"l.weight": numbers(8, 4), **other}, "in.safetensors")
+    assert "l.weight" in ckptool.convert("in.safetensors", "out.pth", dtype="bf16", keep="x.*").cast
+
+
+# --- selections that part a weight from its scales -------------------------------------------------------------------
+
+U8 = torch.ones(8, 4, dtype=torch.uint8)
+PAIRS: dict[str, tuple[str, dict[str, Tensor]]] = {
+    "fp8 blocks": ("l.weight", {"l.weight_scale_inv": scales(1, 1)}),
+    "fp8": ("l.weight", {"l.weight_scale": scales(8, 1), "l.input_scale": scales()}),
+    "e8m0": ("l.weight", {"l.scale": scales(8, 1, dtype=E8M0)}),
+    "MXFP4": ("mlp.gate_up_proj_blocks", {"mlp.gate_up_proj_scales": U8}),
+    "MXFP4 in modules": ("mlp.gate.blocks", {"mlp.gate.scales": U8}),
+    "bitsandbytes, 8 bits": ("l.weight", {"l.SCB": scales(8), "l.weight_format": torch.zeros((), dtype=torch.uint8)}),
+    "bitsandbytes, 4 bits": ("l.weight", {"l.weight.absmax": scales(2), "l.weight.quant_map": torch.ones(16),
+                                          "l.weight.quant_state.bitsandbytes__nf4": U8.flatten()}),
+    "GPTQ": ("q.qweight", {key: value for key, value in GPTQ.items() if key != "q.qweight"}),
+    "compressed-tensors": ("l.weight_packed", {"l.weight_scale": scales(8, 1), "l.weight_shape": torch.ones(2)}),
+    "HQQ": ("l.W_q", {"l.scale": scales(8, 1), "l.zero": scales(8, 1)}),
+    "torchao": ("l.weight:qdata", {"l.weight:scale": scales(8, 1)}),
+}  # fmt: skip
+
+
+def packed(key: str) -> Tensor:
+    if key in GPTQ or key.endswith("_packed"):
+        return GPTQ["q.qweight"]
+    return U8.clone() if key.endswith(("blocks", "W_q", "qdata")) else numbers(8, 4)
+
+
+def told(run: Run, *args: str) -> str:
+    """Runs a command for text and for JSON, which must say the same about weights; returns that note, or ""."""
+    said = []
+    for more in ([], ["--json"]):
+        code, out, err = run(*args, "-o", "out.safetensors", "--force", *more)
+        assert code == 0, err
+        lines = json.loads(out)["notes"] if more else f"{out}{err}".splitlines()
+        found = [re.search("weights (kept|left|whose).*", line) for line in lines]
+        said.append([match[0].strip() for match in found if match])
+    assert said[0] == said[1]
+    return "; ".join(said[0])
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_selection_that_parts_a_weight_from_its_scales_says_so(kind: str, run: Run) -> None:
+    key, others = PAIRS[kind]
+    save_file({key: packed(key), **others, "head.weight": torch.ones(3, 2)}, "in.safetensors")
+    for part in others:
+        bare = f"weights kept without all of their scales (1): {key} ({part})"
+        assert told(run, "filter", "in.safetensors", "--exclude", part) == bare
+        assert told(run, "remap", "in.safetensors", "--drop", part) == bare
+        stray = f"weights left out, and scales of them kept (1): {key} ("
+        assert told(run, "filter", "in.safetensors", "--include", part) == f"{stray}{part})"
+        assert told(run, "remap", "in.safetensors", "--drop", key).startswith(stray)
+    assert told(run, "filter", "in.safetensors", "--include", "head.*") == ""
+    assert told(run, "remap", "in.safetensors", "--drop", "head.*") == ""
+    save_file({key: torch.zeros_like(packed(key)), "head.weight": torch.ones(3, 2)}, "target.safetensors")
+    into = (("filter", "in.safetensors", "--match"), ("load-partial", "in.safetensors", "--into"))
+    for command in into:
+        assert f"without all of their scales (1): {key} (" in told(run, *command, "target.safetensors")
+    save_file({**others, "head.weight": torch.ones(3, 2)}, "scales.safetensors")
+    for command in into:
+        assert f"left out, and scales of them kept (1): {key} (" in told(run, *command, "scales.safetensors")
+        assert told(run, *command, "in.safetensors") == ""
+    save_file({key: packed(key), "head.weight": torch.ones(3, 2)}, "bare.safetensors")
+    for name, _, option in into:
+        assert f"not both (1): {key} (" in told(run, name, "bare.safetensors", option, "in.safetensors")
+
+
+def test_counts_and_three_examples_are_told(run: Run) -> None:
+    state = {
+        f"l.{at}.weight{end}": numbers(8, 4) if not end else scales() for at in range(1200) for end in ("", "_scale")
+    }
+    save_file(state, "in.safetensors")
+    note = told(run, "filter", "in.safetensors", "--exclude", "*_scale")
+    assert note.startswith("weights kept without all of their scales (1,200): l.")
+    assert note.count("_scale") == 3
+    assert note.endswith("and 1197 more")
+
+
+def test_two_sources_that_complete_each_other_part_nothing(run: Run) -> None:
+    save_file({"l.weight": numbers(8, 4)}, "w.safetensors")
+    save_file({"l.weight_scale": scales(8, 1)}, "s.safetensors")
+    save_file({"l.weight": numbers(8, 4), "l.weight_scale": 2 * scales(8, 1)}, "both.safetensors")
+    save_file({"l.weight": torch.zeros(8, 4).to(F8), "l.weight_scale": torch.ones(8, 1)}, "target.safetensors")
+    match = ("--match", "target.safetensors")
+    for more in ((), match):
+        assert told(run, "filter", "w.safetensors", "s.safetensors", *more) == ""
+        assert told(run, "filter", "both.safetensors", "w.safetensors", *more) == ""
+    assert "without all" in told(run, "filter", "w.safetensors", "s.safetensors", "--exclude", "*_scale")
+    other = {"l.weight": torch.zeros(8, 4).to(F8), "l.weight_scale": scales(8, 1)}
+    save_file(other, "other.safetensors")
+    assert "left out" in told(run, "filter", "w.safetensors", "other.safetensors", "--first-wins")
+    assert "left out" in told(run, "filter", "w.safetensors", "other.safetensors", *match)
+
+
+def test_a_tied_weight_that_stays_needs_the_scales(saved: Saved, run: Run) -> None:
+    weight = numbers(8, 4)
+    path = saved({"emb.weight": weight, "emb.weight_scale": scales(8, 1), "head.weight": weight})
+    assert told(run, "remap", path, "--drop", "head.weight") == ""
 
 
 # --- what is no scaled weight ----------------------------------------------------------------------------------------

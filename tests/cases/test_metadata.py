@@ -318,6 +318,36 @@ def test_the_metadata_of_a_second_source_is_named(quantised: str, notes: Callabl
     assert notes("filter", "x.pth", "y.safetensors", "-o", "xy.safetensors") == []
 
 
+def test_only_matched_names_what_of_the_target_is_left_out(saved: Saved, run: Run) -> None:
+    save_file({"w": torch.ones(2), "v": torch.ones(3)}, "t.safetensors", {"format": "pt", "arch": "x", "v": "8 bits"})
+    save_file({"w": torch.zeros(2)}, "s.safetensors", {"format": "pt", "step": "3"})
+    tree = {"model": {"w": torch.ones(2), "_extra": [1]}, "epoch": 3}
+    cases = [("t.safetensors", "metadata arch, metadata v"), (saved(tree), "epoch")]
+    for path, left in cases:
+        for more in ([], ["--json"]):
+            code, out, err = run(
+                "filter", "s.safetensors", "--match", path, "--only-matched", "-o", "o.safetensors", "--force", *more
+            )
+            assert code == 0, err
+            assert f"not taken from {path}: {left}" in out + err
+            assert "not taken from s.safetensors: metadata step" in out + err
+    assert metadata_of("o.safetensors") == {"format": "pt"}
+    rows = ckptool.filter("s.safetensors", match=saved(tree), only_matched=True)[1].rows
+    assert [row.detail for row in rows if row.key == "_extra"] == ["no tensor: left out"]
+
+
+@pytest.mark.parametrize("command", [("filter", "--match"), ("load-partial", "--into")])
+def test_metadata_of_a_source_that_is_not_taken_is_named(
+    command: tuple[str, str], notes: Callable[..., list[str]]
+) -> None:
+    save_file({"w": torch.ones(2)}, "t.safetensors", {"format": "pt", "arch": "x", "same": "1"})
+    save_file({"w": torch.zeros(2)}, "s.safetensors", {"format": "pt", "arch": "y", "step": "3", "same": "1"})
+    name, option = command
+    said = notes(name, "s.safetensors", option, "t.safetensors", "-o", "o.safetensors")
+    assert "not taken from s.safetensors: metadata arch, metadata step" in said
+    assert metadata_of("o.safetensors") == {"format": "pt", "arch": "x", "same": "1"}
+
+
 def test_dequantising_takes_the_entries_of_the_scales_along(saved: Saved) -> None:
     state = {"l.weight": torch.ones(8, 4).to(torch.float8_e4m3fn), "l.weight_scale": torch.ones(8, 1)}
     given = {"l.weight": "e4m3", "l.weight_scale": "rows", "names": '["l.weight_scale"]'}
