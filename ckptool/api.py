@@ -123,7 +123,7 @@ def inspect(
     names of the pickle that fit ``allow`` pass. ``progress`` is called with the number of bytes as they are read.
 
     Raises: what `open` raises; FormatError for unreadable data, which ``check`` reports instead; NoTensorsError if all
-    tensors are elsewhere than at a ``root`` that was given.
+    tensors are elsewhere than at a ``root`` that was given; IncompleteError for ``hashes`` if shards are missing.
     """
     from ckptool.ops.inspect import inspect as op
     from ckptool.ops.notes import require_tensors

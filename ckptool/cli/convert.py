@@ -101,7 +101,7 @@ def command(
                     render.show(_lines(reports[-1], dry_run))
     notes = [note for report in reports for note in report.notes]
     outputs.finish(reports, notes, lambda: _total(reports, dry_run), failed.errors)
-    return failed.exit_code
+    return failed.end()
 
 
 def beside(source: str, to: str) -> str:

@@ -82,8 +82,12 @@ def command(
     failed = render.Failures(len(files))
     for path in files:
         with failed.kept():
-            report = _inspected(path, root, include or [], exclude or [], stats, hashes, gate)
+            opened = ckptool.open(path, root=root)
+            report = _inspected(opened, root, include or [], exclude or [], stats, hashes, gate)
             reports.append(replace(report, path=path))
+            if report.check is None or not report.check.fails:  # a finding says it
+                with failed.kept(later=True):
+                    opened.require_whole()
     notes = [
         f"{report.path}: {pattern} fits no key"
         for report in reports
@@ -116,17 +120,17 @@ def command(
         elif not check:
             lines += ([render.safe(prefix)] if prefix else []) + _folded(rows, prefix)
         render.show(lines if lines[-1] else lines[:-1])
-    return failed.exit_code or int(any(report.check and report.check.fails for report in reports))
+    return failed.end() or int(any(report.check and report.check.fails for report in reports))
 
 
 def _inspected(
-    path: str, root: str | None, include: list[str], exclude: list[str], stats: bool, hashes: bool, gate: dict[str, Any]
-) -> InspectReport:
+    opened: ckptool.Checkpoint, root: str | None, include: list[str], exclude: list[str], stats: bool, hashes: bool,
+    gate: dict[str, Any],
+) -> InspectReport:  # fmt: skip
     if not (stats or hashes or gate):
-        return ckptool.inspect(path, root=root)
+        return ckptool.inspect(opened, root=root)
     # numpy's BLAS starts a thread per core, for matrix products that are not needed here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    opened = ckptool.open(path, root=root)
     with bar(lambda: volume(opened, keys.chooser(include, exclude), check=bool(gate))) as progress:
         return ckptool.inspect(
             opened, root=root, stats=stats, hashes=hashes, include=include, exclude=exclude, progress=progress, **gate

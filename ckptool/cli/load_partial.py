@@ -123,10 +123,10 @@ def command(
             raise UsageError(f"the model's state_dict holds what cannot be written: {listed(foreign, 20)}")
         report = replace(report, notes=[f"imported and ran {model}, your own code, to build the model", *report.notes])
     failed = plans.failed(report, least, require or [], strict)
-    refused = render.Failures(1 if output else 2)  # a dry run shows the report too
+    refused = render.Failures(1)
     if not failed:
         if output or not (least is not None or require or strict):
-            with refused.kept():
+            with refused.kept(later=output is None):  # a dry run shows the report too
                 refuse_unset(checkpoint, report)
         report = outputs.write(checkpoint, output, report)
         outputs.write_beside(groups_out, groups_document(report))
@@ -134,7 +134,7 @@ def command(
     groups = bool(groups_out or freeze)
     lines = partial(_lines, report, begin, failed, all_rows, groups)
     outputs.finish(report, [*report.notes, *failed], lines, refused.errors)
-    return int(bool(failed)) or refused.exit_code
+    return int(bool(failed)) or refused.end()
 
 
 def build(name: str, arguments: Sequence[str]) -> Any:

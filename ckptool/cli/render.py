@@ -124,19 +124,21 @@ class Failures:
         self.errors: list[CkptoolError] = []
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keeps an error raised in the block; raises it where there is one input only."""
+    def kept(self, later: bool = False) -> Iterator[None]:
+        """Keeps an error raised in the block; of one input only, raises it, or with ``later`` lets `end` print it."""
         try:
             yield
         except CkptoolError as error:
-            if not self.several:
+            if not (self.several or later):
                 raise
             self.errors.append(error)
-            note(f"error: {error}")
+            if self.several:
+                note(f"error: {error}")
 
-    @property
-    def exit_code(self) -> int:
-        """Returns 0, or the exit code of the first error."""
+    def end(self) -> int:
+        """Returns 0, or the exit code of the first error; prints the error that was to be last."""
+        if self.errors and not self.several:
+            note(f"error: {self.errors[0]}")
         return self.errors[0].exit_code if self.errors else 0
 
 
@@ -197,12 +199,12 @@ def print_json(document: Any) -> None:
 def document(
     command: str, result: Any, notes: Sequence[str] = (), errors: Sequence[CkptoolError] = ()
 ) -> dict[str, Any]:
-    """Returns the document that every command prints with --json; ``errors``: of inputs that are not in the result."""
+    """Returns the document that every command prints with --json; ``errors``: of what the result lacks."""
     content = to_json(result)
     if isinstance(content, dict):
         content.pop("notes", None)
     made = {"schema": 1, "command": command, "result": content, "notes": list(notes)}
-    return {**made, "errors": [error_json(error) for error in errors]} if errors else made
+    return {**made, "errors": [*map(error_json, errors)], "error": error_json(errors[0])} if errors else made
 
 
 def error_json(error: CkptoolError) -> dict[str, Any]:

@@ -4,8 +4,12 @@
     model-00001-of-00002.safetensors      a shard              (STEM.VARIANT-00001-of-00002.safetensors)
     model.safetensors.index.json          their index          (STEM.safetensors.index.VARIANT.json)
 
-A set is known by its whole file or its index. ``.bin`` files have the same forms. Source: ``from_pretrained`` of
-transformers (``modeling_utils.py``: whole file, then index), of diffusers (the index first) and of peft.
+A set is known by its whole file or its index. ``.bin`` files have the same forms. Sources:
+
+- transformers 5.24, ``modeling_utils._get_resolved_checkpoint_files``: whole file, index, then both as .bin; before all
+  what ``transformers_weights`` of config.json names. ``integrations.peft.maybe_load_adapters``: the adapter.
+- diffusers 0.42, ``models.modeling_utils.from_pretrained``: index, whole file, whole .bin; an index of .bin on request.
+- peft 0.21, ``utils.save_and_load.load_peft_weights``: whole file, then .bin; no index.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckptool.core.dtypes import lookup
 from ckptool.core.tensor import TensorInfo
@@ -27,6 +31,9 @@ from ckptool.io.source import names_in
 INDEX = re.compile(r"(.+?)(?:\.(safetensors|bin)(?:\.([\w-]+))?)?\.index(?:\.([\w-]+))?\.json")
 SHARD = re.compile(r"(.+)-(\d{1,9})-of-(\d{1,9})(\..+)")
 WHOLE = re.compile(r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(?:\.([\w-]+))?\.(safetensors|bin)")
+
+CONSOLIDATED = re.compile(r"consolidated[.-]")
+"""How names of weights in Mistral's and Meta's own layout begin; Mistral's loader refuses two of them."""
 
 LOADERS = {
     "model": "transformers", "pytorch_model": "transformers", "diffusion_pytorch_model": "diffusers",
@@ -69,9 +76,8 @@ class Set(NamedTuple):
         """Returns whether a loader would look for both this set and one of those names, and take one of them."""
         if self.variant != names.variant:
             return False
-        models = ("transformers", "diffusers")
-        loader = LOADERS.get(names.stem, "")
-        return self.stem == names.stem or (loader != "" and self.loader == loader) or {loader, self.loader} == {*models}
+        loaders = {names.loader, self.loader}
+        return self.stem == names.stem or ("" not in loaders and (len(loaders) == 1 or "peft" not in loaders))
 
 
 def parse(name: str) -> Set | None:
@@ -129,6 +135,11 @@ class Names:
     def shard(self, number: int, count: int) -> str:
         """Returns the name of a shard, counted from 1."""
         return f"{self.base}-{number:05d}-of-{count:05d}.safetensors"
+
+    @property
+    def loader(self) -> str:
+        """Returns the library that looks for these names; "" if none is known."""
+        return LOADERS.get(self.stem, "")
 
     def gives(self, name: str) -> bool:
         """Returns whether it is one of these names."""
@@ -208,12 +219,21 @@ def choose(directory: str, names: Sequence[str], shards_of: Callable[[str], Coll
     """Returns what to read of a directory, as the loader does that it was written for; None if there are no weights.
 
     ``shards_of`` returns the files that an index names. Raises: UnsupportedError if no rule decides among several, or
-    another tool wrote the directory; IncompleteError for a lone shard, and for links to nowhere.
+    another tool wrote the directory; IncompleteError for a lone shard, and for a link to nowhere that would be taken.
     """
     _refuse_unfinished(directory, names)
-    known = sets_in(names)
-    there = [found for found in known if os.path.isfile(os.path.join(directory, found.name))]
-    if first := _first(directory, there):
+    dangling, config = _dangling(directory, _weights(names)), _config(directory)
+    known = [found for found in sets_in(names) if found.name in dangling or _is_file(directory, found.name)]
+    there = [found for found in known if found.name not in dangling]
+    if isinstance(named := config.get("transformers_weights"), str):
+        if named not in names or named in dangling:
+            raise IncompleteError(f"config.json says that the weights are in {named!r}, which is not there", directory)
+        return Choice(named, "transformers")
+    if first := _first(directory, known, config):
+        if first.name in dangling:
+            links = listed([first.name, *(name for name in dangling if name != first.name)])
+            what = f"links to nowhere: {links}; {first.loader} takes {first.name} first"
+            raise IncompleteError(f"{what}: fetch it, or name the file to read", directory)
         if not first.is_index:  # it may be a shard itself, beside one that was added to it
             indexes = (found for found in sorted(there, key=lambda found: found.rank) if found.is_index)
             for index in indexes:
@@ -225,7 +245,7 @@ def choose(directory: str, names: Sequence[str], shards_of: Callable[[str], Coll
         raise UnsupportedError(f"{other}, which is not supported yet", directory)
     if there:
         return _only({found.name for found in there}, {(found.stem, found.variant) for found in there}, directory)
-    if dangling := [found.name for found in known if not os.path.exists(os.path.join(directory, found.name))]:
+    if known:
         raise IncompleteError(f"links to nowhere: {listed(dangling)}", directory)
     if "model_index.json" in names and (parts := _components(directory, names)):
         if len(parts) > 1:
@@ -234,7 +254,28 @@ def choose(directory: str, names: Sequence[str], shards_of: Callable[[str], Coll
     return _loose(directory, [name for name in names if name.endswith(WEIGHTS)])
 
 
-def _first(directory: str, there: list[Set]) -> Set | None:
+def _is_file(directory: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(directory, name))
+
+
+def _dangling(directory: str, names: Iterable[str]) -> list[str]:
+    """Returns those of a directory's names that are links to nowhere."""
+    return [name for name in names if not os.path.exists(os.path.join(directory, name))]
+
+
+def _weights(names: Iterable[str]) -> list[str]:
+    """Returns the names of sets and of files of weights, without those of a trainer's state."""
+    return [name for name in names if parse(name) or (name.endswith(WEIGHTS) and not STATE.fullmatch(name))]
+
+
+CONFIGS = {
+    "_diffusers_version": "diffusers", "_class_name": "diffusers", "model_type": "transformers",
+    "architectures": "transformers", "transformers_version": "transformers",
+}  # fmt: skip
+"""The library that writes a field into its config.json; the first one that is there decides."""
+
+
+def _first(directory: str, there: list[Set], config: Mapping[str, Any]) -> Set | None:
     """Returns the set that a known loader takes. Raises: UnsupportedError if it takes none of several."""
     known = sorted((found for found in there if found.loader), key=lambda found: found.rank)
     if not known:
@@ -244,24 +285,23 @@ def _first(directory: str, there: list[Set]) -> Set | None:
         raise UnsupportedError(f"holds variants only: name one of {listed(found.name for found in plain)}", directory)
     loaders = [loader for loader in dict.fromkeys(LOADERS.values()) if any(found.loader == loader for found in plain)]
     if loaders[:2] == ["transformers", "diffusers"]:
-        by_config = _config_of(directory)
-        if by_config is None:
+        if (mark := next((mark for mark in CONFIGS if mark in config), None)) is None:
             names = listed(found.name for found in plain)
             raise UnsupportedError(f"holds {names}, and no config.json says whose: name one of them", directory)
-        loaders = [by_config]
+        loaders = [CONFIGS[mark]]
     return next(found for found in plain if found.loader == loaders[0])
 
 
-def _config_of(directory: str) -> str | None:
-    """Returns the library whose config.json lies in a directory; None if it is neither's."""
+def _config(directory: str) -> dict[str, Any]:
+    """Returns the object in a directory's config.json; an empty one if there is none that can be read."""
     try:
+        if not _is_file(directory, "config.json"):
+            return {}
         with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
             config = json.loads(file.read(1 << 20))
-    except (OSError, ValueError, RecursionError):  # it decides nothing; the caller says so
-        return None
-    marks = {"_diffusers_version": "diffusers", "_class_name": "diffusers", "model_type": "transformers",
-             "architectures": "transformers", "transformers_version": "transformers"}  # fmt: skip
-    return next((loader for mark, loader in marks.items() if isinstance(config, dict) and mark in config), None)
+    except (OSError, ValueError, RecursionError):  # it decides nothing then
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _only(names: set[str], kinds: set[tuple[str, str]], directory: str) -> Choice:
@@ -286,14 +326,15 @@ def _loose(directory: str, files: list[str]) -> Choice | None:
     if not files:
         return None
     shards = [found for name in files if (found := SHARD.fullmatch(name))]
-    if len(shards) == len(files) and len({(found[1], int(found[3]), found[4]) for found in shards}) == 1:
+    one_set = len(shards) == len(files) and len({(found[1], int(found[3]), found[4]) for found in shards}) == 1
+    if one_set:
         numbers, total = {int(found[2]) for found in shards}, int(shards[0][3])
         absent = list(islice((number for number in range(1, total + 1) if number not in numbers), 6))
         if absent:
-            numbers_absent = listed(absent, 5)
-            raise IncompleteError(
-                f"holds {listed(files)} of {total} shards and no index: number {numbers_absent} is missing", directory
-            )
+            what = f"holds {listed(files)} of {total} shards and no index: number {listed(absent, 5)} is missing"
+            raise IncompleteError(what, directory)
+    if (links := _dangling(directory, files)) and (one_set or len(files) == 1):
+        raise IncompleteError(f"links to nowhere: {listed(links)}", directory)
     if len(files) > 1:
         raise UnsupportedError(
             f"{len(files)} files of weights and no index: name one of {listed(files)}; "
@@ -332,20 +373,54 @@ def _refuse_unfinished(directory: str, names: Sequence[str]) -> None:
 
 def beside(directory: str, names: Sequence[str], choice: Choice, used: Collection[str]) -> list[str]:
     """Returns notes: which weights lie in the directory too, where only the files ``used`` were read."""
-    others = [name for name in names if parse(name) or (name.endswith(WEIGHTS) and not STATE.fullmatch(name))]
-    others = [name for name in others if name not in used and not os.path.isdir(os.path.join(directory, name))]
-    dangling = [name for name in others if not os.path.exists(os.path.join(directory, name))]
-    indexes = [found for found in sets_in(others) if found.is_index]
-    covered = {base for found in indexes for base in (found.stem, f"{found.stem}.{found.variant}")}
-    rest: dict[str, None] = {}
-    for name in others:
-        shard = SHARD.fullmatch(name)
-        if name not in dangling and not (shard and shard[1] in covered):
-            rest[f"{shard[1]}-*-of-{shard[3]}{shard[4]}" if shard else name] = None
+    dangling = [name for name in _dangling(directory, _weights(names)) if name not in used]
     notes = [f"links to nowhere: {listed(dangling)}"] if dangling else []
-    if rest:
+    if rest := others(directory, names, {*used, *dangling}):
         rule = f", as {choice.loader} does" if choice.loader else ""
         notes.append(f"{choice.name} was read{rule}; also here, and not read: {listed(rest)}")
     if other := layout(names):
         notes.append(f"also here: {other}, which is not supported yet")
     return notes
+
+
+def others(directory: str, names: Sequence[str], used: Collection[str]) -> list[str]:
+    """Returns the names of weights in a directory beside the files ``used``; shards of one set are one pattern.
+
+    Shards of an index that is named too are left out; those of a set that is ``used`` in part have their own names.
+    """
+    rest = [name for name in _weights(names) if name not in used and not os.path.isdir(os.path.join(directory, name))]
+    covered = {base for found in sets_in(rest) if found.is_index for base in (found.stem, Names(*found[1:3]).base)}
+    in_part = {_pattern(name) for name in used}
+    rest = [name for name in rest if not ((shard := SHARD.fullmatch(name)) and shard[1] in covered)]
+    return list(dict.fromkeys(name if _pattern(name) in in_part else _pattern(name) for name in rest))
+
+
+def rivals(names: Names, there: Collection[str]) -> list[str]:
+    """Returns those of a directory's files that a loader would take instead of a set of these names, or no longer find.
+
+    transformers takes the adapter alone where its config lies and none of a model.
+    """
+    known = [found.name for found in sets_in(there) if found.competes(names)]
+    if names.stem == "consolidated":
+        known += [name for name in there if name.endswith(WEIGHTS) and CONSOLIDATED.match(name)]
+    if names.loader == "transformers" and "adapter_config.json" in there and "config.json" not in there:
+        known.append("adapter_config.json without a config.json")
+    return [name for name in known if not names.gives(name)]
+
+
+def reader(name: str) -> str:
+    """Returns who looks for a file of weights of this name.
+
+    >>> reader("model.fp16.safetensors"), reader("consolidated.00.pth"), reader("x.pth")
+    ('transformers, variant fp16', "Mistral's and Meta's own loaders", 'no loader by this name')
+    """
+    found = parse(name)
+    if found and found.loader:
+        return found.loader + f", variant {found.variant}" * bool(found.variant)
+    return "Mistral's and Meta's own loaders" if CONSOLIDATED.match(name) else "no loader by this name"
+
+
+def _pattern(name: str) -> str:
+    """Returns ``model-*-of-00002.safetensors`` for a shard, and another name as it is."""
+    shard = SHARD.fullmatch(name)
+    return f"{shard[1]}-*-of-{shard[3]}{shard[4]}" if shard else name

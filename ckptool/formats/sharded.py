@@ -371,13 +371,13 @@ class _Place:
         self.names = names
         self.new = [*shards, *([] if names.whole in shards else [names.index])]
         self.force = force
-        self.origin, name = os.path.split(checkpoint.url)
+        self.origin, self.source = os.path.split(checkpoint.url)
         within = same_file(self.origin or ".", directory)
-        self.input = sets.parse(name) if in_place and within else None
-        self.look()
-        small = sets.small_files(self.origin or ".") if sets.parse(name) and not within else []
+        self.input = sets.parse(self.source) if in_place and within else None
+        small = sets.small_files(self.origin or ".") if sets.parse(self.source) and not within else []
         self.small = small if with_files else [name for name in small if not os.path.lexists(self._path(name))]
         self.with_files = with_files
+        self.look()
         if with_files:
             self._refuse_other_files()
 
@@ -391,11 +391,12 @@ class _Place:
         same = [
             found for found in known if Names(found.stem, found.variant) == self.names and found.kind == "safetensors"
         ]
-        taken = [name for name in there if name in self.new or any(name == found.name for found in same)]
+        taken = [name for name in there if self.names.gives(name) or any(name == found.name for found in same)]
         if taken and not self.force:
             raise OutputError(f"{listed(taken)}: {EXISTS}", self.directory)
         replaced = [*same, *([self.input] if self.input in known else [])]
-        rivals = [found.name for found in known if found not in replaced and found.competes(self.names)]
+        rivals = sets.rivals(self.names, [*there, *(self.small if self.with_files else ())])
+        rivals = [name for name in rivals if all(name != found.name for found in replaced)]
         if rivals and not same:
             raise OutputError(
                 f"holds {listed(rivals)}: loaders would read only one of that and {self.new[-1]}; "
@@ -407,6 +408,8 @@ class _Place:
         named = {name for found in replaced if found.is_index for name in self._shards(found.name)}
         self.gone = sorted(gone - {*self.new}, key=lambda name: (sets.parse(name) is None, name))
         self.left = sorted(name for name in (named & {*there}) - gone - {*self.new})
+        used = {*self.new, *self.gone, *self.left, self.source if sets.parse(self.source) is None else ""}
+        self.others = sets.others(self.directory, there, used)
 
     def _shards(self, index: str) -> set[str]:
         try:
@@ -454,7 +457,9 @@ class _Place:
 
     def notes(self) -> tuple[str, ...]:
         """Returns what became of the files that were there, and of the small files beside the input."""
+        others = [f"{name} ({sets.reader(name)})" for name in self.others]
         found = {
+            f"{sets.reader(self.new[-1])}: {self.new[-1]} is read; also there": others,
             "of the checkpoint that was there, removed": self.gone,
             "of the checkpoint that was there, not replaced": self.left,
             "copied" if self.with_files else "beside the input, not copied (--with-files)": self.small,

@@ -58,7 +58,7 @@ def look_into(
     """Returns the results for the tensors at root that ``choose`` accepts; ``check`` without it checks the whole file.
 
     Each tie group is read once. Memory does not grow with the file. Raises: UnreadableError; FormatError, which with
-    ``check`` becomes a finding.
+    ``check`` becomes a finding; IncompleteError for ``hashes`` of a checkpoint that lacks shards.
     """
     chosen = {key: tensor for key, tensor in checkpoint.state_dict().items() if choose is None or choose(key)}
     found = Contents()
@@ -78,6 +78,7 @@ def look_into(
         found.missed += [f"no statistics of {what}: {listed(keys)}" for what, keys in missed.items()]
     hashed = {**chosen, **{key: one for key, one in checkpoint.inside().items() if choose is None or choose(key)}}
     if hashes:
+        checkpoint.require_whole()
         for tensor in hashed.values():
             for part in tensor.parts if isinstance(tensor.source, Opaque) else (tensor,):
                 plan.job(part).head = f"{_form(part)}\n".encode("ascii")

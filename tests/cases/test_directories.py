@@ -14,6 +14,7 @@ from oracles import Run
 from safetensors.torch import load_file, save_file
 
 import ckptool
+from ckptool.errors import IncompleteError
 
 INDEX = "model.safetensors.index.json"
 Shards = Mapping[str, Mapping[str, torch.Tensor]]
@@ -280,28 +281,154 @@ def test_shards_that_are_links_to_nowhere_are_missing(run: Run) -> None:
     incomplete(run, EVERY, "links to nowhere", "model-00002-of-00002.safetensors")
 
 
-def test_one_shard_that_is_absent_or_a_link_to_nowhere_allows_only_looking(run: Run) -> None:
-    shards = two("model", ".safetensors", "a", "b")
-    name = "model-00002-of-00002.safetensors"
-    indexed(shards)
-    os.remove(f"d/{name}")
+def half(directory: str = "d") -> str:
+    """Writes two shards and their index, removes the second, and returns its name."""
+    indexed(two("model", ".safetensors", "a", "b"), directory=directory)
+    os.remove(f"{directory}/model-00002-of-00002.safetensors")
+    return "model-00002-of-00002.safetensors"
+
+
+LOOKS = [["inspect", "d", *more] for more in ([], ["--flat"], ["--depth", "1"], ["--stats"], ["--root", ""],
+                                              ["--include", "a"], ["--check", "--fail-on", "nan,acting"])]  # fmt: skip
+
+
+def test_one_shard_that_is_absent_or_a_link_to_nowhere_is_incomplete_on_every_command(run: Run) -> None:
+    name = half()
     for _ in range(2):
-        incomplete(run, EVERY[2:], name)
-        code, out, _ = run("inspect", "d")
-        assert (code, f"missing shards: {name}" in out) == (0, True)
-        assert run("inspect", "d", "--check")[0] == 1
+        hashes = [["inspect", "d", "--hash"], ["inspect", "d", "--hash", "--check"]]
+        incomplete(run, [*LOOKS, *hashes, *EVERY[2:]], f"missing shards: {name}, and in them b")
+        for command in LOOKS:
+            code, out, err = run(*command)
+            assert (code, name in err, len(err.splitlines())) == (2, True, 1), command
+            assert ("1 tensor" in out, "missing shards" in out) == (True, True), (command, out)
+            (row,) = json.loads(run(*command, "--json")[1])["result"]
+            assert [tensor["key"] for tensor in row["tensors"]] == ["a"]
+        assert run("inspect", "d", "--keys")[:2] == (2, "a\n")
+        for command in hashes:
+            assert run(*command)[:2] == (2, "")
         if not os.path.islink(f"d/{name}"):
             os.symlink("nowhere", f"d/{name}")
 
 
-def test_a_whole_file_that_is_a_link_to_nowhere_is_passed_over_as_loaders_do(run: Run) -> None:
+def test_a_check_reports_missing_shards_as_damage(run: Run) -> None:
+    half()
+    for more in ([], ["--fail-on", "index"], ["--stats"]):
+        code, out, err = run("inspect", "d", "--check", *more)
+        assert (code, "index" in out, "error" in err) == (1, True, False)
+        document = json.loads(run("inspect", "d", "--check", "--json", *more)[1])
+        assert [finding["kind"] for finding in document["result"][0]["check"]["findings"]] == ["index"]
+        assert "error" not in document
+
+
+def test_of_several_inputs_half_a_set_stops_no_other(run: Run) -> None:
+    half()
+    made({"w.safetensors": filled(1, "w")}, "e")
+    code, out, err = run("inspect", "d", "e", "absent", "--json")
+    document = json.loads(out)
+    assert (code, len(err.splitlines())) == (2, 2)
+    assert [len(report["tensors"]) for report in document["result"]] == [1, 1]
+    assert [error["kind"] for error in document["errors"]] == ["incomplete", "unreadable"]
+    assert document["error"] == document["errors"][0]
+    assert run("inspect", "d", "e", "--check")[0] == 1
+
+
+def test_tensors_that_no_shard_has_and_copies_that_no_index_settles_are_incomplete_too(run: Run) -> None:
+    indexed(two("model", ".safetensors", "a", "b"), c="model-00001-of-00002.safetensors")
+    incomplete(run, [*LOOKS, ["inspect", "d", "--hash"], *EVERY[2:]], "in the index and in no shard: c")
+    assert run("inspect", "d", "--check")[0] == 1
+
+
+def test_the_library_shows_half_a_set_and_does_not_hash_or_save_it() -> None:
+    half()
+    report = ckptool.inspect("d", stats=True)
+    assert ([row.key for row in report.tensors], len(report.problems)) == (["a"], 1)
+    for call in (lambda: ckptool.inspect("d", hashes=True), lambda: ckptool.save("d", "o.pth"),
+                 lambda: ckptool.open("d").to_torch(), lambda: ckptool.diff("d", "d")):  # fmt: skip
+        with pytest.raises(IncompleteError, match="missing shards"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("link", "there"),
+    [
+        ("model.safetensors", "pytorch_model.bin"),
+        ("model.safetensors", INDEX),
+        (INDEX, "pytorch_model.bin"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+        ("model.safetensors", "model.fp16.safetensors"),
+        ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
+        ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+        ("adapter_model.safetensors", "adapter_model.bin"),
+        ("model.safetensors", "adapter_model.safetensors"),
+    ],
+)
+def test_a_link_to_nowhere_that_the_loader_takes_first_is_incomplete(link: str, there: str, run: Run) -> None:
     made({})
-    os.symlink("../blobs/abc", "d/model.safetensors")
-    incomplete(run, EVERY, "links to nowhere: model.safetensors")
-    made({"pytorch_model.bin": filled(1, "a")})
+    os.symlink("../blobs/abc", f"d/{link}")
+    incomplete(run, EVERY, f"links to nowhere: {link}")
+    if there.endswith("json"):
+        suffix = ".bin" if ".bin" in there else ".safetensors"
+        indexed(two(there.split(".")[0], suffix, "a", "b"), there)
+    else:
+        made({there: filled(1, "a")})
+    incomplete(run, EVERY, f"links to nowhere: {link}", "name the file to read")
+    assert "a" in keys_of(f"d/{there}")
+
+
+@pytest.mark.parametrize(
+    ("link", "there"),
+    [
+        ("pytorch_model.bin", "model.safetensors"),
+        (INDEX, "model.safetensors"),
+        ("model.fp16.safetensors", "model.safetensors"),
+        ("adapter_model.bin", "model.safetensors"),
+        ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+        ("diffusion_pytorch_model.bin.index.json", "diffusion_pytorch_model.bin"),
+        ("consolidated.00.pth", "model.safetensors"),
+    ],
+)
+def test_a_link_to_nowhere_that_no_loader_would_take_is_a_note(link: str, there: str, run: Run) -> None:
+    if there.endswith("json"):
+        indexed(two("diffusion_pytorch_model", ".safetensors", "a", "b"), there)
+    else:
+        made({there: filled(1, "a")})
+    os.symlink("../blobs/abc", f"d/{link}")
     found, notes = converted(run)
-    assert found.keys() == {"a"}
-    assert "links to nowhere: model.safetensors" in notes
+    assert "a" in found
+    assert notes == [f"links to nowhere: {link}"]
+
+
+def test_links_to_nowhere_of_names_that_no_loader_knows_are_incomplete(run: Run) -> None:
+    made({})
+    os.symlink("../blobs/abc", "d/weights.pth")
+    incomplete(run, EVERY, "links to nowhere: weights.pth")
+    for number in (1, 2):
+        name = f"w-0000{number}-of-00002.safetensors"
+        made({name: filled(1, "a")}, "e") if number == 1 else os.symlink("gone", f"e/{name}")
+    incomplete(run, [["inspect", "e"], ["convert", "e", "-o", "o.pth"]], "links to nowhere: w-00002-of-00002")
+
+
+def test_the_file_that_a_config_of_transformers_names_is_read(run: Run) -> None:
+    made({"model.safetensors": filled(1, "a"), "hf.safetensors": filled(2, "b")})
+    Path("d/config.json").write_text(json.dumps({"model_type": "llama", "transformers_weights": "hf.safetensors"}))
+    found, notes = converted(run)
+    assert (found.keys(), others(notes)) == ({"b"}, {"model.safetensors"})
+    os.rename("d/hf.safetensors", "d/other.safetensors")
+    incomplete(run, EVERY, "'hf.safetensors'", "not there")
+    Path("d/config.json").write_text(json.dumps({"transformers_weights": "model.safetensors.index.json"}))
+    indexed(two("model", ".safetensors", "x", "y"))
+    assert converted(run)[0].keys() == {"x", "y"}
+    Path("d/config.json").write_text(json.dumps({"transformers_weights": 3}))
+    assert converted(run)[0].keys() == {"a"}
+
+
+def test_a_shard_of_which_the_others_were_read_is_named_itself(run: Run) -> None:
+    shards = two("model", ".safetensors", "a", "b")
+    indexed(dict(list(shards.items())[:1]))
+    made(shards)
+    assert others(converted(run)[1]) == {"model-00002-of-00002.safetensors"}
+    made({f"model-0000{number}-of-00003.safetensors": filled(number, "c") for number in (1, 2, 3)})
+    assert others(converted(run)[1]) == {"model-00002-of-00002.safetensors", "model-*-of-00003.safetensors"}
 
 
 def test_shards_without_an_index_are_not_taken_for_a_whole(run: Run) -> None:

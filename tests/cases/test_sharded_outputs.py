@@ -216,15 +216,90 @@ def test_a_set_that_would_hide_or_be_hidden_is_refused(there: str, stem: str, fo
         assert (code, there in err, names("out")) == (2, True, [there])
 
 
-def test_what_no_loader_mixes_up_may_lie_beside(run: Run) -> None:
+def test_what_no_loader_mixes_up_may_lie_beside_and_is_named_with_its_reader(run: Run) -> None:
     os.mkdir("out")
-    beside = ["adapter_model.safetensors", "consolidated.00.pth", "model.fp16.safetensors", "optimizer.pt"]
+    beside = ["adapter_model.safetensors", "consolidated.00.pth", "model.fp16.safetensors", "optimizer.pt", "x.ckpt"]
     for name in beside:
         Path("out", name).write_bytes(b"mine")
     torch.save(TENSORS, "x.pth")
-    ok(run, "convert", "x.pth", "-o", "out")
+    for more in (["--dry-run"], []):
+        assert (
+            "transformers: model.safetensors is read; also there: adapter_model.safetensors (peft), "
+            "consolidated.00.pth (Mistral's and Meta's own loaders), "
+            "model.fp16.safetensors (transformers, variant fp16), x.ckpt (no loader by this name)"
+        ) in ok(run, "convert", "x.pth", "-o", "out", *more)
     assert names("out") == sorted([*beside, "model.safetensors"])
     assert list(ckptool.open("out").state_dict()) == list(TENSORS)
+
+
+@pytest.mark.parametrize("command", FILES)
+@pytest.mark.parametrize(
+    ("there", "name", "note"),
+    [
+        ("model.safetensors", "adapter_model",
+         "peft: adapter_model.safetensors is read; also there: model.safetensors (transformers)"),
+        ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.fp16",
+         "diffusers, variant fp16: diffusion_pytorch_model.fp16.safetensors is read; also there: "
+         "diffusion_pytorch_model.safetensors.index.json (diffusers)"),
+        ("consolidated-00001-of-00002.safetensors", "model",
+         "also there: consolidated-*-of-00002.safetensors (Mistral's and Meta's own loaders)"),
+        ("model.safetensors", "consolidated",
+         "Mistral's and Meta's own loaders: consolidated.safetensors is read; also there: model.safetensors (transf"),
+    ],
+)  # fmt: skip
+def test_each_command_names_the_reader_of_a_set_beside_the_output(
+    command: str, there: str, name: str, note: str, run: Run
+) -> None:
+    os.mkdir("out")
+    Path("out", there).write_text("{}")
+    torch.save(TENSORS, "x.pth")
+    assert note in ok(run, *FILES[command]("x.pth"), "-o", "out", "--shard-name", name)
+    assert load_file(f"out/{name}.safetensors").keys() == TENSORS.keys()
+
+
+def test_the_inputs_own_file_and_what_is_replaced_are_not_named_as_beside(run: Run) -> None:
+    torch.save(TENSORS, "x.pth")
+    assert "also there" not in ok(run, "convert", "x.pth", "-o", "./")
+    os.remove("model.safetensors")
+    sharded("model")
+    assert "also there" not in ok(run, "convert", "in", "-o", "in", *SPLIT, "--in-place")
+    assert "also there" not in ok(run, "convert", "x.pth", "-o", "in", "--force")
+    assert names("in") == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("there", ["consolidated.00.pth", "consolidated.safetensors.index.json", "consolidated.pth"])
+def test_a_second_consolidated_set_is_refused(there: str, run: Run) -> None:
+    os.mkdir("out")
+    Path("out", there).write_text("{}")
+    torch.save(TENSORS, "x.pth")
+    for more in ([], ["--dry-run"]):
+        code, _, err = run("convert", "x.pth", "-o", "out", "--shard-name", "consolidated", *more)
+        assert (code, there in err, names("out")) == (2, True, [there])
+
+
+@pytest.mark.parametrize("there", ["unet.safetensors", "unet-00001-of-00007.safetensors"])
+def test_files_of_the_sets_own_names_are_replaced_by_force_only(there: str, run: Run) -> None:
+    os.mkdir("out")
+    Path("out", there).write_text("old")
+    torch.save(TENSORS, "x.pth")
+    args = ["convert", "x.pth", "-o", "out", "--shard-name", "unet", "--max-shard-size", "20"]
+    code, _, err = run(*args)
+    assert (code, f"{there}: exists already" in err, names("out")) == (2, True, [there])
+    assert f"removed: {there}" in ok(run, *args, "--force")
+    assert names("out") == set_of("unet")
+
+
+def test_a_model_where_transformers_would_read_an_adapter_alone_is_refused(run: Run) -> None:
+    source = str(sharded("model"))
+    Path(source, "config.json").write_text("{}")
+    os.mkdir("out")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        Path("out", name).write_text("{}")
+    code, _, err = run("convert", source, "-o", "out", *SPLIT)
+    assert (code, "adapter_config.json without a config.json" in err) == (2, True)
+    ok(run, "convert", source, "-o", "out", *SPLIT, "--with-files")  # then there is a config.json
+    assert "adapter_model.safetensors (peft)" in ok(run, "convert", source, "-o", "out", *SPLIT, "--force")
+    ok(run, "convert", source, "-o", "out", "--shard-name", "unet")
 
 
 def test_no_name_of_a_hostile_index_is_removed(run: Run) -> None:

@@ -247,8 +247,8 @@ def test_composite_tensors_are_listed_with_their_kind(run: Run) -> None:
 
 
 def test_shards_missing_are_told_and_the_rest_is_listed(run: Run) -> None:
-    code, out, _ = run("inspect", FIXTURES / "sharded_broken")
-    assert code == 0
+    code, out, err = run("inspect", FIXTURES / "sharded_broken")
+    assert (code, err.count("missing shards")) == (2, 1)
     assert "missing shards: model-00003-of-00003.safetensors" in out
     assert "model.embed.weight" in out
 
