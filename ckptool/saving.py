@@ -104,7 +104,7 @@ def save(
         write = _save_directory if row.is_directory else _save_file
         with Files() as files:
             saved = write(checkpoint, row, url, options, tags, files, progress)
-        saved = replace(saved, notes=(*saved.notes, *_acting_notes(checkpoint, row)))
+        saved = replace(saved, notes=(*saved.notes, *_notes(checkpoint, row, url)))
         return replace(saved, verified=options.verify, **changed_values(checkpoint.state_dict(), files))
     except CkptoolError as error:
         error.path = error.path or url
@@ -125,7 +125,7 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
             left_out, nbytes = row.writer().check(checkpoint, tags)
             left_out, notes = left_out + _lost(checkpoint, row), ()
         uncounted = (UNCOUNTED,) if any(map(_is_cast, checkpoint.state_dict().values())) else ()
-        return Saved(url, nbytes, left_out, notes=(*notes, *uncounted, *_acting_notes(checkpoint, row)))
+        return Saved(url, nbytes, left_out, notes=(*notes, *uncounted, *_notes(checkpoint, row, url)))
     except CkptoolError as error:
         error.path = error.path or url
         raise
@@ -142,8 +142,8 @@ def _is_cast(tensor: TensorInfo) -> bool:
     return source.op in ("cast", "dequantize", "mean", "mix", "resample") or any(map(_is_cast, source.inputs))
 
 
-def _acting_notes(checkpoint: Checkpoint, row: formats.Format) -> list[str]:
-    """Returns notes on the names of the input that act: which the output has, and which it lacks."""
+def _notes(checkpoint: Checkpoint, row: formats.Format, url: str) -> list[str]:
+    """Returns notes on the names of the input that act, which the output has or lacks, and on sets beside a file."""
     acting = [name for name, kind in beyond_tensors(checkpoint.names).items() if kind == "acting"]
     carried: dict[str, Any] = {}
     if acting and row.holds.tree:
@@ -151,6 +151,10 @@ def _acting_notes(checkpoint: Checkpoint, row: formats.Format) -> list[str]:
         carried = beyond_tensors({(one.module, one.qualname) for one in kinds if isinstance(one, Global)})
     kept, left = [name for name in acting if name in carried], [name for name in acting if name not in carried]
     found = []
+    if not row.is_directory and url.endswith((".safetensors", ".bin")):
+        from ckptool.formats.sets import beside_file
+
+        found += beside_file(url)
     if kept:
         found.append(f"the output carries names that act, for torch.load(weights_only=False) to call: {listed(kept)}")
     if left:

@@ -408,6 +408,18 @@ def rivals(names: Names, there: Collection[str]) -> list[str]:
     return [name for name in known if not names.gives(name)]
 
 
+def beside_file(path: str) -> list[str]:
+    """Returns a note on the sets beside a file of weights of which its loader takes one only."""
+    directory, name = os.path.split(path)
+    own = parse(name)
+    if own is None or not own.loader:
+        return []
+    there = [found for found in sets_in(names_in(directory or ".")) if found.name != name]
+    same = [found for found in there if found.loader == own.loader and found.variant == own.variant]
+    first = min([own, *same], key=lambda found: found.rank)
+    return [f"beside {listed(found.name for found in same)}: {own.loader} reads {first.name} only"] if same else []
+
+
 def reader(name: str) -> str:
     """Returns who looks for a file of weights of this name.
 

@@ -267,6 +267,25 @@ def test_the_inputs_own_file_and_what_is_replaced_are_not_named_as_beside(run: R
     assert names("in") == ["model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("there", "name", "note"),
+    [
+        ("model.safetensors.index.json", "model.safetensors", "transformers reads model.safetensors only"),
+        ("model.safetensors", "pytorch_model.bin", "transformers reads model.safetensors only"),
+        ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
+         "diffusers reads diffusion_pytorch_model.safetensors.index.json only"),
+        ("adapter_model.bin", "adapter_model.safetensors", "peft reads adapter_model.safetensors only"),
+    ],
+)  # fmt: skip
+def test_a_file_beside_a_set_of_which_one_is_read_says_which(there: str, name: str, note: str, run: Run) -> None:
+    os.mkdir("out")
+    Path("out", there).write_text("{}")
+    torch.save(TENSORS, "x.pth")
+    for more in (["--dry-run"], []):
+        assert f"beside {there}: {note}" in ok(run, "convert", "x.pth", "-o", f"out/{name}", *more)
+    assert "beside" not in ok(run, "convert", "x.pth", "-o", "out/model.fp32.safetensors")
+
+
 @pytest.mark.parametrize("there", ["consolidated.00.pth", "consolidated.safetensors.index.json", "consolidated.pth"])
 def test_a_second_consolidated_set_is_refused(there: str, run: Run) -> None:
     os.mkdir("out")
