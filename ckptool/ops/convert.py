@@ -130,11 +130,10 @@ def _dequantized(
             if any(_is_cast(tensors[name], dtype, stay) for name in (key, *pair.scales) if name in tensors)
         ]  # fmt: skip
         if parted:
-            raise LossError(
-                f"a cast to {dtype} would part weights from their scales: {listed(parted)}; --dequantize multiplies "
-                "by them, --keep leaves a weight and its scales as they are",
-                url,
-            )
+            known = any(pair.is_named for pair in left.values())
+            how = "--dequantize multiplies by them" if known else "remap can rename a scale to lie beside its weight"
+            what = f"a cast to {dtype} would part weights from their scales: {listed(parted)}"
+            raise LossError(f"{what}; {how}, --keep leaves a weight and its scales as they are", url)
         return {}, []
     made, refused = dequantized(tensors, left, dtype or "float32")
     if refused:

@@ -12,8 +12,11 @@ Shapes settle how scales apply: one scale for all, one per row, one per block. W
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
 from math import prod
 from typing import NamedTuple
 
@@ -44,8 +47,6 @@ _UNRELATED = re.compile(r"logit|layer_scale|(^|_)[qkv]_scale|temperature|skip|re
 _PACKED = ("_packed", "_blocks", "_qdata", "_data", "_quantized")
 _GENERIC = ("weight", "qweight", "W_q", "blocks", *_PACKED)
 _SCALES = re.compile("scal|absmax|scb", re.IGNORECASE)
-_TAIL = re.compile(r"(?:^|[./])([^./]*[^\d./][^./]*(?:[./]\d+)*[./][^./]+)$")
-"""The end of a key that tells modules apart: the last name, and the modules before it up to one that is no number."""
 
 
 class Scaled(NamedTuple):
@@ -66,7 +67,7 @@ class Scaled(NamedTuple):
     @property
     def told(self) -> str:
         """Returns the scales for a message."""
-        return listed(self.scales) + " which may be its scales" * (not self.is_named)
+        return listed(self.scales) + ", which may scale it" * (not self.is_named)
 
 
 def scaled_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, Scaled]:
@@ -78,33 +79,30 @@ def scaled_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, Scaled]:
     others: dict[str, list[str]] = {}
     for key in tensors:
         module, leaf = _split(key)
-        if not _MARK.search(leaf):
+        if not _is_marked(leaf):
             continue
         of = next((name for name in _weights_of(module, leaf) if name in low and name != key), None)
         if of is not None:
             found.setdefault(of, Scaled([], [])).scales.append(key)
         else:
             others.setdefault(module.removesuffix("quant_state."), []).append(key)
-    for key in low:
+    for key in low if others else ():
         module, leaf = _split(key)
         beside = [other for inside in (module, f"{key}.") for other in others.get(inside, ()) if other != key]
         quantised = [other for other in beside if _QUANTISED.search(_split(other)[1])]
         if key in found:
             found[key].beside.extend(quantised)
-        elif DTYPES[tensors[key].dtype].kind == "float" and not _MARK.search(leaf):
+        elif DTYPES[tensors[key].dtype].kind == "float" and not _is_marked(leaf):
             scales = [other for other in beside if _may_scale(_split(other)[1])]
             if scales:
                 found[key] = Scaled(scales, [other for other in quantised if other not in scales], False)
-    views = {tensors[key].view: pair for key, pair in found.items()}
-    tied = {key: views[tensors[key].view] for key in low if key not in found and tensors[key].view in views}
-    return found | tied
+    lone = [key for key in low if key not in found and not _is_marked(_split(key)[1])]
+    views = {tensors[key].view: pair for key, pair in found.items()} if lone else {}
+    return found | {key: views[tensors[key].view] for key in lone if tensors[key].view in views}
 
 
 def refuse_parted(
-    tensors: Mapping[str, TensorInfo],
-    elsewhere: Iterable[tuple[str, TensorInfo]],
-    casts: set[tuple[str, str]],
-    url: str,
+    tensors: Mapping[str, TensorInfo], elsewhere: Elsewhere, casts: set[tuple[str, str]], url: str
 ) -> None:
     """Raises LossError for weights of few bits that ``casts``, (key, new dtype), would part from their scales.
 
@@ -179,19 +177,27 @@ def _of_few_bits(tensors: Mapping[str, TensorInfo]) -> dict[str, None]:
     }  # fmt: skip
 
 
-def _weights_of(module: str, leaf: str) -> Iterator[str]:
-    """Yields the keys of weights that a tensor of this name may scale; the nearest name first."""
+def _weights_of(module: str, leaf: str) -> list[str]:
+    """Returns the keys of weights that a tensor of this name may scale; the nearest name first."""
+    return [module + name if name else module[:-1] for name in _scaled_by(leaf)]
+
+
+@lru_cache(256)  # a file has few last names
+def _scaled_by(leaf: str) -> tuple[str, ...]:
+    """Returns the last names of weights that a tensor of this one may scale, "" for its module."""
     tensor, colon, part = leaf.rpartition(":")
     match = _SCALE.fullmatch(part)
-    if colon and match:  # torchao
-        yield f"{module}{tensor}:qdata"
-        return
+    if colon and match:
+        return (f"{tensor}:qdata",)  # torchao
     base = match["base"] if match else leaf.removeprefix("scale_") if leaf.startswith("scale_") else None
     if base:
-        yield from (f"{module}{base}{ending}" for ending in ("", *_PACKED))
-    elif match:
-        yield from (f"{module}{name}" for name in ("weight", "qweight", "W_q", "blocks", *_PACKED))
-        yield module[:-1]
+        return tuple(f"{base}{ending}" for ending in ("", *_PACKED))
+    return (*_GENERIC, "") if match else ()
+
+
+@lru_cache(256)
+def _is_marked(leaf: str) -> bool:
+    return _MARK.search(leaf) is not None
 
 
 def with_doubtful(
@@ -204,25 +210,54 @@ def with_doubtful(
     """
     views = {tensors[key].view for key in pairs}
     low = (key for key in _of_few_bits(tensors) if key not in pairs and tensors[key].view not in views)
-    lone = {key: tensors[key] for key in low if not _MARK.search(_split(key)[1])}
+    lone = {key: tensors[key] for key in low if not _is_marked(_split(key)[1])}
     if not lone:
         return pairs
     every = {**dict(elsewhere), **tensors}
     used = {scale for pair in pairs.values() for scale in pair.parts}
-    sure: list[str] = []
-    alike: dict[str, list[str]] = {}
+    leaves = {_reversed(key)[0] for key in lone}
+    sure: dict[str, None] = {}
+    named: list[tuple[list[str], str]] = []
     for key in every:
-        names = _named_elsewhere(key) if key not in used else set()
+        names = _named_elsewhere(key) if key not in used else ()
         if names and not any(name in every and name not in lone for name in names):
-            sure += [key] if _SURE.search(_split(key)[1]) else []
-            for tail in {tail for name in names for tail in _tails(name)}:
-                alike.setdefault(tail, []).append(key)
+            sure |= {key: None} if _SURE.search(_split(key)[1]) else {}
+            named += [(steps, key) for steps in map(_reversed, names) if steps[0] in leaves]
+    named.sort()
     found = {}
     for key, weight in lone.items():
-        near = [scale for tail in _tails(key) for scale in alike.get(tail, ()) if _can_scale(every[scale], weight)]
-        if near or (sure and DTYPES[weight.dtype].kind == "float"):
-            found[key] = Scaled(near or sure, [], False)
+        scales = [scale for scale in _nearest(key, named) if _can_scale(every[scale], weight)]
+        if scales:
+            found[key] = Scaled(scales, [], False)
+    for scale in {scale for pair in found.values() for scale in pair.scales}:
+        sure.pop(scale, None)
+    for key, weight in lone.items() if sure else ():
+        if key not in found and DTYPES[weight.dtype].kind == "float":
+            found[key] = Scaled([*islice(sure, 9)], [], False)
     return pairs | found
+
+
+def _reversed(key: str) -> list[str]:
+    return re.split("[./]", key)[::-1]
+
+
+def _nearest(key: str, named: Sequence[tuple[list[str], str]]) -> list[str]:
+    """Returns the scales (16 at most) whose weights' names have most of the last segments of ``key``.
+
+    ``named``: (segments of the name, the last one first; scale), sorted. They must have a module in common that is no
+    number, or a last name that not every module has.
+    """
+    steps = _reversed(key)
+    place = bisect_left(named, (steps, ""))
+    around = [(_common(steps, other), scale) for other, scale in named[max(place - 8, 0) : place + 8]]
+    most = max((count for count, _ in around), default=0)
+    tells = any(not step.isdigit() for step in steps[1:most]) or (most and steps[0] not in _GENERIC)
+    return [*dict.fromkeys(scale for count, scale in around if count == most)] if tells else []
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _named_elsewhere(key: str) -> set[str]:
@@ -237,12 +272,6 @@ def _named_elsewhere(key: str) -> set[str]:
             rest = key[: found.start()] + key[found.end() :]
             names |= {rest, f"{rest}.weight", *_weights_of(key[: found.start()], found[1])}
     return names
-
-
-def _tails(name: str) -> list[str]:
-    """Returns the ends of a weight's key by which it is known under another prefix: ``l.weight``, ``w1``."""
-    last = _split(name)[1]
-    return [match[1] for match in (_TAIL.search(name),) if match] + [last] * (last not in _GENERIC)
 
 
 def _can_scale(scale: TensorInfo, weight: TensorInfo) -> bool:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptool
 from ckptool.errors import LossError
+from ckptool.ops.scales import scaled_weights, with_doubtful
 from ckptool.values import blocks
 
 F8, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -306,6 +307,29 @@ def test_scales_outside_of_the_weights_and_in_another_source_are_seen(
         names = [f"{name}.safetensors" for name in files]
         line = refused("filter", *names, "--match", "t.safetensors", "--cast", "-o", "o.safetensors")
         assert "l.weight_scale" in line
+
+
+@pytest.mark.parametrize("prefix", ["quant.", "", "model.scales."])
+def test_of_many_scales_elsewhere_each_weight_has_its_own(prefix: str) -> None:
+    names = [f"layers.{at}.experts.{expert}.w1.weight" for at in range(40) for expert in range(16)]
+    state = {f"model.{name}": numbers(8, 4) for name in names} | {f"{prefix}{name}_scale": scales() for name in names}
+    tensors = ckptool.open(state).state_dict()
+    assert scaled_weights(tensors) == {}
+    found = with_doubtful({}, tensors)
+    assert {key: pair.scales for key, pair in found.items()} == {
+        f"model.{name}": [f"{prefix}{name}_scale"] for name in names
+    }
+    assert not any(pair.is_named for pair in found.values())
+
+
+def test_a_scale_that_is_renamed_to_lie_beside_its_weight_is_applied() -> None:
+    state = {"model.l.weight": numbers(256, 256), "s.l.weight_scale_inv": scales(2, 2)}
+    save_file(state, "in.safetensors")
+    with pytest.raises(LossError, match="remap") as refusal:
+        ckptool.convert("in.safetensors", "out.safetensors", dtype="bf16")
+    assert "--dequantize" not in str(refusal.value)
+    ckptool.convert(ckptool.remap("in.safetensors", [["^s", "model"]])[0], "out.pth", dequantize=True)
+    assert torch.equal(load("out.pth")["model.l.weight"], blocked(*state.values(), 128))
 
 
 @pytest.mark.parametrize("other", [
