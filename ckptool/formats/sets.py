@@ -243,8 +243,10 @@ def choose(directory: str, names: Sequence[str], shards_of: Callable[[str], Coll
         return Choice(first.name, first.loader)
     if other := layout(names):
         raise UnsupportedError(f"{other}, which is not supported yet", directory)
-    if there:
-        return _only({found.name for found in there}, {(found.stem, found.variant) for found in there}, directory)
+    if len({(found.stem, found.variant) for found in there}) > 1:
+        raise UnsupportedError(f"holds {listed(sorted(found.name for found in there))}: name one of them", directory)
+    if there:  # a stem that no loader is known for
+        return Choice(min(there, key=lambda found: found.rank).name)
     if known:
         raise IncompleteError(f"links to nowhere: {listed(dangling)}", directory)
     if "model_index.json" in names and (parts := _components(directory, names)):
@@ -302,13 +304,6 @@ def _config(directory: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):  # it decides nothing then
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def _only(names: set[str], kinds: set[tuple[str, str]], directory: str) -> Choice:
-    """Returns the index of a stem that no loader is known for. Raises: UnsupportedError for those of several stems."""
-    if len(kinds) > 1:
-        raise UnsupportedError(f"holds {listed(sorted(names))}: name one of them", directory)
-    return Choice(min(sets_in(names), key=lambda found: found.rank).name)
 
 
 def _components(directory: str, names: Sequence[str]) -> list[str]:

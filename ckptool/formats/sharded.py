@@ -306,7 +306,8 @@ def write(
         written = [output.finished() for output in outputs]
         if index is not None:
             weight_map = {key: name for name, (shard, _) in shards.items() for key in shard}
-            index.write(_index_text({"metadata": said, "weight_map": weight_map}))
+            text = json.dumps({"metadata": said, "weight_map": weight_map}, indent=2, sort_keys=True)
+            index.write(f"{text}\n".encode())
             index.readers = files.mode
             index.finished()
         if verify is not None:
@@ -465,10 +466,6 @@ class _Place:
             "copied" if self.with_files else "beside the input, not copied (--with-files)": self.small,
         }
         return tuple(f"{what}: {listed(names, 20)}" for what, names in found.items() if names)
-
-
-def _index_text(index: Mapping[str, Any]) -> bytes:
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
 @contextmanager
