@@ -256,14 +256,14 @@ def _finished(
     changed = _with_content(checkpoint, node, done, follow)
     # Records of ties are not among the metadata: writers derive them from the tensors again.
     same = ((old, row.new) for row in done.rows if row.op in ("rename", "copy") for old in row.old)
-    computed = (old for row in done.rows if row.op not in ("rename", "copy") for old in row.old)
+    computed = {old for row in done.rows if row.op not in ("rename", "copy") for old in row.old}
     metadata, told = followed(checkpoint.metadata, before, same, computed)
     changed, notes = _with_renamed_optimizers(replace(changed, metadata=metadata), done)
-    if done.dropped:
-        from ckptool.ops.scales import parted_notes
+    if done.dropped or computed:
+        from ckptool.ops.scales import mixed_notes, parted_notes
 
         tensors = {key: value for key, value in before.items() if isinstance(value, TensorInfo)}
-        told += parted_notes([tensors], [tensors.keys() - done.dropped])
+        told += parted_notes([tensors], [tensors.keys() - done.dropped]) + mixed_notes(tensors, computed)
     content = maps.Map(
         batches, list(before), done.shapes, _broken_ties(checkpoint, before, batches, done),
         follow.paths if follow else {}, follow.lost if follow else {},

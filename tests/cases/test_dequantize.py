@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -431,6 +432,18 @@ def test_two_sources_that_complete_each_other_part_nothing(run: Run) -> None:
     save_file(other, "other.safetensors")
     assert "left out" in told(run, "filter", "w.safetensors", "other.safetensors", "--first-wins")
     assert "left out" in told(run, "filter", "w.safetensors", "other.safetensors", *match)
+
+
+def test_a_weight_that_is_reshaped_without_its_scales_is_named(run: Run) -> None:
+    save_file({"l.weight": numbers(8, 8), "l.weight_scale_inv": scales(2, 2), "b": torch.ones(2, 2)}, "in.safetensors")
+    for old, new in (("l.weight", "l.weight_scale_inv"), ("l.weight_scale_inv", "l.weight")):
+        Path("one.json").write_text(json.dumps([{"transpose": old}]))
+        Path("both.json").write_text(json.dumps([{"transpose": old}, {"transpose": new}]))
+        note = told(run, "remap", "in.safetensors", "--rules", "one.json")
+        assert note == "weights whose values or scales are new, and not both (1): l.weight (l.weight_scale_inv)"
+        assert told(run, "remap", "in.safetensors", "--rules", "both.json") == ""
+    Path("other.json").write_text(json.dumps([{"transpose": "b"}]))
+    assert told(run, "remap", "in.safetensors", "--rules", "other.json") == ""
 
 
 def test_a_tied_weight_that_stays_needs_the_scales(saved: Saved, run: Run) -> None:
