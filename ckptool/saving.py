@@ -22,7 +22,7 @@ from ckptool.text import plural
 from ckptool.values.blocks import changed_values, same_bytes
 
 if TYPE_CHECKING:
-    from ckptool.formats.sets import Names
+    from ckptool.directories.sets import Names
 
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
 
@@ -152,7 +152,7 @@ def _notes(checkpoint: Checkpoint, row: formats.Format, url: str) -> list[str]:
     kept, left = [name for name in acting if name in carried], [name for name in acting if name not in carried]
     found = []
     if not row.is_directory and url.endswith((".safetensors", ".bin")):
-        from ckptool.formats.sets import beside_file
+        from ckptool.directories.sets import beside_file
 
         found += beside_file(url)
     if kept:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import ckptool
 from ckptool.cli import main
-from ckptool.formats import sharded
+from ckptool.directories import sharded
 from ckptool.io.leftovers import PARTIAL
 
 CALLS = ("open", "close", "pwrite", "ftruncate", "posix_fallocate", "fchmod", "fsync", "fdatasync", "link", "rename",

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import ckptool
 from ckptool.cli import main
+from ckptool.directories import sharded
 from ckptool.errors import FormatError, OutputError
-from ckptool.formats import sharded
 from ckptool.io.leftovers import PARTIAL
 from ckptool.io.output import Output
 from ckptool.io.source import Files

@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import CkptoolError, DependencyError, UsageError, near
@@ -20,7 +20,6 @@ from ckptool.io.probe import Probe
 if TYPE_CHECKING:
     from typing import Protocol
 
-    from ckptool.formats.sets import Names
     from ckptool.io.output import Output
     from ckptool.io.source import Files
 
@@ -80,7 +79,7 @@ if TYPE_CHECKING:
             force: bool,
             in_place: bool,
         ) -> tuple[tuple[str, ...], int, tuple[str, ...]]: ...
-        def names_for(self, checkpoint: Checkpoint, shard_name: str | None) -> Names: ...
+        def names_for(self, checkpoint: Checkpoint, shard_name: str | None) -> Any: ...
 
 
 class Holds(NamedTuple):
@@ -195,7 +194,7 @@ FORMATS = (
     Format("npz", "npz", "ckptool.formats.npz", (ZIP, b"PK\x05\x06"), suffixes=(".npz",), ending=".npz"),
     Format("npy", "npy", "ckptool.formats.npz", (b"\x93NUMPY",)),
     Format(
-        "sharded", "hf-sharded", "ckptool.formats.sharded", JSON, named=".index", is_directory=True,
+        "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=".index", is_directory=True,
         ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True),
     ),
     Format("pickle", "pickle", "ckptool.formats.plain_pickle", (b"",), holds=WHOLE, family="torch"),

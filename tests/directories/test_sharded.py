@@ -21,6 +21,7 @@ import ckptool
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
 from ckptool.core.checkpoint import Checkpoint
+from ckptool.directories import sharded
 from ckptool.errors import (
     CkptoolError,
     FormatError,
@@ -31,7 +32,7 @@ from ckptool.errors import (
     UnsupportedError,
     UsageError,
 )
-from ckptool.formats import read, sharded
+from ckptool.formats import read
 from ckptool.io.output import Output
 from ckptool.io.source import Files
 

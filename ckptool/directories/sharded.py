@@ -20,6 +20,8 @@ from typing import Any
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
+from ckptool.directories import sets
+from ckptool.directories.sets import INDEX, Names
 from ckptool.errors import (
     CkptoolError,
     FormatError,
@@ -28,9 +30,8 @@ from ckptool.errors import (
     explain,
     listed,
 )
-from ckptool.formats import flat, safetensors_file, sets
+from ckptool.formats import flat, safetensors_file
 from ckptool.formats.layout import MapLocation
-from ckptool.formats.sets import INDEX, Names
 from ckptool.io.leftovers import locked, sweep
 from ckptool.io.output import EXISTS, Output, commit_set
 from ckptool.io.probe import Probe

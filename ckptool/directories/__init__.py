@@ -1,0 +1,1 @@
+"""Checkpoints of several files: a directory, or the index of one."""
