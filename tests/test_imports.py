@@ -87,7 +87,7 @@ WRITE = (
 )
 SAFETENSORS = "core.aliases formats.flat formats.safetensors formats.safetensors_file json"
 TORCH = "formats.torch_zip"
-MERGE = "ops ops.filter ops.notes ops.rows ops.scales"
+MERGE = "ops ops.filter ops.notes ops.rows ops.scales ops.segments ops.steps"
 INSPECT = "cli.inspect ops ops.inspect ops.notes"
 PARTIAL = (
     "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "

@@ -17,7 +17,15 @@ from ckptool.core.optimizers import is_optimizer
 from ckptool.core.roots import find_root, is_flat
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, path_text, replaced, walk, with_content
-from ckptool.errors import CollisionError, FormatError, NoTensorsError, UsageError, as_options, listed
+from ckptool.errors import (
+    CollisionError,
+    FormatError,
+    NoTensorsError,
+    UnsupportedError,
+    UsageError,
+    as_options,
+    listed,
+)
 
 
 def require_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -161,7 +169,7 @@ def _removed(checkpoint: Checkpoint, path: Path) -> Any:
 
 # Each is tried before it is given: with the prefixes of the command, on the checkpoints as they are and at the other
 # roots of their trees. Of equal numbers of keys those options count that leave fewest keys on either side, then the
-# fewest options. Only keys and shapes are looked at.
+# fewest options, prefixes before a rename. Only keys and shapes are looked at.
 
 
 class _Trial(NamedTuple):
@@ -175,7 +183,8 @@ class _Trial(NamedTuple):
     @property
     def rank(self) -> tuple[int, int, int]:
         """Returns what is higher for the better of two trials."""
-        return self.matched, -self.left, -sum(bool(name and value is not None) for name, value in self.options)
+        options = sum(3 if name == "--rename" else bool(name and value is not None) for name, value in self.options)
+        return self.matched, -self.left, -options
 
 
 _UNFIT = (UsageError, CollisionError, FormatError, NoTensorsError)
@@ -190,7 +199,11 @@ def merge_hint(merge: Any) -> str | None:
     best = _best(now, _merge_trials(merge))
     if best is None:
         return None
-    (option, root), (_, strip), (_, add) = best.options
+    (option, root), *rest = best.options
+    if option == "--rename":
+        old, new = str(root).split("=")
+        return f"renaming {old!r} to {new!r} would match {best.matched} of {best.total} ({as_options(best.options)})"
+    (_, strip), (_, add) = rest
     words = [f"taking the weights at {root!r}"] if option else []
     if strip and add:
         words.append(f"replacing {strip!r} by {add!r}")
@@ -246,6 +259,37 @@ def _merge_trials(merge: Any) -> Iterator[_Trial]:
             added = None if add == (merge.add_prefix or "") else add
             options = [(option, _root(changed)), ("--strip-prefix", strip or None), ("--add-prefix", added)]
             yield _Trial(count, left, len(trial.tensors), options)
+    if merge.source_root and len(merge.sources) == 1:
+        yield from _rename_trials(merge)
+
+
+def _rename_trials(merge: Any) -> Iterator[_Trial]:
+    """Yields a trial for each likely rename of segments of the only source's keys.
+
+    None for renames of which one gives a key another tensor than another does, and loads as many: no name decides.
+    """
+    from ckptool.ops.segments import likely_renames, renamer
+
+    (source,), (offer,) = merge.sources, merge.offers
+    wanted = {offer.plain(key) for key in merge.tensors}
+    open_names = [name for name, key in offer.names.items() if name not in wanted]
+    found: list[tuple[_Trial, dict[str, str]]] = []
+    for old, new in likely_renames(open_names, wanted - offer.names.keys()):
+        change = renamer(old, new)
+        origin = {change(key): key for key in offer.tensors}
+        if len(origin) < len(offer.tensors):
+            continue
+        with suppress(*_UNFIT, UnsupportedError):  # of nested containers, which a rename cannot change
+            made = source.with_state_dict({name: offer.tensors[key] for name, key in origin.items()})
+            trial = merge.again([made], merge.target, None, merge.add_prefix)
+            count = trial.loadable()
+            left = len(trial.tensors) + len(trial.offers[0].tensors) - len(trial.used)
+            pairs = {key: origin[str(row.source)] for key, row in trial.rows.items() if row.source is not None}
+            found.append((_Trial(count, left, len(trial.tensors), [("--rename", f"{old}={new}")]), pairs))
+    for one, pairs in found:
+        rivals = [other for trial, other in found if trial.matched == one.matched]
+        if not any(other.get(key, name) != name for other in rivals for key, name in pairs.items()):
+            yield one
 
 
 def _best_prefix(merge: Any) -> tuple[str, str]:

@@ -113,7 +113,8 @@ def refuse_parted(
     parted = [f"{key} ({pair.told})" for key, pair in pairs.items() if key in cast]
     if parted:
         what = f"a cast would part weights from their scales: {listed(parted)}"
-        raise LossError(f"{what}; `ckptool convert --dequantize` multiplies by them", url)
+        named = all(pair.is_named for key, pair in pairs.items() if key in cast)
+        raise LossError(what + "; `ckptool convert --dequantize` multiplies by them" * named, url)
 
 
 def parted_notes(sources: Sequence[Mapping[str, TensorInfo]], kept: Sequence[Collection[str]]) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ckptool.errors import UsageError
@@ -161,3 +162,51 @@ class Table:
             if regex.fullmatch(text):
                 return number, None if new is None else regex.sub(new, text)[:-1]
         return None
+
+
+MOST_KINDS = 1000
+"""How many kinds of names (one: those that differ in numbers alone) of each side are compared for a rename."""
+
+
+def likely_renames(sources: Iterable[str], targets: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns up to four (old, new) for `renamer` that would make most of the sources' names targets' names.
+
+    One to three segments become others; numbers in them stay as they are, as ``{i}``. Likeliest first, a guess each.
+
+    >>> likely_renames(["blk0.w", "blk1.w"], ["layer0.w", "layer1.w"])
+    [('blk{i}', 'layer{i}')]
+    """
+    frames: dict[tuple[str, ...], list[str]] = {}
+    for kind in _kinds(targets):
+        for frame, run in _runs(kind):
+            frames.setdefault(frame, []).append(run)
+    votes: dict[tuple[str, str], int] = {}
+    for kind, count in _kinds(sources).items():
+        for pair in {(run, new) for frame, run in _runs(kind) for new in frames.get(frame, ())}:
+            if pair[0] != pair[1] and pair[0].count("#") == pair[1].count("#") <= 4:
+                votes[pair] = votes.get(pair, 0) + count
+    ranked = sorted(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1])))
+    return [(_numbered(old), _numbered(new)) for old, new in ranked[:4]]
+
+
+def _kinds(names: Iterable[str]) -> dict[str, int]:
+    """Returns {a name with # in place of numbers: how many names are like it}, of names without captures."""
+    counts: dict[str, int] = {}
+    for name in names:
+        kind = re.sub(r"\d+", "#", name)
+        counts[kind] = counts.get(kind, 0) + 1
+    plain = (kind for kind in counts if not re.search(r"[*{}=]", kind) and kind.count(".") < 20)
+    return {kind: counts[kind] for kind in islice(plain, MOST_KINDS)}
+
+
+def _runs(kind: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields (the segments before, "...", those after; the segments between) for each run of one to three segments."""
+    parts = kind.split(".")
+    for first in range(len(parts)):
+        for end in range(first + 1, min(first + 3, len(parts)) + 1):
+            yield (*parts[:first], "...", *parts[end:]), ".".join(parts[first:end])
+
+
+def _numbered(text: str) -> str:
+    names = iter("ijkl")
+    return re.sub("#", lambda _: f"{{{next(names)}}}", text)
