@@ -146,6 +146,9 @@ MAX_TAR_ITEMS = Limit("MAX_TAR_ITEMS", 10_000_000)
 MAX_HEADER = Limit("MAX_HEADER", 100_000_000, raisable=False)
 """Bytes of a safetensors header: the reference library's own limit."""
 
+MAX_GGUF = Limit("MAX_GGUF", 1 << 27)
+"""Bytes of a GGUF header. A vocabulary of 256,000 tokens takes 10 MB."""
+
 MAX_INDEX = Limit("MAX_INDEX", 200_000_000)
 """Bytes of an index of shards. A million tensors take 100 MB."""
 
@@ -163,7 +166,7 @@ MAX_EXPANSION = Limit("MAX_EXPANSION", 64)
 # A file over one of these is no valid checkpoint (`damaged`). Plain numbers, as they are checked for every tensor.
 
 MAX_NESTING = 127
-"""Depth of nested JSON objects and arrays in a safetensors header: the limit of the reference library's parser."""
+"""Depth of nested JSON objects and arrays in a safetensors header (its library's limit), and of GGUF's arrays."""
 
 MAX_TAR_MEMBERS = 1_000
 """Members of a tar of 2016, extended headers included. torch wrote four."""

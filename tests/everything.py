@@ -22,7 +22,7 @@ SAME_MEMORY = [name for name in TORCH if name != "tar_2016.pth"]
 SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
 SHARDED = ["sharded", "sharded_bin"]
 NUMPY = ["array.npy", "arrays.npz"]
-EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED, *NUMPY, "detectron2.pkl"]
+EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED, *NUMPY, "dense.gguf", "detectron2.pkl"]
 
 # What safetensors has no place for; every other fixture must be writable.
 NOT_IN_SAFETENSORS = {
@@ -57,6 +57,8 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
         return tensors
     if name == "resnet_module.pth":
         return module_truth()
+    if name == "dense.gguf":
+        return gguf_truth()
     if name == "malicious.pt":  # torch.load would run it
         with zipfile.ZipFile(path) as archive:
             return {
@@ -84,6 +86,12 @@ def module_truth() -> dict[str, torch.Tensor]:
     import make
 
     return make.resnet(4, 20).state_dict()
+
+
+def gguf_truth() -> dict[str, torch.Tensor]:
+    import make
+
+    return make.gguf_tensors()
 
 
 # --- other people's files ---------------------------------------------------------------------------------------------

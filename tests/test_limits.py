@@ -138,6 +138,7 @@ REACHED: dict[str, tuple[int, Call]] = {
     "MAX_RECORDS": (2, lambda: looked_at(zipped(beside(b"N")))),
     "MAX_RATIO": (10, lambda: looked_at(deflated(beside(text(NOISE + "0" * 3_500_000))))),
     "MAX_TAR_ITEMS": (0, lambda: looked_at(tarred(b"N", "sys_info"))),
+    "MAX_GGUF": (100, lambda: looked_at(str(FIXTURES / "dense.gguf"))),
     "MAX_INDEX": (10, lambda: looked_at(indexed())),
     "MAX_LIST": (3, a_list_of_rows),
     "MAX_EXPANDED": (100, lambda: [*looked_at(expanded()), "--hash"]),

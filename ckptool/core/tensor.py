@@ -169,13 +169,15 @@ class Opaque:
     """A tensor that is not one strided view; it is listed, and written back unchanged.
 
     ``kind``: ``quantized``, ``sparse_coo`` (csr, csc, bsr, bsc), ``nested_strided``, ``nested_jagged``,
-    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``. ``node`` is the pickled call that makes it,
-    ``parts`` are the strided tensors inside.
+    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``, or a type of GGUF's: ``Q4_K``. ``node`` is the
+    pickled call that makes it, ``parts`` are the strided tensors inside. A type that torch lacks is not ``in_torch``:
+    its one part is all of its bytes.
     """
 
     kind: str
     node: PyObject
     parts: tuple[TensorInfo, ...] = ()
+    in_torch: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,6 +216,13 @@ class TensorInfo(Leaf):
     def storage(self) -> Storage | None:
         """Returns the memory of a dense tensor that is stored; None for a computed or an `Opaque` one."""
         return self.source if isinstance(self.source, Storage) else None
+
+    @property
+    def foreign(self) -> str:
+        """Returns the dtype or the kind that torch lacks; "" if torch can hold the tensor."""
+        if isinstance(self.source, Opaque):
+            return "" if self.source.in_torch else self.source.kind
+        return "" if dtypes.DTYPES[self.dtype].in_torch else self.dtype
 
     @property
     def numel(self) -> int:

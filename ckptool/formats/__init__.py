@@ -193,6 +193,7 @@ FORMATS = (
     ),
     Format("npz", "npz", "ckptool.formats.npz", (ZIP, b"PK\x05\x06"), suffixes=(".npz",), ending=".npz"),
     Format("npy", "npy", "ckptool.formats.npz", (b"\x93NUMPY",)),
+    Format("gguf", "gguf", "ckptool.formats.gguf", (b"GGUF",), holds=Holds(metadata=True)),
     Format(
         "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=".index", is_directory=True,
         ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True),

@@ -166,6 +166,8 @@ class Layout:
                 return None
             source = tensor.source
             if isinstance(source, Opaque):
+                if not source.in_torch:
+                    raise UnsupportedError(f"torch has no {source.kind}")
                 return source.node
             if id(tensor) in self._arrays:
                 return self._arrays[id(tensor)]

@@ -193,8 +193,8 @@ def _refuse(checkpoint: Checkpoint, layout: Layout) -> None:
             continue
         if isinstance(source, (Storage, Derived)) and layout.written(source).dtype is None:
             kind = node.dtype if isinstance(node, TensorInfo) else "UntypedStorage"
-        elif isinstance(node, TensorInfo) and node.kind == "nested_strided":
-            kind = node.kind
+        elif isinstance(node, TensorInfo) and (node.kind == "nested_strided" or node.foreign):
+            kind = node.foreign or node.kind
         else:
             continue  # `walk` also yields the parts of an opaque tensor
         relative = path[len(root) :] if path[: len(root)] == root else path

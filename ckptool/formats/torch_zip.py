@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Span, Storage
 from ckptool.core.tree import brief, path_text
 from ckptool.errors import FormatError, LossError, UnsupportedError, listed
@@ -121,10 +120,9 @@ def _pickled(checkpoint: Checkpoint, layout: Layout) -> tuple[bytes, list[Storag
     try:
         return layout.pickled(str)
     except UnsupportedError as error:  # it names the first only; a walk over the tree finds all
-        refused = [(path, tensor.dtype) for path, tensor in checkpoint.tensors() if not DTYPES[tensor.dtype].in_torch]
-        if not refused:
+        named = [f"{path_text(path)} ({tensor.foreign})" for path, tensor in checkpoint.tensors() if tensor.foreign]
+        if not named:
             raise
-        named = [f"{path_text(path)} ({dtype})" for path, dtype in refused]
         raise LossError(f"torch cannot hold {listed(named, 20)}") from error
 
 

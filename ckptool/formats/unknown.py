@@ -41,7 +41,7 @@ FLATBUFFERS = {b"TFL3": "a TFLite model", b"ET12": "an ExecuTorch program"}
 LEVELDB = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 """The last bytes of a LevelDB table, which a TensorFlow checkpoint's index is (``tensorflow/core/lib/io/table.cc``)."""
 
-WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".th", ".pth.tar", ".safetensors", ".pkl", ".npz", ".npy")
+WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".pyth", ".th", ".pth.tar", ".safetensors", ".pkl", ".npz", ".npy", ".gguf")
 """Suffixes of members of an archive that are likely checkpoints."""
 
 

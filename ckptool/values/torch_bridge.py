@@ -322,6 +322,8 @@ class _Builder:
 
     def opaque(self, source: Opaque) -> Any:
         name, args = source.node.qualname, source.node.args
+        if not source.in_torch:
+            raise UnsupportedError(f"torch has no {source.kind}")
         if source.kind == "nested_jagged":
             from torch.nested._internal.nested_tensor import _rebuild_njt
 

@@ -79,7 +79,7 @@ FOREIGN = {
         struct.pack("<iiiii", 3, 1, 2, 2, 5) + b"model" + FLOATS,
         b"4\n1\n3\nV 1\n13\nnn.Sequential\n3\n2\n",
     ],
-    "GGUF": [b"GGUF" + struct.pack("<IQQ", 3, count, 5) + FLOATS for count in (2, 10, 123, 32)],
+    "GGUF": [b"GGUF" + struct.pack("<IQQ", 1, count, 5) + FLOATS for count in (2, 10, 123, 32)],
     "GGML": [b"tjgg" + struct.pack("<I", 3) + FLOATS],
     "Keras": [b"\x89HDF\r\n\x1a\n" + FLOATS],
     "TFLite": [b"\x1c\0\0\0TFL3" + FLOATS],
