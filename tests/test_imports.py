@@ -85,7 +85,7 @@ WRITE = (
     f"{READ} cli.options core.aliases formats.layout io.leftovers io.output io.zip_write pickling.dump saving values "
     "values.blocks values.streams fcntl json mmap"
 )
-SAFETENSORS = "core.aliases formats.flat formats.safetensors formats.safetensors_file json"
+SAFETENSORS = "core.aliases formats.safetensors formats.safetensors_file json"
 TORCH = "formats.torch_zip"
 MERGE = "ops ops.filter ops.notes ops.rows ops.scales ops.segments ops.steps"
 INSPECT = "cli.inspect ops ops.inspect ops.notes"

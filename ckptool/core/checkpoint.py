@@ -38,7 +38,7 @@ from ckptool.core.tree import (
     without,
 )
 from ckptool.core.versions import versioned, without_lost_counters
-from ckptool.errors import CollisionError, FormatError, IncompleteError, UnsupportedError, listed
+from ckptool.errors import CollisionError, FormatError, IncompleteError, LossError, UnsupportedError, listed
 from ckptool.limits import MAX_KEY, MAX_KEYS
 
 
@@ -150,6 +150,16 @@ class Checkpoint:
     def inside(self) -> dict[str, TensorInfo]:
         """Returns {key/path: tensor} of the tensors that `hidden` finds."""
         return {f"{key}/{path}": tensor for key, inner in self.hidden().items() for path, tensor in inner.items()}
+
+    def left_out(self) -> tuple[str, ...]:
+        """Returns the names of all that is no weight: other entries, and attributes of tensors and of a model."""
+        left = [path_text(path) if key is None else key for path, key, _ in self.beside()]
+        for key, tensor in self.state_dict().items():
+            if (extras := tensor.extras) is not None:
+                left += [f"the class of {key} ({extras.subclass!r})"] if extras.subclass is not None else []
+                left += [f"the attributes of {key}"] if extras.state is not None else []
+        node = self.at(self.root)
+        return (*left, *(modules.loose(node) if modules.is_module(node) else ()))
 
     def tensors(self) -> Iterator[tuple[Path, TensorInfo]]:
         """Yields (path, tensor) for all tensors of the tree, optimizer and EMA copies included.
@@ -384,3 +394,16 @@ def _merged(
             mapping[names[key]] = old[key][1]
     mapping.update((key, value) for key, value in (objects or {}).items() if key not in old)
     return mapping
+
+
+def refuse_tensors(
+    format_name: str, tensors: Mapping[str, TensorInfo], reason: Callable[[str, TensorInfo], str | None]
+) -> None:
+    """Raises LossError naming every tensor that is opaque, or that the format cannot hold, as ``reason`` explains."""
+    refused = []
+    for name, tensor in tensors.items():
+        why = tensor.kind if isinstance(tensor.source, Opaque) else reason(name, tensor)
+        if why:
+            refused.append(f"{name if name.isprintable() else repr(name)} ({why})")
+    if refused:
+        raise LossError(f"{format_name} cannot hold {listed(refused, 20)}")

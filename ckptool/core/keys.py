@@ -339,3 +339,8 @@ def file_path(given: object) -> str:
     path = os.fspath(given) if isinstance(given, os.PathLike) else given
     expect(isinstance(path, str), "the output", "a path of text", given)
     return str(path)
+
+
+def has_surrogate(name: str) -> bool:
+    """Returns whether a name has a surrogate, which UTF-8 cannot encode."""
+    return not name.isprintable() and any("\ud800" <= char <= "\udfff" for char in name)

@@ -30,7 +30,7 @@ from ckptool.errors import (
     explain,
     listed,
 )
-from ckptool.formats import flat, safetensors_file
+from ckptool.formats import safetensors_file
 from ckptool.formats.layout import MapLocation
 from ckptool.io.leftovers import locked, sweep
 from ckptool.io.output import EXISTS, Output, commit_set
@@ -319,7 +319,7 @@ def write(
             place.clear()
         place.copy(fsync)
     nbytes = sum(output.position for output in outputs) + (index.position if index is not None else 0)
-    return flat.left_out(checkpoint), nbytes, place.notes()
+    return checkpoint.left_out(), nbytes, place.notes()
 
 
 def check(
@@ -337,7 +337,7 @@ def check(
     shards, _ = _contents(checkpoint, max_shard_size, names)
     place = _Place(checkpoint, directory, names, shards, force=force, in_place=in_place, with_files=with_files)
     sizes = [safetensors_file.begin(shard, metadata) for shard, metadata in shards.values()]
-    return flat.left_out(checkpoint), sum(len(header) + nbytes for header, nbytes in sizes), place.notes()
+    return checkpoint.left_out(), sum(len(header) + nbytes for header, nbytes in sizes), place.notes()
 
 
 Tensors = dict[str, TensorInfo]

@@ -19,12 +19,12 @@ from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.checkpoint import Checkpoint, refuse_tensors
 from ckptool.core.dtypes import DTYPES
+from ckptool.core.keys import has_surrogate
 from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride, is_countable
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError, listed
-from ckptool.formats import flat
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files, Source, locate, read_span
 
@@ -214,13 +214,13 @@ def write(
         blocks = chain((heads[name],), tensor_blocks(tensor, files))
         archive.add_blocks(f"{name}.npy", len(heads[name]) + tensor.nbytes, blocks, None)
     archive.close()
-    return flat.left_out(checkpoint)
+    return checkpoint.left_out()
 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
     """Returns what `write` would leave out, and about how many bytes it would write. Raises: as `write`."""
     tensors, heads = _headed(checkpoint)
-    return flat.left_out(checkpoint), _nbytes(tensors, heads)
+    return checkpoint.left_out(), _nbytes(tensors, heads)
 
 
 def _headed(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, bytes]]:
@@ -247,10 +247,10 @@ def _refuse(tensors: Mapping[str, TensorInfo]) -> None:
             return tensor.dtype
         if len(tensor.shape or ()) > MAX_DIMS:
             return f"{len(tensor.shape or ())} dimensions"
-        if "\0" in name or flat.has_surrogate(name) or len(name.encode()) + 4 > MAX_NAME:
+        if "\0" in name or has_surrogate(name) or len(name.encode()) + 4 > MAX_NAME:
             return "as a name"
         if name.endswith(".npy") and name[:-4] in tensors:
             return "as a name: numpy would take it for its neighbour's member"
         return None
 
-    flat.refuse("npz", tensors, reason)
+    refuse_tensors("npz", tensors, reason)

@@ -25,7 +25,7 @@ from ckptool.core.dtypes import BY_SAFETENSORS
 from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride, is_countable
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError, listed
-from ckptool.formats import flat, safetensors_file
+from ckptool.formats import safetensors_file
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files, Source
 from ckptool.limits import MAX_HEADER, MAX_NESTING
@@ -238,13 +238,13 @@ def write(
     Raises: LossError naming every tensor the format cannot hold.
     """
     safetensors_file.write(*_stored(checkpoint), output, files)
-    return flat.left_out(checkpoint)
+    return checkpoint.left_out()
 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
     """Returns what `write` would leave out, and how many bytes it would write. Raises: as `write`."""
     header, nbytes = safetensors_file.begin(*_stored(checkpoint))
-    return flat.left_out(checkpoint), len(header) + nbytes
+    return checkpoint.left_out(), len(header) + nbytes
 
 
 def _stored(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, str]]:

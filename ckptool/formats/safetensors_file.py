@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptool.core import aliases
+from ckptool.core.checkpoint import refuse_tensors
 from ckptool.core.dtypes import DTYPES
+from ckptool.core.keys import has_surrogate
 from ckptool.core.tensor import Span, TensorInfo
 from ckptool.errors import FormatError, LossError, listed
-from ckptool.formats import flat
 from ckptool.io.source import Files
 from ckptool.limits import MAX_HEADER
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def refuse(tensors: Mapping[str, TensorInfo]) -> None:
     """Raises LossError naming every tensor that safetensors cannot hold."""
-    flat.refuse("safetensors", tensors, _reason)
+    refuse_tensors("safetensors", tensors, _reason)
 
 
 def _reason(name: str, tensor: TensorInfo) -> str | None:
@@ -28,7 +29,7 @@ def _reason(name: str, tensor: TensorInfo) -> str | None:
         return tensor.dtype
     if tensor.dtype == "float4_e2m1fn_x2" and not tensor.shape:
         return f"a 0-dim {tensor.dtype}"
-    if name == "__metadata__" or flat.has_surrogate(name):
+    if name == "__metadata__" or has_surrogate(name):
         return "as a name"
     return None
 

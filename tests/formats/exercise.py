@@ -6,10 +6,9 @@ import json
 from math import prod
 from typing import Any
 
-from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.checkpoint import Checkpoint, refuse_tensors
 from ckptool.core.dtypes import nbytes_of
 from ckptool.core.tensor import Storage, TensorInfo, contiguous_stride
-from ckptool.formats import flat
 from ckptool.io.output import Output
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files
@@ -32,7 +31,7 @@ def read(probe: Probe) -> Checkpoint:
 
 def header(checkpoint: Checkpoint) -> bytes:
     tensors = checkpoint.state_dict()
-    flat.refuse("exercise", tensors, lambda name, tensor: None)
+    refuse_tensors("exercise", tensors, lambda name, tensor: None)
     text = json.dumps({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}).encode()
     return b"EXERCISE%08d" % len(text) + text
 
@@ -42,9 +41,9 @@ def write(checkpoint: Checkpoint, output: Output, files: Files, map_location: An
     for tensor in checkpoint.state_dict().values():
         for block in tensor_blocks(tensor, files):
             output.write(block)
-    return flat.left_out(checkpoint)
+    return checkpoint.left_out()
 
 
 def check(checkpoint: Checkpoint, map_location: Any) -> tuple[tuple[str, ...], int]:
     nbytes = sum(tensor.nbytes for tensor in checkpoint.state_dict().values())
-    return flat.left_out(checkpoint), len(header(checkpoint)) + nbytes
+    return checkpoint.left_out(), len(header(checkpoint)) + nbytes
