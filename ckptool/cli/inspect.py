@@ -13,7 +13,7 @@ import ckptool
 from ckptool.cli import render
 from ckptool.cli.output import bar
 from ckptool.core import keys
-from ckptool.errors import UsageError
+from ckptool.errors import OutputError, UsageError
 from ckptool.ops.inspect import InspectReport, TensorRow, volume
 from ckptool.text import count, dims, plural, size
 
@@ -61,6 +61,10 @@ def command(
     allow: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="With --check: names in a pickle that pass.")
     ] = None,
+    lock: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write keys, shapes and dtypes as text that diff can read.")
+    ] = None,
+    update_lock: Annotated[bool, typer.Option("--update-lock", help="With --lock: replace the lock file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Show what a checkpoint holds; runs nothing that is in it."""
@@ -72,6 +76,10 @@ def command(
         raise UsageError("--flat and --depth contradict each other")
     if (fail_on or allow) and not check:
         raise UsageError("--fail-on and --allow go with --check")
+    if update_lock and lock is None:
+        raise UsageError("--update-lock goes with --lock FILE")
+    if lock is not None and len(files) > 1:
+        raise UsageError(f"--lock is of one checkpoint, not of {len(files)}")
     gate: dict[str, Any] = {}
     if check:
         from ckptool.core.findings import failing
@@ -88,6 +96,8 @@ def command(
             if report.check is None or not report.check.fails:  # a finding says it
                 with failed.kept(later=True):
                     opened.require_whole()
+            if lock is not None:
+                _write_lock(opened, report, keys.chooser(include or [], exclude or []), lock, update_lock)
     notes = [
         f"{report.path}: {pattern} fits no key"
         for report in reports
@@ -135,6 +145,23 @@ def _inspected(
         return ckptool.inspect(
             opened, root=root, stats=stats, hashes=hashes, include=include, exclude=exclude, progress=progress, **gate
         )  # fmt: skip
+
+
+def _write_lock(
+    opened: ckptool.Checkpoint, report: InspectReport, choose: Callable[[str], bool], path: str, update: bool
+) -> None:
+    """Writes the lock file of the chosen tensors. Raises: OutputError if it exists, unless it is to be updated."""
+    from ckptool import formats, saving
+
+    opened.require_whole()
+    if update:
+        formats.refuse_no_lock(path)
+    elif os.path.isfile(path):
+        raise OutputError("exists already; --update-lock rewrites it", path)
+    saving.check_report(path, force=update, inputs=[opened])
+    tensors = {key: one for key, one in (opened.state_dict() | opened.inside()).items() if choose(key)}
+    hashes = {row.key: row.hash for row in (*report.tensors, *report.inside)}
+    saving.write_text(path, formats.lock_text(opened, tensors, hashes), force=update)
 
 
 def _keys(report: InspectReport) -> list[str]:

@@ -72,6 +72,13 @@ class Checkpoint:
         if self.broken:
             raise IncompleteError("; ".join((*self.problems, *self.notes)), self.url)
 
+    def require_values(self, what: str) -> None:
+        """Raises UnsupportedError if a lock file only describes tensors at root; ``what`` needs their values."""
+        lacking = {key: tensor.described_in for key, tensor in self.state_dict().items() if tensor.described_in}
+        if lacking:
+            url = next(iter(lacking.values()))
+            raise UnsupportedError(f"is a lock file, which holds no values: {what}: {listed(lacking)}", url)
+
     def at(self, path: Path) -> Any:
         """Returns the node at ``path``. Raises: FormatError if the tree has no such path."""
         node = self.tree

@@ -172,12 +172,15 @@ class Opaque:
     ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``, or a type of GGUF's: ``Q4_K``. ``node`` is the
     pickled call that makes it, ``parts`` are the strided tensors inside. A type that torch lacks is not ``in_torch``:
     its one part is all of its bytes.
+    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``. ``node`` is the pickled call that makes it,
+    ``parts`` are the strided tensors inside. ``url``: the file that describes it, if that has no values at all.
     """
 
     kind: str
     node: PyObject
     parts: tuple[TensorInfo, ...] = ()
     in_torch: bool = True
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -302,6 +305,11 @@ class TensorInfo(Leaf):
             yield from parts(self.source.node)
         if self.extras is not None:
             yield from (("__class__", self.extras.subclass), ("__state__", self.extras.state))
+
+    @property
+    def described_in(self) -> str:
+        """Returns the path of the file that only describes it; "" for a tensor of a file with values."""
+        return self.source.url if isinstance(self.source, Opaque) else ""
 
     @property
     def form(self) -> tuple[str, object]:

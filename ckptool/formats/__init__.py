@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.errors import CkptoolError, DependencyError, UsageError, near
+from ckptool.errors import CkptoolError, DependencyError, OutputError, UsageError, near
 from ckptool.io.probe import Probe
 
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from ckptool.core.tensor import TensorInfo
     from ckptool.io.output import Output
     from ckptool.io.source import Files
 
@@ -198,6 +199,7 @@ FORMATS = (
         "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=".index", is_directory=True,
         ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True),
     ),
+    Format("lock", "lock", "ckptool.formats.lock", (b"# ckptool lock ",)),
     Format("pickle", "pickle", "ckptool.formats.plain_pickle", (b"",), holds=WHOLE, family="torch"),
 )  # fmt: skip
 """The formats, in the order in which they are tried. A plain pickle has no magic number, so it is last."""
@@ -223,6 +225,23 @@ def _read(probe: Probe) -> Checkpoint:
     from ckptool.formats.unknown import refusal
 
     raise refusal(probe)
+
+
+def lock_text(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], hashes: Mapping[str, str | None]) -> str:
+    """Returns the lock file of these tensors of a checkpoint; ``hashes``: {key: sha256}, as far as they are known."""
+    from ckptool.formats import lock
+
+    return lock.text(checkpoint, tensors, hashes)
+
+
+def refuse_no_lock(path: str) -> None:
+    """Raises OutputError if there is a file at ``path`` that is no lock file."""
+    from ckptool.formats import lock
+
+    if os.path.isfile(path):
+        with Probe(path) as probe:
+            if not lock.matches(probe):
+                raise OutputError("exists and is no lock file: --update-lock overwrites nothing else", path)
 
 
 def names() -> list[str]:

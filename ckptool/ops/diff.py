@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ckptool.core import keys as names
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo, quantization
+from ckptool.errors import UnsupportedError
 from ckptool.ops.notes import diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
@@ -161,14 +162,20 @@ def _same(
         return True  # nearly always
     same = True
     counters = names.is_counter(key) and {one.shape, other.shape} <= {(), (1,)}
-    if one.form[1] != other.form[1] and not counters:
+    described = bool(one.described_in or other.described_in)
+    bare = "meta" in (one.kind, other.kind)
+    if compare is not None and (described or (bare and one.kind != other.kind)):
+        why = f"{one.described_in or other.described_in} is a lock file" if described else "one side is on meta"
+        raise UnsupportedError(f"no values of {key} to compare: {why}; leave out --values and --quick")
+    if (one.shape != other.shape if described or bare else one.form[1] != other.form[1]) and not counters:
         report.shape.append(Changed(key, _shape(one), _shape(other)))
         same = False
-    forms = _dtype(one, compare is None), _dtype(other, compare is None)
+    scheme = compare is None and not described
+    forms = (one.dtype, other.dtype) if bare else (_dtype(one, scheme), _dtype(other, scheme))
     if forms[0] != forms[1]:
         report.dtype.append(Changed(key, *forms))
         same = False
-    if devices and one.location != other.location:
+    if devices and not described and one.location != other.location:
         report.devices.append(Changed(key, one.location, other.location))
         same = False
     values = one.form == other.form or (one.shape == other.shape and {one.kind, other.kind} == {"dense", "quantized"})

@@ -60,6 +60,7 @@ def look_into(
     Each tie group is read once. Memory does not grow with the file. Raises: UnreadableError; FormatError, which with
     ``check`` becomes a finding; IncompleteError for ``hashes`` of a checkpoint that lacks shards.
     """
+    checkpoint.require_values("there is nothing to compute")
     chosen = {key: tensor for key, tensor in checkpoint.state_dict().items() if choose is None or choose(key)}
     found = Contents()
     plan = _Plan(lenient=check)

@@ -1,0 +1,244 @@
+"""Lock files: what stands in them, what is read of them, and the gates that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import FIXTURES, Run
+
+import ckptool
+from ckptool.core.tensor import TensorInfo
+from ckptool.errors import FormatError, UnsupportedError
+
+Saved = Callable[..., Path]
+HEAD = "# ckptool lock 1\n"
+
+ODD = [
+    "",
+    " ",
+    "a b",
+    "a\tb",
+    "a\nb",
+    "a\rb",
+    "\r",
+    "#x",
+    '"quoted"',
+    "\\n",
+    "\x00",
+    "\x1b[31m",
+    "\u2028",
+    "\ud800",
+    "\u00e9",
+    "\u65e5\u672c",
+    "\U0001f600",
+    "sha256:",
+    "tied:a",
+    "1.10",
+    "<<<<<<< HEAD",
+    "x" * 3000,
+]
+
+
+def form(tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+    return {key: (one.dtype, one.shape) for key, one in tensors.items()}
+
+
+def truth(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {key: (str(one.dtype).removeprefix("torch."), tuple(one.shape)) for key, one in state.items()}
+
+
+def test_a_lock_holds_every_key_with_its_shape_and_dtype(run: Run, saved: Saved) -> None:
+    state = {
+        "b": torch.zeros(2, 0, 3), "a": torch.tensor(1.0), "c": torch.zeros(3, dtype=torch.bfloat16),
+        "d": torch.zeros(2, 2, dtype=torch.float8_e4m3fn), "e": torch.tensor([True]),
+    }  # fmt: skip
+    assert run("inspect", saved(state), "--lock", "x.lock")[::2] == (0, "")
+    opened = ckptool.open("x.lock")
+    assert (opened.format, form(opened.state_dict())) == ("lock", truth(state))
+    assert {one.kind for one in opened.state_dict().values()} == {"meta"}
+    assert Path("x.lock").read_text().splitlines() == [
+        "# ckptool lock 1",
+        "a\tfloat32\tscalar",
+        "b\tfloat32\t2x0x3",
+        "c\tbfloat16\t3",
+        "d\tfloat8_e4m3fn\t2x2",
+        "e\tbool\t1",
+    ]
+
+
+def test_any_key_comes_back_as_it_was_and_takes_one_line(run: Run, saved: Saved) -> None:
+    path = saved({key: torch.zeros(number) for number, key in enumerate(ODD)})
+    assert run("inspect", path, "--lock", "x.lock", "--keys")[::2] == (0, "")
+    text = Path("x.lock").read_bytes()
+    assert text.count(b"\n") == len(ODD) + 1
+    assert text.endswith(b"\n")
+    assert form(ckptool.open("x.lock").state_dict()) == {key: ("float32", (n,)) for n, key in enumerate(ODD)}
+    assert run("diff", path, "x.lock")[0] == 0
+
+
+def test_a_lock_is_the_same_whatever_the_order_of_keys_and_the_format(run: Run, saved: Saved) -> None:
+    state = {key: torch.zeros(2) for key in ("b.10", "b.9", "a", "B")}
+    one, other = saved(state), saved(dict(reversed(state.items())), "other.pth")
+    assert run("convert", other, "-o", "x.safetensors")[0] == 0
+    for number, path in enumerate((one, other, "x.safetensors")):
+        assert run("inspect", path, "--lock", f"{number}.lock", "--hash")[0] == 0
+    run("inspect", "0.lock", "--lock", "3.lock")
+    assert len({Path(f"{number}.lock").read_bytes() for number in range(3)}) == 1
+    assert "sha256:" not in Path("3.lock").read_text()
+    assert [line.split("\t")[0] for line in Path("3.lock").read_text().splitlines()[1:]] == sorted(state)
+
+
+def test_hashes_are_those_that_inspect_shows(run: Run, saved: Saved) -> None:
+    path = saved({"w": torch.ones(2)})
+    report = ckptool.inspect(path, hashes=True)
+    run("inspect", path, "--hash", "--lock", "x.lock")
+    assert Path("x.lock").read_text() == f"{HEAD}w\tfloat32\t2\tsha256:{report.tensors[0].hash}\n"
+
+
+def test_parameters_and_buffers_are_told_apart_where_the_file_does(run: Run) -> None:
+    run("inspect", FIXTURES / "resnet_module.pth", "--lock", "x.lock")
+    lines = dict(line.split("\t", 1) for line in Path("x.lock").read_text().splitlines()[1:])
+    assert lines["fc.weight"].endswith("\tparameter")
+    assert lines["bn1.running_mean"].endswith("\tbuffer")
+    assert ckptool.open("x.lock").state_dict()["fc.weight"].is_parameter
+    assert run("diff", "x.lock", FIXTURES / "resnet_module.pth")[0] == 0
+
+
+def test_tied_names_stay_one_tensor(run: Run) -> None:
+    run("inspect", FIXTURES / "tied.pth", "--lock", "x.lock")
+    assert Path("x.lock").read_bytes() == (FIXTURES / "tied.lock").read_bytes()
+    tensors = ckptool.open("x.lock").state_dict()
+    assert tensors["head.weight"].source is tensors["emb.weight"].source
+    run("inspect", "x.lock", "--lock", "y.lock")
+    assert Path("x.lock").read_bytes() == Path("y.lock").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["composite.pth", "dtypes.pth", "views.pth", "sharded", "arrays.npz", "dense.gguf"])
+def test_a_checkpoint_equals_its_lock(name: str, run: Run) -> None:
+    assert run("inspect", FIXTURES / name, "--lock", "x.lock")[::2] == (0, "")
+    assert run("diff", FIXTURES / name, "x.lock")[::2] == (0, "")
+    assert run("diff", "x.lock", FIXTURES / name, "--devices")[::2] == (0, "")
+
+
+def test_an_existing_file_is_kept_and_only_a_lock_is_replaced(run: Run, saved: Saved) -> None:
+    path = saved({"w": torch.ones(2)})
+    Path("x.lock").write_text("mine")
+    for extra in ([], ["--update-lock"]):
+        code, _, err = run("inspect", path, "--lock", "x.lock", *extra)
+        assert (code, err.count("\n"), Path("x.lock").read_text()) == (2, 1, "mine")
+    assert run("inspect", path, "--lock", path, "--update-lock")[0] == 2
+    Path("x.lock").write_text(HEAD)
+    assert run("inspect", path, "--lock", "x.lock", "--update-lock")[0] == 0
+    assert Path("x.lock").read_text() == f"{HEAD}w\tfloat32\t2\n"
+    assert run("inspect", path, "--update-lock")[0] == 2
+    assert run("inspect", path, path, "--lock", "y.lock")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "number"),
+    [
+        ("a\tfloat32\n", 2),
+        ("a float32 2\n", 2),
+        ("a\tfloat31\t2\n", 2),
+        ("a\tfloat32\t2x\n", 2),
+        ("a\tfloat32\t-2\n", 2),
+        ("a\tfloat32\t2x\u0663\n", 2),
+        ("a\tfloat32\t9999999999999999999x2\n", 2),
+        ("a\tfloat32\t" + "x".join("1" * 1001) + "\n", 2),
+        ("a\tfloat32\t2\na\tfloat32\t2\n", 3),
+        ("a\tfloat32\t2\n<<<<<<< HEAD\n", 3),
+        ("a\tfloat32\t2\n\nb\tfloat32\t2\n", 3),
+        ("a\tfloat32\t2\tsha256:12\n", 2),
+        ("a\tfloat32\t2\tparameter\tbuffer\n", 2),
+        ("a\tfloat32\t2\tcolour:red\n", 2),
+        ("a\tfloat32\t2\ttied:b\n", 2),
+        ("a\tfloat32\t2\nb\tfloat32\t3\ttied:a\n", 3),
+        ("a\tfloat32\t2\ttied:a\n", 2),
+        ('"a\tfloat32\t2\n', 2),
+        ('"a"\tfloat32\t2\n', 2),
+        ("a\tfloat32\tnested\n", 2),
+        ("a\tfloat32\t2", 2),
+        ("\tfloat32\t2\n", 2),
+        ("[" * 100_000 + "\n", 2),
+    ],
+)
+def test_a_malformed_line_is_named_by_its_number(lines: str, number: int, run: Run) -> None:
+    Path("x.lock").write_text(HEAD + lines)
+    with pytest.raises(FormatError, match=f"line {number}: expected|line {number}: .* (stands twice|expected)"):
+        ckptool.open("x.lock")
+    code, _, err = run("inspect", "x.lock")
+    assert (code, err.count("\n")) == (2, 1)
+    assert len(err) < 500
+
+
+def test_windows_ends_of_lines_are_read(saved: Saved) -> None:
+    Path("x.lock").write_bytes(b"# ckptool lock 1\r\na\tfloat32\t2\r\n")
+    assert form(ckptool.open("x.lock").state_dict()) == {"a": ("float32", (2,))}
+
+
+@pytest.mark.parametrize("version", ["2", "99", "", "one", "1 "])
+def test_another_schema_is_refused_by_its_version(version: str) -> None:
+    Path("x.lock").write_text(f"# ckptool lock {version}\nanything\n")
+    with pytest.raises(UnsupportedError, match=f"schema {version!r}"):
+        ckptool.open("x.lock")
+
+
+def test_diff_is_a_gate_with_its_exit_codes(run: Run, saved: Saved) -> None:
+    state = {"w": torch.ones(2, 3), "b": torch.ones(2)}
+    run("inspect", saved(state), "--lock", "x.lock")
+    assert run("diff", "x.lock", saved({"w": torch.zeros(2, 3), "b": torch.zeros(2)}))[0] == 0
+    for other in ({**state, "w": torch.ones(3, 2)}, {**state, "w": state["w"].half()}, {"w": state["w"]}):
+        assert run("diff", "x.lock", saved(other))[0] == 1
+    assert run("diff", "x.lock", "absent.pth")[0] == 2
+
+
+@pytest.mark.parametrize("reference", ["lock", "meta"])
+def test_a_state_dict_on_meta_and_a_lock_are_alike_as_references(reference: str, run: Run, saved: Saved) -> None:
+    state = {"w": torch.ones(2, 3), "b": torch.ones(2)}
+    path, made = saved(state), saved({key: one.to("meta") for key, one in state.items()}, "meta.pth")
+    if reference == "lock":
+        run("inspect", path, "--lock", "x.lock")
+        made = Path("x.lock")
+    assert run("diff", made, path)[0] == run("diff", path, made)[0] == 0
+    assert run("filter", path, "--match", made, "--strict", "--dry-run")[0] == 0
+    assert run("load-partial", path, "--into", made, "--strict", "--dry-run")[0] == 0
+    less = saved({"w": torch.ones(2, 4), "b": torch.ones(2)}, "less.pth")
+    assert run("diff", made, less)[0] == 1
+    assert run("filter", less, "--match", made, "--strict", "--dry-run")[0] == 1
+    assert run("load-partial", less, "--into", made, "--strict", "--dry-run")[0] == 1
+    for option in ("--values", "--quick"):
+        code, _, err = run("diff", made, path, option)
+        assert (code, err.count("\n"), "no values" in err) == (2, 1, True)
+
+
+def test_what_needs_values_refuses_a_lock_in_one_line(run: Run, saved: Saved) -> None:
+    path, less = saved({"w": torch.ones(2), "b": torch.ones(3)}), saved({"w": torch.ones(2)}, "less.pth")
+    run("inspect", path, "--lock", "x.lock")
+    for args in (
+        ["inspect", "x.lock", "--hash"], ["inspect", "x.lock", "--stats"], ["inspect", "x.lock", "--check"],
+        ["convert", "x.lock", "-o", "out.pth"], ["convert", "x.lock", "-o", "out.safetensors", "--dry-run"],
+        ["remap", "x.lock", "--add-prefix", "a.", "-o", "out.pth"], ["filter", "x.lock", "-o", "out.pth"],
+        ["filter", less, "--match", "x.lock", "-o", "out.pth"],
+    ):  # fmt: skip
+        code, _, err = run(*args)
+        assert (code, err.count("\n"), "x.lock: is a lock file, which holds no values" in err) == (2, 1, True), args
+    assert not list(Path().glob("out*"))
+
+
+def test_where_the_sources_fill_all_of_a_lock_the_output_is_whole(run: Run, saved: Saved) -> None:
+    state = {"w": torch.ones(2), "b": torch.ones(3)}
+    path = saved(state)
+    run("inspect", path, "--lock", "x.lock")
+    assert run("filter", path, "--match", "x.lock", "-o", "out.pth")[0] == 0
+    loaded = torch.load("out.pth", weights_only=True)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_a_lock_of_missing_shards_is_not_written(run: Run) -> None:
+    assert run("inspect", FIXTURES / "sharded_broken", "--lock", "x.lock")[0] == 2
+    assert not Path("x.lock").exists()
