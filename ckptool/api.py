@@ -11,7 +11,7 @@ from ckptool import formats
 from ckptool.core import keys, roots
 from ckptool.core.checkpoint import Checkpoint, detached, set_realise
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import Path, children, key_text, path_text, replaced
+from ckptool.core.tree import Path, path_text, replaced
 from ckptool.errors import CkptoolError, FormatError, StrictError, UsageError, kind_of
 from ckptool.limits import limited
 
@@ -79,7 +79,7 @@ def _path(tree: Any, root: str | Path) -> Path:
     node = tree
     left = [] if root in ("", "/") else root.strip("/").split("/")
     while left:
-        known = {key_text(step): (step, child) for step, child in children(node)}
+        known = roots.steps(node)
         for length in range(len(left), 0, -1):  # a key may hold a "/" itself
             name = "/".join(left[:length])
             if name in known:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 from ckptool.core import keys, modules
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import Path, as_mapping, attributes, walk
+from ckptool.core.tree import Path, as_mapping, attributes, children, key_text, path_text, walk
 
 _DEEPEST = 20
 """The longest path to the weights. Real checkpoints have two or three steps."""
@@ -144,3 +144,36 @@ def _is_dotted(name: object) -> bool:
 def _has_metadata(node: object) -> bool:
     """Returns whether a node is what `Module.state_dict()` returned."""
     return "_metadata" in attributes(node)
+
+
+def steps(node: object) -> dict[str, tuple[Any, Any]]:
+    """Returns {text: (key, child)} of a container. Of keys that read alike, one that is no str has its type behind it.
+
+    >>> list(steps({0: [], "0": []}))
+    ['0 (int)', '0']
+    """
+    known: dict[str, tuple[Any, Any]] = {}
+    for key, child in children(node):
+        text = key_text(key)
+        if text in known:
+            other = known[text] if isinstance(key, str) else (key, child)
+            known[f"{text} ({type(other[0]).__name__})"] = other
+            if not isinstance(key, str):
+                continue
+        known[text] = key, child
+    return known
+
+
+def root_text(tree: object, path: Path) -> str:
+    """Returns the text of a path, which `steps` tells apart from others that read alike; "/" for the tree itself."""
+    texts: list[object] = []
+    node = tree
+    for step in path:
+        found = ((text, child) for text, (key, child) in steps(node).items() if key is step or _is_same(key, step))
+        text, node = next(found, (step, None))
+        texts.append(text)
+    return path_text(tuple(texts)) or "/"
+
+
+def _is_same(key: object, step: object) -> bool:
+    return type(key) is type(step) and key == step

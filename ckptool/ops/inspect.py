@@ -130,7 +130,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
     return InspectReport(
         checkpoint.url,
         checkpoint.format,
-        path_text(checkpoint.root),
+        roots.root_text(checkpoint.tree, checkpoint.root) if checkpoint.root else "",
         checkpoint.nbytes,
         rows,
         list(kinds),
@@ -142,7 +142,11 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         names.wrapper_of(keys),
         names.common_prefix(keys),
         [path_text(path) for path in found.ema if path != checkpoint.root],
-        [path_text(path) or "/" for path in (*found.others, found.path) if path != checkpoint.root and found.others],
+        [
+            roots.root_text(checkpoint.tree, path)
+            for path in (*found.others, found.path)
+            if path != checkpoint.root and found.others
+        ],
         tied,
         stored,
         used,

@@ -14,7 +14,7 @@ from ckptool.core import keys as names
 from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.optimizers import is_optimizer
-from ckptool.core.roots import find_root, is_flat
+from ckptool.core.roots import find_root, is_flat, root_text
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, path_text, replaced, walk, with_content
 from ckptool.errors import (
@@ -51,8 +51,8 @@ def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
             notes[f"{one.url}: {text}" if several else text] = None
         if one.trailing:
             notes[f"{one.url}: {one.trailing}"] = None
-        found, root = find_root(one.tree), path_text(one.root)
-        others = [path_text(path) or "/" for path in found.others if found.path == one.root]
+        found, root = find_root(one.tree), root_text(one.tree, one.root) if one.root else ""
+        others = [root_text(one.tree, path) for path in found.others if found.path == one.root]
         if root or others:
             option = "" if several else " (--root)"  # of several files each has an option of its own
             more = f"; other places{option}: {listed(others)}" if others else ""
@@ -308,7 +308,7 @@ def _best_prefix(merge: Any) -> tuple[str, str]:
 
 
 def _root(checkpoint: Checkpoint) -> str:
-    return path_text(checkpoint.root) or "/"
+    return root_text(checkpoint.tree, checkpoint.root)
 
 
 def _other_roots(checkpoint: Checkpoint) -> list[Checkpoint]:

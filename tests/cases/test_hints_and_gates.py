@@ -100,6 +100,18 @@ def test_a_submodule_that_is_called_module_is_its_own_where_both_names_exist(sav
 # --- hints -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("key", "root"), [(0, "agents/0 (int)"), ("0", "agents/0")])
+def test_roots_that_read_alike_are_told_apart(key: Any, root: str, saved: Saved, run: Run) -> None:
+    agents = {0: {"x": torch.ones(2)}, "0": {"y": torch.ones(3)}}
+    source, target = saved({"agents": agents}, "source.pth"), saved(agents[key], "target.pth")
+    assert followed(run, "filter", "--match", target, source, "-o", "out.pth")["options"] == shlex.join(
+        ["--root", root]
+    )
+    assert_identical(load("out.pth"), agents[key])
+    assert root in run("inspect", source)[1]
+    assert ckptool.open(source, root=root).root == ("agents", key)
+
+
 def test_no_rename_is_proposed_where_names_do_not_tell_which_is_which(saved: Saved, run: Run) -> None:
     same = torch.ones(2, 2)
     source = saved({"attn.key": same, "attn.value": same, "norm": torch.ones(2)}, "source.pth")
