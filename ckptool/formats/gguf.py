@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
@@ -140,10 +140,10 @@ def _tensor(name: str, shape: tuple[int, ...], kind: int, begin: int, header: _H
         raise FormatError(f"{what} of a file of {file.size}: a truncated download?", file.path)
     span = file.span(begin, nbytes)
     stride = contiguous_stride(shape)
+    byteorder: Literal["little", "big"] = "big" if header.order == ">" else "little"
     if kind in PLAIN:
-        storage = Storage(span, dtype, byteorder="big" if header.order == ">" else "little")
-        return TensorInfo(dtype, shape, stride, 0, storage)
-    raw = TensorInfo("uint8", (nbytes,), (1,), 0, Storage(span, "uint8"))
+        return TensorInfo(dtype, shape, stride, 0, Storage(span, dtype, byteorder=byteorder))
+    raw = TensorInfo("uint8", (nbytes,), (1,), 0, Storage(span, "uint8", byteorder=byteorder))
     return TensorInfo("uint8", shape, stride, 0, Opaque(dtype, Global.named("gguf", dtype)(), (raw,), in_torch=False))
 
 

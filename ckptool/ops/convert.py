@@ -14,7 +14,7 @@ from ckptool.core.tree import as_mapping, path_text
 from ckptool.core.versions import versioned
 from ckptool.errors import LossError, NoTensorsError, UsageError, listed
 from ckptool.ops.notes import pattern_notes, require_tensors, root_notes
-from ckptool.ops.scales import dequantized, outside, scaled_weights, with_doubtful
+from ckptool.ops.scales import dequantized, of_blocks, outside, scaled_weights, with_doubtful
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,8 @@ def convert(
         chosen = names.chooser(keep, ())
         stay = {tensor.view for key, tensor in tensors.items() if keep and chosen(key)}
         made, left_out = _dequantized(checkpoint, tensors, stay, dtype, dequantize)
-        notes += [_STALE] if made else ["no weight has a scale to multiply by"] if dequantize else []
+        notes += [_STALE] if left_out else []
+        notes += ["no weight has a scale to multiply by"] if dequantize and not made else []
         tensors = {key: made.get(key, tensor) for key, tensor in tensors.items() if key not in left_out}
         kept = ((key, key) for key in tensors if key not in made)
         followed, told = aliases.followed(checkpoint.metadata, checkpoint.entries(), kept, made)
@@ -143,7 +144,9 @@ def _dequantized(
             url,
         )
     gone = {name for key in made for name in (*left[key].scales, *left[key].beside)}
-    return made, [key for key in tensors if key in gone or (made and not kept and key in markers)]
+    left_out = [key for key in tensors if key in gone or (made and not kept and key in markers)]
+    blocks = {key: of_blocks(tensor, dtype or "float32") for key, tensor in tensors.items() if tensor.view not in stay}
+    return made | {key: tensor for key, tensor in blocks.items() if tensor is not None}, left_out
 
 
 def _cast(tensors: dict[str, TensorInfo], dtype: str, stay: set[object]) -> tuple[dict[str, TensorInfo], list[str]]:

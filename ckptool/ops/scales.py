@@ -23,7 +23,7 @@ from typing import NamedTuple
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.optimizers import is_optimizer
-from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
+from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo, computed, computed_as
 from ckptool.core.tree import brief, path_text, walk
 from ckptool.errors import LossError, listed
 
@@ -304,6 +304,20 @@ def dequantized(
         source = made.setdefault((weight.view, scale.view), lazy)
         found[key] = replace(computed_as(weight, source, dtype), extras=None)
     return found, refused
+
+
+def of_blocks(tensor: TensorInfo, dtype: str) -> TensorInfo | None:
+    """Returns the values of a tensor of GGUF's type Q8_0, lazy; None for any other, and for a big-endian one.
+
+    A block is a scale (float16) and the 32 integers (int8) that it multiplies. Both are views of the raw bytes.
+    """
+    memory = tensor.parts[0].source if tensor.kind == "Q8_0" else None
+    if not isinstance(memory, Storage) or memory.byteorder == "big":
+        return None
+    raw, count = tensor.parts[0], tensor.nbytes // 34
+    scale = replace(raw, dtype="float16", shape=(count, 1), stride=(17, 1))
+    weight = replace(raw, dtype="int8", shape=(count, 32), stride=(34, 1), storage_offset=2)
+    return computed(dtype, tensor.shape or (), Derived("dequantize", (weight, scale), shape=weight.shape, args=(1, 32)))
 
 
 def _sizes(tensors: Mapping[str, TensorInfo], key: str, pair: Scaled) -> Shape | str:

@@ -20,6 +20,7 @@ from ckptool.api import open as open_checkpoint
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import FormatError, LimitError, UnsupportedError
 from ckptool.io.source import Files
+from ckptool.ops.scales import of_blocks
 from ckptool.values.blocks import read_bytes
 
 F32, F16, Q4_0, Q8_0, Q4_K, I8, I64, BF16 = 0, 1, 2, 8, 12, 24, 27, 30
@@ -136,6 +137,38 @@ def test_every_output_refuses_quantised_tensors_by_key_and_type(to: str, run: Ru
         assert not (tmp_path / "out").exists()
     code, _, err = run("filter", path, "--exclude", "lm*", "--exclude", "q", "--to", to, "-o", tmp_path / "out")
     assert code == 0, err
+
+
+@pytest.mark.parametrize(("dtype", "form"), [("float32", "<f4"), ("float16", "<f2"), ("float64", "<f8")])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 32), (32,), (0, 32)])
+def test_q8_0_is_dequantised_on_request_as_numpy_does(
+    dtype: str, form: str, shape: tuple[int, ...], run: Run, tmp_path: Path
+) -> None:
+    count = int(np.prod(shape)) // 32
+    rng = np.random.default_rng(3)
+    scales, numbers = rng.normal(size=count).astype("<f2"), rng.integers(-128, 128, (count, 32)).astype("i1")
+    raw = b"".join(scale.tobytes() + row.tobytes() for scale, row in zip(scales, numbers, strict=True))
+    wanted = (scales.astype("f8")[:, None] * numbers).reshape(shape).astype(form)
+    path = put(tmp_path, gguf({"b": PLAIN["b"], "w": (Q8_0, shape[::-1], raw)}))
+    args = ["convert", path, "--dequantize", "--dtype", dtype, "-o"]
+    for out in ("out.safetensors", "out.pth", "out.npz"):
+        code, _, err = run(*args, tmp_path / out)
+        assert code == 0, err
+        found = open_checkpoint(tmp_path / out).state_dict()["w"]
+        assert (found.dtype, found.shape) == (dtype, shape)
+        assert raw_of(open_checkpoint(tmp_path / out), "w") == wanted.tobytes()
+
+
+def test_what_cannot_be_dequantised_is_still_refused_by_its_type(run: Run, tmp_path: Path) -> None:
+    tensors = {"q": (Q8_0, (32,), bytes(34)), "lm.weight": (Q4_K, (256, 2), BLOCKS)}
+    for order, said in (("<", "hold lm.weight (Q4_K)"), (">", "hold q (Q8_0), lm.weight (Q4_K)")):
+        path = put(tmp_path, gguf(tensors, order=order))
+        for out in ("out.pth", "out.safetensors"):
+            code, _, err = run("convert", path, "--dequantize", "-o", tmp_path / out)
+            assert (code, said in err, err.count("\n")) == (2, True, 1)
+    path = put(tmp_path, gguf({"q": tensors["q"]}))
+    args = ["--dequantize", "--dtype", "float32", "--keep", "q"]
+    assert "hold q (Q8_0)" in run("convert", path, *args, "-o", tmp_path / "out.pth")[2]
 
 
 def test_to_torch_refuses_a_quantised_tensor_by_its_type(tmp_path: Path) -> None:
@@ -293,6 +326,9 @@ def test_what_the_library_wrote_is_read_as_it_says() -> None:
             assert (list(tensor.shape or ()), tensor.nbytes) == (want["shape"], want["nbytes"]), want["key"]
             assert hashlib.sha256(raw_of(found, want["key"])).hexdigest() == want["sha256"], want["key"]
             assert tensor.kind in ("dense", want["ggml_type"])
+            if (made := of_blocks(tensor, "float32")) is not None:
+                with Files() as files:
+                    assert hashlib.sha256(read_bytes(made, files)).hexdigest() == want["dequant_f32_sha256"]
         for key, value in sample.get("metadata", {}).items():
             if "ARRAY" not in value["types"]:
                 assert found.metadata[key] == str(value["value"])
