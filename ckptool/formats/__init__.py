@@ -199,7 +199,7 @@ FORMATS = (
         "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=".index", is_directory=True,
         ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True),
     ),
-    Format("lock", "lock", "ckptool.formats.lock", (b"# ckptool lock ",)),
+    Format("lock", "lock", "ckptool.formats.lock", (b"# ckptool lock ", b"{")),
     Format("pickle", "pickle", "ckptool.formats.plain_pickle", (b"",), holds=WHOLE, family="torch"),
 )  # fmt: skip
 """The formats, in the order in which they are tried. A plain pickle has no magic number, so it is last."""

@@ -9,7 +9,8 @@ The first line names the schema. Then comes a line for each key, sorted, its fie
 the dtype, the sizes (``scalar`` for none, ``nested`` for a nested tensor), and what else is known: ``parameter`` or
 ``buffer``, ``kind:`` of a tensor that is no strided view, ``tied:`` to the first key of a tie group, and the
 ``sha256:`` that `inspect --hash` gives. A key that is empty, not printable, or begins with ``"`` or ``#`` is a JSON
-string. A tensor of a lock is on ``meta``, has no values, and its `Opaque.url` is the lock's path.
+string. The document that `inspect --json` prints of one checkpoint is read too. A tensor of a lock is on ``meta``, has
+no values, and its `Opaque.url` is the lock's path.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from ckptool.text import dims
 
 MAGIC = "# ckptool lock "
 SCHEMA = 1
+DOCUMENT = re.compile(rb'\{\s*"schema":\s*1,\s*"command":\s*"inspect",')
 SHAPE = re.compile(r"\d{1,19}(x\d{1,19}){0,999}", re.ASCII)
 FIELD = re.compile(r"(parameter)|(buffer)|kind:(\w{1,40})|tied:(.+)|sha256:([0-9a-f]{64})", re.ASCII | re.DOTALL)
 
 
 def matches(probe: Probe) -> bool:
-    """Returns whether its first line names it."""
-    return probe.head.startswith(MAGIC.encode())
+    """Returns whether its first line names it, or it is the output of `inspect --json`."""
+    return probe.head.startswith(MAGIC.encode()) or DOCUMENT.match(probe.head) is not None
 
 
 def text(checkpoint: Checkpoint, chosen: Mapping[str, TensorInfo], hashes: Mapping[str, str | None]) -> str:
@@ -71,6 +73,8 @@ def read(probe: Probe) -> Checkpoint:
         content = file.read(0, file.size).decode()
     except UnicodeDecodeError as error:
         raise FormatError("is a lock file, and no UTF-8", file.path) from error
+    if content.startswith("{"):
+        content = _of_document(content, file.path)
     head, *lines = content.replace("\r\n", "\n").split("\n")
     version = head[len(MAGIC) :]
     if version != str(SCHEMA):
@@ -105,6 +109,27 @@ def read(probe: Probe) -> Checkpoint:
             raise FormatError(f"line {number}: {what}", file.path)
         tree[key] = _tensor(one.dtype, one.shape, one.is_parameter, source)
     return Checkpoint(tree, url=file.path, nbytes=file.size)
+
+
+def _of_document(content: str, url: str) -> str:
+    """Returns the output of `inspect --json` as a lock, a line for each row. Raises: FormatError."""
+    try:
+        found = json.loads(content)
+        (one,) = found["result"]
+        rows = [*one["tensors"], *one.get("inside", ())]
+        if "errors" in found:
+            raise FormatError("is the output of an inspect that failed", url)
+        lines = [
+            "\t".join([
+                _written(row["key"]), row["dtype"], dims(row.get("shape")),
+                *(f"kind:{row['kind']}" for _ in range(row.get("kind", "meta") != "meta")),
+                *(f"tied:{_written(row['tied_to'])}" for _ in range("tied_to" in row)),
+            ])
+            for row in rows
+        ]  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise FormatError("expected what `inspect --json` prints of one checkpoint", url) from error
+    return "\n".join([f"{MAGIC}{SCHEMA}", *lines, ""])
 
 
 def _line(line: str, url: str) -> tuple[str, TensorInfo, str | None]:

@@ -242,3 +242,41 @@ def test_where_the_sources_fill_all_of_a_lock_the_output_is_whole(run: Run, save
 def test_a_lock_of_missing_shards_is_not_written(run: Run) -> None:
     assert run("inspect", FIXTURES / "sharded_broken", "--lock", "x.lock")[0] == 2
     assert not Path("x.lock").exists()
+
+
+@pytest.mark.parametrize("name", ["tied.pth", "composite.pth", "dtypes.safetensors"])
+def test_what_inspect_printed_as_json_is_a_reference_too(name: str, run: Run) -> None:
+    Path("x.json").write_text(run("inspect", FIXTURES / name, "--json")[1])
+    run("inspect", FIXTURES / name, "--lock", "x.lock")
+    assert run("diff", "x.json", FIXTURES / name)[::2] == (0, "")
+    assert run("diff", "x.json", "x.lock")[::2] == (0, "")
+    assert run("filter", "x.json", "-o", "out.pth")[0] == 2
+
+
+def test_any_key_comes_back_from_json(run: Run, saved: Saved) -> None:
+    path = saved({key: torch.zeros(number) for number, key in enumerate(ODD)})
+    Path("x.json").write_text(run("inspect", path, "--json")[1])
+    assert form(ckptool.open("x.json").state_dict()) == {key: ("float32", (n,)) for n, key in enumerate(ODD)}
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "[]",
+        "[1]",
+        "{}",
+        "[{}]",
+        '[{"tensors": 1}]',
+        '[{"tensors": [{"key": 1, "dtype": "float32", "shape": []}]}]',
+        "[" * 9000,
+        '[{"tensors": [{"key": "a", "dtype": "float32", "shape": [true]}]}]',
+        '[{"tensors": []}, {"tensors": []}]',
+        '[{"tensors": [{"key": "a", "dtype": 1, "shape": []}]}]',
+        '[{"tensors": [{"key": "a", "dtype": "f", "shape": []}]}]',
+        '[{"tensors": []}], "errors": []',
+    ],
+)
+def test_json_that_is_no_report_of_one_checkpoint_is_refused(result: str, run: Run) -> None:
+    Path("x.json").write_text(f'{{"schema": 1, "command": "inspect", "result": {result}}}')
+    code, _, err = run("diff", "x.json", FIXTURES / "tied.pth")
+    assert (code, err.count("\n")) == (2, 1)
