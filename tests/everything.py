@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pickle
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ TORCH = sorted(
 # torch.load gives a named part of a storage as another storage object; test_torch_tar.py looks at its memory.
 SAME_MEMORY = [name for name in TORCH if name != "tar_2016.pth"]
 SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
+DISTRIBUTED = ["dcp"]
 SHARDED = ["sharded", "sharded_bin"]
 NUMPY = ["array.npy", "arrays.npz"]
-EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED, *NUMPY, "dense.gguf", "detectron2.pkl"]
+EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED, *DISTRIBUTED, *NUMPY, "dense.gguf", "detectron2.pkl"]
 
 # What safetensors has no place for; every other fixture must be writable.
 NOT_IN_SAFETENSORS = {
@@ -48,6 +50,8 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
     path = FIXTURES / name
     if name.endswith(".safetensors"):
         return load_file(path)
+    if name in DISTRIBUTED:
+        return dict(from_dcp(path))
     if name in SHARDED:
         tensors: dict[str, torch.Tensor] = {}
         for shard in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
@@ -75,6 +79,15 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
     for step in ("state_dict", "model"):
         loaded = loaded.get(step, loaded)
     return {key: made for key, made in tensors_of(loaded).items() if isinstance(made, torch.Tensor)}
+
+
+def from_dcp(path: Path) -> Any:
+    """The tree that torch makes of a distributed checkpoint."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as place:
+        dcp_to_torch_save(path, f"{place}/whole.pth")
+        return torch.load(f"{place}/whole.pth", weights_only=False)
 
 
 def tensors_of(loaded: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +124,7 @@ READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded", "
 # Words that the refusal must have: a format is refused by its name.
 REFUSED = {
     "torchscript": "TorchScript", "torch.package": "torch.package", "deepspeed": "DeepSpeed",
-    "megatron": "Megatron", "dcp": "DCP", "dcp-hf": "distributed",
+    "megatron": "Megatron", "dcp-hf": "distributed",
 }  # fmt: skip
 GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]
 BAD = [name for name, sample in EXPECTED.items() if sample["format"] == "bad" or sample.get("invalid")]

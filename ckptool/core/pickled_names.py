@@ -88,6 +88,12 @@ _ORDINARY = {
     **{f"numpy.{core}.multiarray": {"scalar"} for core in ("core", "_core")},
     **{f"numpy.{core}.records": {"recarray", "record"} for core in ("core", "_core")},
     "numpy.random._pickle": {"__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
     "torch": {
         "preserve_format", "contiguous_format", "channels_last", "channels_last_3d", "layout", "dtype", "memory_format",
     },

@@ -193,7 +193,6 @@ def small_files(directory: str) -> list[str]:
 
 
 LAYOUTS = {
-    r"\.metadata|.*\.distcp": "a torch.distributed checkpoint (DCP)",
     r"shard-\d+-.*": "a torch.distributed checkpoint in Hugging Face's files",
     r"latest_checkpointed_iteration\.txt": "a Megatron-LM checkpoint",
     r"latest|(bf16_)?zero_pp_rank_.*": "a DeepSpeed checkpoint",
@@ -373,6 +372,8 @@ def beside(directory: str, names: Sequence[str], choice: Choice, used: Collectio
     if rest := others(directory, names, {*used, *dangling}):
         rule = f", as {choice.loader} does" if choice.loader else ""
         notes.append(f"{choice.name} was read{rule}; also here, and not read: {listed(rest)}")
+    if ".metadata" in names:
+        notes.append("also here: a torch.distributed checkpoint (DCP); name its .metadata to read it")
     if other := layout(names):
         notes.append(f"also here: {other}, which is not supported yet")
     return notes

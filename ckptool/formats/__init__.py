@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import CkptoolError, DependencyError, OutputError, UsageError, near
 from ckptool.io.probe import Probe
+from ckptool.io.source import LocalFile, Source
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from ckptool.io.output import Output
     from ckptool.io.source import Files
 
-    Open = Callable[[str], Checkpoint]
+    class Open(Protocol):
+        """What opens a file of several: its path, and what opens that if a part is meant (a `Section`)."""
+
+        def __call__(self, path: str, opener: Callable[[str], Source] = ...) -> Checkpoint: ...
+
     MapLocation = Callable[[str], str]
 
     class Reader(Protocol):
@@ -99,8 +104,8 @@ class Holds(NamedTuple):
 class Format(NamedTuple):
     """A format. ``name`` is what ``--to`` takes, ``label`` is `Checkpoint.format` of a file in it.
 
-    The module is asked about a file that has one of ``magic`` at byte ``at``, and ``named`` in its name; and about
-    directories if ``is_directory`` (then the format is also written as one). ``suffixes`` select the format when
+    The module is asked about a file that has one of ``magic`` at byte ``at``, and one of ``named`` in its name;
+    and about directories if ``is_directory`` (if it can be written, as one too). ``suffixes`` select the format when
     writing; ``ending`` is the suffix of an output whose name the user does not give (empty: it cannot be written).
     ``family`` is the format whose suffixes select this one too, and which is written where this one cannot be.
     ``extra`` is the extra of ckptool that installs a library which the module needs.
@@ -111,7 +116,7 @@ class Format(NamedTuple):
     module: str
     magic: tuple[bytes, ...]
     at: int = 0
-    named: str = ""
+    named: tuple[str, ...] = ("",)
     is_directory: bool = False
     suffixes: tuple[str, ...] = ()
     ending: str = ""
@@ -128,7 +133,7 @@ class Format(NamedTuple):
         """Returns whether the module needs to look at it."""
         if probe.is_directory:
             return self.is_directory
-        return self.named in probe.name and probe.head.startswith(self.magic, self.at)
+        return any(part in probe.name for part in self.named) and probe.head.startswith(self.magic, self.at)
 
     @property
     def written_as(self) -> str:
@@ -178,6 +183,10 @@ WHOLE = Holds(tree=True, ties=True, devices=True)
 
 FORMATS = (
     Format(
+        "dcp", "dcp", "ckptool.directories.dcp", (b"",), named=(".metadata", ".distcp"), is_directory=True,
+        holds=Holds(tree=True, devices=True), family="torch",
+    ),
+    Format(
         "torch", "torch-zip", "ckptool.formats.torch_zip", (ZIP,), ending=".pth", holds=WHOLE,
         suffixes=(".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar"),
     ),
@@ -196,7 +205,7 @@ FORMATS = (
     Format("npy", "npy", "ckptool.formats.npz", (b"\x93NUMPY",)),
     Format("gguf", "gguf", "ckptool.formats.gguf", (b"GGUF",), holds=Holds(metadata=True)),
     Format(
-        "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=".index", is_directory=True,
+        "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=(".index",), is_directory=True,
         ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True),
     ),
     Format("lock", "lock", "ckptool.formats.lock", (b"# ckptool lock ", b"{")),
@@ -208,9 +217,9 @@ SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one shard unless another limit is given: huggingface_hub's default."""
 
 
-def read(path: str) -> Checkpoint:
+def read(path: str, opener: Callable[[str], Source] = LocalFile) -> Checkpoint:
     """Returns the checkpoint at a path: a file, an index, or a directory; headers only. Raises: CkptoolError."""
-    with Probe(path) as probe:
+    with Probe(path, opener) as probe:
         try:
             return _read(probe)
         except CkptoolError as error:

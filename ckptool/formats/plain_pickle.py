@@ -34,7 +34,7 @@ _STREAM = (
 
 _REFUSED = {
     ("joblib.numpy_pickle", "NumpyArrayWrapper"): "a joblib file, whose arrays lie between the pieces of its pickle",
-    ("torch.distributed.checkpoint.metadata", "Metadata"): "the .metadata of a distributed checkpoint (DCP)",
+    ("torch.distributed.checkpoint.metadata", "Metadata"): "the .metadata of a distributed checkpoint (DCP), renamed",
 }
 
 

@@ -27,7 +27,7 @@ from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.formats import safetensors_file
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files, Source
+from ckptool.io.source import Files, Section, Source
 from ckptool.limits import MAX_HEADER, MAX_NESTING
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def matches(probe: Probe) -> bool:
         return False
     text = probe.head[8:].lstrip(_SPACE)
     if not text and (nbytes := min(int.from_bytes(probe.head[:8], "little"), probe.size - 8)) <= MAX_HEADER.now():
-        text = probe.file.read(8, nbytes).lstrip(_SPACE)
+        text = probe.file.read(probe.file.begin + 8, nbytes).lstrip(_SPACE)
     return text[:1] == b"{"
 
 
@@ -55,15 +55,15 @@ def read(probe: Probe) -> Checkpoint:
     header_size = int.from_bytes(probe.head[:8], "little")
     if header_size > MAX_HEADER.now():
         raise MAX_HEADER.passed(f"its header claims {header_size:,} bytes, more than safetensors itself would read")
-    start = 8 + header_size
+    start = file.begin + 8 + header_size
     if start > file.size:
-        raise FormatError(f"its header claims {header_size} bytes of a file of {file.size}: a truncated download?")
-    header = _parse(file.read(8, header_size))
+        raise FormatError(f"its header claims {header_size} bytes of a file of {probe.size}: a truncated download?")
+    header = _parse(file.read(file.begin + 8, header_size))
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("its __metadata__ is not a map of strings to strings")
-    if "DCP_SHARDING_INFO" in metadata:
+    if "DCP_SHARDING_INFO" in metadata and not isinstance(file, Section):
         raise UnsupportedError(
             "a shard of a distributed checkpoint (torch's HuggingFaceStorageWriter): not supported yet", file.path
         )

@@ -25,9 +25,9 @@ class Probe:
         self.name = os.path.basename(path)
         self.is_directory = os.path.isdir(path)
         self._file = None if self.is_directory else opener(path)
-        self.size = self._file.size if self._file else 0
-        self.end = self.size
-        self.head = self._file.read(0, min(HEAD, self.size)) if self._file else b""
+        begin, end = (self._file.begin, self._file.size) if self._file else (0, 0)
+        self.size = self.end = end - begin
+        self.head = self._file.read(begin, min(HEAD, self.size)) if self._file else b""
 
     def __enter__(self) -> Probe:
         return self

@@ -33,13 +33,15 @@ class Source(Protocol):
     """Bytes that can be read at any offset. An implementation defines `read`; the other methods have defaults.
 
     ``size`` is that at opening. ``version`` changes when the bytes of a path do; None if this cannot be detected.
-    ``mode`` is the permissions that a copy may have.
+    ``mode`` is the permissions that a copy may have. Content that is a part of a file (`Section`) is from ``begin``
+    up to ``size``.
     """
 
     path: str
     size: int
     version: tuple[int, ...] | None
     mode: int = 0o777
+    begin: int = 0
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Returns exactly ``nbytes`` bytes. Raises: FormatError if there are not as many, UnreadableError."""
@@ -173,6 +175,35 @@ class LocalFile(Source):
 
 _FICLONERANGE = 0x4020940D
 """``_IOW(0x94, 13, struct file_clone_range)`` of ``linux/fs.h``."""
+
+
+class Section(Source):
+    """Bytes ``begin`` to ``begin + nbytes`` of an open file, with the file's own offsets. Closing it closes nothing.
+
+    A small one is read at once.
+    """
+
+    def __init__(self, file: Source, begin: int, nbytes: int) -> None:
+        self.file, self.begin, self.size = file, begin, begin + nbytes
+        self.path, self.version, self.mode = file.path, file.version, file.mode
+        self._held = file.read(begin, nbytes) if nbytes < SMALL_MEMBER else b""
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        if offset < self.begin or nbytes < 0 or offset + nbytes > self.size:
+            what = f"bytes {offset}-{offset + nbytes} are wanted of what is at {self.begin}-{self.size}"
+            raise FormatError(what, self.path)
+        if self._held:
+            return self._held[offset - self.begin : offset - self.begin + nbytes]
+        return self.file.read(offset, nbytes)
+
+    def read_ahead(self) -> None:
+        self.file.read_ahead()
+
+    def check(self) -> None:
+        self.file.check()
+
+    def close(self) -> None:
+        pass
 
 
 class Spool(LocalFile):

@@ -79,6 +79,7 @@ def read_directory(file: Source) -> dict[str, Member]:
         name = raw.decode("utf-8" if flags & 0x800 else "cp437", "surrogateescape")
         if method or packed != usize or flags & 0x1 or disk:
             _refuse_entry(name, flags, method, packed, usize, disk, path)
+        offset += file.begin
         end = offset + 30 + name_size + packed
         if end > start:
             raise FormatError(f"the zip member {name!r} reaches beyond the archive's data", path)
@@ -123,7 +124,7 @@ class _End(NamedTuple):
 
 
 def _end_record(file: Source) -> _End:
-    start = max(0, file.size - TAIL - 22)
+    start = max(file.begin, file.size - TAIL - 22)
     tail = file.read(start, file.size - start)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + 22 > len(tail):
@@ -163,7 +164,7 @@ def archive_start(file: Source, end: _End | None = None) -> int:
     begins = start + at - size - offset
     if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":
         begins = start + at - 76 - int.from_bytes(tail[at - 12 : at - 4], "little")
-    return begins if begins > 0 and file.read(begins, 4) in (b"PK\x03\x04", b"PK\x05\x06") else 0
+    return begins if begins > file.begin and file.read(begins, 4) in (b"PK\x03\x04", b"PK\x05\x06") else 0
 
 
 def _find_directory(file: Source) -> tuple[int, int, int]:
@@ -179,12 +180,13 @@ def _find_directory(file: Source) -> tuple[int, int, int]:
         raise UnsupportedError("it is one part of a split zip archive", file.path)
     if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":
         (record,) = struct.unpack_from("<Q", tail, at - 12)
-        if record + 56 > tail_start + at:
+        if file.begin + record + 56 > tail_start + at:
             raise FormatError("its zip64 end record lies outside the file", file.path)
-        end = file.read(record, 56)
+        end = file.read(file.begin + record, 56)
         if end[:4] != b"PK\x06\x06":
             raise FormatError(f"no zip64 end record at byte {record}", file.path)
         count, size, start = struct.unpack_from("<QQQ", end, 32)
+    start += file.begin
     if start + size > tail_start + at:
         raise FormatError("its zip directory lies outside the file: a truncated download?", file.path)
     return start, size, count

@@ -241,7 +241,6 @@ def test_safetensors_shards_come_before_bin_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ([".metadata", "__0_0.distcp"], "DCP"),
         (["latest", "global_step5"], "DeepSpeed"),
         (["latest_checkpointed_iteration.txt"], "Megatron"),
         (["shard-00001-model-00001-of-00001.safetensors"], "distributed"),

@@ -1,0 +1,304 @@
+"""Distributed checkpoints that torch.distributed.checkpoint wrote, against what its own converter makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import make
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from everything import SAMPLES, from_dcp
+from oracles import tree_equal
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+import ckptool
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import Storage
+from ckptool.errors import FormatError, IncompleteError, UnsupportedError
+from ckptool.formats import read
+from ckptool.io.source import Files, LocalFile
+from ckptool.values.blocks import read_bytes
+
+EDITS = Callable[[Any], None]
+
+
+def training() -> dict[str, Any]:
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    return {"model": model.state_dict(), "optim": optimizer.state_dict(), "epoch": 3}
+
+
+def write(directory: Path, tree: dict[str, Any], **options: Any) -> Path:
+    dcp.save(tree, storage_writer=dcp.FileSystemWriter(directory, **options), no_dist=True)
+    return directory
+
+
+def edit(directory: Path, change: EDITS) -> Path:
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    change(metadata)
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    return directory
+
+
+def grid(directory: Path) -> tuple[Path, torch.Tensor]:
+    """A tensor of six rows and five columns in four boxes of unequal size, and another that is whole."""
+    whole = torch.arange(30.0).view(6, 5)
+    pieces = {
+        f"p{number}": (whole[top : top + rows, left : left + columns].clone(), (top, left))
+        for number, (top, left, rows, columns) in enumerate([(4, 0, 2, 2), (0, 0, 4, 2), (0, 2, 4, 3), (4, 2, 2, 3)])
+    }
+    tree = {**{name: piece for name, (piece, _) in pieces.items()}, "other": torch.ones(2)}
+    make.distributed(directory, tree, {"w": [(name, at) for name, (_, at) in pieces.items()]})
+    return directory, whole
+
+
+@pytest.mark.parametrize("options", [{}, {"single_file_per_rank": False}, {"thread_count": 2}], ids=str)
+def test_a_training_checkpoint_is_the_tree_that_was_saved(options: dict[str, Any], tmp_path: Path) -> None:
+    expected = training()
+    found = read(str(write(tmp_path / "d", expected, **options)))
+    assert found.format == "dcp"
+    tree_equal(found.tree, {**expected, "model": dict(expected["model"])})
+    assert list(found.tree["optim"]["state"]) == [0, 1, 2, 3]
+    assert list(ckptool.open(tmp_path / "d").state_dict()) == list(expected["model"])
+    converted = from_dcp(tmp_path / "d")
+    tree_equal(found.tree["model"], {key: converted["model"][key] for key in found.tree["model"]})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.randn(6, 4)[::2],
+        torch.empty(0, 4),
+        torch.tensor(5),
+        torch.randn(3).to(torch.float8_e4m3fn),
+        torch.randn(3, dtype=torch.complex64),
+        torch.tensor([True, False]),
+        torch.randn(300, 100, dtype=torch.bfloat16),
+        [torch.ones(2), {"a": torch.zeros(1)}, 5],
+        (1, torch.ones(2)),
+        {"1": torch.ones(1), "2": {"3": 4}},
+        {7, 8},
+        b"bytes",
+        None,
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_any_value_is_what_torch_makes_of_it(value: Any, tmp_path: Path) -> None:
+    tree_equal(read(str(write(tmp_path / "d", {"x": value, "y": 1}))).tree, from_dcp(tmp_path / "d"))
+
+
+def test_a_transposed_tensor_stays_so(tmp_path: Path) -> None:
+    tree_equal(read(str(write(tmp_path / "d", tree := {"x": torch.randn(3, 4).t()}))).tree, tree)
+
+
+def test_parts_in_any_order_are_one_tensor_and_no_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, whole = grid(tmp_path / "d")
+    assert torch.equal(from_dcp(directory)["w"], whole)
+    found = ckptool.open(directory)
+    assert torch.equal(found.to_torch()["w"], whole)
+    ckptool.save(found, tmp_path / "out.safetensors", verify=True)
+    assert ckptool.diff(directory, tmp_path / "out.safetensors", values=True).same
+
+    big = write(tmp_path / "big", {"w": torch.zeros(2_000_000)})
+    sizes: list[int] = []
+    plain = LocalFile.read
+    monkeypatch.setattr(LocalFile, "read", lambda self, at, n: sizes.append(n) or plain(self, at, n))
+    (tensor,) = ckptool.open(big).state_dict().values()
+    assert isinstance(tensor.source, Storage)
+    assert sum(sizes) < 200_000
+
+
+def test_a_file_of_it_that_is_named_by_hand_is_the_whole(tmp_path: Path) -> None:
+    directory, whole = grid(tmp_path / "d")
+    for name in (".metadata", "__0_0.distcp"):
+        assert torch.equal(ckptool.open(directory / name).to_torch()["w"], whole)
+
+
+def test_metadata_of_each_process_are_merged(tmp_path: Path) -> None:
+    directory, whole = grid(tmp_path / "d")
+    for rank in range(2):
+
+        def keep(metadata: Any, rank: int = rank) -> None:
+            saved = metadata.state_dict_metadata
+            saved["w"].chunks = saved["w"].chunks[2 * rank : 2 * rank + 2]
+            offsets = {chunk.offsets for chunk in saved["w"].chunks}
+            metadata.storage_data = {
+                index: item
+                for index, item in metadata.storage_data.items()
+                if index.fqn == "other" or index.offset in offsets
+            }
+
+        raw = (directory / ".metadata").read_bytes()
+        edit(directory, keep)
+        (directory / ".metadata").rename(directory / f"__{rank}.metadata")
+        (directory / ".metadata").write_bytes(raw)
+    (directory / ".metadata").unlink()
+    found = ckptool.open(directory)
+    assert torch.equal(found.to_torch()["w"], whole)
+    assert any("several processes" in note and "other" in note for note in found.notes)
+    (directory / "__1.metadata").unlink()
+    with pytest.raises(IncompleteError, match="w: 18 elements"):
+        ckptool.open(directory)
+
+
+def test_tensors_in_safetensors_are_read(tmp_path: Path) -> None:
+    tree = {"w": torch.randn(3, 4), "half": torch.ones(2).half(), "epoch": 5}
+    write(tmp_path / "d", tree, serialization_format=SerializationFormat.SAFETENSORS)
+    tree_equal(read(str(tmp_path / "d")).tree, tree)
+
+
+def test_a_dict_that_one_process_saved_whole_is_called_so(tmp_path: Path) -> None:
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "d", no_dist=True, planner=planner)
+    found = read(str(tmp_path / "d"))
+    tree_equal(found.tree, {"model": {"w": torch.ones(2)}})
+    assert any("flatten_state_dict=False" in note and "model" in note for note in found.notes)
+
+
+def a_hole(metadata: Any) -> None:
+    del metadata.state_dict_metadata["w"].chunks[0]
+
+
+def an_overlap(metadata: Any) -> None:
+    saved = metadata.state_dict_metadata["w"]
+    old = saved.chunks[0].offsets
+    saved.chunks[0] = ChunkStorageMetadata(torch.Size((3, 0)), saved.chunks[0].sizes)
+    (index,) = (index for index in metadata.storage_data if index.offset == old and index.fqn == "w")
+    metadata.storage_data[MetadataIndex("w", torch.Size((3, 0)))] = metadata.storage_data.pop(index)
+
+
+def a_lost_item(metadata: Any) -> None:
+    metadata.storage_data = {index: item for index, item in metadata.storage_data.items() if index.fqn != "other"}
+
+
+def a_box_outside(metadata: Any) -> None:
+    metadata.state_dict_metadata["w"].size = torch.Size((5, 5))
+
+
+def another_shape(metadata: Any) -> None:
+    saved = metadata.state_dict_metadata["w"]
+    saved.chunks[0] = ChunkStorageMetadata(saved.chunks[0].offsets, torch.Size((1, 4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (a_hole, "w: 4 elements"),
+        (an_overlap, "w: two parts of a tensor overlap"),
+        (a_lost_item, "other"),
+        (a_box_outside, "w: a part .* outside"),
+        (another_shape, "w: a part"),
+    ],
+)
+def test_parts_that_do_not_fit_are_incomplete(change: EDITS, said: str, tmp_path: Path) -> None:
+    directory = edit(grid(tmp_path / "d")[0], change)
+    with pytest.raises(IncompleteError, match=said) as caught:
+        ckptool.open(directory)
+    assert str(directory) in str(caught.value)
+
+
+def test_a_missing_file_and_a_short_one_are_incomplete_and_name_file_and_key(tmp_path: Path) -> None:
+    directory, _ = grid(tmp_path / "d")
+    file = directory / "__0_0.distcp"
+    raw = file.read_bytes()
+    for size in (0, 1, len(raw) // 2, len(raw) - 1):
+        file.write_bytes(raw[:size])
+        with pytest.raises(IncompleteError, match=r"__0_0\.distcp.*(w|other): ends at byte"):
+            ckptool.open(directory)
+    file.unlink()
+    with pytest.raises(IncompleteError, match=r"__0_0\.distcp, which has .*w"):
+        ckptool.open(directory)
+    (directory / ".metadata").rename(directory / ".metadata.tmp")
+    with pytest.raises(IncompleteError, match=r"without \.metadata"):
+        ckptool.open(directory)
+
+
+@pytest.mark.parametrize("at", range(0, 1600, 97))
+def test_metadata_that_are_cut_off_are_refused(at: int, tmp_path: Path) -> None:
+    directory, _ = grid(tmp_path / "d")
+    raw = (directory / ".metadata").read_bytes()
+    (directory / ".metadata").write_bytes(raw[: min(at, len(raw) - 1)])
+    with pytest.raises(FormatError):
+        ckptool.open(directory)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x.distcp", "a/../../x", "..", "a\\b", "", "a//b", "C:x"])
+def test_a_file_outside_the_directory_is_refused(name: str, tmp_path: Path) -> None:
+    def change(metadata: Any) -> None:
+        for item in metadata.storage_data.values():
+            item.relative_path = name
+
+    with pytest.raises(FormatError, match="outside the directory"):
+        ckptool.open(edit(grid(tmp_path / "d")[0], change))
+
+
+def test_transformed_items_are_refused(tmp_path: Path) -> None:
+    def change(metadata: Any) -> None:
+        for item in metadata.storage_data.values():
+            item.transform_descriptors = ["stream.zstd/1"]
+
+    with pytest.raises(UnsupportedError, match="zstd"):
+        ckptool.open(edit(grid(tmp_path / "d")[0], change))
+
+
+class Canary:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("CKPTOOL_CANARY_EXECUTED",)
+
+
+def test_a_hostile_pickle_runs_nothing_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    item = write(tmp_path / "item", {"x": Canary(), "w": torch.ones(1)})
+    outer = edit(grid(tmp_path / "d")[0], lambda metadata: setattr(metadata, "storage_meta", Canary()))
+    for directory in (item, outer):
+        assert any(name == "mkdir" for _, name in ckptool.open(directory).names)
+    assert not (tmp_path / "CKPTOOL_CANARY_EXECUTED").exists()
+
+
+def test_what_else_lies_there_is_told(tmp_path: Path) -> None:
+    directory, _ = grid(tmp_path / "d")
+    (directory / "__9_0.distcp").write_bytes(b"x")
+    torch.save({"w": torch.ones(1)}, directory / "common.pt")
+    (note,) = ckptool.open(directory).notes
+    assert all(name in note for name in ("__9_0.distcp", "common.pt"))
+
+
+def test_a_set_that_a_loader_takes_comes_first(tmp_path: Path) -> None:
+    directory, _ = grid(tmp_path / "d")
+    ckptool.save(Checkpoint({"w": ckptool.open(directory).state_dict()["other"]}), directory / "model.safetensors")
+    found = ckptool.open(directory)
+    assert found.format == "safetensors"
+    assert any("DCP" in note and ".metadata" in note for note in found.notes)
+
+
+def _samples() -> list[Any]:
+    places = [folder for folder in (SAMPLES, SAMPLES.parent / "genuine") if (folder / "expected.json").exists()]
+    return [
+        pytest.param(folder / name, sample, id=name)
+        for folder in places
+        for name, sample in json.loads((folder / "expected.json").read_text())["samples"].items()
+        if sample["format"] == "dcp"
+    ]
+
+
+@pytest.mark.parametrize(("path", "sample"), _samples())
+def test_others_checkpoints_hold_what_was_saved(path: Path, sample: dict[str, Any]) -> None:
+    found = {".".join(map(str, key)): tensor for key, tensor in read(str(path)).tensors()}
+    with Files() as files:
+        for want in sample["tensors"]:
+            tensor = found[want["key"]]
+            assert (tensor.dtype, list(tensor.shape or ())) == (want["dtype"], want["shape"])
+            assert hashlib.sha256(read_bytes(tensor, files)).hexdigest() == want["sha256"]
