@@ -233,11 +233,11 @@ def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files)
         if not zips.is_zip(file):
             bare.append(os.path.basename(url))
             continue
-        members = zips.read_directory(file)
-        known = any(member.crc32 for member in members.values())
+        members = _members(checkpoint, url, files)
+        known = any(member.crc32 for _, member in members)
         if not known:
             found.unchecked.append(f"{url}: its checksums are all 0, torch was told to compute none")
-        for name, member in members.items():
+        for name, member in members:
             moved = _moved(name, member.span, files)
             if moved:
                 found.findings.append(moved)
@@ -247,6 +247,20 @@ def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files)
                 yield _Record(name, member, job)
     if bare:
         found.unchecked.append(f"changed bytes in {listed(bare)}: the format has no checksums")
+
+
+def _members(checkpoint: Checkpoint, url: str, files: Files) -> list[tuple[str, zips.Member]]:
+    """Returns the members of an archive; of a file of many archives (DCP), those that are the storage of a tensor."""
+    file = files.open(url)
+    if not zips.archive_start(file):
+        return list(zips.read_directory(file).items())
+    found = {
+        storage.span.offset: zips.Member(storage.span, storage.crc32 or 0)
+        for _, tensor in checkpoint.tensors()
+        for storage in tensor.storages()
+        if storage.span.url == url and storage.span.member is not None
+    }
+    return [(files.member_name(member.span), member) for member in found.values()]
 
 
 def _member(storage: Storage) -> tuple[str, int] | None:

@@ -284,6 +284,25 @@ def test_a_set_that_a_loader_takes_comes_first(tmp_path: Path) -> None:
     assert any("DCP" in note and ".metadata" in note for note in found.notes)
 
 
+def test_a_flipped_bit_of_a_part_is_found_and_nothing_where_none_is(tmp_path: Path) -> None:
+    directory, whole = grid(tmp_path / "d")
+    assert (clean := ckptool.inspect(directory, check=True).check) is not None
+    assert not clean.findings
+    raw = bytearray((directory / "__0_0.distcp").read_bytes())
+    raw[raw.index(whole[4:6, 0:2].numpy().tobytes())] ^= 1
+    (directory / "__0_0.distcp").write_bytes(raw)
+    assert (found := ckptool.inspect(directory, check=True).check) is not None
+    assert found.findings
+
+
+def test_what_is_saved_into_its_directory_leaves_its_files_alone(tmp_path: Path) -> None:
+    directory, whole = grid(tmp_path / "d")
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    ckptool.save(ckptool.open(directory), directory, in_place=True)
+    assert {path: path.read_bytes() for path in before} == before
+    assert torch.equal(ckptool.open(directory / ".metadata").to_torch()["w"], whole)
+
+
 def _samples() -> list[Any]:
     places = [folder for folder in (SAMPLES, SAMPLES.parent / "genuine") if (folder / "expected.json").exists()]
     return [
