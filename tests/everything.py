@@ -15,16 +15,24 @@ import torch
 from oracles import FIXTURES, numbers, torch_load
 from safetensors.torch import load_file
 
-TORCH = sorted(
-    path.name for path in FIXTURES.iterdir() if path.suffix in (".pth", ".pt", ".ckpt") and path.name != "malicious.pt"
-)
+TORCH = sorted(path.name for path in FIXTURES.iterdir() if path.suffix in (".pth", ".ckpt"))
 # torch.load gives a named part of a storage as another storage object; test_torch_tar.py looks at its memory.
 SAME_MEMORY = [name for name in TORCH if name != "tar_2016.pth"]
 SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
 DISTRIBUTED = ["dcp"]
 SHARDED = ["sharded", "sharded_bin"]
 NUMPY = ["array.npy", "arrays.npz"]
-EVERY = [*TORCH, "malicious.pt", *SAFETENSORS, *SHARDED, *DISTRIBUTED, *NUMPY, "dense.gguf", "detectron2.pkl"]
+EVERY = [
+    *TORCH,
+    "malicious.pt",
+    "script.pt",
+    *SAFETENSORS,
+    *SHARDED,
+    *DISTRIBUTED,
+    *NUMPY,
+    "dense.gguf",
+    "detectron2.pkl",
+]
 
 # What safetensors has no place for; every other fixture must be writable.
 NOT_IN_SAFETENSORS = {
@@ -63,6 +71,8 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
         return module_truth()
     if name == "dense.gguf":
         return gguf_truth()
+    if name == "script.pt":
+        return dict(torch.jit.load(path).state_dict(keep_vars=True))
     if name == "malicious.pt":  # torch.load would run it
         with zipfile.ZipFile(path) as archive:
             return {
@@ -120,10 +130,10 @@ for folder in FOLDERS:
     EXPECTED |= listed
     PLACES |= {name: folder / name for name in listed}
 
-READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded", "pickle")
+READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded", "pickle", "torchscript")
 # Words that the refusal must have: a format is refused by its name.
 REFUSED = {
-    "torchscript": "TorchScript", "torch.package": "torch.package", "deepspeed": "DeepSpeed",
+    "torch.package": "torch.package", "deepspeed": "DeepSpeed",
     "megatron": "Megatron", "dcp-hf": "distributed",
 }  # fmt: skip
 GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]

@@ -86,7 +86,7 @@ WRITE = (
     "values.blocks values.streams fcntl json mmap"
 )
 SAFETENSORS = "core.aliases formats.safetensors formats.safetensors_file json"
-TORCH = "formats.torch_zip"
+TORCH = "formats.torch_zip pickling.archives"
 MERGE = "ops ops.filter ops.notes ops.rows ops.scales ops.segments ops.steps"
 INSPECT = "cli.inspect ops ops.inspect ops.notes"
 PARTIAL = (

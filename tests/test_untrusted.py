@@ -145,7 +145,19 @@ def shard(write: Callable[[str], str]) -> str:
     return "given"
 
 
+def scripted(payload: bytes = b"N", constant: bytes = b"N") -> str:
+    """A TorchScript archive with a payload in one of its pickles."""
+    attributes = mapping(text("w"), tensor(), text("hook"), payload)
+    zipped(b"\x80\x02c__torch__\nM\n)\x81" + attributes + b"b.")
+    with zipfile.ZipFile("given.pth", "a") as made:
+        made.writestr("archive/constants.pkl", b"\x80\x02" + constant + b".")
+        made.writestr("archive/code/__torch__.py", 'class M(Module):\n  __parameters__ = ["w", ]\n  __buffers__ = []\n')
+    return "given.pth"
+
+
 PLACES: dict[str, Place] = {
+    "TorchScript, a module": lambda payload: scripted(payload),
+    "TorchScript, a constant": lambda payload: scripted(constant=payload),
     "a zip's data.pkl": lambda payload: zipped(beside(payload)),
     "thrown away before a zip's tree": lambda payload: zipped(
         b"\x80\x02" + payload + b"0" + mapping(text("w"), tensor()) + b"."
@@ -175,16 +187,15 @@ def plain(payload: bytes, path: str) -> str:
 NO_PLACES: dict[str, Place] = {
     "a plain pickle": lambda payload: plain(beside(payload), "given.pkl"),
     "a plain pickle of protocol 0": lambda payload: plain(beside(payload)[2:], "given.pkl"),
-    "a TorchScript archive": lambda payload: scripted(payload),
-    "a zip's second pickle": lambda payload: scripted(payload, "archive/other.pkl", "outside/constants.pkl"),
+    "a zip's second pickle": lambda payload: second(payload, "archive/other.pkl", "outside/constants.pkl"),
 }
 """Files that are refused for what they are."""
 
 
-def scripted(payload: bytes, *names: str) -> str:
+def second(payload: bytes, *names: str) -> str:
     zipped(beside(b"N"))
     with zipfile.ZipFile("given.pth", "a") as made:
-        for name in names or ("archive/constants.pkl",):
+        for name in names:
             made.writestr(name, beside(payload))
     return "given.pth"
 

@@ -35,6 +35,9 @@ _TENSOR = {
     "torch.serialization": {"_get_layout"},
     "torch.storage": {"UntypedStorage", "TypedStorage"},
     "torch._tensor": {"_rebuild_from_type_v2"},
+    "torch.jit._pickle": {  # lists and dicts of TorchScript
+        "build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag",
+    },
     "torch.distributed.tensor": {"DTensor"},
     "torch.distributed.tensor._dtensor_spec": {"DTensorSpec", "TensorMeta"},
     "torch.distributed.tensor.placement_types": {"Shard", "Replicate", "Partial"},

@@ -201,6 +201,7 @@ FORMATS = (
     Format(
         "torch-tar", "torch-tar", "ckptool.formats.torch_tar", (b"ustar",), 257, holds=WHOLE, family="torch",
     ),
+    Format("torchscript", "torchscript", "ckptool.formats.torch_script", (ZIP,), holds=WHOLE, family="torch"),
     Format("npz", "npz", "ckptool.formats.npz", (ZIP, b"PK\x05\x06"), suffixes=(".npz",), ending=".npz"),
     Format("npy", "npy", "ckptool.formats.npz", (b"\x93NUMPY",)),
     Format("gguf", "gguf", "ckptool.formats.gguf", (b"GGUF",), holds=Holds(metadata=True)),

@@ -12,20 +12,17 @@ Source: ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc`` 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span, Storage
-from ckptool.core.tree import brief, path_text
-from ckptool.errors import FormatError, LossError, UnsupportedError, listed
+from ckptool.core.tree import path_text
+from ckptool.errors import LossError, UnsupportedError, listed
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files
-from ckptool.io.zip_read import read_small
-from ckptool.limits import MAX_BYTEORDER, MAX_PICKLE
-from ckptool.pickling import load as pickles
-from ckptool.pickling import torch_calls as rebuild
+from ckptool.pickling.archives import unpickled
+from ckptool.pickling.load import with_arrays
 
 # Needed only to write, so imported by the functions that do: reading does not wait for these imports.
 if TYPE_CHECKING:
@@ -36,76 +33,14 @@ if TYPE_CHECKING:
 
 def matches(probe: Probe) -> bool:
     """Returns whether torch.save wrote it; an archive with constants.pkl is TorchScript, for torch.load too."""
-    root = _root_of(probe)
-    return f"{root}/data.pkl" in probe.members and f"{root}/constants.pkl" not in probe.members
-
-
-def _root_of(probe: Probe) -> str:
-    return next(iter(probe.members), "").split("/", 1)[0]
+    return f"{probe.root}/data.pkl" in probe.members and f"{probe.root}/constants.pkl" not in probe.members
 
 
 def read(probe: Probe) -> Checkpoint:
     """Returns the checkpoint; reads the zip directory and data.pkl. Raises: FormatError, LimitError."""
-    file, members, root = probe.file, probe.members, _root_of(probe)
-    _refuse_ambiguous(probe, root)
-    prefix = f"{root}/data/"
-    order = read_small(file, members, f"{root}/byteorder", MAX_BYTEORDER)
-    if order not in (None, b"little", b"big"):
-        raise FormatError(f"its byteorder record reads {order!r}", file.path)
-    byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
-    storages: dict[str, Storage] = {}
-    kinds: dict[tuple[Any, Any, Any], tuple[str | None, str, int]] = {}
-
-    def persistent_load(pid: Any) -> Storage:
-        pid = pid if isinstance(pid, tuple) else rebuild.persistent(pid)
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise FormatError(f"it refers to something that is no storage: {brief(pid)}")
-        _, storage_type, key, location, numel = pid[:5]
-        if type(key) is not str:
-            raise FormatError(f"a storage's key is {brief(key)}")
-        exact = type(location) is str and type(numel) is int  # True == 1 == 1.0
-        kind = kinds.get((storage_type, location, numel)) if exact else None
-        if kind is None:
-            dtype = rebuild.dtype_of_storage(storage_type)
-            kind = dtype, rebuild.location(location), rebuild.storage_nbytes(dtype, numel)
-            kinds[storage_type, location, numel] = kind
-        dtype, tag, expected = kind
-        storage = storages.get(key)
-        if storage is None:
-            member = members.get(prefix + key)
-            if member is None:
-                raise FormatError(f"the storage {key!r} is named in data.pkl and absent from the archive")
-            span, crc32 = member
-            if span.nbytes != expected:
-                raise FormatError(f"the storage {key!r} has {span.nbytes} bytes; data.pkl says {expected}")
-            known = crc32 if crc32 or not expected else None  # 0: torch was set to compute no CRC-32
-            storage = storages[key] = Storage(span, dtype, tag, byteorder, known, key)
-        elif storage.dtype != dtype:
-            raise UnsupportedError(f"the storage {key!r} is used under two types: {storage.dtype} and {dtype}")
-        return storage
-
-    pickled = read_small(file, members, f"{root}/data.pkl", MAX_PICKLE) or b""
-    pickles.scan(pickled)
-    tree, names = pickles.load(
-        pickled, builders=rebuild.builders, persistent_load=persistent_load, closed=rebuild.makes_closed_leaves
-    )
-    tree = pickles.with_arrays(tree, names, file.span(0, 0))
-    return Checkpoint(tree, url=file.path, nbytes=file.size, names=names)
-
-
-def _refuse_ambiguous(probe: Probe, root: str) -> None:
-    """Raises FormatError for member names that torch refuses, or may confuse with another."""
-    file, members = probe.file, probe.members
-    data = f"{root}/data/"
-    names = {name for name in members if not (name.startswith(data) and name[len(data) :].isdecimal())}
-    if any(not name.startswith(f"{root}/") for name in names):
-        raise FormatError(f"its members are not all below {root}/: torch.load refuses it too", file.path)
-    inner = {name.split("/", 1)[1] for name in names}
-    alike = Counter(name.lower() for name in inner) + Counter(
-        name.lower() for name in inner if name != name.lower() and f"{root}/{name.lower()}" in members
-    )
-    if twice := [name for name, count in alike.items() if count > 1]:  # torch finds names in any case
-        raise FormatError(f"two zip members differ in case only: {listed(twice)}", file.path)
+    tree, names = unpickled(probe)
+    tree = with_arrays(tree, names, probe.file.span(0, 0))
+    return Checkpoint(tree, url=probe.path, nbytes=probe.size, names=names)
 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:

@@ -134,9 +134,9 @@ def _foreign(probe: Probe) -> str | None:
 
 
 def _archive(probe: Probe) -> CkptoolError:
-    root = next(iter(probe.members), "").split("/", 1)[0]
+    root = probe.root
     for kind, marks in {
-        "a TorchScript archive (torch.jit.save)": (f"{root}/constants.pkl", f"{root}/model.json"),
+        "a TorchScript archive of torch 1.0 to 1.2": (f"{root}/model.json",),
         "a torch.export archive (.pt2)": (f"{root}/archive_format", "serialized_state_dict.pt"),
         "a torch.package archive": (f"{root}/.data/extern_modules",),
     }.items():

@@ -8,7 +8,8 @@ from functools import cached_property
 
 from ckptool.errors import UnreadableError, explain
 from ckptool.io.source import LocalFile, Source
-from ckptool.io.zip_read import Member, archive_end, read_directory
+from ckptool.io.zip_read import Member, archive_end, read_directory, read_small
+from ckptool.limits import Limit
 
 HEAD = 512
 """Bytes read from the start of every file: a tar archive's magic is at byte 257."""
@@ -57,3 +58,12 @@ class Probe:
         found = read_directory(self.file)
         self.end = archive_end(self.file)
         return found
+
+    @property
+    def root(self) -> str:
+        """Returns the folder of a zip archive's first member: all records of torch's archives are below it."""
+        return next(iter(self.members), "").split("/", 1)[0]
+
+    def record(self, name: str, limit: Limit) -> bytes | None:
+        """Returns the content of a small record below `root`, None if absent. Raises: as `read_small`."""
+        return read_small(self.file, self.members, f"{self.root}/{name}", limit)

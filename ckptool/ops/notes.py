@@ -35,7 +35,8 @@ def require_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
         return tensors
     parents = {path_text(path[:-1]) or "the top" for path, _ in checkpoint.tensors()}
     elsewhere = f"; there are some at {listed(sorted(parents))}" if parents else ""
-    raise NoTensorsError(f"no tensors at {path_text(checkpoint.root) or 'the top'}{elsewhere}", checkpoint.url)
+    why = "".join(f"; {note}" for note in checkpoint.notes)
+    raise NoTensorsError(f"no tensors at {path_text(checkpoint.root) or 'the top'}{elsewhere}{why}", checkpoint.url)
 
 
 def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:

@@ -26,12 +26,20 @@ if TYPE_CHECKING:  # not imported for a file without a pickle
     from ckptool.pickling.load import Builders
 
 
+_SCRIPTED = {
+    f"{row.name.replace('uint', 'UInt').replace('float', 'Float').replace('complex32', 'ComplexHalf')}Storage": row
+    for row in DTYPES.values()
+    if row.in_torch and not row.storage
+}
+"""Storage classes that only TorchScript's pickles name: torch has none for the newer dtypes."""
+
+
 def dtype_of_storage(storage_type: object) -> str | None:
     """Returns the dtype of a pickled storage class, None for UntypedStorage. Raises: FormatError."""
     name = storage_type.qualname if isinstance(storage_type, Global) else ""
     if name in ("UntypedStorage", "_UntypedStorage"):
         return None
-    row = BY_STORAGE.get(name)
+    row = BY_STORAGE.get(name) or _SCRIPTED.get(name)
     if row is None:
         raise FormatError(f"the pickle names no storage class of torch: {brief(storage_type)}")
     return row.name
@@ -41,10 +49,14 @@ def dtype_of_storage(storage_type: object) -> str | None:
 
 
 class StorageView(NamedTuple):
-    """A part of a storage with a key of its own, as torch 0.1 to 0.4 saved them; offset in elements."""
+    """A part of a storage with a key of its own, as torch 0.1 to 0.4 saved them; offset in elements.
+
+    ``dtype``: that of its elements, where the storage is untyped.
+    """
 
     base: Storage
     offset: int
+    dtype: str | None = None
 
 
 def strided(
@@ -64,7 +76,7 @@ def strided(
     """
     if isinstance(storage, StorageView) and type(offset) is int:
         offset += storage.offset
-        storage = storage.base
+        dtype, storage = dtype or storage.dtype, storage.base
     if not isinstance(storage, Storage):
         raise FormatError(f"a tensor is rebuilt from a {type(storage).__name__}, which is no storage")
     dtype = dtype or storage.dtype or "uint8"

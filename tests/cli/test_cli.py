@@ -51,7 +51,6 @@ BAD = {
     "json.pth": ("damaged", "JSON"),
     "lfs.pth": ("damaged", "git lfs pull"),
     "text.pth": ("damaged", "no checkpoint that ckptool knows"),
-    "torchscript.pth": ("unsupported", "TorchScript"),
     "truncated.pth": ("damaged", "truncated"),
     "truncated.safetensors": ("damaged", "truncated"),
     "absent.pth": ("unreadable", "no such file"),

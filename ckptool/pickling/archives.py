@@ -1,0 +1,93 @@
+"""A pickle in one of torch's zip archives, with the storages that lie beside it: what torch.save and TorchScript share.
+
+ROOT/NAME.pkl              the tree, protocol 2; tensors are calls that refer to a storage by persistent id
+ROOT/NAME/0, 1, ...        raw storages
+ROOT/byteorder             "little" | "big"
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Span, Storage
+from ckptool.core.tree import brief
+from ckptool.errors import FormatError, UnsupportedError, listed
+from ckptool.limits import MAX_BYTEORDER, MAX_PICKLE, Limit
+from ckptool.pickling import load as pickles
+from ckptool.pickling import torch_calls as rebuild
+
+
+class Archive(Protocol):
+    """What is read of an archive: `ckptool.io.probe.Probe` is one. Records are named below ``root``."""
+
+    @property
+    def root(self) -> str: ...
+    @property
+    def members(self) -> Mapping[str, tuple[Span, int]]: ...
+    def record(self, name: str, limit: Limit) -> bytes | None: ...
+
+
+def unpickled(
+    archive: Archive, name: str = "data", builders: pickles.Builders = rebuild.builders
+) -> tuple[Any, tuple[tuple[str, str], ...]]:
+    """Returns (tree, names) of ``NAME.pkl``; reads the archive's directory and the pickle.
+
+    Raises: FormatError, LimitError.
+    """
+    members, prefix = archive.members, f"{archive.root}/{name}/"
+    _refuse_ambiguous(members, archive.root, prefix)
+    order = archive.record("byteorder", MAX_BYTEORDER)
+    if order not in (None, b"little", b"big"):
+        raise FormatError(f"its byteorder record reads {order!r}")
+    byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
+    storages: dict[str, Storage] = {}
+    kinds: dict[tuple[Any, Any, Any], tuple[str | None, str, int]] = {}
+
+    def persistent_load(pid: Any) -> Storage | rebuild.StorageView:
+        pid = pid if isinstance(pid, tuple) else rebuild.persistent(pid)
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            raise FormatError(f"it refers to something that is no storage: {brief(pid)}")
+        _, storage_type, key, location, numel = pid[:5]
+        if type(key) is not str:
+            raise FormatError(f"a storage's key is {brief(key)}")
+        exact = type(location) is str and type(numel) is int  # True == 1 == 1.0
+        kind = kinds.get((storage_type, location, numel)) if exact else None
+        if kind is None:
+            dtype = rebuild.dtype_of_storage(storage_type)
+            kind = dtype, rebuild.location(location), rebuild.storage_nbytes(dtype, numel)
+            kinds[storage_type, location, numel] = kind
+        dtype, tag, expected = kind
+        typed = dtype if dtype and DTYPES[dtype].storage else None
+        storage = storages.get(key)
+        if storage is None:
+            member = members.get(prefix + key)
+            if member is None:
+                raise FormatError(f"the storage {key!r} is named in {name}.pkl and absent from the archive")
+            span, crc32 = member
+            if span.nbytes != expected:
+                raise FormatError(f"the storage {key!r} has {span.nbytes} bytes; {name}.pkl says {expected}")
+            known = crc32 if crc32 or not expected else None  # 0: torch was set to compute no CRC-32
+            storage = storages[key] = Storage(span, typed, tag, byteorder, known, key)
+        elif storage.dtype != typed:
+            raise UnsupportedError(f"the storage {key!r} is used under two types: {storage.dtype} and {typed}")
+        return storage if typed == dtype else rebuild.StorageView(storage, 0, dtype)
+
+    pickled = archive.record(f"{name}.pkl", MAX_PICKLE) or b""
+    pickles.scan(pickled)
+    return pickles.load(pickled, builders=builders, persistent_load=persistent_load, closed=rebuild.makes_closed_leaves)
+
+
+def _refuse_ambiguous(members: Mapping[str, object], root: str, data: str) -> None:
+    """Raises FormatError for member names that torch refuses, or may confuse with another."""
+    names = {name for name in members if not (name.startswith(data) and name[len(data) :].isdecimal())}
+    if any(not name.startswith(f"{root}/") for name in names):
+        raise FormatError(f"its members are not all below {root}/: torch.load refuses it too")
+    inner = {name.split("/", 1)[1] for name in names}
+    alike = Counter(name.lower() for name in inner) + Counter(
+        name.lower() for name in inner if name != name.lower() and f"{root}/{name.lower()}" in members
+    )
+    if twice := [name for name, count in alike.items() if count > 1]:  # torch finds names in any case
+        raise FormatError(f"two zip members differ in case only: {listed(twice)}")
