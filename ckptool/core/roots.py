@@ -165,15 +165,11 @@ def steps(node: object) -> dict[str, tuple[Any, Any]]:
 
 
 def root_text(tree: object, path: Path) -> str:
-    """Returns the text of a path, which `steps` tells apart from others that read alike; "/" for the tree itself."""
-    texts: list[object] = []
-    node = tree
+    """Returns the text of a path, in which `steps` tells keys apart that read alike; "" for the tree itself."""
+    texts: list[Any] = []
     for step in path:
-        found = ((text, child) for text, (key, child) in steps(node).items() if key is step or _is_same(key, step))
-        text, node = next(found, (step, None))
+        known = steps(tree).items()
+        found = ((text, child) for text, (key, child) in known if type(key) is type(step) and key == step)
+        text, tree = next(found)
         texts.append(text)
-    return path_text(tuple(texts)) or "/"
-
-
-def _is_same(key: object, step: object) -> bool:
-    return type(key) is type(step) and key == step
+    return path_text(tuple(texts))

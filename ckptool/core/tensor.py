@@ -171,9 +171,7 @@ class Opaque:
     ``kind``: ``quantized``, ``sparse_coo`` (csr, csc, bsr, bsc), ``nested_strided``, ``nested_jagged``,
     ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``, or a type of GGUF's: ``Q4_K``. ``node`` is the
     pickled call that makes it, ``parts`` are the strided tensors inside. A type that torch lacks is not ``in_torch``:
-    its one part is all of its bytes.
-    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``. ``node`` is the pickled call that makes it,
-    ``parts`` are the strided tensors inside. ``url``: the file that describes it, if that has no values at all.
+    its one part is all of its bytes. ``url``: the file that describes it, if that has no values at all.
     """
 
     kind: str

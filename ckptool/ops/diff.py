@@ -102,7 +102,11 @@ def diff(
     plain_a, plain_b, unwrapped = _compared(a, b, strip_prefix_a, strip_prefix_b)
     notes = [*root_notes([a, b]), *wrapper_notes(unwrapped, (a.url, first), (b.url, second))]
     notes += pattern_notes(ignore, [*plain_a, *plain_b, *first, *second, *owners.values()], "--ignore ")
-    chosen = names.chooser((), ignore) if ignore else lambda key: True
+    not_ignored = names.chooser((), ignore) if ignore else lambda key: True
+
+    def chosen(plain: str, key: str) -> bool:
+        return not_ignored(plain) and not_ignored(key) and not_ignored(owners.get(key, key))
+
     report = DiffReport(False, 0, [], [], [], [], [], [], [], compared=compare is not None, notes=notes)
     equal = ignored = 0
     counters = {}
@@ -114,7 +118,7 @@ def diff(
         for plain, key in plain_keys.items():
             if plain in others and side == "b":
                 continue
-            if not (chosen(plain) and chosen(key) and chosen(owners.get(key, key))):
+            if not chosen(plain, key):
                 ignored += 1
             elif plain in others:
                 equal += _same(report, key, first[key], second[plain_b[plain]], devices, compare)
@@ -125,7 +129,7 @@ def diff(
     if ignored:
         notes.append(f"ignored: {ignored} keys")
     if report.only_in_a and report.only_in_b:
-        hint = diff_hint(a, b, strip_prefix_a, strip_prefix_b, _compared)
+        hint = diff_hint(a, b, strip_prefix_a, strip_prefix_b, _compared, chosen if ignore else None)
         notes += [hint] if hint else []
     same = not any(count for kind, count in report.found().items() if kind != "bookkeeping")
     return replace(report, same=same, equal=equal, counters=counters)

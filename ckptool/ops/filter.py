@@ -436,7 +436,7 @@ class Merge:
 
     def again(self, sources: Sequence[Checkpoint], target: Checkpoint, strip: str | None, add: str | None) -> Merge:
         """Returns a merge of these with the same options, and another prefix to strip after those, and to add."""
-        return Merge(sources, target, [*self.strip_prefix, strip or ""], add, self.chosen, False)
+        return Merge(sources, target, [*self.strip_prefix, strip or ""], add, self.chosen, self.cast)
 
     def loadable(self) -> int:
         """Matches, and returns how many keys of the target would have a source's values; compares no bytes."""

@@ -130,7 +130,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
     return InspectReport(
         checkpoint.url,
         checkpoint.format,
-        roots.root_text(checkpoint.tree, checkpoint.root) if checkpoint.root else "",
+        roots.root_text(checkpoint.tree, checkpoint.root),
         checkpoint.nbytes,
         rows,
         list(kinds),
@@ -143,7 +143,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         names.common_prefix(keys),
         [path_text(path) for path in found.ema if path != checkpoint.root],
         [
-            roots.root_text(checkpoint.tree, path)
+            roots.root_text(checkpoint.tree, path) or "/"
             for path in (*found.others, found.path)
             if path != checkpoint.root and found.others
         ],

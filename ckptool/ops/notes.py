@@ -20,6 +20,7 @@ from ckptool.core.tree import Path, as_mapping, path_text, replaced, walk, with_
 from ckptool.errors import (
     CollisionError,
     FormatError,
+    LossError,
     NoTensorsError,
     UnsupportedError,
     UsageError,
@@ -52,8 +53,8 @@ def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
             notes[f"{one.url}: {text}" if several else text] = None
         if one.trailing:
             notes[f"{one.url}: {one.trailing}"] = None
-        found, root = find_root(one.tree), root_text(one.tree, one.root) if one.root else ""
-        others = [root_text(one.tree, path) for path in found.others if found.path == one.root]
+        found, root = find_root(one.tree), root_text(one.tree, one.root)
+        others = [root_text(one.tree, path) or "/" for path in found.others if found.path == one.root]
         if root or others:
             option = "" if several else " (--root)"  # of several files each has an option of its own
             more = f"; other places{option}: {listed(others)}" if others else ""
@@ -188,7 +189,7 @@ class _Trial(NamedTuple):
         return self.matched, -self.left, -options
 
 
-_UNFIT = (UsageError, CollisionError, FormatError, NoTensorsError)
+_UNFIT = (UsageError, CollisionError, FormatError, LossError, NoTensorsError)
 """What a trial raises to which the options of the command do not apply: it is no hint."""
 
 
@@ -214,12 +215,24 @@ def merge_hint(merge: Any) -> str | None:
 
 
 def diff_hint(
-    a: Checkpoint, b: Checkpoint, strip_a: Sequence[str], strip_b: Sequence[str], compared: Callable[..., Any]
+    a: Checkpoint,
+    b: Checkpoint,
+    strip_a: Sequence[str],
+    strip_b: Sequence[str],
+    compared: Callable[..., Any],
+    chosen: Callable[[str, str], bool] | None,
 ) -> str | None:
-    """Returns the hint for a comparison; ``compared`` gives {key as it is compared: key} of two checkpoints."""
+    """Returns the hint for a comparison; ``compared`` gives {key as it is compared: key} of two checkpoints.
+
+    Only keys count that ``chosen(key as it is compared, key)`` accepts; None: all.
+    """
 
     def common(one: Checkpoint, other: Checkpoint, strip: str = "", add: str = "") -> tuple[Any, Any, int]:
         plain_a, plain_b, _ = compared(one, other, [*strip_a, strip], [*strip_b, add])
+        if chosen is not None:
+            plain_a, plain_b = (
+                {plain: key for plain, key in side.items() if chosen(plain, key)} for side in (plain_a, plain_b)
+            )
         return plain_a, plain_b, len(plain_a.keys() & plain_b.keys())
 
     def trials() -> Iterator[_Trial]:
@@ -272,7 +285,7 @@ def _rename_trials(merge: Any) -> Iterator[_Trial]:
     from ckptool.ops.segments import likely_renames, renamer
 
     (source,), (offer,) = merge.sources, merge.offers
-    wanted = {offer.plain(key) for key in merge.tensors}
+    wanted = {offer.plain(key) for key in merge.tensors if merge.chosen(key)}
     open_names = [name for name, key in offer.names.items() if name not in wanted]
     found: list[tuple[_Trial, dict[str, str]]] = []
     for old, new in likely_renames(open_names, wanted - offer.names.keys()):
@@ -298,7 +311,7 @@ def _best_prefix(merge: Any) -> tuple[str, str]:
     offered: dict[str, TensorInfo] = {}
     wanted: Mapping[str, str] = {}
     for offer in merge.offers:
-        wanted = {offer.plain(key): key for key in merge.tensors}
+        wanted = {offer.plain(key): key for key in merge.tensors if merge.chosen(key)}
         offered = {**{name: offer.tensors[key] for name, key in offer.names.items()}, **offered}
 
     def agree(source: str, key: str) -> bool:
@@ -309,7 +322,7 @@ def _best_prefix(merge: Any) -> tuple[str, str]:
 
 
 def _root(checkpoint: Checkpoint) -> str:
-    return root_text(checkpoint.tree, checkpoint.root)
+    return root_text(checkpoint.tree, checkpoint.root) or "/"
 
 
 def _other_roots(checkpoint: Checkpoint) -> list[Checkpoint]:

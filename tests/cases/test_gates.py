@@ -95,16 +95,22 @@ def meta():
 """
 
 
-@pytest.mark.parametrize(("gate", "words"), GATES)
-def test_gates_are_judged_on_a_model_that_is_built_on_meta(
-    gate: tuple[str, ...], words: str, saved: Saved, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def nets(run: Run, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a model that is built on meta."""
     Path("nets_on_meta.py").write_text(NETS)
     monkeypatch.syspath_prepend(".")
     monkeypatch.delitem(sys.modules, "nets_on_meta", raising=False)
+    return "nets_on_meta:meta"
+
+
+@pytest.mark.parametrize(("gate", "words"), GATES)
+def test_gates_are_judged_on_a_model_that_is_built_on_meta(
+    gate: tuple[str, ...], words: str, nets: str, saved: Saved, run: Run
+) -> None:
     source = saved(PART, "source.pth")
     for output in (("--dry-run",), ("--dry-run", "-o", "out.pth"), ("-o", "out.pth")):
-        code, out, _ = run("load-partial", source, "--model", "nets_on_meta:meta", *output, *gate)
+        code, out, _ = run("load-partial", source, "--model", nets, *output, *gate)
         assert (code, words in out) == (1, True), out
         assert re.search(r"missing +head\.bias", out)
     assert not Path("out.pth").exists()
@@ -142,11 +148,8 @@ def test_what_would_have_no_values_is_refused_where_it_would_be_written(saved: S
     ],
 )
 def test_a_dry_run_without_gates_says_what_the_run_would(
-    target: tuple[str, ...], words: str, saved: Saved, run: Run, monkeypatch: pytest.MonkeyPatch
+    target: tuple[str, ...], words: str, nets: str, saved: Saved, run: Run
 ) -> None:
-    Path("nets_on_meta.py").write_text(NETS)
-    monkeypatch.syspath_prepend(".")
-    monkeypatch.delitem(sys.modules, "nets_on_meta", raising=False)
     call = ("load-partial", saved(PART, "source.pth"), *target)
     saved(on_meta(FULL), "meta.pth")
     code, out, refusal = run(*call, "-o", "out.pth")

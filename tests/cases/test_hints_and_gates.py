@@ -204,6 +204,23 @@ def test_hints_of_several_sources_hold_for_all_of_them(saved: Saved, run: Run) -
     assert json.loads(out)["result"].get("hint") is None
 
 
+def test_a_hint_counts_what_the_other_options_of_the_command_leave(saved: Saved, run: Run) -> None:
+    state = net("a", "b", "num")
+    one, other = saved(under("model.", state), "one.pth"), saved(state, "other.pth")
+    _, out, _ = run("diff", one, other, "--ignore", "*num", "--json")
+    assert "--strip-prefix-a model. would match 2 of 2 keys" in json.loads(out)["notes"]
+    result = json.loads(run("diff", one, other, "--ignore", "*num", "--strip-prefix-a", "model.", "--json")[1])[
+        "result"
+    ]
+    assert (result["same"], result["equal"]) == (True, 2)
+    complex_one = saved({**under("model.", state), "model.a": state["a"].to(torch.complex64)}, "complex.pth")
+    followed(run, "filter", "--match", other, complex_one, "--cast", "--dry-run")  # a prefix would be refused: of a too
+    parts = saved({**under("x.", net("a")), **under("net.", net("o", "p", "q", "b"))}, "parts.pth")
+    into = saved({key: value * 0 for key, value in (net("a") | net("o", "p", "q", "b")).items()}, "into.pth")
+    chosen = ("filter", "--match", into, parts, "--include", "a", "-o", "out.pth")
+    assert followed(run, *chosen)["options"] == "--strip-prefix x."
+
+
 def test_diff_hints_at_prefixes_and_roots(saved: Saved, run: Run) -> None:
     state = net(*NAMES)
     plain = saved(state, "plain.pth")

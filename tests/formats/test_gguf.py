@@ -6,7 +6,7 @@ import re
 import struct
 import time
 import tracemalloc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def array(kind: int, *items: bytes) -> bytes:
 
 
 def gguf(
-    tensors: Mapping[str, Tensor] | list[tuple[str, Tensor]] = (),  # type: ignore[assignment]
+    tensors: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]] = (),
     entries: tuple[bytes, ...] = (),
     *,
     version: int = 3,
