@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from ckptool.formats import torch_legacy
+from ckptool.formats.pytorch import legacy as torch_legacy
 
 THING = b"csongbird\nThing\n"
 """A class of the module that `test_untrusted` makes importable."""

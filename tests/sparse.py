@@ -8,7 +8,8 @@ from typing import Any
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span, Storage, TensorInfo
-from ckptool.formats import safetensors, torch_zip
+from ckptool.formats import safetensors
+from ckptool.formats.pytorch import zip as torch_zip
 
 ZEROS = bytes(1 << 24)
 

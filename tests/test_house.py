@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -107,12 +108,8 @@ def test_no_imports_lead_back_to_where_they_began() -> None:
 
 
 def test_every_room_has_a_floor_and_is_small() -> None:
-    rooms: dict[str, int] = {}
-    for path in files(PACKAGE):
-        rooms[path.parts[0].removesuffix(".py")] = rooms.get(path.parts[0].removesuffix(".py"), 0) + (
-            path.stem != "__init__"
-        )
-    assert rooms.keys() == FLOORS.keys()
+    assert {path.parts[0].removesuffix(".py") for path in files(PACKAGE)} == FLOORS.keys()
+    rooms = Counter(str(path.parent) for path in files(PACKAGE) if path.stem != "__init__")
     assert {name: count for name, count in rooms.items() if count > 12} == {}
     lengths = {str(path): (PACKAGE / path).read_text().count("\n") for path in files(PACKAGE)}
     assert {name: lines for name, lines in lengths.items() if lines > 550} == {}

@@ -86,7 +86,7 @@ WRITE = (
     "values.blocks values.streams fcntl json mmap"
 )
 SAFETENSORS = "core.aliases formats.safetensors formats.safetensors_file json"
-TORCH = "formats.torch_zip pickling.archives"
+TORCH = "formats.pytorch formats.pytorch.zip pickling.archives"
 MERGE = "ops ops.filter ops.notes ops.rows ops.scales ops.segments ops.steps"
 INSPECT = "cli.inspect ops ops.inspect ops.notes"
 PARTIAL = (
@@ -102,7 +102,7 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} {INSPECT} json"),
     "inspect legacy": (
         ["inspect", FIXTURES / "resnet_legacy.pth"],
-        f"{READ} {INSPECT} pickling.streams formats.torch_legacy",
+        f"{READ} {INSPECT} pickling.streams formats.pytorch formats.pytorch.legacy",
     ),
     "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} {INSPECT}"),
     "diff": (["diff", OLD, FULL], f"{READ} {TORCH} cli.diff ops ops.diff ops.notes"),

@@ -187,11 +187,11 @@ FORMATS = (
         holds=Holds(tree=True, devices=True), family="torch",
     ),
     Format(
-        "torch", "torch-zip", "ckptool.formats.torch_zip", (ZIP,), ending=".pth", holds=WHOLE,
+        "torch", "torch-zip", "ckptool.formats.pytorch.zip", (ZIP,), ending=".pth", holds=WHOLE,
         suffixes=(".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar"),
     ),
     Format(
-        "torch-legacy", "torch-legacy", "ckptool.formats.torch_legacy", (b"\x80", b"L", b"c", b"("),
+        "torch-legacy", "torch-legacy", "ckptool.formats.pytorch.legacy", (b"\x80", b"L", b"c", b"("),
         ending=".legacy.pth", holds=WHOLE, family="torch",
     ),
     Format(
@@ -199,9 +199,9 @@ FORMATS = (
         ending=".safetensors", holds=Holds(ties=True, metadata=True),
     ),
     Format(
-        "torch-tar", "torch-tar", "ckptool.formats.torch_tar", (b"ustar",), 257, holds=WHOLE, family="torch",
+        "torch-tar", "torch-tar", "ckptool.formats.pytorch.tar", (b"ustar",), 257, holds=WHOLE, family="torch",
     ),
-    Format("torchscript", "torchscript", "ckptool.formats.torch_script", (ZIP,), holds=WHOLE, family="torch"),
+    Format("torchscript", "torchscript", "ckptool.formats.pytorch.script", (ZIP,), holds=WHOLE, family="torch"),
     Format("npz", "npz", "ckptool.formats.npz", (ZIP, b"PK\x05\x06"), suffixes=(".npz",), ending=".npz"),
     Format("npy", "npy", "ckptool.formats.npz", (b"\x93NUMPY",)),
     Format("gguf", "gguf", "ckptool.formats.gguf", (b"GGUF",), holds=Holds(metadata=True)),
@@ -210,7 +210,7 @@ FORMATS = (
         ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True),
     ),
     Format("lock", "lock", "ckptool.formats.lock", (b"# ckptool lock ", b"{")),
-    Format("pickle", "pickle", "ckptool.formats.plain_pickle", (b"",), holds=WHOLE, family="torch"),
+    Format("pickle", "pickle", "ckptool.formats.pytorch.plain_pickle", (b"",), holds=WHOLE, family="torch"),
 )  # fmt: skip
 """The formats, in the order in which they are tried. A plain pickle has no magic number, so it is last."""
 

@@ -11,7 +11,9 @@ from oracles import FIXTURES, bits
 
 import ckptool.formats
 from ckptool.errors import FormatError
-from ckptool.formats import safetensors, torch_legacy, torch_zip
+from ckptool.formats import safetensors
+from ckptool.formats.pytorch import legacy as torch_legacy
+from ckptool.formats.pytorch import zip as torch_zip
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files, LocalFile, Source, Spool
 from ckptool.values import blocks as data

@@ -1,0 +1,1 @@
+"""Files that `torch.save`, `torch.jit.save` and plain `pickle` write."""
