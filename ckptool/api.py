@@ -11,8 +11,8 @@ from ckptool import formats
 from ckptool.core import keys, roots
 from ckptool.core.checkpoint import Checkpoint, detached, set_realise
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import Path, path_text, replaced
-from ckptool.errors import CkptoolError, FormatError, StrictError, UsageError, kind_of
+from ckptool.core.tree import Path, replaced
+from ckptool.errors import CkptoolError, StrictError, UsageError, kind_of
 from ckptool.limits import limited
 
 # Operations are imported by the functions that use them: a command needs one or two of them.
@@ -45,7 +45,7 @@ def open(source: Source, root: str | Path | None = None) -> Checkpoint:
     Raises: UnreadableError, FormatError, UnsupportedError; UsageError if there is nothing at ``root``.
     """
     if isinstance(source, Checkpoint):
-        return source if root is None else replace(source, root=_path(source.tree, root))
+        return source if root is None else replace(source, root=roots.root_path(source.tree, root))
     if isinstance(source, Mapping):
         from ckptool.partial import live
 
@@ -57,40 +57,11 @@ def open(source: Source, root: str | Path | None = None) -> Checkpoint:
         raise UsageError(f"a source is a checkpoint, a path or a state_dict, not {kind_of(source)}")
     try:
         if root is not None:
-            return replace(opened, root=_path(opened.tree, root))
+            return replace(opened, root=roots.root_path(opened.tree, root))
         return replace(opened, root=roots.find_root(opened.tree).path)
     except CkptoolError as error:
         error.path = error.path or url
         raise
-
-
-def _path(tree: Any, root: str | Path) -> Path:
-    """Returns the path in a tree that the text ``a/0/b`` means; a step may be a key of any type that is shown so."""
-    keys.expect(
-        isinstance(root, (str, tuple, list)), "root", "a text such as 'model/state_dict' or a tuple of keys", root
-    )
-    if not isinstance(root, str):
-        try:
-            Checkpoint(tree).at(tuple(root))
-        except FormatError as error:
-            raise UsageError(error.message) from error
-        return tuple(root)
-    path: Path = ()
-    node = tree
-    left = [] if root in ("", "/") else root.strip("/").split("/")
-    while left:
-        known = roots.steps(node)
-        for length in range(len(left), 0, -1):  # a key may hold a "/" itself
-            name = "/".join(left[:length])
-            if name in known:
-                step, node = known[name]
-                path = (*path, step)
-                left = left[length:]
-                break
-        else:
-            near = ", ".join(list(known)[:20])
-            raise UsageError(f"no {left[0]!r} at {path_text(path) or 'the top'}; there is: {near or 'nothing'}")
-    return path
 
 
 def _open_whole(source: Source) -> Checkpoint:

@@ -9,6 +9,7 @@ from ckptool.core import keys, modules
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, attributes, children, key_text, path_text, walk
+from ckptool.errors import UsageError
 
 _DEEPEST = 20
 """The longest path to the weights. Real checkpoints have two or three steps."""
@@ -165,11 +166,49 @@ def steps(node: object) -> dict[str, tuple[Any, Any]]:
 
 
 def root_text(tree: object, path: Path) -> str:
-    """Returns the text of a path, in which `steps` tells keys apart that read alike; "" for the tree itself."""
+    """Returns the text of a path, in which `steps` tells keys apart that read alike; "" for the tree itself.
+
+    Raises: UsageError if the tree has no such path.
+    """
     texts: list[Any] = []
     for step in path:
-        known = steps(tree).items()
-        found = ((text, child) for text, (key, child) in known if type(key) is type(step) and key == step)
-        text, tree = next(found)
+        known = steps(tree)
+        found = [(text, child) for text, (key, child) in known.items() if type(key) is type(step) and key == step]
+        if not found:
+            raise _no_step(step, tuple(texts), known)
+        text, tree = found[0]
         texts.append(text)
     return path_text(tuple(texts))
+
+
+def root_path(tree: Any, root: str | Path) -> Path:
+    """Returns the path in a tree that ``root`` means: a path, or its text ``a/0/b`` as `root_text` gives it.
+
+    Raises: UsageError if the tree has no such path, or if ``root`` is neither.
+    """
+    keys.expect(
+        isinstance(root, (str, tuple, list)), "root", "a text such as 'model/state_dict' or a tuple of keys", root
+    )
+    if not isinstance(root, str):
+        root_text(tree, tuple(root))  # raises if there is no such path
+        return tuple(root)
+    path: Path = ()
+    node = tree
+    left = [] if root in ("", "/") else root.strip("/").split("/")
+    while left:
+        known = steps(node)
+        for length in range(len(left), 0, -1):  # a key may hold a "/" itself
+            name = "/".join(left[:length])
+            if name in known:
+                step, node = known[name]
+                path = (*path, step)
+                left = left[length:]
+                break
+        else:
+            raise _no_step(left[0], path, known)
+    return path
+
+
+def _no_step(step: object, path: Path, known: Mapping[str, object]) -> UsageError:
+    near = ", ".join(list(known)[:20])
+    return UsageError(f"no {step!r} at {path_text(path) or 'the top'}; there is: {near or 'nothing'}")
