@@ -13,7 +13,6 @@ there, so the ids in an optimizer's state are made integers again. Source: ``met
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from ckptool.core.tensor import Box, Opaque, TensorInfo, chunks, is_countable
 from ckptool.core.tree import Global, PyObject, brief, walk
 from ckptool.directories import sets
 from ckptool.errors import CkptoolError, FormatError, IncompleteError, UnsupportedError, listed
+from ckptool.formats.safetensors_file import sharding
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files, LocalFile, Section, names_in
 from ckptool.limits import MAX_LEVELS, MAX_PICKLE
@@ -348,7 +348,7 @@ class _Items:
             self.blobs[path, begin] = found
         if key not in found.tree:
             raise IncompleteError(f"is a safetensors file of {listed(found.tree)}")
-        if (held := sharding(found).get(key)) != offset:
+        if (held := (sharding(found.metadata) or {}).get(key)) != offset:
             raise IncompleteError(f"holds the part at {brief(held)}, not that at {brief(offset)}, which torch lost")
         tensor: TensorInfo = found.tree[key]
         return tensor
@@ -366,15 +366,6 @@ class _Items:
         }.items():
             if keys:
                 yield f"{what}: {listed(keys)}"
-
-
-def sharding(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Returns {tensor: the first index of the part that is here} of a safetensors file. Raises: FormatError."""
-    try:
-        info = json.loads(checkpoint.metadata.get("DCP_SHARDING_INFO", "{}"))
-        return {key: _numbers(entry["saved_offsets"]) for key, entry in info.items()}
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise FormatError(f"its DCP_SHARDING_INFO cannot be understood: {brief(str(error))}") from error
 
 
 # --- the tree --------------------------------------------------------------------------------------------------------

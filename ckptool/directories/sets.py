@@ -193,7 +193,6 @@ def small_files(directory: str) -> list[str]:
 
 
 LAYOUTS = {
-    r"shard-\d+-.*": "a torch.distributed checkpoint in Hugging Face's files",
     r"latest_checkpointed_iteration\.txt": "a Megatron-LM checkpoint",
     r"latest|(bf16_)?zero_pp_rank_.*": "a DeepSpeed checkpoint",
     r"mp_rank_.*": "one iteration of a Megatron-LM or DeepSpeed checkpoint",

@@ -187,6 +187,10 @@ FORMATS = (
         holds=Holds(tree=True, devices=True), family="torch",
     ),
     Format(
+        "dcp-hf", "dcp-hf", "ckptool.directories.dcp_hf", JSON, 8, named=("shard-",), is_directory=True,
+        holds=Holds(metadata=True), family="safetensors",
+    ),
+    Format(
         "torch", "torch-zip", "ckptool.formats.pytorch.zip", (ZIP,), ending=".pth", holds=WHOLE,
         suffixes=(".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar"),
     ),

@@ -24,7 +24,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import BY_SAFETENSORS
 from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride, is_countable
 from ckptool.core.tree import brief
-from ckptool.errors import FormatError, UnsupportedError, listed
+from ckptool.errors import FormatError, IncompleteError, UnsupportedError, listed
 from ckptool.formats import safetensors_file
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files, Section, Source
@@ -63,10 +63,18 @@ def read(probe: Probe) -> Checkpoint:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("its __metadata__ is not a map of strings to strings")
-    if "DCP_SHARDING_INFO" in metadata and not isinstance(file, Section):
-        raise UnsupportedError(
-            "a shard of a distributed checkpoint (torch's HuggingFaceStorageWriter): not supported yet", file.path
-        )
+    notes: tuple[str, ...] = ()
+    begins = None if isinstance(file, Section) else safetensors_file.sharding(metadata)
+    if begins is not None:
+        metadata = {name: text for name, text in metadata.items() if name not in safetensors_file.OWN}
+        if parts := [name for name, offsets in begins.items() if any(offsets)]:
+            raise IncompleteError(
+                f"holds parts of a distributed checkpoint, of {listed(parts, 4)}: open the directory of all its "
+                "shard-*-model-*.safetensors, under these names",
+                file.path,
+            )
+        if not probe.name.startswith("model-"):
+            notes = ("torch.distributed.checkpoint wrote it: the other parts of its tensors, if any, are not in it",)
     tree: dict[str, TensorInfo] = {}
     ranges: list[tuple[int, int, str]] = []
     forms: dict[object, _Form] = {}
@@ -77,7 +85,7 @@ def read(probe: Probe) -> Checkpoint:
     _check_ranges(ranges, file.size - start)
     said = aliases.plain(metadata, tree)
     doubts, whole = aliases.doubts(tree, metadata), aliases.restored(tree, metadata)
-    return Checkpoint(whole, url=file.path, nbytes=file.size, metadata=said, notes=doubts)
+    return Checkpoint(whole, url=file.path, nbytes=file.size, metadata=said, notes=(*doubts, *notes))
 
 
 _DIGITS = bytes(0x30 if byte in b"0123456789" else 0 for byte in range(256))

@@ -1,4 +1,7 @@
-"""Writes one safetensors file: what it can hold, its header, its data (layout: see `formats.safetensors`)."""
+"""Writes one safetensors file: what it can hold, its header, its data (layout: see `formats.safetensors`).
+
+And reads what torch.distributed.checkpoint puts into the header of its files.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,16 @@ from ckptool.core.checkpoint import refuse_tensors
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.keys import has_surrogate
 from ckptool.core.tensor import Span, TensorInfo
+from ckptool.core.tree import brief
 from ckptool.errors import FormatError, LossError, listed
 from ckptool.io.source import Files
 from ckptool.limits import MAX_HEADER
 
 if TYPE_CHECKING:
     from ckptool.io.output import Output
+
+OWN = ("DCP_SHARDING_INFO", "DCP_VERSION")
+"""Entries of torch.distributed.checkpoint: which parts of tensors are in a file. Untrue of what is made of it."""
 
 
 def refuse(tensors: Mapping[str, TensorInfo]) -> None:
@@ -107,3 +114,20 @@ def prove(path: str) -> None:
             opened.keys()
     except (SafetensorError, OSError) as error:
         raise FormatError(f"the reference library refuses what was written: {error}") from error
+
+
+def sharding(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]] | None:
+    """Returns {tensor: the first index of the part that is here} of a file that DCP wrote, else None.
+
+    The entry is JSON: {tensor: {"saved_offsets": [...]}}. Raises: FormatError.
+    """
+    if (text := metadata.get("DCP_SHARDING_INFO")) is None:
+        return None
+    try:
+        info = {key: entry["saved_offsets"] for key, entry in json.loads(text).items()}
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise FormatError(f"its DCP_SHARDING_INFO cannot be understood: {brief(str(error))}") from error
+    for key, at in info.items():
+        if type(at) is not list or any(type(number) is not int or number < 0 for number in at):
+            raise FormatError(f"its DCP_SHARDING_INFO has {brief(at)} where the offsets of {brief(key)} belong")
+    return {key: tuple(at) for key, at in info.items()}

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 import ckptool
 from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.dtypes import BY_SAFETENSORS
 from ckptool.core.tensor import Storage
 from ckptool.errors import FormatError, IncompleteError, UnsupportedError
 from ckptool.formats import read
@@ -309,7 +310,7 @@ def _samples() -> list[Any]:
         pytest.param(folder / name, sample, id=name)
         for folder in places
         for name, sample in json.loads((folder / "expected.json").read_text())["samples"].items()
-        if sample["format"] == "dcp"
+        if sample["format"] in ("dcp", "dcp-hf")
     ]
 
 
@@ -319,5 +320,6 @@ def test_others_checkpoints_hold_what_was_saved(path: Path, sample: dict[str, An
     with Files() as files:
         for want in sample["tensors"]:
             tensor = found[want["key"]]
-            assert (tensor.dtype, list(tensor.shape or ())) == (want["dtype"], want["shape"])
+            dtype = want["dtype"] if "dtype" in want else BY_SAFETENSORS[want["st_dtype"]].name
+            assert (tensor.dtype, list(tensor.shape or ())) == (dtype, want["shape"])
             assert hashlib.sha256(read_bytes(tensor, files)).hexdigest() == want["sha256"]

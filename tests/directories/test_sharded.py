@@ -243,7 +243,6 @@ def test_safetensors_shards_come_before_bin_shards(tmp_path: Path) -> None:
     [
         (["latest", "global_step5"], "DeepSpeed"),
         (["latest_checkpointed_iteration.txt"], "Megatron"),
-        (["shard-00001-model-00001-of-00001.safetensors"], "distributed"),
         (["a.pth", "b.pth"], "no index"),
     ],
 )

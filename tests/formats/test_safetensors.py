@@ -393,9 +393,3 @@ def test_values_are_resolved_before_they_are_written(saved: Saved, tmp_path: Pat
     found = load_file(tmp_path / "out.safetensors")
     for key, tensor in tensors.items():
         assert torch.equal(found[key], tensor.resolve_conj().resolve_neg()), key
-
-
-def test_a_distributed_shard_is_refused_by_name(tmp_path: Path) -> None:
-    save_file({"w": torch.ones(2)}, tmp_path / "s.safetensors", {"DCP_SHARDING_INFO": "{}", "DCP_VERSION": "1.0"})
-    with pytest.raises(UnsupportedError, match="distributed"):
-        read(str(tmp_path / "s.safetensors"))
