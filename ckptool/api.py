@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptool import formats
-from ckptool.core import keys, roots
-from ckptool.core.checkpoint import Checkpoint, detached, set_realise
+from ckptool.core import keys
+from ckptool.core.checkpoint import Checkpoint, Module, detached, set_realise
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, replaced
-from ckptool.errors import CkptoolError, StrictError, UsageError, kind_of
+from ckptool.errors import StrictError, UsageError, kind_of
 from ckptool.limits import limited
 
 # Operations are imported by the functions that use them: a command needs one or two of them.
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from ckptool.saving import MapLocation, Progress, Saved
 
 
-Source = Checkpoint | str | os.PathLike[str] | Mapping[str, Any]
-"""A checkpoint, the path of one, or a state_dict: a dict of torch tensors or numpy arrays, nested as in a file."""
+Source = Checkpoint | str | os.PathLike[str] | Mapping[str, Any] | Module
+"""A checkpoint, the path of one, a state_dict (a dict of torch tensors or numpy arrays, nested as in a file), or a
+torch.nn.Module, whose state_dict it is."""
 
 Patterns = str | Sequence[str]
 """Key patterns, or a single one."""
@@ -37,7 +38,7 @@ Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
 def open(source: Source, root: str | Path | None = None) -> Checkpoint:
-    """Returns the checkpoint at a path (a file, a sharded directory or its index), or that of a state_dict in memory.
+    """Returns the checkpoint at a path (a file, a sharded directory or its index), of a state_dict or of a live model.
 
     Reads headers only; runs no code of the file and imports none of its classes. ``root`` is the path of the weights
     in the tree (``"model_state_dict"``, steps separated by "/"); None looks for them, see `find_root`.
@@ -45,23 +46,17 @@ def open(source: Source, root: str | Path | None = None) -> Checkpoint:
     Raises: UnreadableError, FormatError, UnsupportedError; UsageError if there is nothing at ``root``.
     """
     if isinstance(source, Checkpoint):
-        return source if root is None else replace(source, root=roots.root_path(source.tree, root))
-    if isinstance(source, Mapping):
-        from ckptool.partial import live
+        return source if root is None else source.rooted(root)
+    if isinstance(source, (str, os.PathLike)):
+        return formats.read(os.fspath(source)).rooted(root)
+    from ckptool.partial import live
 
-        url, opened = live.MEMORY, live.state_dict_of(source)
-    elif isinstance(source, (str, os.PathLike)):
-        url = os.fspath(source)
-        opened = formats.read(url)
-    else:
-        raise UsageError(f"a source is a checkpoint, a path or a state_dict, not {kind_of(source)}")
-    try:
-        if root is not None:
-            return replace(opened, root=roots.root_path(opened.tree, root))
-        return replace(opened, root=roots.find_root(opened.tree).path)
-    except CkptoolError as error:
-        error.path = error.path or url
-        raise
+    if isinstance(source, Mapping):
+        return live.state_dict_of(source).rooted(root)
+    if not live.is_module(source):
+        what = f"a source is a checkpoint, a path or a state_dict, not {kind_of(source)}"
+        raise UsageError(f"{what}; a torch.nn.Module stands for its state_dict")
+    return live.checkpoint_of(source).rooted(() if root is None else root)
 
 
 def _open_whole(source: Source) -> Checkpoint:
@@ -362,6 +357,8 @@ def filter(
             same=partial(same_bytes, files=files),
         )  # fmt: skip
     report = replace(report, rows=rows.sourced(report.rows, origins), notes=[*report.notes, *notes])
+    if target is not None and target.format == "model":
+        made = made.with_state_dict(detached(made.state_dict()))
     if target is None and (rules is not None or strip_prefix or add_prefix):
         from ckptool.ops.rules import Rules, prefixes
 

@@ -177,6 +177,10 @@ def _refuse(
     tags = _tag_map(options.map_location)
     check_output(url, options, [checkpoint])
     row = formats.writable(url, options.to)
+    if checkpoint.format == "model" and row.holds.tree:
+        from ckptool.partial.live import refuse_unwritable
+
+        refuse_unwritable(checkpoint)
     if not row.holds.tree:
         _refuse_hidden(checkpoint, "a directory of shards" if row.is_directory else row.name)
     return row, tags

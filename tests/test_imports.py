@@ -83,12 +83,13 @@ READ = (
 )
 WRITE = (
     f"{READ} cli.options core.aliases formats.layout io.leftovers io.output io.zip_write pickling.dump saving values "
-    "values.blocks values.streams fcntl json mmap"
+    "values.blocks values.streams fcntl json mmap references"
 )
 SAFETENSORS = "core.aliases formats.safetensors formats.safetensors_file json"
 TORCH = "formats.pytorch formats.pytorch.zip pickling.archives"
 MERGE = "ops ops.filter ops.notes ops.rows ops.scales ops.segments ops.steps"
-INSPECT = "cli.inspect ops ops.inspect ops.notes"
+REFERENCES = "cli.options references"
+INSPECT = f"{REFERENCES} cli.inspect ops ops.inspect ops.notes"
 PARTIAL = (
     "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "
     "partial.layers partial.plan partial.presets partial.resume partial.vocabulary values.adapt tempfile"
@@ -105,8 +106,11 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
         f"{READ} {INSPECT} pickling.streams formats.pytorch formats.pytorch.legacy",
     ),
     "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} {INSPECT}"),
-    "diff": (["diff", OLD, FULL], f"{READ} {TORCH} cli.diff ops ops.diff ops.notes"),
-    "diff safetensors": (["diff", SAFE, FULL], f"{READ} {TORCH} {SAFETENSORS} cli.diff ops ops.diff ops.notes"),
+    "diff": (["diff", OLD, FULL], f"{READ} {TORCH} {REFERENCES} cli.diff ops ops.diff ops.notes"),
+    "diff safetensors": (
+        ["diff", SAFE, FULL],
+        f"{READ} {TORCH} {SAFETENSORS} {REFERENCES} cli.diff ops ops.diff ops.notes",
+    ),
     "filter": (
         ["filter", "--match", FULL, OLD, "-o", "out.pth"],
         f"{WRITE} {TORCH} {MERGE} cli.filter cli.plans shlex",

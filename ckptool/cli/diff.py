@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import ckptool
-from ckptool.cli import render
+from ckptool.cli import options, render
 from ckptool.cli.output import bar
 from ckptool.core import keys
 from ckptool.errors import UsageError
@@ -15,8 +15,10 @@ from ckptool.text import dims
 
 
 def command(
-    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint, in any format.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A checkpoint; a model in code, PKG.MOD:NAME or FILE.py:NAME, is run.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one, in any format.")],
     values: Annotated[bool, typer.Option("--values", help="Compare values too, not only keys and shapes.")] = False,
     quick: Annotated[
         bool,
@@ -40,6 +42,7 @@ def command(
     root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are, in both.")] = None,
     root_a: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in A.")] = None,
     root_b: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in B.")] = None,
+    arg: options.Arg = None,
     devices: Annotated[bool, typer.Option("--devices", help="Compare device tags too.")] = False,
     fail_on: Annotated[
         list[str] | None,
@@ -58,8 +61,9 @@ def command(
         devices = True
     if math.isnan(rtol) or math.isnan(atol):
         raise UsageError("--rtol and --atol take numbers")
-    first = ckptool.open(a, root=root_a or root)
-    second = ckptool.open(b, root=root_b or root)
+    options.refuse_arguments(arg, a, b)
+    first = options.reference(a, root_a or root, arg, values=values or quick)
+    second = options.reference(b, root_b or root, arg, values=values or quick)
     chosen: dict[str, Any] = {
         "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
     }  # fmt: skip

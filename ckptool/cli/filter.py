@@ -1,10 +1,12 @@
 """ckptool filter."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 import ckptool
+from ckptool import references
 from ckptool.cli import options, plans
 from ckptool.cli.output import Outputs, heading
 from ckptool.errors import UsageError
@@ -17,8 +19,12 @@ def command(
     ctx: typer.Context,
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Checkpoints to take tensors from.")],
     match: Annotated[
-        str | None, typer.Option(metavar="TARGET", help="The checkpoint whose keys and shapes to match.")
+        str | None,
+        typer.Option(
+            metavar="TARGET", help="Whose keys and shapes to match: a checkpoint, or PKG.MOD:NAME, which is run."
+        ),
     ] = None,
+    arg: options.Arg = None,
     output: options.Output = None,
     to: options.To = None,
     max_shard_size: options.MaxShardSize = "5GB",
@@ -65,14 +71,19 @@ def command(
     )  # fmt: skip
     outputs = Outputs("filter", save_options, report_file, dry_run, as_json)
     opened = [ckptool.open(source, root=root) for source in sources]
-    target = ckptool.open(match, root=match_root) if match is not None else None
+    options.refuse_arguments(arg, match)
+    target = options.reference(match, match_root, arg) if match is not None else None
     outputs.check([] if output is None else [output], [*opened, *([] if target is None else [target])])
-    checkpoint, report = ckptool.filter(
-        *opened, match=target, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix or (),
+    merge = partial(
+        ckptool.filter, *opened, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix or (),
         add_prefix=add_prefix, only_matched=only_matched, cast=cast, first_wins=first_wins, optimizer=optimizer,
         rules=options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None, allow_unused=allow_unused,
     )  # fmt: skip
+    checkpoint, report = merge(match=target)
     failed = plans.failed(report, least, require or [], strict)
+    empty = any(tensor.kind == "meta" for tensor in checkpoint.state_dict().values())
+    if match is not None and references.is_code(match) and empty and not failed:  # values of the model stay
+        checkpoint, report = merge(match=options.reference(match, match_root, arg, values=True))
     if not failed:
         report = outputs.write(checkpoint, output, report)
     begin = heading(dry_run, output, failed)

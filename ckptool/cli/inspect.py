@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import ckptool
-from ckptool.cli import render
+from ckptool.cli import options, render
 from ckptool.cli.output import bar
 from ckptool.core import keys
 from ckptool.errors import OutputError, UsageError
@@ -30,7 +30,13 @@ class Order(StrEnum):
 
 
 def command(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Checkpoints: files, indexes, directories.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...",
+            help="Checkpoints: files, indexes, directories; PKG.MOD:NAME is a model in code, and run.",
+        ),
+    ],
     root: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the weights are, steps joined with /.")
     ] = None,
@@ -64,6 +70,7 @@ def command(
     lock: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write keys, shapes and dtypes as text that diff can read.")
     ] = None,
+    arg: options.Arg = None,
     update_lock: Annotated[bool, typer.Option("--update-lock", help="With --lock: replace the lock file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
@@ -80,6 +87,7 @@ def command(
         raise UsageError("--update-lock goes with --lock FILE")
     if lock is not None and len(files) > 1:
         raise UsageError(f"--lock is of one checkpoint, not of {len(files)}")
+    options.refuse_arguments(arg, *files)
     gate: dict[str, Any] = {}
     if check:
         from ckptool.core.findings import failing
@@ -90,7 +98,7 @@ def command(
     failed = render.Failures(len(files))
     for path in files:
         with failed.kept():
-            opened = ckptool.open(path, root=root)
+            opened = options.reference(path, root, arg, values=stats or hashes or check)
             report = _inspected(opened, root, include or [], exclude or [], stats, hashes, gate)
             reports.append(replace(report, path=path))
             if report.check is None or not report.check.fails:  # a finding says it

@@ -1,10 +1,5 @@
 """ckptool load-partial."""
 
-import importlib
-import os
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Any
@@ -12,14 +7,14 @@ from typing import Annotated, Any
 import typer
 
 import ckptool
+from ckptool import references
 from ckptool.cli import options, plans, render
 from ckptool.cli.options import Texts
 from ckptool.cli.output import Outputs, heading
-from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError, listed
 from ckptool.partial import adapters, presets
 from ckptool.partial import init as init_rules
-from ckptool.partial.plan import LoadPartialReport, UnsetError, refuse_unset, unwritable
+from ckptool.partial.plan import LoadPartialReport, UnsetError, refuse_unset
 from ckptool.saving import SaveOptions
 from ckptool.text import percent, plural
 
@@ -27,11 +22,14 @@ from ckptool.text import percent, plural
 def command(
     ctx: typer.Context,
     source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="The checkpoint to load from.")] = None,
-    into: Annotated[str | None, typer.Option(metavar="TARGET", help="A checkpoint of the changed model.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="PKG.MOD:NAME", help="Your class or factory of the changed model: it is run.")
+    into: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="The changed model: a checkpoint, or code as for --model.")
     ] = None,
-    arg: Annotated[Texts, typer.Option(metavar="NAME=VALUE", help="An argument for --model, in TOML.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PKG.MOD:NAME", help="The changed model in code, a class or factory of yours: it is run."),
+    ] = None,
+    arg: options.Arg = None,
     output: options.Output = None,
     to: options.To = None,
     max_shard_size: options.MaxShardSize = "5GB",
@@ -89,8 +87,10 @@ def command(
         return 0
     if (into is None) == (model is None):
         raise UsageError("name the changed model by one of --into TARGET and --model PKG.MOD:NAME")
-    if arg and model is None:
-        raise UsageError("--arg goes with --model")
+    if into is not None and references.is_code(into):
+        into, model = None, into
+    if model is None:
+        options.refuse_arguments(arg)
     if source is None and not init and not init_preset:
         raise UsageError("name a SOURCE to load from, or how to initialise with --init or --init-preset")
     options.require_output(output, dry_run)
@@ -105,7 +105,9 @@ def command(
     inputs = [checkpoint for checkpoint in (opened, target) if checkpoint is not None]
     outputs.check([] if output is None else [output], inputs, groups_out)
     if model is not None:
-        target = build(model, arg or [])
+        from ckptool.references import code
+
+        target = code.built(model, arg or [])
     changes = options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None
     try:
         checkpoint, report = ckptool.plan_partial(
@@ -119,8 +121,6 @@ def command(
     except UnsetError as error:  # refused after the gates were judged
         checkpoint, report = error.planned
     if model is not None:
-        if foreign := unwritable(checkpoint, report.unset):
-            raise UsageError(f"the model's state_dict holds what cannot be written: {listed(foreign, 20)}")
         report = replace(report, notes=[f"imported and ran {model}, your own code, to build the model", *report.notes])
     failed = plans.failed(report, least, require or [], strict)
     refused = render.Failures(1)
@@ -135,42 +135,6 @@ def command(
     lines = partial(_lines, report, begin, failed, all_rows, groups)
     outputs.finish(report, [*report.notes, *failed], lines, refused.errors)
     return int(bool(failed)) or refused.end()
-
-
-def build(name: str, arguments: Sequence[str]) -> Any:
-    """Returns the model built by the user's class or factory ``pkg.mod:name``, which is imported and run.
-
-    Raises: UsageError if it cannot be found, or fails.
-    """
-    module_name, colon, path = name.partition(":")
-    if not (module_name and colon and path):
-        raise UsageError(f"--model takes PKG.MOD:NAME, not {name!r}")
-    given = dict(_argument(text) for text in arguments)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        with redirect_stdout(sys.stderr):  # stdout is for the report
-            found: Any = importlib.import_module(module_name)
-            for step in path.split("."):
-                found = getattr(found, step)
-            built = found(**given)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything: report it in one line
-        raise UsageError(f"--model {name}: {type(error).__name__}: {error}") from error
-    if isinstance(built, (str, os.PathLike, Mapping, Checkpoint)):  # plan_partial takes these, as sources
-        raise UsageError(f"--model {name}: not a torch.nn.Module but a {type(built).__name__}")
-    return built
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (equals and name.isidentifier()):
-        raise UsageError(f"--arg takes NAME=VALUE, not {text!r}")
-    import tomllib
-
-    try:
-        return name, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--arg {name}: {value} is not a TOML value (a text needs quotes: '{name}=\"x\"')") from error
 
 
 def groups_document(report: LoadPartialReport) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import ckptool
-from ckptool import formats
+from ckptool import formats, references
 from ckptool.errors import FormatError, UnreadableError, UsageError, explain
 
 if TYPE_CHECKING:
+    from ckptool.core.checkpoint import Checkpoint
     from ckptool.ops.rules import Rules
 
 Texts = list[str] | None
@@ -33,6 +34,9 @@ Require = Annotated[Texts, typer.Option(metavar="GLOB", help="Exit 1 if a key th
 Strict = Annotated[bool, typer.Option("--strict", help="Exit 1 on missing, unexpected or mismatched keys.")]
 AllRows = Annotated[bool, typer.Option("--all", help="Show loaded keys too.")]
 Root = Annotated[str | None, typer.Option("--root", metavar="PATH", help="Where the weights are, steps joined with /.")]
+Arg = Annotated[
+    Texts, typer.Option(metavar="NAME=VALUE", help="An argument for a model in code: a Python literal, or text.")
+]
 To = Annotated[
     str | None,
     typer.Option(
@@ -70,6 +74,24 @@ def in_order(ctx: typer.Context, **given: Texts) -> Rules:
             text = left[name].pop(0)
             found = found + (Rules.parse(read_data(text)) if name == "rules" else parse_option(name, text))
     return found
+
+
+def reference(text: str, root: str | None, arguments: Texts, *, values: bool = False) -> Checkpoint:
+    """Returns what stands where a checkpoint is asked for: a checkpoint, or a model in code, which is run.
+
+    ``values``: of the model, too; else it is built without. Raises: what `ckptool.open` and `code.opened` raise.
+    """
+    if not references.is_code(text):
+        return ckptool.open(text, root=root)
+    from ckptool.references import code
+
+    return code.opened(text, arguments or (), values=values).rooted(root or ())
+
+
+def refuse_arguments(arguments: Texts, *sides: str | None) -> None:
+    """Raises UsageError if there are arguments, and none of the sides is a model in code."""
+    if arguments and not any(map(references.is_code, filter(None, sides))):
+        raise UsageError("--arg goes with a model in code, PKG.MOD:NAME")
 
 
 def require_output(output: str | None, dry_run: bool) -> None:

@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 from ckptool.core import modules
 from ckptool.core.keys import EMA
 from ckptool.core.optimizers import is_optimizer
-from ckptool.core.roots import is_flat
+from ckptool.core.roots import find_root, is_flat, root_path
 from ckptool.core.tensor import Opaque, TensorInfo
 from ckptool.core.tree import (
     Path,
@@ -38,8 +38,23 @@ from ckptool.core.tree import (
     without,
 )
 from ckptool.core.versions import versioned, without_lost_counters
-from ckptool.errors import CollisionError, FormatError, IncompleteError, LossError, UnsupportedError, listed
+from ckptool.errors import (
+    CkptoolError,
+    CollisionError,
+    FormatError,
+    IncompleteError,
+    LossError,
+    UnsupportedError,
+    listed,
+)
 from ckptool.limits import MAX_KEY, MAX_KEYS
+
+
+class Module(Protocol):
+    """A torch.nn.Module."""
+
+    def state_dict(self, *, keep_vars: bool) -> Any: ...
+    def named_modules(self) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +82,25 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     _cache: dict[Path, dict[str, tuple[Path, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def rooted(self, root: str | Path | None) -> Checkpoint:
+        """Returns the checkpoint with its weights at ``root`` (see `root_path`); None looks for them (`find_root`)."""
+        try:
+            return replace(self, root=find_root(self.tree).path if root is None else root_path(self.tree, root))
+        except CkptoolError as error:
+            error.path = error.path or self.url
+            raise
+
     def require_whole(self) -> None:
         """Raises IncompleteError if tensors are missing from a sharded checkpoint."""
         if self.broken:
             raise IncompleteError("; ".join((*self.problems, *self.notes)), self.url)
 
     def require_values(self, what: str) -> None:
-        """Raises UnsupportedError if a lock file only describes tensors at root; ``what`` needs their values."""
-        lacking = {key: tensor.described_in for key, tensor in self.state_dict().items() if tensor.described_in}
+        """Raises UnsupportedError if tensors at root are only described; ``what`` needs their values."""
+        lacking = {key: one.described_in for key, one in self.state_dict().items() if one.described_in is not None}
         if lacking:
-            url = next(iter(lacking.values()))
-            raise UnsupportedError(f"is a lock file, which holds no values: {what}: {listed(lacking)}", url)
+            source = next(iter(lacking.values()))
+            raise UnsupportedError(f"is {source.what}: {what}: {listed(lacking)}", source.url)
 
     def at(self, path: Path) -> Any:
         """Returns the node at ``path``. Raises: FormatError if the tree has no such path."""

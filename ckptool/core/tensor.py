@@ -164,6 +164,13 @@ class Draw:
     key: str = ""
 
 
+class Described(NamedTuple):
+    """A source that only describes tensors: its path, and ``what`` it is, for messages."""
+
+    url: str
+    what: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
     """A tensor that is not one strided view; it is listed, and written back unchanged.
@@ -171,14 +178,14 @@ class Opaque:
     ``kind``: ``quantized``, ``sparse_coo`` (csr, csc, bsr, bsc), ``nested_strided``, ``nested_jagged``,
     ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``, or a type of GGUF's: ``Q4_K``. ``node`` is the
     pickled call that makes it, ``parts`` are the strided tensors inside. A type that torch lacks is not ``in_torch``:
-    its one part is all of its bytes. ``url``: the file that describes it, if that has no values at all.
+    its one part is all of its bytes. ``described_in``: what describes it and has no values that could be read.
     """
 
     kind: str
     node: PyObject
     parts: tuple[TensorInfo, ...] = ()
     in_torch: bool = True
-    url: str = ""
+    described_in: Described | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -305,9 +312,9 @@ class TensorInfo(Leaf):
             yield from (("__class__", self.extras.subclass), ("__state__", self.extras.state))
 
     @property
-    def described_in(self) -> str:
-        """Returns the path of the file that only describes it; "" for a tensor of a file with values."""
-        return self.source.url if isinstance(self.source, Opaque) else ""
+    def described_in(self) -> Described | None:
+        """Returns what only describes it; None for a tensor of a file with values."""
+        return self.source.described_in if isinstance(self.source, Opaque) else None
 
     @property
     def form(self) -> tuple[str, object]:

@@ -10,7 +10,7 @@ the dtype, the sizes (``scalar`` for none, ``nested`` for a nested tensor), and 
 ``buffer``, ``kind:`` of a tensor that is no strided view, ``tied:`` to the first key of a tie group, and the
 ``sha256:`` that `inspect --hash` gives. A key that is empty, not printable, or begins with ``"`` or ``#`` is a JSON
 string. The document that `inspect --json` prints of one checkpoint is read too. A tensor of a lock is on ``meta``, has
-no values, and its `Opaque.url` is the lock's path.
+no values, and its `Opaque.described_in` names the lock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from functools import cache
 from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Opaque, TensorInfo, contiguous_stride, is_countable
+from ckptool.core.tensor import Described, Opaque, TensorInfo, contiguous_stride, is_countable
 from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.io.probe import Probe
@@ -44,7 +44,7 @@ def matches(probe: Probe) -> bool:
 
 def text(checkpoint: Checkpoint, chosen: Mapping[str, TensorInfo], hashes: Mapping[str, str | None]) -> str:
     """Returns the lock of the ``chosen`` tensors of a checkpoint; ``hashes``: {key: sha256}, where they are known."""
-    whole = modules.is_module(checkpoint.at(checkpoint.root))
+    whole = checkpoint.format == "model" or modules.is_module(checkpoint.at(checkpoint.root))
     first: dict[object, str] = {}
     lines = [f"{MAGIC}{SCHEMA}"]
     for key in sorted(chosen):
@@ -154,7 +154,8 @@ def _line(line: str, url: str) -> tuple[str, TensorInfo, str | None]:
         raise FormatError("expected the kind: of a nested tensor")
     made = _named("torch._utils", "_rebuild_meta_tensor_no_storage")
     node = made(_named("torch", dtype), shape or (), contiguous_stride(shape or ()), False)
-    tensor = _tensor(dtype, shape, 1 in known, Opaque(known.get(3, "meta"), node, url=url))
+    described = Described(url, "a lock file, which holds no values")
+    tensor = _tensor(dtype, shape, 1 in known, Opaque(known.get(3, "meta"), node, described_in=described))
     return key, tensor, _key(known[4]) if 4 in known else None
 
 

@@ -166,10 +166,10 @@ def _same(
         return True  # nearly always
     same = True
     counters = names.is_counter(key) and {one.shape, other.shape} <= {(), (1,)}
-    described = bool(one.described_in or other.described_in)
+    described = one.described_in or other.described_in
     bare = "meta" in (one.kind, other.kind)
     if compare is not None and (described or (bare and one.kind != other.kind)):
-        why = f"{one.described_in or other.described_in} is a lock file" if described else "one side is on meta"
+        why = f"{described.url} is {described.what}" if described else "one side is on meta"
         raise UnsupportedError(f"no values of {key} to compare: {why}; leave out --values and --quick")
     if (one.shape != other.shape if described or bare else one.form[1] != other.form[1]) and not counters:
         report.shape.append(Changed(key, _shape(one), _shape(other)))

@@ -13,7 +13,7 @@ from typing import Any
 from ckptool.core import keys as names
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES, nbytes_of
-from ckptool.core.tensor import Extras, Opaque, Span, Storage, TensorInfo, contiguous_stride
+from ckptool.core.tensor import Described, Extras, Opaque, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.core.tree import Global, PyObject, nodes, ordered_dict
 from ckptool.errors import CkptoolError, UnsupportedError, UsageError, listed
 from ckptool.io.source import Files
@@ -29,26 +29,34 @@ EXTRA_STATE = "_extra_state"
 """Last segment of the state_dict key with the result of `Module.get_extra_state`."""
 
 
+def is_module(model: object) -> bool:
+    """Returns whether it is a torch.nn.Module."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
 def refuse_no_module(model: Any) -> Any:
     """Returns the torch module. Raises: UsageError if it is not a torch.nn.Module, DependencyError without torch."""
     torch = import_torch("loading into a model")
-    if not isinstance(model, torch.nn.Module):
+    if not is_module(model):
         raise UsageError(f"load_partial loads into a torch.nn.Module, not into a {type(model).__name__}")
     return torch
 
 
 def checkpoint_of(
-    model: Any, source: Checkpoint | None = None, strip: Sequence[str] = (), add: str | None = None
+    model: Any, source: Checkpoint | None = None, strip: Sequence[str] = (), add: str | None = None, url: str = ""
 ) -> Checkpoint:
     """Returns a model's state_dict as a checkpoint; the tensors are not copied and stay on their devices.
 
-    An uninitialised parameter (`torch.nn.LazyLinear`) takes its shape from what the source has for it.
-    Raises: UsageError for anything but a torch.nn.Module, and what `keys.renamed` raises.
+    ``url``: what messages call it, by default its class. An uninitialised parameter (`torch.nn.LazyLinear`) takes its
+    shape from what the source has for it. Raises: UsageError for anything but a torch.nn.Module, and what
+    `keys.renamed` raises.
     """
     torch = refuse_no_module(model)
     state = model.state_dict(keep_vars=True)
     modules = dict(model.named_modules(remove_duplicate=False))
-    made = _Reading(torch)
+    url = url or type(model).__name__
+    made = _Reading(torch, url)
     given = {} if source is None else offered(source, state, strip, add)
     tree: dict[Any, Any] = {}
     for key, value in state.items():
@@ -59,7 +67,7 @@ def checkpoint_of(
         else:
             tree[key] = made.node(value)
     versions = {path: dict(entry) for path, entry in getattr(state, "_metadata", {}).items()}
-    return Checkpoint(ordered_dict(tree, ordered_dict(versions)), format="model", url=type(model).__name__)
+    return Checkpoint(ordered_dict(tree, ordered_dict(versions)), format="model", url=url)
 
 
 def state_dict_of(state: Mapping[Any, Any]) -> Checkpoint:
@@ -99,8 +107,8 @@ def classes_of(model: Any) -> dict[str, str]:
 class _Reading:
     """Turns live values into the nodes of a tree; shared objects and shared memory stay shared."""
 
-    def __init__(self, torch: Any) -> None:
-        self.torch = torch
+    def __init__(self, torch: Any, url: str) -> None:
+        self.torch, self.url = torch, url
         self.storages: dict[Any, Storage] = {}
         self.made: dict[int, Any] = {}
 
@@ -136,7 +144,10 @@ class _Reading:
         kind = _kind(self.torch, value)
         if kind != "dense":
             shape = None if value.is_nested else tuple(value.shape)
-            return self._info(value, shape, (), 0, Opaque(kind, Global.named("torch", "Tensor")()))
+            stride = value.stride() if kind == "meta" else ()
+            described = Described(self.url, "a model on meta, which has no values") if kind == "meta" else None
+            opaque = Opaque(kind, Global.named("torch", "Tensor")(), described_in=described)
+            return self._info(value, shape, stride, 0, opaque)
         untyped = value.untyped_storage()
         address = str(untyped.device), untyped.data_ptr() or id(value)
         if address not in self.storages:
@@ -160,7 +171,7 @@ class _Whole(_Reading):
     """Turns a dict in memory into a tree that can be written: no value may be left out."""
 
     def __init__(self, torch: Any, numpy: Any) -> None:
-        super().__init__(torch)
+        super().__init__(torch, MEMORY)
         self.numpy = numpy
         self.refused: list[str] = []
         self.kept: list[Any] = []  # `made` is keyed by id, which a freed object would leave to another
@@ -275,6 +286,19 @@ def offered(
     theirs = {plain(name): key for name, key in made.items()}
     found = ((key, theirs.get(plain(key))) for key in keys)
     return {key: (name, entries[name][1]) for key, name in found if name is not None}
+
+
+def refuse_unwritable(checkpoint: Checkpoint) -> None:
+    """Raises UsageError if a model's state_dict has entries that no file can hold: of them only a type was read."""
+    found: dict[str, None] = {}
+    for key, (_, value) in checkpoint.entries().items():
+        for node in nodes(value):
+            if isinstance(node, TensorInfo) and node.kind != "dense":
+                found[f"{key} ({node.kind})"] = None
+            elif isinstance(node, PyObject) and node.qualname != "OrderedDict":
+                found[f"{key} ({node.qualname})"] = None
+    if found:
+        raise UsageError(f"the model's state_dict holds what cannot be written: {listed(found, 20)}", checkpoint.url)
 
 
 def extra_states(

@@ -15,7 +15,7 @@ from ckptool.core import keys as names
 from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
-from ckptool.core.tree import PyObject, nodes, path_text
+from ckptool.core.tree import path_text
 from ckptool.errors import UnsupportedError, UsageError, as_options, listed
 from ckptool.ops.filter import Merge, Same
 from ckptool.ops.notes import adapter_patterns, adapters_for, changed_lines, require_tensors, without_optimizers
@@ -238,19 +238,6 @@ def module_classes(checkpoint: Checkpoint) -> dict[str, str]:
         # Other classes get their full name: they may have the same name as one of torch.
         found[prefix.removesuffix(".")] = module.qualname if known else f"{module.module}.{module.qualname}"
     return found
-
-
-def unwritable(checkpoint: Checkpoint, besides: Sequence[str]) -> list[str]:
-    """Returns the keys of a live model's state_dict that cannot be written, with their kinds; none of ``besides``."""
-    found = []
-    left = set(besides)
-    for key, (_, value) in checkpoint.entries().items():
-        for node in nodes(value) if key not in left else ():
-            if isinstance(node, TensorInfo) and node.kind != "dense":
-                found.append(f"{key} ({node.kind})")
-            elif isinstance(node, PyObject) and node.qualname != "OrderedDict":
-                found.append(f"{key} ({node.qualname})")
-    return list(dict.fromkeys(found))
 
 
 _HINTED = 8

@@ -211,7 +211,7 @@ def test_a_model_is_built_by_the_users_code_with_arguments_and_that_is_said(run:
     assert "a word from" in found[2]
 
 
-def test_a_factory_takes_toml_values_and_an_attribute_may_be_nested(run: Run, pair: Any, code: str) -> None:
+def test_a_factory_takes_literals_and_an_attribute_may_be_nested(run: Run, pair: Any, code: str) -> None:
     args = ("--arg", "sizes=[6, 2]", "--arg", 'name="x = y"', "--arg", "on=false")
     assert run("load-partial", "source.pth", "--model", f"{code}:build", *args, "-o", "out.pth")[0] == 0
     assert torch.load("out.pth")["3.weight"].shape == (6, 16)
@@ -244,8 +244,8 @@ def test_broken_user_code_is_one_line(run: Run, pair: Any, code: str, name: str,
     assert not Path("out.pth").exists()
 
 
-@pytest.mark.parametrize("argument", ["classes", "classes=six", "classes=", "=6", "a b=6"])
-def test_an_argument_that_is_no_toml_value_is_refused(refused: Refused, pair: Any, code: str, argument: str) -> None:
+@pytest.mark.parametrize("argument", ["classes", "=6", "a b=6"])
+def test_an_argument_without_name_or_value_is_refused(refused: Refused, pair: Any, code: str, argument: str) -> None:
     refused("load-partial", "source.pth", "--model", f"{code}:Net", "--arg", argument, "-o", "out.pth")
 
 

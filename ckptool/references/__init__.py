@@ -1,0 +1,14 @@
+"""What may stand where a checkpoint is asked for, and is none: a model in code."""
+
+from __future__ import annotations
+
+import os
+import re
+
+CODE = re.compile(r"((?:[^\W\d]\w*\.)*[^\W\d]\w*|.+\.py):((?:[^\W\d]\w*\.)*[^\W\d]\w*)", re.DOTALL)
+"""``pkg.mod:factory`` or ``path/train.py:factory``."""
+
+
+def is_code(text: str) -> bool:
+    """Returns whether a text names a model in code: it has the form, and there is no file of that name."""
+    return CODE.fullmatch(text) is not None and not os.path.lexists(text)
