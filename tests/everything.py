@@ -25,6 +25,8 @@ EVERY = [
     *TORCH,
     "malicious.pt",
     "script.pt",
+    "exported.pt2",
+    "package.pt",
     *SAFETENSORS,
     *SHARDED,
     *DISTRIBUTED,
@@ -72,6 +74,10 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
         return gguf_truth()
     if name == "script.pt":
         return dict(torch.jit.load(path).state_dict(keep_vars=True))
+    if name == "exported.pt2":
+        return dict(torch.export.load(path).state_dict)
+    if name == "package.pt":
+        return torch.package.PackageImporter(path).load_pickle("weights", "model.pkl")["state_dict"]
     if name == "malicious.pt":  # torch.load would run it
         with zipfile.ZipFile(path) as archive:
             return {
@@ -135,10 +141,13 @@ for folder in FOLDERS:
     EXPECTED |= listed
     PLACES |= {name: folder / name for name in listed}
 
-READ = ("torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded", "pickle", "torchscript")
+READ = (
+    "torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded", "pickle", "torchscript", "pt2",
+    "torch.package",
+)  # fmt: skip
 # Words that the refusal must have: a format is refused by its name.
 REFUSED = {
-    "torch.package": "torch.package", "deepspeed": "DeepSpeed", "megatron": "Megatron",
+    "deepspeed": "DeepSpeed", "megatron": "Megatron",
 }  # fmt: skip
 GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]
 BAD = [name for name, sample in EXPECTED.items() if sample["format"] == "bad" or sample.get("invalid")]

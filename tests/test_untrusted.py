@@ -155,7 +155,27 @@ def scripted(payload: bytes = b"N", constant: bytes = b"N") -> str:
     return "given.pth"
 
 
+def exported(payload: bytes) -> str:
+    """An archive of torch.export as torch 2.7 wrote it, with a payload in its weights."""
+    zipped(beside(payload), "inner.pt")
+    with zipfile.ZipFile("given.pt2", "w") as made:
+        made.writestr("serialized_exported_program.json", "{}")
+        made.write("inner.pt", "serialized_state_dict.pt")
+    return "given.pt2"
+
+
+def packaged(payload: bytes) -> str:
+    """A torch.package archive with a payload in one of its resources."""
+    with zipfile.ZipFile("given.pt", "w") as made:
+        made.writestr("p/.data/extern_modules", "")
+        made.writestr("p/.data/0.storage", bytes(4))
+        made.writestr("p/m/w.pkl", b"\x80\x02" + mapping(text("w"), tensor(pid(b"K\0")), text("hook"), payload) + b".")
+    return "given.pt"
+
+
 PLACES: dict[str, Place] = {
+    "torch.export, its weights": exported,
+    "torch.package, a resource": packaged,
     "TorchScript, a module": lambda payload: scripted(payload),
     "TorchScript, a constant": lambda payload: scripted(constant=payload),
     "a zip's data.pkl": lambda payload: zipped(beside(payload)),

@@ -206,6 +206,8 @@ FORMATS = (
         "torch-tar", "torch-tar", "ckptool.formats.pytorch.tar", (b"ustar",), 257, holds=WHOLE, family="torch",
     ),
     Format("torchscript", "torchscript", "ckptool.formats.pytorch.script", (ZIP,), holds=WHOLE, family="torch"),
+    Format("pt2", "pt2", "ckptool.formats.pytorch.exported", (ZIP,), holds=WHOLE, family="torch"),
+    Format("torch.package", "torch.package", "ckptool.formats.pytorch.package", (ZIP,), holds=WHOLE, family="torch"),
     Format("npz", "npz", "ckptool.formats.npz", (ZIP, b"PK\x05\x06"), suffixes=(".npz",), ending=".npz"),
     Format("npy", "npy", "ckptool.formats.npz", (b"\x93NUMPY",)),
     Format("gguf", "gguf", "ckptool.formats.gguf", (b"GGUF",), holds=Holds(metadata=True)),

@@ -135,13 +135,8 @@ def _foreign(probe: Probe) -> str | None:
 
 def _archive(probe: Probe) -> CkptoolError:
     root = probe.root
-    for kind, marks in {
-        "a TorchScript archive of torch 1.0 to 1.2": (f"{root}/model.json",),
-        "a torch.export archive (.pt2)": (f"{root}/archive_format", "serialized_state_dict.pt"),
-        "a torch.package archive": (f"{root}/.data/extern_modules",),
-    }.items():
-        if any(mark in probe.members for mark in marks):
-            return UnsupportedError(f"{kind}, which is not supported yet", probe.path)
+    if f"{root}/model.json" in probe.members:
+        return UnsupportedError("a TorchScript archive of torch 1.0 to 1.2, which is not supported yet", probe.path)
     if {"model.weights.h5", "config.json"} <= probe.members.keys():
         return UnsupportedError("a Keras archive (.keras); it is not a format ckptool reads", probe.path)
     what = _inside(((name, _head(probe, name)) for name in islice(probe.members, MOST_MEMBERS)), "unzip FILE")

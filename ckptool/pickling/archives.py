@@ -8,7 +8,7 @@ ROOT/byteorder             "little" | "big"
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from ckptool.core.dtypes import DTYPES
@@ -37,13 +37,28 @@ def unpickled(
 
     Raises: FormatError, LimitError.
     """
-    members, prefix = archive.members, f"{archive.root}/{name}/"
-    _refuse_ambiguous(members, archive.root, prefix)
+    prefix = f"{archive.root}/{name}/"
+    refuse_ambiguous(archive, prefix)
+    leaf = storages(archive, f"{name}.pkl", prefix)
+    pickled = archive.record(f"{name}.pkl", MAX_PICKLE) or b""
+    pickles.scan(pickled)
+    return pickles.load(pickled, builders=builders, persistent_load=leaf, closed=rebuild.makes_closed_leaves)
+
+
+def storages(
+    archive: Archive, pickle: str, prefix: str, suffix: str = "", kind: type = str
+) -> Callable[[Any], Storage | rebuild.StorageView]:
+    """Returns the function from a persistent id to its storage, the same one for equal keys: for one or more pickles.
+
+    The storage of a key, which is of the type ``kind``, is the member ``prefix`` key ``suffix``; ``pickle`` names what
+    is read in errors. Raises: FormatError for a byte order that there is not.
+    """
+    members = archive.members
     order = archive.record("byteorder", MAX_BYTEORDER)
     if order not in (None, b"little", b"big"):
         raise FormatError(f"its byteorder record reads {order!r}")
     byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
-    storages: dict[str, Storage] = {}
+    known: dict[Any, Storage] = {}
     kinds: dict[tuple[Any, Any, Any], tuple[str | None, str, int]] = {}
 
     def persistent_load(pid: Any) -> Storage | rebuild.StorageView:
@@ -51,37 +66,39 @@ def unpickled(
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise FormatError(f"it refers to something that is no storage: {brief(pid)}")
         _, storage_type, key, location, numel = pid[:5]
-        if type(key) is not str:
+        if type(key) is not kind:
             raise FormatError(f"a storage's key is {brief(key)}")
         exact = type(location) is str and type(numel) is int  # True == 1 == 1.0
-        kind = kinds.get((storage_type, location, numel)) if exact else None
-        if kind is None:
+        form = kinds.get((storage_type, location, numel)) if exact else None
+        if form is None:
             dtype = rebuild.dtype_of_storage(storage_type)
-            kind = dtype, rebuild.location(location), rebuild.storage_nbytes(dtype, numel)
-            kinds[storage_type, location, numel] = kind
-        dtype, tag, expected = kind
+            form = dtype, rebuild.location(location), rebuild.storage_nbytes(dtype, numel)
+            kinds[storage_type, location, numel] = form
+        dtype, tag, expected = form
         typed = dtype if dtype and DTYPES[dtype].storage else None
-        storage = storages.get(key)
+        storage = known.get(key)
         if storage is None:
-            member = members.get(prefix + key)
+            member = members.get(f"{prefix}{key}{suffix}")
             if member is None:
-                raise FormatError(f"the storage {key!r} is named in {name}.pkl and absent from the archive")
+                raise FormatError(f"the storage {key!r} is named in {pickle} and absent from the archive")
             span, crc32 = member
             if span.nbytes != expected:
-                raise FormatError(f"the storage {key!r} has {span.nbytes} bytes; {name}.pkl says {expected}")
-            known = crc32 if crc32 or not expected else None  # 0: torch was set to compute no CRC-32
-            storage = storages[key] = Storage(span, typed, tag, byteorder, known, key)
+                raise FormatError(f"the storage {key!r} has {span.nbytes} bytes; {pickle} says {expected}")
+            summed = crc32 if crc32 or not expected else None  # 0: torch was set to compute no CRC-32
+            storage = known[key] = Storage(span, typed, tag, byteorder, summed, f"{key}{suffix}")
         elif storage.dtype != typed:
             raise UnsupportedError(f"the storage {key!r} is used under two types: {storage.dtype} and {typed}")
         return storage if typed == dtype else rebuild.StorageView(storage, 0, dtype)
 
-    pickled = archive.record(f"{name}.pkl", MAX_PICKLE) or b""
-    pickles.scan(pickled)
-    return pickles.load(pickled, builders=builders, persistent_load=persistent_load, closed=rebuild.makes_closed_leaves)
+    return persistent_load
 
 
-def _refuse_ambiguous(members: Mapping[str, object], root: str, data: str) -> None:
-    """Raises FormatError for member names that torch refuses, or may confuse with another."""
+def refuse_ambiguous(archive: Archive, data: str) -> None:
+    """Raises FormatError for member names that torch refuses, or may confuse with another.
+
+    Those of storages, ``data`` and a number, are not looked at.
+    """
+    members, root = archive.members, archive.root
     names = {name for name in members if not (name.startswith(data) and name[len(data) :].isdecimal())}
     if any(not name.startswith(f"{root}/") for name in names):
         raise FormatError(f"its members are not all below {root}/: torch.load refuses it too")

@@ -396,7 +396,8 @@ def deflates_to_the_same(one: Path, other: Path, name: str) -> bool:
 def test_a_changed_byte_in_any_record_is_found(name: str, step: int, tmp_path: Path, run: Run) -> None:
     data = (FIXTURES / name).read_bytes()
     with zipfile.ZipFile(FIXTURES / name) as archive:
-        records = [info for info in archive.infolist() if "/data/" in info.filename and info.compress_size]
+        inside = [info for info in archive.infolist() if "/data/" in info.filename and info.compress_size]
+    records = [info for info in inside if not info.filename.endswith((".json", ".pt"))]  # these are no storages
     path = tmp_path / "rotten.pth"
     for number, info in enumerate(records[:: max(1, step * len(records) // 6)]):
         lengths = struct.unpack_from("<HH", data, info.header_offset + 26)

@@ -74,31 +74,47 @@ IGNORED = {
 }
 
 
+def parts(sample: dict[str, Any]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """The tensors of each part of a file, by its path: of a program, of a package; else all."""
+    if sample["format"] == "pt2":
+        rows = [{name: row[name] for name in row if name != "share"} for row in sample["constants"]]
+        return {("state_dict",): sample["tensors"], ("constants",): rows}
+    if sample["format"] == "torch.package":
+        pickled = {sample["pickle_record"]: sample["tensors"], **sample.get("pickles", {})}
+        return {tuple(record.split("/")): rows for record, rows in pickled.items()}
+    return {(): sample["tensors"]}
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_every_tensor_is_the_one_that_was_saved(name: str) -> None:
     sample = EXPECTED[name]
     checkpoint = opened(name)
     assert checkpoint.format == sample["format"]
-    found = found_tensors(checkpoint)
-    groups: dict[int, set[int]] = {}
-    wanted = {}
-    for want in sample["tensors"]:
-        if want["kind"] == "storage" or want["key"].startswith("np_"):  # numpy's scalars
-            continue
-        # Of a whole model expected.json gives the path of its keys, dots and all.
-        wanted[tuple(map(str, want["path"]))] = want
-    extra = {(name,) for name in sample.get("problems", {}).get("in_shard_not_index", ())}
-    assert set(found) == set(wanted) | extra
-    for path, want in wanted.items():
-        tensor = found[path]
-        ignored = IGNORED.get(sample["format"], ())
-        assert_tensor(tensor, want, ignored)
-        if "share" in want and tensor.numel and tensor.kind == "dense":
-            groups.setdefault(want["share"], set()).add(id(tensor.source))
-    assert all(len(sources) == 1 for sources in groups.values())
-    assert len({next(iter(sources)) for sources in groups.values()}) == len(groups)
-    if sample["format"] != "safetensors" and sample["format"] != "hf-sharded":
-        assert [path for path in found if path in wanted] == list(wanted)
+    for prefix, rows in parts(sample).items():
+        found = {
+            path[len(prefix) :]: tensor
+            for path, tensor in found_tensors(checkpoint).items()
+            if path[: len(prefix)] == prefix
+        }
+        groups: dict[int, set[int]] = {}
+        wanted = {}
+        for want in rows:
+            if want["kind"] == "storage" or want["key"].startswith("np_"):  # numpy's scalars
+                continue
+            # Of a whole model expected.json gives the path of its keys, dots and all.
+            wanted[tuple(map(str, want["path"]))] = want
+        extra = {(name,) for name in sample.get("problems", {}).get("in_shard_not_index", ())}
+        assert set(found) == set(wanted) | extra
+        for path, want in wanted.items():
+            tensor = found[path]
+            ignored = IGNORED.get(sample["format"], ())
+            assert_tensor(tensor, want, ignored)
+            if "share" in want and tensor.numel and tensor.kind == "dense":
+                groups.setdefault(want["share"], set()).add(id(tensor.source))
+        assert all(len(sources) == 1 for sources in groups.values())
+        assert len({next(iter(sources)) for sources in groups.values()}) == len(groups)
+        if sample["format"] != "safetensors" and sample["format"] != "hf-sharded":
+            assert [path for path in found if path in wanted] == list(wanted)
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -116,9 +116,7 @@ def test_what_is_wrong_with_an_archive_is_said(
     ("records_", "said"),
     [
         ({"r/model.json": b"{}", "r/tensors/0": b""}, "TorchScript"),
-        ({"r/archive_format": b"pt2"}, "torch.export"),
-        ({"serialized_state_dict.pt": b"", "version": b"1"}, "torch.export"),
-        ({"r/.data/extern_modules": b""}, "torch.package"),
+        ({"r/archive_format": b"pt2", "r/data/aotinductor/m/m.so": b""}, "AOTInductor"),
     ],
     ids=str,
 )
