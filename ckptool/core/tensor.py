@@ -176,9 +176,9 @@ class Opaque:
     """A tensor that is not one strided view; it is listed, and written back unchanged.
 
     ``kind``: ``quantized``, ``sparse_coo`` (csr, csc, bsr, bsc), ``nested_strided``, ``nested_jagged``,
-    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``subclass``, or a type of GGUF's: ``Q4_K``. ``node`` is the
-    pickled call that makes it, ``parts`` are the strided tensors inside. A type that torch lacks is not ``in_torch``:
-    its one part is all of its bytes. ``described_in``: what describes it and has no values that could be read.
+    ``meta`` (no bytes at all), ``dtensor_local_shard``, ``sharded_tensor_local_shards``, ``subclass``, or a type of
+    GGUF's: ``Q4_K``. ``node`` is the pickled call that makes it, ``parts`` the strided tensors inside. A type that torch
+    lacks is not ``in_torch``: its one part is all its bytes. ``described_in``: what describes it, without any values.
     """
 
     kind: str

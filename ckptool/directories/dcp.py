@@ -36,6 +36,9 @@ LABEL = "dcp"
 METADATA = re.compile(r"\.metadata|__\d{1,9}\.metadata")
 """Names of the files that say what is where."""
 
+MERGED = ("common.pt", "meta.pt")
+"""Files of values that are not sharded: Megatron-core's (dist_checkpointing) and Lightning's (FSDPStrategy)."""
+
 GAPS = 1000
 """List positions that may be empty: a list of torch has None where an element held nothing to save."""
 
@@ -86,19 +89,36 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
             error.path = error.path or directory
             raise
         nbytes = sum(reader.files.open(path).size for path in reader.used)
-    used = {*files, *map(os.path.basename, reader.used)}
-    notes = (*reader.notes(), *_beside(directory, names, used))
+        merged = list(_merge(tree, directory, names, open_))
+    used = {*files, *map(os.path.basename, [*reader.used, *(one.url for one, _ in merged)])}
+    notes = (*reader.notes(), *(note for _, note in merged), *_beside(directory, names, used))
+    nbytes += sum(one.nbytes for one, _ in merged)
     nbytes += sum(os.path.getsize(os.path.join(directory, name)) for name in files)
     url = os.path.join(directory, files[0])
-    every = tuple(dict.fromkeys((*saved.names, *reader.names)))
+    every = tuple(dict.fromkeys((*saved.names, *reader.names, *(name for one, _ in merged for name in one.names))))
     return Checkpoint(tree, format=LABEL, url=url, nbytes=nbytes, names=every, notes=notes)
+
+
+def _merge(
+    tree: Any, directory: str, names: Sequence[str], open_: Callable[..., Checkpoint]
+) -> Iterator[tuple[Checkpoint, str]]:
+    """Adds to the tree what lies in a file beside the items, as its loader does; yields the file and a note."""
+    for name in MERGED:
+        if name in names and isinstance(tree, dict):
+            found = open_(os.path.join(directory, name))
+            if isinstance(found.tree, dict):
+                twice = [key for key in found.tree if key in tree]
+                tree.update((key, value) for key, value in found.tree.items() if key not in tree)
+                less = f"; not {listed(twice)}, which the items have too" if twice else ""
+                yield found, f"from {name}: {listed(key for key in found.tree if key not in twice)}{less}"
 
 
 def _beside(directory: str, names: Sequence[str], used: set[str]) -> list[str]:
     """Returns notes on what else lies in the directory."""
     unnamed = [name for name in names if name.endswith(".distcp") and name not in used]
     rest = [*unnamed, *sets.others(directory, names, used)]
-    notes = [f"also here, and not read: {listed(rest)}"] if rest else []
+    notes = sets.trainers_state(names, used)
+    notes += [f"also here, and not read: {listed(rest)}"] if rest else []
     if ".metadata.tmp" in names:
         notes.append(".metadata.tmp is left of a save that was cut off: the files may be newer than .metadata")
     return notes

@@ -42,8 +42,26 @@ LOADERS = {
 """The loader that takes files of a stem, in the order in which several are tried."""
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|zero_pp_rank_).*")
-"""Names of a trainer's files beside the weights."""
+STATE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint|dl_state_dict|"
+    r"zero_pp_rank_).*(\.(safetensors|bin|pth?|ckpt|pkl)|_\d+)"
+)
+"""Names of a trainer's files, and directories (``optimizer_0``), beside the weights."""
+
+INSIDE = {
+    r"pytorch_model_fsdp_\d+": "accelerate",
+    r"iter_\d{7}|release": "Megatron-LM",
+    r"checkpoint-\d+": "transformers' Trainer",
+    "sharded": "torch's HuggingFaceStorageReader",
+    "weights": "NeMo",
+}
+"""Patterns of the names of directories in another one that hold its weights, and who looks for them."""
+
+DISTRIBUTED = re.compile(r"(__\d{1,9})?\.metadata|.*\.distcp|shard-\d+-model-\d+-of-\d+\.safetensors", re.DOTALL)
+"""Names of files of distributed checkpoints."""
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron-LM's file with the number of the iteration that is read, or ``release``."""
 
 
 class Set(NamedTuple):
@@ -193,7 +211,7 @@ def small_files(directory: str) -> list[str]:
 
 
 LAYOUTS = {
-    r"latest_checkpointed_iteration\.txt": "a Megatron-LM checkpoint",
+    r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin": "a process's pieces of flat parameters (FSDP's LOCAL_STATE_DICT)",
     r"latest|(bf16_)?zero_pp_rank_.*": "a DeepSpeed checkpoint",
     r"mp_rank_.*": "one iteration of a Megatron-LM or DeepSpeed checkpoint",
 }
@@ -220,7 +238,7 @@ def choose(directory: str, names: Sequence[str], shards_of: Callable[[str], Coll
     another tool wrote the directory; IncompleteError for a lone shard, and for a link to nowhere that would be taken.
     """
     _refuse_unfinished(directory, names)
-    dangling, config = _dangling(directory, _weights(names)), _config(directory)
+    dangling, config = _dangling(directory, _weights(names)), _json(directory, "config.json")
     known = [found for found in sets_in(names) if found.name in dangling or _is_file(directory, found.name)]
     there = [found for found in known if found.name not in dangling]
     if isinstance(named := config.get("transformers_weights"), str):
@@ -239,8 +257,11 @@ def choose(directory: str, names: Sequence[str], shards_of: Callable[[str], Coll
                 if first.name in shards and len(shards) > 1:
                     return Choice(index.name, index.loader)
         return Choice(first.name, first.loader)
+    if choice := _inside(directory, names):
+        return choice
     if other := layout(names):
         raise UnsupportedError(f"{other}, which is not supported yet", directory)
+    _refuse_backend(directory)
     if len({(found.stem, found.variant) for found in there}) > 1:
         raise UnsupportedError(f"holds {listed(sorted(found.name for found in there))}: name one of them", directory)
     if there:  # a stem that no loader is known for
@@ -252,6 +273,46 @@ def choose(directory: str, names: Sequence[str], shards_of: Callable[[str], Coll
             raise UnsupportedError(f"a pipeline of several models: name one of {listed(parts)}", directory)
         return Choice(parts[0])
     return _loose(directory, [name for name in names if name.endswith(WEIGHTS)])
+
+
+def _inside(directory: str, names: Sequence[str]) -> Choice | None:
+    """Returns the directory in it that holds the weights; None if there is none. Raises: as `choose`."""
+    there = inside(directory, names)
+    if TRACKER in names:
+        with open(os.path.join(directory, TRACKER), encoding="utf-8", errors="replace") as file:
+            said = file.read(32).strip()
+        name = f"iter_{int(said):07d}" if said.isascii() and said.isdecimal() else said
+        if name not in there:
+            what = f"{TRACKER} of Megatron-LM says {said!r}: there is no {name!r}"
+            raise IncompleteError(f"{what}, but {listed(there)}: name one" if there else what, directory)
+        return Choice(name, "Megatron-LM")
+    if any(name.endswith(WEIGHTS) and not STATE.fullmatch(name) for name in names):
+        return None
+    if saves := [name for name in there if name.startswith("checkpoint-")]:
+        last = max(saves, key=lambda name: int(name.partition("-")[2]))
+        return Choice(last, there[last])
+    held = [name for name in there if any(map(DISTRIBUTED.fullmatch, names_in(os.path.join(directory, name))))]
+    if len(held) > 1:
+        raise UnsupportedError(f"holds weights in several directories: name one of {listed(held)}", directory)
+    return Choice(held[0], there[held[0]]) if held else None
+
+
+def inside(directory: str, names: Iterable[str]) -> dict[str, str]:
+    """Returns {directory in it whose name says that weights are in it: whose layout that is}."""
+    marks = {name: loader for name in names for mark, loader in INSIDE.items() if re.fullmatch(mark, name)}
+    return {name: loader for name, loader in marks.items() if os.path.isdir(os.path.join(directory, name))}
+
+
+def _refuse_backend(directory: str) -> None:
+    """Raises UnsupportedError for a Megatron-core checkpoint that is no distributed one of torch, as its file says."""
+    match _json(directory, "metadata.json").get("sharded_backend"):
+        case "torch_dist":
+            raise IncompleteError(
+                "a Megatron-core checkpoint (torch_dist) without its .metadata and .distcp files", directory
+            )
+        case str(backend):
+            how = "load it with Megatron-LM of its time, and save it with --ckpt-format torch_dist"
+            raise UnsupportedError(f"a Megatron-core checkpoint with the {backend!r} backend: {how}", directory)
 
 
 def _is_file(directory: str, name: str) -> bool:
@@ -292,16 +353,16 @@ def _first(directory: str, there: list[Set], config: Mapping[str, Any]) -> Set |
     return next(found for found in plain if found.loader == loaders[0])
 
 
-def _config(directory: str) -> dict[str, Any]:
-    """Returns the object in a directory's config.json; an empty one if there is none that can be read."""
+def _json(directory: str, name: str) -> dict[str, Any]:
+    """Returns the object in a small JSON file of a directory; an empty one if there is none that can be read."""
     try:
-        if not _is_file(directory, "config.json"):
+        if not _is_file(directory, name):
             return {}
-        with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
-            config = json.loads(file.read(1 << 20))
+        with open(os.path.join(directory, name), encoding="utf-8") as file:
+            found = json.loads(file.read(1 << 20))
     except (OSError, ValueError, RecursionError):  # it decides nothing then
         return {}
-    return config if isinstance(config, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _components(directory: str, names: Sequence[str]) -> list[str]:
@@ -368,14 +429,25 @@ def beside(directory: str, names: Sequence[str], choice: Choice, used: Collectio
     """Returns notes: which weights lie in the directory too, where only the files ``used`` were read."""
     dangling = [name for name in _dangling(directory, _weights(names)) if name not in used]
     notes = [f"links to nowhere: {listed(dangling)}"] if dangling else []
-    if rest := others(directory, names, {*used, *dangling}):
+    rest = [
+        *others(directory, names, {*used, *dangling}),
+        *(name for name in inside(directory, names) if name not in used),
+    ]
+    if rest or os.path.isdir(os.path.join(directory, choice.name)):
         rule = f", as {choice.loader} does" if choice.loader else ""
-        notes.append(f"{choice.name} was read{rule}; also here, and not read: {listed(rest)}")
+        notes.append(f"{choice.name} was read{rule}" + f"; also here, and not read: {listed(rest)}" * bool(rest))
+    notes += trainers_state(names, used)
     if ".metadata" in names:
         notes.append("also here: a torch.distributed checkpoint (DCP); name its .metadata to read it")
     if other := layout(names):
         notes.append(f"also here: {other}, which is not supported yet")
     return notes
+
+
+def trainers_state(names: Iterable[str], used: Collection[str]) -> list[str]:
+    """Returns a note on the files of a trainer in a directory."""
+    state = [name for name in names if STATE.fullmatch(name) and name not in used]
+    return [f"a trainer's state, not read with the weights: {listed(state)}"] if state else []
 
 
 def others(directory: str, names: Sequence[str], used: Collection[str]) -> list[str]:

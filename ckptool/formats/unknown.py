@@ -12,7 +12,7 @@ from ckptool.errors import CkptoolError, FormatError, UnsupportedError, listed
 from ckptool.io import protobuf
 from ckptool.io.archives import HEAD, MOST_MEMBERS, ReadAt, is_tar, reader, tar_members, unpacked
 from ckptool.io.probe import Probe
-from ckptool.io.source import Source, read_span
+from ckptool.io.source import Source, names_in, read_span
 from ckptool.io.zip_read import archive_start, is_zip
 from ckptool.pickling.streams import MAGICS
 
@@ -79,10 +79,19 @@ def foreign_directory(probe: Probe) -> CkptoolError | None:
     return None
 
 
+def _what_lacks(probe: Probe) -> str:
+    """Returns what a directory does not have, and which directories in it may have it."""
+    paths = {name: os.path.join(probe.path, name) for name in probe.names[:MOST_MEMBERS]}
+    weights = (*WEIGHTS, ".metadata", ".distcp", ".index.json")
+    inside = [name for name, path in paths.items() if any(one.endswith(weights) for one in names_in(path))]
+    lacks = "an index or a file of weights"
+    return f"{lacks} in it; name one of its directories that have: {listed(inside)}" if inside else lacks
+
+
 def refusal(probe: Probe) -> CkptoolError:
     """Returns the error for an input of no known format, saying what it is if that is recognized."""
     if probe.is_directory:
-        return foreign_directory(probe) or FormatError("a directory without an index or a file of weights", probe.path)
+        return foreign_directory(probe) or FormatError(f"a directory without {_what_lacks(probe)}", probe.path)
     file, head = probe.file, probe.head
     if is_zip(file):
         return _archive(probe)

@@ -196,16 +196,30 @@ def _from_type_v2(func: Any, cls: object, args: object, state: object) -> Tensor
 
 
 def _wrapper_subclass(node: PyObject, args: tuple[Any, ...], state: object) -> TensorInfo:
-    """Returns a DTensor or another wrapper subclass: ``size`` is the global shape; the file has this rank's shard."""
+    """Returns a DTensor, ShardedTensor or another wrapper subclass: ``size`` is the global shape.
+
+    The file has this rank's shards: attributes of a DTensor, and of the objects in a list of a ShardedTensor.
+    """
     layers = state if isinstance(state, tuple) else (state,)
-    parts: list[TensorInfo] = []
-    for layer in layers:
-        if isinstance(layer, dict):
-            parts.extend(value for value in layer.values() if isinstance(value, TensorInfo))
+    shards = [
+        shard.state for layer in layers if isinstance(layer, list) for shard in layer if isinstance(shard, PyObject)
+    ]
+    slots = [part for state in shards for part in (state if isinstance(state, tuple) else (state,))]
+    parts = [
+        value
+        for attributes in (*layers, *slots)
+        if isinstance(attributes, dict)
+        for value in attributes.values()
+        if isinstance(value, TensorInfo)
+    ]
     if len(args) < 3:
         raise FormatError("_rebuild_wrapper_subclass is called without a size")
-    kind = "dtensor_local_shard" if getattr(args[0], "qualname", "") == "DTensor" else "subclass"
+    kind = _SHARDS.get(getattr(args[0], "qualname", ""), "subclass")
     return _opaque(kind, node, _dtype_named(args[1]), _ints(args[2], "size"), tuple(parts))
+
+
+_SHARDS = {"DTensor": "dtensor_local_shard", "ShardedTensor": "sharded_tensor_local_shards"}
+"""What is in the file of a tensor of these classes."""
 
 
 def _qtensor(storage: object, offset: object, shape: object, stride: object, *rest: Any) -> TensorInfo:

@@ -272,9 +272,11 @@ def test_a_hostile_pickle_runs_nothing_and_is_named(tmp_path: Path, monkeypatch:
 def test_what_else_lies_there_is_told(tmp_path: Path) -> None:
     directory, _ = grid(tmp_path / "d")
     (directory / "__9_0.distcp").write_bytes(b"x")
-    torch.save({"w": torch.ones(1)}, directory / "common.pt")
-    (note,) = ckptool.open(directory).notes
-    assert all(name in note for name in ("__9_0.distcp", "common.pt"))
+    torch.save({"w": torch.ones(1)}, directory / "model.pt")
+    torch.save({}, directory / "optimizer.bin")
+    state, rest = ckptool.open(directory).notes
+    assert "optimizer.bin" in state
+    assert all(name in rest for name in ("__9_0.distcp", "model.pt"))
 
 
 def test_a_set_that_a_loader_takes_comes_first(tmp_path: Path) -> None:
@@ -310,7 +312,7 @@ def _samples() -> list[Any]:
         pytest.param(folder / name, sample, id=name)
         for folder in places
         for name, sample in json.loads((folder / "expected.json").read_text())["samples"].items()
-        if sample["format"] in ("dcp", "dcp-hf")
+        if sample["format"] in ("dcp", "dcp-hf", "accelerate-fsdp", "megatron-dist")
     ]
 
 

@@ -242,7 +242,7 @@ def test_safetensors_shards_come_before_bin_shards(tmp_path: Path) -> None:
     ("names", "said"),
     [
         (["latest", "global_step5"], "DeepSpeed"),
-        (["latest_checkpointed_iteration.txt"], "Megatron"),
+        (["mp_rank_00"], "Megatron"),
         (["a.pth", "b.pth"], "no index"),
     ],
 )
