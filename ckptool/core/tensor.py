@@ -177,8 +177,8 @@ class Opaque:
 
     ``kind``: ``quantized``, ``sparse_coo`` (csr, csc, bsr, bsc), ``nested_strided``, ``nested_jagged``,
     ``meta`` (no bytes at all), ``dtensor_local_shard``, ``sharded_tensor_local_shards``, ``subclass``, or a type of
-    GGUF's: ``Q4_K``. ``node`` is the pickled call that makes it, ``parts`` the strided tensors inside. A type that torch
-    lacks is not ``in_torch``: its one part is all its bytes. ``described_in``: what describes it, without any values.
+    GGUF's: ``Q4_K``. ``node`` is the pickled call that makes it, ``parts`` the strided tensors inside. A type that
+    torch lacks is not ``in_torch``: its one part is all its bytes. ``described_in``: what describes it without values.
     """
 
     kind: str
