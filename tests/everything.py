@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ TORCH = sorted(path.name for path in FIXTURES.iterdir() if path.suffix in (".pth
 SAME_MEMORY = [name for name in TORCH if name != "tar_2016.pth"]
 SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
 DISTRIBUTED = ["dcp", "dcp_hf"]
+PARTITIONED = ["deepspeed"]
 SHARDED = ["sharded", "sharded_bin"]
 NUMPY = ["array.npy", "arrays.npz"]
 EVERY = [
@@ -30,6 +33,7 @@ EVERY = [
     *SAFETENSORS,
     *SHARDED,
     *DISTRIBUTED,
+    *PARTITIONED,
     *NUMPY,
     "dense.gguf",
     "detectron2.pkl",
@@ -61,6 +65,8 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
         return load_file(path)
     if name in DISTRIBUTED:
         return dict(from_dcp(path))
+    if name in PARTITIONED:
+        return zero_to_fp32(path)
     if name in SHARDED:
         tensors: dict[str, torch.Tensor] = {}
         for shard in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
@@ -111,6 +117,44 @@ def from_dcp(path: Path) -> Any:
     return {key: tree[key] for key in keys} if shards else tree
 
 
+def zero_to_fp32(directory: Path) -> dict[str, torch.Tensor]:
+    """What DeepSpeed's script of that name makes of a checkpoint, by its documented algorithm; in the model's order.
+
+    And the parameters that it loses, frozen ones under ZeRO-1, which ``module`` has.
+    """
+
+    def loaded(pattern: str) -> list[Any]:
+        paths = sorted(place.glob(pattern), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+        return [torch.load(path, weights_only=False) for path in paths]
+
+    place = directory / (directory / "latest").read_text().strip()
+    models, optims = loaded("*_model_states.pt"), [one["optimizer_state_dict"] for one in loaded("*_optim_states.pt")]
+    first, world = models[0], len(optims)
+    module, groups = first["module"], first["param_shapes"]
+    found = {name: module[name] for name in first["buffer_names"]}
+    found = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    frozen = first["frozen_param_shapes"] or {}
+    if "fp32_flat_groups" in optims[0]:
+        for name, shape in frozen.items():
+            whole = torch.cat([model["frozen_param_fragments"][name] for model in models])
+            found[name] = whole[: shape.numel()].view(shape).clone()
+        flats, offset = [torch.cat(optim["fp32_flat_groups"]) for optim in optims], 0
+        for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
+            size = math.ceil(shape.numel() / world)
+            whole = torch.cat([flat[offset : offset + size] for flat in flats])
+            found[name], offset = whole[: shape.numel()].view(shape).clone(), offset + size
+    else:
+        found |= {name: first["frozen_param_fragments"][name] for name in frozen}
+        for number, group in enumerate(groups):
+            flat = torch.cat([optim["single_partition_of_fp32_groups"][number] for optim in optims])
+            paddings, offset = optims[0].get("param_alignment_paddings"), 0
+            for index, (name, shape) in enumerate(group.items()):
+                found[name] = flat[offset : offset + shape.numel()].view(shape).clone()
+                offset += shape.numel() + (paddings[number][index] if paddings else 0)
+    found |= {alias: found[name] for alias, name in first["shared_params"].items() if name in found}
+    return {name: found.get(name, value) for name, value in module.items()}
+
+
 def tensors_of(loaded: dict[str, Any]) -> dict[str, Any]:
     """What was loaded, with a tensor for every array of numbers."""
     return {key: numbers(value) if isinstance(value, np.ndarray) else value for key, value in loaded.items()}
@@ -147,7 +191,7 @@ READ = (
 )  # fmt: skip
 # Words that the refusal must have: a format is refused by its name.
 REFUSED = {
-    "deepspeed": "DeepSpeed", "megatron": "Megatron",
+    "megatron": "Megatron",
 }  # fmt: skip
 GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]
 BAD = [name for name, sample in EXPECTED.items() if sample["format"] == "bad" or sample.get("invalid")]

@@ -83,9 +83,13 @@ class Checkpoint:
     _cache: dict[Path, dict[str, tuple[Path, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def rooted(self, root: str | Path | None) -> Checkpoint:
-        """Returns the checkpoint with its weights at ``root`` (see `root_path`); None looks for them (`find_root`)."""
+        """Returns the checkpoint with its weights at ``root`` (see `root_path`).
+
+        None: where the format says that they are, else where `find_root` finds them.
+        """
         try:
-            return replace(self, root=find_root(self.tree).path if root is None else root_path(self.tree, root))
+            found = self.root or find_root(self.tree).path if root is None else root_path(self.tree, root)
+            return replace(self, root=found)
         except CkptoolError as error:
             error.path = error.path or self.url
             raise

@@ -96,6 +96,9 @@ _ORDINARY = {
         "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "deepspeed.runtime.fp16.loss_scaler": {"LossScaler", "DynamicLossScaler"},
+    "deepspeed.runtime.zero.config": {"ZeroStageEnum"},
+    "deepspeed.utils.tensor_fragment": {"fragment_address"},
     "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
     "torch": {
         "preserve_format", "contiguous_format", "channels_last", "channels_last_3d", "layout", "dtype", "memory_format",

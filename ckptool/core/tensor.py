@@ -437,8 +437,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...], "TensorInfo"]
 """A part of a tensor: its first index and its size along every dimension, and the tensor of its elements."""
 
 
-def chunks(dtype: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> TensorInfo:
-    """Returns one tensor made of boxes, in any order, which together cover it.
+def chunks(dtype: str, shape: tuple[int, ...], boxes: Sequence[Box], location: str | None = None) -> TensorInfo:
+    """Returns one tensor made of boxes, in any order, which together cover it; ``location`` None: where the first is.
 
     Raises: FormatError for boxes that overlap, reach outside, or have another dtype or shape than declared;
     IncompleteError where a part of the tensor is in none of them.
@@ -461,7 +461,7 @@ def chunks(dtype: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> TensorIn
     if missing:
         raise IncompleteError(f"{missing:,} elements of a tensor of shape {brief(shape)} are in none of its parts")
     inputs = tuple(tensor for _, _, tensor in filled)
-    return computed(dtype, shape, Derived("chunks", inputs, shape=shape, args=tuple(box[0] for box in filled)))
+    return computed(dtype, shape, Derived("chunks", inputs, 0, shape, tuple(box[0] for box in filled), location))
 
 
 def _refuse_overlaps(boxes: Sequence[Box], dims: int) -> None:

@@ -212,8 +212,7 @@ def small_files(directory: str) -> list[str]:
 
 LAYOUTS = {
     r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin": "a process's pieces of flat parameters (FSDP's LOCAL_STATE_DICT)",
-    r"latest|(bf16_)?zero_pp_rank_.*": "a DeepSpeed checkpoint",
-    r"mp_rank_.*": "one iteration of a Megatron-LM or DeepSpeed checkpoint",
+    r"mp_rank_\d\d(_\d{3})*": "one iteration of a Megatron-LM checkpoint",
 }
 """Patterns of file names in other tools' directories, which often hold weights too; the first match decides."""
 

@@ -20,7 +20,7 @@ from typing import Any
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
-from ckptool.directories import sets
+from ckptool.directories import deepspeed_files, sets
 from ckptool.directories.sets import INDEX, Names
 from ckptool.errors import (
     CkptoolError,
@@ -68,7 +68,7 @@ def read(probe: Probe, open_: Open) -> Checkpoint | None:
         joined = not inner.is_directory and matches(inner)
         opened, used = _joined(inner.file, open_) if joined else (open_(inner.path), ())
     notes = sets.beside(probe.path, probe.names, choice, {choice.name, *used})
-    return replace(opened, notes=(*opened.notes, *notes))
+    return replace(opened, notes=(*opened.notes, *notes, *deepspeed_files.beside(probe.path, probe.names)))
 
 
 def shards_of(path: str) -> set[str]:

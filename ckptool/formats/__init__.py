@@ -191,6 +191,9 @@ FORMATS = (
         holds=Holds(metadata=True), family="safetensors",
     ),
     Format(
+        "deepspeed", "deepspeed", "ckptool.directories.deepspeed", (), is_directory=True, holds=WHOLE, family="torch",
+    ),
+    Format(
         "torch", "torch-zip", "ckptool.formats.pytorch.zip", (ZIP,), ending=".pth", holds=WHOLE,
         suffixes=(".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar"),
     ),

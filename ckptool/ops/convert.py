@@ -59,7 +59,7 @@ def convert(
     """
     tensors = require_tensors(checkpoint)
     if not any(tensor.numel for tensor in tensors.values()) and not checkpoint.hidden():
-        what = "no tensor has an element: placeholders of DeepSpeed ZeRO-3, whose weights are in files of their own?"
+        what = "no tensor has an element: placeholders of DeepSpeed ZeRO-3? name its directory for the weights"
         raise NoTensorsError(what, checkpoint.url)
     notes = [*root_notes([checkpoint]), *pattern_notes(keep, tensors)]
     cast: list[str] = []

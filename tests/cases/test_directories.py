@@ -470,7 +470,7 @@ def test_a_trainers_directory_with_deepspeed_beside_is_read(run: Run) -> None:
     assert any("DeepSpeed" in note for note in notes)
 
 
-def test_shards_and_adapters_beside_deepspeed_are_read_and_deepspeed_alone_is_refused(run: Run) -> None:
+def test_shards_and_adapters_beside_deepspeed_are_read_and_a_file_that_only_has_its_name_is_refused(run: Run) -> None:
     indexed(two("model", ".safetensors", "a", "b"))
     Path("d/latest").write_text("global_step1")
     assert keys_of("d") == ["a", "b"]
@@ -480,7 +480,7 @@ def test_shards_and_adapters_beside_deepspeed_are_read_and_deepspeed_alone_is_re
     made({"mp_rank_00_model_states.pt": filled(1, "a")}, "f")
     Path("f/latest").write_text("global_step1")
     code, out, _ = run("inspect", "f", "--json")
-    assert (code, json.loads(out)["error"]["kind"]) == (2, "unsupported")
+    assert (code, json.loads(out)["error"]["kind"]) == (2, "damaged")
 
 
 # --- hostile indexes -------------------------------------------------------------------------------------------------

@@ -241,7 +241,6 @@ def test_safetensors_shards_come_before_bin_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["latest", "global_step5"], "DeepSpeed"),
         (["mp_rank_00"], "Megatron"),
         (["a.pth", "b.pth"], "no index"),
     ],

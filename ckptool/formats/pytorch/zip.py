@@ -13,11 +13,11 @@ Source: ``torch/serialization.py`` and ``caffe2/serialize/inline_container.cc`` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span, Storage
-from ckptool.core.tree import path_text
+from ckptool.core.tree import as_mapping, path_text
 from ckptool.errors import LossError, UnsupportedError, listed
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files
@@ -40,7 +40,16 @@ def read(probe: Probe) -> Checkpoint:
     """Returns the checkpoint; reads the zip directory and data.pkl. Raises: FormatError, LimitError."""
     tree, names = unpickled(probe)
     tree = with_arrays(tree, names, probe.file.span(0, 0))
-    return Checkpoint(tree, url=probe.path, nbytes=probe.size, names=names)
+    return Checkpoint(tree, url=probe.path, nbytes=probe.size, names=names, notes=_notes(tree))
+
+
+def _notes(tree: Any) -> tuple[str, ...]:
+    """Returns a note if it is one of DeepSpeed's files, whose weights in fp32 are in others."""
+    if not isinstance(tree, dict) or not tree.get("param_shapes") or "module" not in tree:
+        return ()
+    empty = [key for key, value in (as_mapping(tree["module"]) or {}).items() if getattr(value, "shape", None) == (0,)]
+    held = f"{len(empty)} of its tensors are placeholders of ZeRO-3" if empty else "its weights are in the run's dtype"
+    return (f"a file of DeepSpeed's: {held}; the directory that it lies in is read with the weights in fp32",)
 
 
 def check(checkpoint: Checkpoint, map_location: MapLocation | None = None) -> tuple[tuple[str, ...], int]:
