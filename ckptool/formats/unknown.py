@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from ckptool.errors import CkptoolError, FormatError, UnsupportedError, listed
@@ -25,11 +25,19 @@ MAGIC = {
     b"\xdd\x85\x76\0": "an ncnn model's layers (.param.bin)",
     **dict.fromkeys((b"\x47\x6b\x30\1", b"\x38\x4b\x0d\0"), "an ncnn model's weights (.bin)"),
     b"\x12\1\0\0\0\0\0\0": "an MXNet file (.params)",
+    **dict.fromkeys((b"\x0c\xdb\x20\xde", b"\x0c\xdb\x3a\x2a"), "a part of an Orbax checkpoint (OCDBT)"),
     b"model_checkpoint_path:": "the list of TensorFlow checkpoints in its directory",
-    b"\x1f\x8b": "a gzip file: gunzip it first",
-    b"BZh": "a bzip2 file: bunzip2 it first",
-    b"\xfd7zXZ": "an xz file: unxz it first",
-    b"\x28\xb5\x2f\xfd": "a zstd file: unzstd it first",
+    b"\x1f\x8b": "a gzip file: unpack it first (`gunzip -c FILE > OUT`)",
+    b"BZh": "a bzip2 file: unpack it first (`bunzip2 -c FILE > OUT`)",
+    b"\xfd7zXZ": "an xz file: unpack it first (`unxz -c FILE > OUT`)",
+    b"\x5d\0\0": "an lzma file: unpack it first (`unlzma -c FILE > OUT`)",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it first (`unzstd -c FILE > OUT`)",
+    b"\x04\x22\x4d\x18": "an lz4 file: unpack it first (`unlz4 -c FILE > OUT`)",
+    **dict.fromkeys(
+        (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"),
+        "a zlib file: unpack it first (`python -c "
+        "'import sys, zlib; sys.stdout.buffer.write(zlib.decompress(sys.stdin.buffer.read()))' < FILE > OUT`)",
+    ),
     b"Rar!": "a RAR archive: unpack it first",
     b"7z\xbc\xaf": "a 7-zip archive: unpack it first",
 }
@@ -37,6 +45,11 @@ MAGIC = {
 
 FLATBUFFERS = {b"TFL3": "a TFLite model", b"ET12": "an ExecuTorch program"}
 """Bytes 4 to 8 of known files."""
+
+FLAX = re.compile(
+    rb"(?:[\x81-\x8f]|\xde..|\xdf....)(?:[\xa1-\xbf]|\xd9.)[A-Za-z_0-9][\w./-]*(?=[\x80-\xdf])", re.DOTALL
+)
+"""How a map of MessagePack begins whose first key is a name."""
 
 LEVELDB = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 """The last bytes of a LevelDB table, which a TensorFlow checkpoint's index is (``tensorflow/core/lib/io/table.cc``)."""
@@ -65,33 +78,61 @@ FOREIGN = {
     r"saved_model\.pb(txt)?": "a TensorFlow SavedModel",
     r".*\.data-\d{5}-of-\d{5}": "a TensorFlow checkpoint",
     r"Manifest\.json": "a Core ML package (.mlpackage)",
-    r"_CHECKPOINT_METADATA|manifest\.ocdbt": "an Orbax checkpoint",
+    r"_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt": "an Orbax checkpoint",
+    r"\.zarray|\.zgroup|zarr\.json": "an array or group in Zarr's format (Orbax, T5X)",
     r".*\.param": "an ncnn model",
+    r".*\.onnx": "an ONNX model",
+    r".*\.h5": "an HDF5 file (Keras .h5)",
+    r".*\.keras": "a Keras archive (.keras)",
+    r".*\.msgpack": "a MessagePack file (Flax)",
+    r".*\.ml(package|model)": "a Core ML model",
 }
 """Patterns of file names in directories of other frameworks, asked where no format fits; the first match decides."""
 
+TOOLS = {
+    "Keras archive": "h5py.File, after `unzip FILE model.weights.h5`,", "HDF5": "h5py.File",
+    "TensorFlow checkpoint": "tf.train.load_checkpoint",
+    "SavedModel": "tf.train.load_checkpoint('variables/variables')",
+    "ONNX": "onnx.numpy_helper.to_array", "Orbax": "orbax.checkpoint.StandardCheckpointer().restore",
+    "Flax": "flax.serialization.msgpack_restore", "Core ML": "coremltools", "MXNet": "mxnet.nd.load",
+    "Torch7": "torchfile.load", "TFLite": "tf.lite.Interpreter", "Caffe model": "caffe.Net",
+}  # fmt: skip
+"""What gives the arrays of another framework's file, by a word of its kind."""
 
-def foreign_directory(probe: Probe) -> CkptoolError | None:
-    """Returns the error for another framework's directory."""
-    for mark, kind in FOREIGN.items():
-        if any(re.fullmatch(mark, name, re.DOTALL) for name in probe.names):
-            return UnsupportedError(f"{kind}; it is not a format ckptool reads", probe.path)
-    return None
+
+def _not_read(kind: str, path: str) -> UnsupportedError:
+    """Returns the error for a file of another framework, with what gives its arrays."""
+    tool = next((tool for word, tool in TOOLS.items() if word in kind), "")
+    how = f": {tool} gives its arrays; store them with numpy.savez" if tool else ""
+    return UnsupportedError(f"{kind}; it is not a format ckptool reads{how}", path)
 
 
-def _what_lacks(probe: Probe) -> str:
-    """Returns what a directory does not have, and which directories in it may have it."""
+def _directory(probe: Probe) -> CkptoolError:
+    """Returns the error for a directory: another framework's, or one without weights, which directories in it have."""
+    if kind := _foreign_names(probe.names):
+        return _not_read(kind, probe.path)
     paths = {name: os.path.join(probe.path, name) for name in probe.names[:MOST_MEMBERS]}
+    found = {name: names_in(path) for name, path in paths.items() if os.access(path, os.R_OK)}
     weights = (*WEIGHTS, ".metadata", ".distcp", ".index.json")
-    inside = [name for name, path in paths.items() if any(one.endswith(weights) for one in names_in(path))]
-    lacks = "an index or a file of weights"
-    return f"{lacks} in it; name one of its directories that have: {listed(inside)}" if inside else lacks
+    inside = [name for name, names in found.items() if any(one.endswith(weights) for one in names)]
+    lacks = "a directory without an index or a file of weights"
+    if inside:
+        return FormatError(f"{lacks} in it; name one of its directories that have: {listed(inside)}", probe.path)
+    kinds = (f"{kind}, in its directory {name}" for name, names in found.items() if (kind := _foreign_names(names)))
+    kind = next(kinds, None)
+    return _not_read(kind, probe.path) if kind else FormatError(lacks, probe.path)
+
+
+def _foreign_names(names: Sequence[str]) -> str | None:
+    """Returns which framework's directory has these names."""
+    kinds = (kind for mark, kind in FOREIGN.items() if any(re.fullmatch(mark, name, re.DOTALL) for name in names))
+    return next(kinds, None)
 
 
 def refusal(probe: Probe) -> CkptoolError:
     """Returns the error for an input of no known format, saying what it is if that is recognized."""
     if probe.is_directory:
-        return foreign_directory(probe) or FormatError(f"a directory without {_what_lacks(probe)}", probe.path)
+        return _directory(probe)
     file, head = probe.file, probe.head
     if is_zip(file):
         return _archive(probe)
@@ -109,7 +150,7 @@ def refusal(probe: Probe) -> CkptoolError:
     if is_tar(head):
         return UnsupportedError(f"a tar archive{_inside(tar_members(reader(file)), 'tar xf FILE')}", file.path)
     if kind := _foreign(probe):
-        return UnsupportedError(f"{kind}; it is not a format ckptool reads", file.path)
+        return _not_read(kind, file.path)
     if text.startswith((b"{", b"[")):
         return FormatError("a JSON file; an index must be named *.index.json and have a weight_map", file.path)
     unknown = "no checkpoint that ckptool knows: neither torch, safetensors nor an index"
@@ -129,6 +170,8 @@ def _foreign(probe: Probe) -> str | None:
             return kind
     if head[4:8] in FLATBUFFERS:
         return FLATBUFFERS[head[4:8]]
+    if FLAX.match(head):
+        return "a MessagePack file (Flax)"
     read_at = reader(file)
     if read_at(max(0, file.size - 8), 8) == LEVELDB:
         return "a TensorFlow checkpoint (its index, or all of it in version 1)"
@@ -147,7 +190,7 @@ def _archive(probe: Probe) -> CkptoolError:
     if f"{root}/model.json" in probe.members:
         return UnsupportedError("a TorchScript archive of torch 1.0 to 1.2, which is not supported yet", probe.path)
     if {"model.weights.h5", "config.json"} <= probe.members.keys():
-        return UnsupportedError("a Keras archive (.keras); it is not a format ckptool reads", probe.path)
+        return _not_read("a Keras archive (.keras)", probe.path)
     what = _inside(((name, _head(probe, name)) for name in islice(probe.members, MOST_MEMBERS)), "unzip FILE")
     if what.startswith(_HOLDS):
         return UnsupportedError(f"a zip archive{what}", probe.path)
@@ -171,6 +214,8 @@ def _compressed(read_at: ReadAt, head: bytes) -> str:
             tar_members(read_at), "tar xf FILE"
         )
     kind = next((kind.partition(":")[0] for magic, kind in MAGIC.items() if start.startswith(magic)), "")
+    kind = "a pickle" if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") else kind
+    kind = "a joblib file" if b"joblib.numpy_pickle" in start else kind
     kind = "a checkpoint of torch" if start.startswith((*MAGICS, b"PK\3\4")) else kind
     kind = "a safetensors file" if start[8:9] == b"{" and not any(start[5:8]) else kind
     return packed.replace(":", f" with {kind} in it:") if kind else packed

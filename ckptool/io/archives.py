@@ -61,14 +61,14 @@ def tar_members(read_at: ReadAt) -> Iterator[tuple[str, bytes]]:
 
 
 def unpacked(file: Source, head: bytes) -> ReadAt | None:
-    """Returns the function that reads the content of a gzip, bzip2 or xz file; None for any other file."""
-    if head.startswith(b"\x1f\x8b"):
-        pieces = _pieces(file, zlib.decompressobj(31), zlib.error)
+    """Returns the function that reads the content of a gzip, zlib, bzip2, xz or lzma file; None for any other file."""
+    if head.startswith(b"\x1f\x8b") or (head[:1] == b"\x78" and int.from_bytes(head[:2], "big") % 31 == 0):
+        pieces = _pieces(file, zlib.decompressobj(47), zlib.error)  # 47: either header
     elif head.startswith(b"BZh"):
         import bz2
 
         pieces = _pieces(file, bz2.BZ2Decompressor(), OSError)
-    elif head.startswith(b"\xfd7zXZ"):
+    elif head.startswith((b"\xfd7zXZ", b"\x5d\0\0")):
         import lzma
 
         pieces = _pieces(file, lzma.LZMADecompressor(memlimit=MOST_XZ), lzma.LZMAError)

@@ -6,9 +6,11 @@ import bz2
 import gzip
 import io
 import lzma
+import pickle
 import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,20 @@ FOREIGN = {
     "ExecuTorch": [b"\x1c\0\0\0ET12" + FLOATS],
     "ncnn": [b"7767517\n75 83\nInput data 0 1 data\n", b"\xdd\x85\x76\0" + bytes(30), b"\x47\x6b\x30\1" + FLOATS],
     "MXNet": [struct.pack("<QQ", 0x112, 0) + FLOATS],
+    "Flax": [
+        b"\x82\xa6params\x81\xa6kernel\xc7\x0c\1\x93\x91\x01\xa7float32\xc4\4" + bytes(4),
+        b"\x81\xd9\x25" + b"encoder_decoder_with_a_very_long_name_"[:37] + b"\x80",
+        b"\xde\0\x20\xa4step\xcd\1\2",
+    ],
+    "Orbax": [bytes.fromhex("0cdb20def3010000") + FLOATS, bytes.fromhex("0cdb3a2a71000000") + FLOATS],
 }
+
+TOOL = {
+    "ONNX": "onnx.numpy_helper.to_array", "Flax": "flax.serialization.msgpack_restore", "Keras": "h5py.File",
+    "Orbax": "StandardCheckpointer", "TensorFlow checkpoint": "tf.train.load_checkpoint", "Core ML": "coremltools",
+    "MXNet": "mxnet.nd.load", "Torch7": "torchfile.load", "SavedModel": "tf.train.load_checkpoint",
+}  # fmt: skip
+"""What the refusal says that gives the arrays."""
 
 
 def refusal(path: Path | str) -> str:
@@ -106,6 +121,7 @@ def test_a_file_of_another_framework_is_named_whatever_its_suffix(name: str, suf
         code, _, err = run("inspect", path)
         assert (code, err.count("\n")) == (2, 1)
         assert "not a format ckptool reads" in err
+        assert TOOL.get(name, "") in err
 
 
 def test_weights_without_a_magic_number_are_named_by_the_file_beside_them() -> None:
@@ -124,6 +140,13 @@ def test_weights_without_a_magic_number_are_named_by_the_file_beside_them() -> N
         (["checkpoint", "model.ckpt-9.index", "model.ckpt-9.data-00000-of-00001"], "TensorFlow checkpoint"),
         (["Manifest.json", "Data/com.apple.CoreML/model.mlmodel"], "Core ML"),
         (["net.param", "net.bin"], "ncnn"),
+        (["_METADATA", "d/5cc4", "manifest.ocdbt"], "Orbax"),
+        (["_METADATA", "params.kernel/.zarray", "params.kernel/0.0"], "Orbax"),
+        (["10/_CHECKPOINT_METADATA", "10/default/_METADATA"], "Orbax checkpoint, in its directory 10"),
+        (["target.encoder.scale/.zarray", "checkpoint"], "Zarr's format"),
+        (["flax_model.msgpack", "config.json"], "Flax"),
+        (["tf_model.h5", "config.json"], "Keras"),
+        (["model.onnx", "config.json"], "ONNX"),
     ],
 )
 def test_a_directory_of_another_framework_is_named(names: list[str], what: str) -> None:
@@ -225,18 +248,25 @@ def test_a_zip_in_a_zip_and_a_tar_in_a_zip_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("squeeze", "tool"), [(gzip.compress, "gunzip"), (bz2.compress, "bunzip2"), (lzma.compress, "unxz")]
-)
+    ("squeeze", "tool"),
+    [
+        (gzip.compress, "gunzip -c FILE > OUT"), (bz2.compress, "bunzip2 -c FILE > OUT"),
+        (lzma.compress, "unxz -c FILE > OUT"), (zlib.compress, "zlib.decompress"),
+        (lambda data: lzma.compress(data, lzma.FORMAT_ALONE), "unlzma -c FILE > OUT"),
+    ],
+)  # fmt: skip
 def test_a_compressed_file_that_is_no_tar_says_what_is_in_it(squeeze: Any, tool: str) -> None:
     contents = {
         pth(): "a checkpoint of torch", legacy(): "a checkpoint of torch", save({"a": torch.ones(1)}): "a safetensors",
-        FOREIGN["GGUF"][0]: "a GGUF file", b"just text": "",
+        FOREIGN["GGUF"][0]: "a GGUF file", b"just text": "", pickle.dumps({"w": [1.0]}, 4): "a pickle",
+        b"\x80\4\x95" + bytes(8) + b"\x8c\x13joblib.numpy_pickle": "a joblib file",
     }  # fmt: skip
     for content, what in contents.items():
         Path("x.pth").write_bytes(squeeze(content))
         said = refusal("x.pth")
         assert what in said
-        assert f"{tool} it first" in said
+        assert "unpack it first (`" in said
+        assert tool in said
 
 
 def test_an_archive_without_a_checkpoint_says_what_is_in_it() -> None:
@@ -246,6 +276,7 @@ def test_an_archive_without_a_checkpoint_says_what_is_in_it() -> None:
     assert "a tar archive, and no checkpoint in it: a.txt" in refusal("x.tar")
     Path("x.keras").write_bytes(zipped({"metadata.json": b"{}", "config.json": b"{}", "model.weights.h5": FLOATS}))
     assert "a Keras archive (.keras)" in refusal("x.keras")
+    assert "h5py.File, after `unzip FILE model.weights.h5`, gives its arrays" in refusal("x.keras")
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz", "w"])
