@@ -27,7 +27,7 @@ def command(
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Cast floats to it: bf16, float32, ...")] = None,
     keep: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="With --dtype: keys not to cast.")] = None,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Multiply weights by the scales beside them.")
+        bool, typer.Option("--dequantize", help="Multiply weights by the scales beside them, or GGUF's in them.")
     ] = False,
     max_shard_size: options.MaxShardSize = "5GB",
     shard_name: options.ShardName = None,

@@ -15,6 +15,7 @@ import os
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -22,8 +23,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from ckptool.core.checkpoint import Checkpoint, refuse_tensors
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.keys import has_surrogate
-from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride, is_countable
-from ckptool.core.tree import brief
+from ckptool.core.tensor import Opaque, Span, Storage, TensorInfo, contiguous_stride, is_countable
+from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files, Source, locate, read_span
@@ -62,13 +63,19 @@ DESCR = {
 
 BY_DESCR = {descr[1:]: dtype for dtype, descr in DESCR.items()}
 
+ML_DTYPES = {"<V2": "bfloat16", "<f1": "float8_e5m2"}
+"""How numpy describes types of ml_dtypes (0.6) and MLX: as raw bytes with an order, which its own (``|V2``) lack."""
+
+ONE_BYTE = "<V1"
+"""How it describes all their other types of one byte: four float8, float4, float6, integers of up to four bits."""
+
 NOT_READ = {
     "O": "Python objects, which need pickle",
     "U": "text",
     "S": "bytes",
     "M": "dates",
     "m": "time spans",
-    "V": "raw bytes",  # as numpy writes bfloat16 and float8
+    "V": "raw bytes",
 }
 """Kinds of numpy dtypes that tensors lack, by their letter."""
 
@@ -77,9 +84,10 @@ FIRST_DAY = (1 << 5) + 1
 
 
 class _Form(NamedTuple):
-    """A parsed header."""
+    """A parsed header. ``descr``: what stands there for the dtype, if it is ml_dtypes'."""
 
     dtype: str
+    descr: str
     byteorder: Literal["little", "big"]
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -102,6 +110,7 @@ def read(probe: Probe) -> Checkpoint:
     tree: dict[str, TensorInfo] = {}
     refused: list[str] = []
     forms: dict[bytes, _Form] = {}
+    named: dict[str, list[str]] = {}
     if probe.head.startswith(MAGIC):
         spans = {os.path.splitext(probe.name)[0]: file.span(0, file.size)}
     else:
@@ -109,16 +118,24 @@ def read(probe: Probe) -> Checkpoint:
         spans = {name[:-4]: member.span for name, member in probe.members.items() if name.endswith(".npy")}
     for name, span in spans.items():
         try:
-            tree[name] = _tensor(name, span, file, forms)
+            tree[name], descr = _tensor(name, span, file, forms)
+            named.setdefault(descr, []).append(name)
         except UnsupportedError as error:
             refused.append(f"{name} ({error.message})")
     if refused:
         raise UnsupportedError(f"it holds what cannot be read as a tensor: {listed(refused, 20)}", file.path)
-    return Checkpoint(tree, url=file.path, nbytes=file.size)
+    notes = [f"read as {ML_DTYPES[one]}, by {one!r}: {listed(named[one])}" for one in ML_DTYPES if one in named]
+    if ONE_BYTE in named:
+        what = f"a type of ml_dtypes of one byte (a float8, float4, int4, ...), {ONE_BYTE!r} does not say which"
+        notes.append(f"{what}: {listed(named[ONE_BYTE])}")
+    return Checkpoint(tree, url=file.path, nbytes=file.size, notes=tuple(notes))
 
 
-def _tensor(name: str, span: Span, file: Source, forms: dict[bytes, _Form]) -> TensorInfo:
-    """Returns the tensor of an array; ``forms`` caches parsed headers. Raises: UnsupportedError."""
+def _tensor(name: str, span: Span, file: Source, forms: dict[bytes, _Form]) -> tuple[TensorInfo, str]:
+    """Returns the tensor of an array, and the description of ml_dtypes' type; ``forms`` caches parsed headers.
+
+    Raises: FormatError, UnsupportedError.
+    """
     if span.member == "stored":  # a plain byte range, which can be copied or cloned
         span = locate(file, span)._replace(member=None, packed=0, named=0)
 
@@ -145,7 +162,11 @@ def _tensor(name: str, span: Span, file: Source, forms: dict[bytes, _Form]) -> T
     if end % itemsize:
         raise UnsupportedError(f"compressed, and its elements begin at byte {end}, between two of them")
     storage = Storage(span, form.dtype if DTYPES[form.dtype].storage else None, byteorder=form.byteorder)
-    return TensorInfo(form.dtype, form.shape, form.stride, end // itemsize, storage)
+    tensor = TensorInfo(form.dtype, form.shape, form.stride, end // itemsize, storage)
+    if form.descr == ONE_BYTE:
+        raw = TensorInfo("uint8", (form.nbytes,), (1,), end, storage)
+        tensor = replace(tensor, source=Opaque("V1", Global.named("numpy", "V1")(), (raw,), in_torch=False))
+    return tensor, form.descr
 
 
 def _form(name: str, text: bytes, path: str) -> _Form:
@@ -158,12 +179,15 @@ def _form(name: str, text: bytes, path: str) -> _Form:
         at = field.end()
     if literal[:1] != "{" or literal[-1:] != "}" or at != last or len(said) != 3:
         raise FormatError(f"the array {brief(name)} has no header as numpy writes it", path)
-    dtype, byteorder = _dtype(said.get("descr"))
+    descr = said.get("descr") or ""
+    known = {**ML_DTYPES, ONE_BYTE: "uint8"}.get(descr)
+    dtype, byteorder = _dtype(f"|{DESCR['uint8'][1:]}" if known else said.get("descr"))
+    dtype = known or dtype
     shape = tuple(int(size.strip().rstrip("L")) for size in said["shape"].split(",") if size.strip())
     if not is_countable(shape):
         raise FormatError(f"the array {brief(name)} has shape {brief(shape)}: more elements than can be counted", path)
     stride = contiguous_stride(shape[::-1])[::-1] if said["fortran"] == "True" else contiguous_stride(shape)
-    return _Form(dtype, byteorder, shape, stride, prod(shape) * DTYPES[dtype].bits // 8)
+    return _Form(dtype, descr if known else "", byteorder, shape, stride, prod(shape) * DTYPES[dtype].bits // 8)
 
 
 def _dtype(descr: str | None) -> tuple[str, Literal["little", "big"]]:

@@ -307,16 +307,19 @@ def dequantized(
 
 
 def of_blocks(tensor: TensorInfo, dtype: str) -> TensorInfo | None:
-    """Returns the values of a tensor of GGUF's type Q8_0, lazy; None for any other, and for a big-endian one.
+    """Returns the values of a tensor of GGUF's type Q8_0 or Q4_0, lazy; None for any other, and for a big-endian one.
 
-    A block is a scale (float16) and the 32 integers (int8) that it multiplies. Both are views of the raw bytes.
+    A block is a scale (float16) and the 32 integers that it multiplies: of eight bits, or of four, in 16 bytes.
     """
-    memory = tensor.parts[0].source if tensor.kind == "Q8_0" else None
+    memory = tensor.parts[0].source if tensor.kind in ("Q8_0", "Q4_0") else None
     if not isinstance(memory, Storage) or memory.byteorder == "big":
         return None
-    raw, count = tensor.parts[0], tensor.nbytes // 34
-    scale = replace(raw, dtype="float16", shape=(count, 1), stride=(17, 1))
-    weight = replace(raw, dtype="int8", shape=(count, 32), stride=(34, 1), storage_offset=2)
+    width = 32 if tensor.kind == "Q8_0" else 16
+    raw, count, block = tensor.parts[0], tensor.nbytes // (2 + width), 2 + width
+    scale = replace(raw, dtype="float16", shape=(count, 1), stride=(block // 2, 1))
+    weight = replace(raw, dtype="int8", shape=(count, width), stride=(block, 1), storage_offset=2)
+    if tensor.kind == "Q4_0":
+        weight = computed("int8", (count, 32), Derived("nibbles", (replace(weight, dtype="uint8"),), shape=(count, 32)))
     return computed(dtype, tensor.shape or (), Derived("dequantize", (weight, scale), shape=weight.shape, args=(1, 32)))
 
 

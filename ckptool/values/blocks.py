@@ -217,6 +217,11 @@ def _derived(source: Derived, dtype: str, files: Files) -> Iterator[Bytes]:
         yield from _cast(source, tensor.dtype, dtype, tensor_blocks(tensor, files), files)
     elif source.op == "dequantize":
         yield from _cast(source, "float64", dtype, _dequantized(source, files), files)
+    elif source.op == "nibbles":
+        from ckptool.values.codec import nibbles
+
+        width = (source.inputs[0].shape or (1,))[-1]
+        yield from (nibbles(rows, width) for rows in _rows(tensor_blocks(source.inputs[0], files), width))
     elif source.op == "copy":
         yield from tensor_blocks(source.inputs[0], files)
     elif source.op in ("cat", "chunks"):

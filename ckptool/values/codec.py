@@ -74,6 +74,14 @@ def decode(dtype: str, data: Bytes) -> Array:
         return decode_float(dtype, data).astype("f8")
 
 
+def nibbles(data: Bytes, width: int) -> memoryview:
+    """Returns the int8 numbers in rows of ``width`` bytes: of each the low halves, then the high ones, minus 8."""
+    rows = np.frombuffer(data, "u1").reshape(-1, width)
+    made = np.concatenate([rows & 15, rows >> 4], axis=1).view("i1")
+    made -= 8
+    return made.reshape(-1).view("u1").data
+
+
 def decode_float(dtype: str, data: Bytes) -> Array:
     """Returns the elements of one of the `COMMON_FLOATS` in order: float64 stays, all others become float32."""
     values = np.frombuffer(data, _layout(dtype))

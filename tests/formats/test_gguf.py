@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from everything import SAMPLES
 from oracles import FIXTURES, Run
 
@@ -157,6 +158,36 @@ def test_q8_0_is_dequantised_on_request_as_numpy_does(
         found = open_checkpoint(tmp_path / out).state_dict()["w"]
         assert (found.dtype, found.shape) == (dtype, shape)
         assert raw_of(open_checkpoint(tmp_path / out), "w") == wanted.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 32), (32,), (0, 32)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_q4_0_is_dequantised_on_request_as_numpy_does(
+    dtype: str, shape: tuple[int, ...], run: Run, tmp_path: Path
+) -> None:
+    count = int(np.prod(shape)) // 32
+    rng = np.random.default_rng(4)
+    scales, raw = rng.normal(size=count).astype("<f2"), rng.integers(0, 256, (count, 16), dtype="u1")
+    numbers = np.stack([raw & 15, raw >> 4], 1).reshape(count, 32).astype("f4") - 8
+    wanted = torch.from_numpy((scales.astype("f4")[:, None] * numbers).reshape(shape)).to(getattr(torch, dtype))
+    blocks = b"".join(scale.tobytes() + row.tobytes() for scale, row in zip(scales, raw, strict=True))
+    path = put(tmp_path, gguf({"b": PLAIN["b"], "w": (Q4_0, shape[::-1], blocks)}))
+    code, _, err = run("convert", path, "--dequantize", "--dtype", dtype, "-o", tmp_path / "out.pth")
+    assert (code, err) == (0, "")
+    assert torch.equal(torch.load(tmp_path / "out.pth", weights_only=True)["w"], wanted)
+
+
+def test_q4_0_is_what_the_library_dequantises(tmp_path: Path) -> None:
+    """A block, and what ``gguf.quants.dequantize`` of gguf 0.19.0 gives for it."""
+    block = bytes.fromhex("00be3b6273043b51de2c8d2f0f80c37a9be1")
+    made = open_checkpoint(put(tmp_path, gguf({"w": (Q4_0, (32,), block)}))).state_dict()["w"]
+    lazy = of_blocks(made, "float32")
+    assert lazy is not None
+    with Files() as files:
+        assert np.frombuffer(read_bytes(lazy, files), "<f4").tolist() == [
+            -4.5, 9.0, 7.5, 6.0, -4.5, 10.5, -9.0, -6.0, -7.5, -10.5, -10.5, 12.0, 7.5, -3.0, -4.5, 10.5,
+            7.5, 3.0, 1.5, 12.0, 7.5, 4.5, -7.5, 9.0, -0.0, 9.0, 12.0, -0.0, -6.0, 1.5, -1.5, -9.0,
+        ]  # fmt: skip
 
 
 def test_what_cannot_be_dequantised_is_still_refused_by_its_type(run: Run, tmp_path: Path) -> None:

@@ -307,6 +307,9 @@ REFUSED = {
     "bytes": (npy(PLAIN.replace("<f4", "|S4")), UnsupportedError),
     "dates": (npy(PLAIN.replace("<f4", "<M8[s]")), UnsupportedError),
     "raw bytes": (npy(PLAIN.replace("<f4", "|V4")), UnsupportedError),
+    "raw bytes of two": (npy(PLAIN.replace("<f4", "|V2"), bytes(12)), UnsupportedError),
+    "three bytes in an order": (npy(PLAIN.replace("<f4", "<V3"), bytes(18)), UnsupportedError),
+    "two bytes in the other order": (npy(PLAIN.replace("<f4", ">V2"), bytes(12)), UnsupportedError),
     "a longer float": (npy(PLAIN.replace("<f4", "<f16")), UnsupportedError),
     "fields": (npy(PLAIN.replace("'<f4'", "[('a', '<f4')]")), UnsupportedError),
     "no byte order": (npy(PLAIN.replace("<f4", "|f4")), UnsupportedError),
@@ -324,6 +327,42 @@ def test_what_is_said_of_a_dtype_is_true(descr: str, reason: str, tmp_path: Path
     (tmp_path / "w.npy").write_bytes(npy(PLAIN.replace("<f4", descr)))
     with pytest.raises(UnsupportedError, match=re.escape(f"{descr!r}: {reason}")):
         read(str(tmp_path / "w.npy"))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("descr", "dtype"), [("<V2", torch.bfloat16), ("<f1", torch.float8_e5m2)]
+)  # what numpy.save writes of ml_dtypes' bfloat16 and float8_e5m2
+def test_types_of_ml_dtypes_that_have_a_description_of_their_own_are_read(
+    descr: str, dtype: torch.dtype, method: int, tmp_path: Path
+) -> None:
+    values = torch.linspace(-3, 3, 6).to(dtype)
+    for form in ("False", "True"):
+        header = PLAIN.replace("<f4", descr).replace("False", form)
+        with zipfile.ZipFile(tmp_path / "w.npz", "w", method) as archive:
+            archive.writestr("w.npy", npy(header + " " * (-(10 + len(header)) % 64), bits(values)))
+        opened = open_checkpoint(tmp_path / "w.npz")
+        expected = values.reshape(2, 3) if form == "False" else values.reshape(3, 2).T
+        assert torch.equal(opened.to_torch()["w"].float(), expected.float())
+        assert opened.notes == (f"read as {str(dtype)[6:]}, by {descr!r}: w",)
+        save(opened, tmp_path / "out.pth", force=True)
+        assert torch.load(tmp_path / "out.pth", weights_only=True)["w"].dtype is dtype
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_type_of_one_byte_that_numpy_does_not_name_is_listed_and_in_no_output(method: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.npz", "w", method) as archive:
+        archive.writestr("f8.npy", npy(PLAIN.replace("<f4", "<V1"), bytes(range(6))))
+        archive.writestr("w.npy", npy(PLAIN + " " * (-(10 + len(PLAIN)) % 64)))
+    opened = open_checkpoint(tmp_path / "w.npz")
+    found = opened.state_dict()["f8"]
+    assert (found.kind, found.shape, found.nbytes) == ("V1", (2, 3), 6)
+    with Files() as files:
+        assert read_bytes(found.parts[0], files) == bytes(range(6))
+    assert "does not say which: f8" in opened.notes[0]
+    for out in ("out.pth", "out.npz", "out.safetensors"):
+        with pytest.raises(LossError, match=r"f8 \(V1\)"):
+            save(opened, tmp_path / out)
 
 
 @pytest.mark.parametrize("name", TAKEN)
