@@ -91,11 +91,10 @@ class Derived:
 
     ``cast``: the input's, converted to the tensor's dtype. ``copy``: the input's, unchanged (the shape may
     differ). ``dequantize``: a weight's, multiplied by its scales; ``args`` has how many elements share a scale along
-    each dimension. ``nibbles``: the int8 numbers from -8 to 7 in rows of bytes: those in the low halves, then those in
-    the high ones, plus 8 each. ``cat``: the inputs', concatenated along the dimension ``dim``. ``chunks``: the inputs
-    are boxes of the tensor, which begin at the indices ``args`` (see `chunks`). ``draw``: new numbers of ``shape``,
-    specified by ``args``, a `Draw`. The others are an adapter's (``take``, ``mean``, ``mix``, ``resample``): values of
-    ``shape`` computed from whole inputs, see `ckptool.values.adapt`.
+    each dimension. ``nibbles``: rows of bytes as int8: their low halves, then the high ones, minus 8 each.
+    ``cat``: the inputs', concatenated along ``dim``. ``chunks``: the inputs are boxes of the tensor, which begin at the
+    indices ``args`` (see `chunks`). ``draw``: new numbers of ``shape``, specified by ``args``, a `Draw`. The others are
+    an adapter's (``take``, ``mean``, ...): values of ``shape`` computed from whole inputs, see `ckptool.values.adapt`.
     """
 
     op: Literal["cast", "dequantize", "nibbles", "copy", "cat", "chunks", "draw", "take", "mean", "mix", "resample"]
