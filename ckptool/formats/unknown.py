@@ -43,7 +43,7 @@ MAGIC = {
 }
 """The first bytes of known files."""
 
-FLATBUFFERS = {b"TFL3": "a TFLite model", b"ET12": "an ExecuTorch program"}
+FLATBUFFERS = {b"TFL3": "a TFLite model", b"ET12": "an ExecuTorch program", b"PTMF": "a TorchScript flatbuffer (.ff)"}
 """Bytes 4 to 8 of known files."""
 
 FLAX = re.compile(
@@ -186,9 +186,6 @@ def _foreign(probe: Probe) -> str | None:
 
 
 def _archive(probe: Probe) -> CkptoolError:
-    root = probe.root
-    if f"{root}/model.json" in probe.members:
-        return UnsupportedError("a TorchScript archive of torch 1.0 to 1.2, which is not supported yet", probe.path)
     if {"model.weights.h5", "config.json"} <= probe.members.keys():
         return _not_read("a Keras archive (.keras)", probe.path)
     what = _inside(((name, _head(probe, name)) for name in islice(probe.members, MOST_MEMBERS)), "unzip FILE")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
-from ckptool.errors import UnreadableError, explain
+from ckptool.errors import FormatError, UnreadableError, explain, listed
 from ckptool.io.source import LocalFile, Source
 from ckptool.io.zip_read import Member, archive_end, read_directory, read_small
 from ckptool.limits import Limit
@@ -67,3 +69,28 @@ class Probe:
     def record(self, name: str, limit: Limit) -> bytes | None:
         """Returns the content of a small record below `root`, None if absent. Raises: as `read_small`."""
         return read_small(self.file, self.members, f"{self.root}/{name}", limit)
+
+    def json(self, name: str, limit: Limit) -> dict[str, Any]:
+        """Returns the JSON object in a small record below `root`.
+
+        Raises: FormatError if it is absent, is no JSON object, or has a name twice; else as `read_small`.
+        """
+        import json
+
+        if (text := self.record(name, limit)) is None:
+            raise FormatError(f"{name} is absent from the archive: was its save or its download cut off?")
+        try:
+            found = json.loads(text, object_pairs_hook=_unique)
+        except (RecursionError, ValueError) as error:
+            raise FormatError(f"{name} cannot be understood: {error}") from error
+        if not isinstance(found, dict):
+            raise FormatError(f"{name} is no JSON object")
+        return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"an object has a name twice: {listed(twice)}")
+    return found

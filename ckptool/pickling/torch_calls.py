@@ -294,6 +294,11 @@ def _opaque(
     return TensorInfo(dtype, shape, stride, offset, Opaque(kind, node, parts))
 
 
+def _typed(value: Any, type_name: object = None) -> Any:
+    """Returns the container that a call of TorchScript's pickler only adds a type to."""
+    return value
+
+
 DEVICE_CALLS = (
     "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_device_tensor_from_numpy",
     "_rebuild_xla_tensor", "_rebuild_mlc_tensor",  # before torch 2
@@ -313,6 +318,8 @@ builders: Builders = {
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _meta,
     ("torch._utils", "_rebuild_sparse_csr_tensor"): _sparse,  # torch 1.9 to 1.12
     **{("torch._utils", name): _device_tensor for name in DEVICE_CALLS},
+    **{("torch.jit._pickle", f"build_{kind}list"): _typed for kind in ("int", "double", "bool", "tensor")},
+    ("torch.jit._pickle", "restore_type_tag"): _typed,  # what torch::pickle_save of C++ writes has these too
 }
 """The functions that `pickling.load.load` calls in place of torch's."""
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, Run, assert_identical, assert_same_tensors
+from oracles import FIXTURES, Run, assert_identical, assert_same_tensors, tree_equal
 from torch import nn
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
-from ckptool.errors import CkptoolError, FormatError, LimitError
+from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 
 
 class Inner(nn.Module):
@@ -163,6 +165,179 @@ def test_a_program_takes_the_part_of_any_checkpoint(run: Run) -> None:
     assert run("diff", FIXTURES / "script.pt", "out.safetensors", "--values")[0] == 0
     assert run("convert", FIXTURES / "script.pt", "-o", "out.pth")[0] == 0
     torch.jit.load(FIXTURES / "script.pt").load_state_dict(torch.load("out.pth"))
+
+
+# --- torch 1.0 to 1.2 ------------------------------------------------------------------------------------------------
+
+DATA = {"tensors/0": torch.arange(6.0), "tensors/1": torch.arange(3), "tensors/2": torch.ones(2, dtype=torch.uint8)}
+
+
+def tensor(number: int, kind: str = "FLOAT", dims: str = "6", strides: str = "1", **more: Any) -> dict[str, Any]:
+    """A tensor as protobuf's JSON has it: integers of 64 bits are texts."""
+    row = {"dims": dims.split(), "offset": "0", "strides": strides.split(), "requiresGrad": False, "dataType": kind}
+    return {**row, "data": {"key": f"tensors/{number}"}, "device": "cpu", **more}
+
+
+def parameter(name: str, number: int, is_buffer: bool = False) -> dict[str, Any]:
+    return {"isBuffer": is_buffer, "tensorId": str(number), "name": name}
+
+
+def model() -> dict[str, Any]:
+    """What torch 1.0 wrote, where buffers are parameters, and in ``new`` what torch 1.2 did: they are attributes."""
+    attributes = [("Tensor", "mean", 0), ("Tensor", "frozen", 1), ("List[str]", "__constants__", 2),
+                  ("List[Tensor]", "more", 3), ("Optional[Tensor]", "absent", -1)]  # fmt: skip
+    rows = [{"type": kind, "name": name, "id": str(number)} for kind, name, number in attributes]
+    tensors = [tensor(0, requiresGrad=True), tensor(1, "INT64", "3"), tensor(2, "UINT8", "2"),
+               tensor(0, dims="2 2", strides="1 2", offset="1"), tensor(1, "INT64", "", "", offset="2")]  # fmt: skip
+    new = {"name": "new", "parameters": [parameter("weight", 3)], "attributes": rows, "optimize": True}
+    old = {"name": "old", "parameters": [parameter("steps", 1, True), parameter("weight", 0)], "submodules": [new]}
+    main = {"name": "m", "parameters": [parameter("p", 3), parameter("b", 2, True)], "submodules": [old, {"name": "e"}]}
+    return {"protoVersion": "5", "mainModule": main, "tensors": tensors, "producerName": "pytorch"}
+
+
+CALL = b"ctorch.jit._pickle\nbuild_tensor_from_id\n"
+VALUES = b"\x80\x02(" + CALL + b"(K\x04tR" + CALL + b"(K\x01tR](X\1\0\0\0ae](" + CALL + b"(K\x02tRet."
+
+
+def described(path: Path, change: Callable[[dict[str, Any]], object] = lambda _: None, **records: bytes | None) -> Path:
+    found = model()
+    change(found)
+    content = {name: bytes(one.view(torch.uint8).numpy()) for name, one in DATA.items()}
+    content |= {"version": b"1\n", "attributes.pkl": VALUES, "model.json": json.dumps(found).encode()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {**content, **records}.items():
+            if data is not None:
+                archive.writestr(f"m/{name}", data)
+    return path
+
+
+def test_archives_of_torch_1_0_to_1_2_list_modules_and_tensors_in_json(tmp_path: Path) -> None:
+    opened = open_checkpoint(described(tmp_path / "m.pt", **{"extra/a.txt": b"x"}))
+    whole, counts, _ = DATA.values()
+    turned = torch.tensor([[1.0, 3.0], [2.0, 4.0]])
+    expected = {
+        "p": turned, "b": DATA["tensors/2"], "old.weight": whole, "old.steps": counts, "old.new.weight": turned,
+        "old.new.mean": torch.tensor(2), "old.new.frozen": counts,
+    }  # fmt: skip
+    assert list(opened.state_dict()) == list(expected)
+    save(opened, tmp_path / "out.pth")
+    written = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert all(torch.equal(written[key], value) for key, value in expected.items())
+    assert opened.state_dict()["p"].stride == (1, 2)
+    assert opened.state_dict()["old.weight"].requires_grad
+    assert opened.shared() == [["p", "old.new.weight"], ["old.steps", "old.new.frozen"]]
+    assert tied({key: id(one.source) for key, one in opened.state_dict().items()}) == [
+        ["p", "old.weight", "old.new.weight"], ["b"], ["old.steps", "old.new.mean", "old.new.frozen"]
+    ]  # fmt: skip
+    assert opened.notes == (
+        "tensors that are no parameters or buffers, and so no keys: old/new/more/0",
+        "files of the user (extra/) are not read: a.txt",
+    )
+
+
+def test_a_module_of_torch_1_2_with_code_of_its_own_is_named(tmp_path: Path) -> None:
+    opened = open_checkpoint(described(tmp_path / "m.pt", lambda it: it["mainModule"].update(getStateAttributeId="0")))
+    assert "modules that code of their own would restore have no keys: the top" in opened.notes
+
+
+def test_torch_1_0_had_no_attributes(tmp_path: Path) -> None:
+    def without(found: dict[str, Any]) -> None:
+        del found["mainModule"]["submodules"][0]["submodules"]
+
+    opened = open_checkpoint(described(tmp_path / "m.pt", without, **{"attributes.pkl": None}))
+    assert list(opened.state_dict()) == ["p", "b", "old.weight", "old.steps"]
+
+
+def first(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda found: found["tensors"][3].update(fields)
+
+
+def top(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda found: found["mainModule"].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "records", "said"),
+    [
+        (None, {"model.json": b"{"}, "model.json cannot be understood"),
+        (None, {"model.json": b"[]"}, "no JSON object"),
+        (None, {"model.json": b"[" * 1_000_000}, "cannot be understood"),
+        (None, {"model.json": b'{"tensors": [], "tensors": []}'}, "name twice"),
+        (None, {"model.json": b'{"tensors": {}}'}, "tensors is {}: expected list"),
+        (None, {"tensors/0": None}, "'tensors/0' is named in model.json and absent"),
+        (None, {"tensors/0": b"1234"}, "reaches element"),
+        (None, {"attributes.pkl": VALUES[:-9]}, "cut off"),
+        (None, {"attributes.pkl": b"\x80\x02K\x01."}, "attributes.pkl holds 1"),
+        (None, {"attributes.pkl": None}, "attribute 0; attributes.pkl has 0"),
+        (None, {"attributes.pkl": VALUES.replace(b"(K\x04t", b"(K\x09t")}, "refers to tensor 9, and lists 5"),
+        (None, {"attributes.pkl": VALUES.replace(b"(K\x04t", b"(}t")}, "refers to tensor {}"),
+        (first(dims=["-2", "2"]), {}, "negative"),
+        (first(strides=["-1", "2"]), {}, "negative"),
+        (first(offset="-1"), {}, "offset -1"),
+        (first(offset="4"), {}, "reaches element"),
+        (first(offset=1.5), {}, "1.5 where a number"),
+        (first(offset=float("nan")), {}, "nan where a number"),
+        (first(offset="9" * 40), {}, "where a number"),
+        (first(dims=[str(1 << 62)] * 2), {}, "can count"),
+        (first(dims=["2"]), {}, "stride"),
+        (first(dims=None), {}, "dims is None"),
+        (first(data={}), {}, "'' is named in model.json"),
+        (first(dataType="INT32"), {}, "cannot share memory"),
+        (first(device="cuda:0"), {}, "cannot share memory"),
+        (top(parameters=[parameter("w", 5)]), {}, "refers to tensor 5"),
+        (top(parameters=[parameter("w", -1)]), {}, "refers to tensor -1"),
+        (top(parameters=[parameter("w", 0), parameter("w", 1)]), {}, "two tensors have the key 'w'"),
+        (top(parameters=[parameter("w", 0, None)]), {}, "isBuffer is None"),
+        (top(submodules=[1]), {}, "name is None"),
+        (top(submodules={}), {}, "submodules is {}"),
+    ],
+)
+def test_what_is_wrong_with_model_json_is_said(
+    change: Any, records: dict[str, bytes | None], said: str, tmp_path: Path, run: Run
+) -> None:
+    path = described(tmp_path / "m.pt", change or (lambda _: None), **records)
+    with pytest.raises(FormatError, match=re.escape(said)):
+        open_checkpoint(path)
+    code, _, err = run("inspect", path)
+    assert (code, err.count("\n"), "m.pt" in err) == (2, 1, True)
+
+
+@pytest.mark.parametrize("fields", [{"dataType": "UNDEFINED"}, {"isQuantized": True, "scale": 0.1}])
+def test_other_tensors_of_model_json_are_refused_by_name(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"tensor 3 of model\.json (is quantised|has the type 'UNDEFINED')"):
+        open_checkpoint(described(tmp_path / "m.pt", first(**fields)))
+
+
+def test_modules_nested_without_end_are_refused(tmp_path: Path) -> None:
+    module: dict[str, Any] = {"name": "a", "parameters": [parameter("w", 0)]}
+    for _ in range(300):
+        module = {"name": "a", "submodules": [module]}
+    with pytest.raises(LimitError):
+        open_checkpoint(described(tmp_path / "m.pt", top(submodules=[module])))
+
+
+# --- C++ -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"a": torch.ones(2), "b": torch.zeros(3)}, [torch.ones(2), torch.zeros(1)],
+     {"a": [torch.ones(1)], "c": [torch.zeros(2)]}, (torch.ones(2), [1, 2], [True], [0.5])],
+    ids=["dict", "list", "dict of lists", "tuple"],
+)  # fmt: skip
+def test_what_pickle_save_of_c_writes_is_the_tree_of_torch_load(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "saved.pt"
+    path.write_bytes(torch._C._pickle_save(value))
+    opened = open_checkpoint(path)
+    tree_equal(opened.tree, torch.load(path, weights_only=False))
+    save(opened, tmp_path / "out.pth")
+    assert_identical(torch.load(path, weights_only=False), torch.load(tmp_path / "out.pth", weights_only=True))
+
+
+def test_a_flatbuffer_is_refused_by_name(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2))._save_for_lite_interpreter(str(tmp_path / "m.ff"), _use_flatbuffer=True)
+    with pytest.raises(UnsupportedError, match="TorchScript flatbuffer"):
+        open_checkpoint(tmp_path / "m.ff")
 
 
 # --- wrong inputs ----------------------------------------------------------------------------------------------------

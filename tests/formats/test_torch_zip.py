@@ -115,7 +115,6 @@ def test_what_is_wrong_with_an_archive_is_said(
 @pytest.mark.parametrize(
     ("records_", "said"),
     [
-        ({"r/model.json": b"{}", "r/tensors/0": b""}, "TorchScript"),
         ({"r/archive_format": b"pt2", "r/data/aotinductor/m/m.so": b""}, "AOTInductor"),
     ],
     ids=str,

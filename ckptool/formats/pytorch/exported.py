@@ -19,9 +19,7 @@ a zip archive of serialized_exported_program.json and of such files: serialized_
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -33,7 +31,7 @@ from ckptool.core.tree import Global, as_mapping, brief, refuse_key
 from ckptool.errors import CkptoolError, FormatError, UnsupportedError, listed
 from ckptool.io.probe import Probe
 from ckptool.io.source import Section, locate
-from ckptool.io.zip_read import Member, read_small
+from ckptool.io.zip_read import Member
 from ckptool.limits import MAX_BYTEORDER, MAX_INDEX
 from ckptool.pickling import torch_calls as rebuild
 from ckptool.pickling.archives import refuse_ambiguous, unpickled
@@ -244,15 +242,8 @@ class _Archive:
         return self._saved[record]
 
     def _json(self, record: str) -> dict[str, Any]:
-        self._taken(record)
-        text = read_small(self.probe.file, self.members, record, MAX_INDEX) or b""
-        try:
-            found = json.loads(text, object_pairs_hook=_unique)
-        except (RecursionError, ValueError) as error:
-            raise FormatError(f"{record} cannot be understood: {error}") from error
-        if not isinstance(found, dict):
-            raise FormatError(f"{record} is no JSON object")
-        return found
+        self.left.pop(record, None)
+        return self.probe.json(record, MAX_INDEX)
 
     def _taken(self, record: str) -> Member:
         if record not in self.members:
@@ -301,11 +292,3 @@ def _device(device: dict[str, Any]) -> str:
     """Returns the tag that torch.save gives a device."""
     kind = _field(device, "type", str)
     return kind if device.get("index") is None else f"{kind}:{_field(device, 'index', int)}"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise FormatError(f"it has a name twice: {listed(name for name, count in counts.items() if count > 1)}")
-    return found
