@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ckptool.api import (
+        check_schema,
         convert,
         diff,
         filter,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from ckptool.ops.rules import Rules
     from ckptool.partial.handover import Group
     from ckptool.partial.plan import LoadPartialReport
+    from ckptool.references.schema import SchemaReport
     from ckptool.saving import Saved
 
 __version__ = "0.1.0"
@@ -81,6 +83,7 @@ __all__ = [
     "Row",
     "Rules",
     "Saved",
+    "SchemaReport",
     "Stats",
     "StrictError",
     "TensorInfo",
@@ -90,6 +93,7 @@ __all__ = [
     "UsageError",
     "ValuesChanged",
     "__version__",
+    "check_schema",
     "convert",
     "diff",
     "filter",
@@ -106,7 +110,7 @@ __all__ = [
 
 _MODULES = (
     "errors", "core.tensor", "api", "ops.rules", "ops.inspect", "core.findings", "ops.diff", "ops.rows", "ops.remap",
-    "ops.convert", "partial.plan", "partial.handover", "saving",
+    "ops.convert", "partial.plan", "partial.handover", "saving", "references.schema",
 )  # fmt: skip
 """Where the public names are defined, those first that are used most."""
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ckptool.ops.remap import RemapReport
     from ckptool.ops.rows import FilterReport
     from ckptool.partial.plan import LoadPartialReport
+    from ckptool.references.schema import SchemaReport
     from ckptool.saving import MapLocation, Progress, Saved
 
 
@@ -304,6 +305,25 @@ def diff(
         return differences(compare=compared)
 
 
+def check_schema(
+    source: Source,
+    schema: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    ignore: Patterns = (),
+    strip_prefix: Patterns | None = None,
+) -> SchemaReport:
+    """Returns which rules of a schema of patterns a checkpoint does not meet, with the keys; reads headers only.
+
+    ``schema``: the path of a TOML file, or its table (see `ckptool.references.schema`).
+    Raises: what `open` raises, NoTensorsError; FormatError for what is no schema.
+    """
+    from ckptool.references import schema as op
+
+    ignore, strip_prefix = keys.all_texts(ignore=ignore, strip_prefix=strip_prefix)
+    rules = op.parse(schema) if isinstance(schema, Mapping) else op.read(schema)
+    return op.check(rules, _open_whole(source), ignore=ignore, strip_prefix=strip_prefix)
+
+
 def filter(
     *sources: Source,
     match: Source | None = None,
@@ -513,6 +533,6 @@ set_realise(_realise)
 
 
 __all__ = [
-    "Checkpoint", "convert", "diff", "filter", "inspect", "invert", "limited", "load_partial", "open", "plan_partial",
-    "remap", "save",
+    "Checkpoint", "check_schema", "convert", "diff", "filter", "inspect", "invert", "limited", "load_partial", "open",
+    "plan_partial", "remap", "save",
 ]  # fmt: skip

@@ -1,22 +1,32 @@
 """ckptool diff."""
 
 import math
-from typing import Annotated, Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import ckptool
+from ckptool import references
 from ckptool.cli import options, render
 from ckptool.cli.output import bar
 from ckptool.core import keys
 from ckptool.errors import UsageError
 from ckptool.ops.diff import KINDS, DiffReport, ValuesChanged, volume
-from ckptool.text import dims
+from ckptool.text import dims, plural
+
+if TYPE_CHECKING:
+    from ckptool.references.schema import SchemaReport
 
 
 def command(
     a: Annotated[
-        str, typer.Argument(metavar="A", help="A checkpoint; a model in code, PKG.MOD:NAME or FILE.py:NAME, is run.")
+        str,
+        typer.Argument(
+            metavar="A",
+            help="A checkpoint, a schema (.toml), or a model in code, PKG.MOD:NAME or FILE.py:NAME, which is run.",
+        ),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one, in any format.")],
     values: Annotated[bool, typer.Option("--values", help="Compare values too, not only keys and shapes.")] = False,
@@ -62,6 +72,12 @@ def command(
     if math.isnan(rtol) or math.isnan(atol):
         raise UsageError("--rtol and --atol take numbers")
     options.refuse_arguments(arg, a, b)
+    if references.is_schema(a) or references.is_schema(b):
+        of_data = {"--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on}
+        return _schema(
+            a, b, root_a or root, root_b or root, strip_prefix_a, strip_prefix_b, ignore or (), arg,
+            [name for name, given in of_data.items() if given], as_json, exit_zero,
+        )  # fmt: skip
     first = options.reference(a, root_a or root, arg, values=values or quick)
     second = options.reference(b, root_b or root, arg, values=values or quick)
     chosen: dict[str, Any] = {
@@ -78,6 +94,47 @@ def command(
         render.show(_lines(report, b, values or quick, quick))
     found = report.found()
     return int(any(found[kind] for kind in wanted) and not exit_zero)
+
+
+def _schema(
+    a: str, b: str, root_a: str | None, root_b: str | None, strip_a: Sequence[str] | None,
+    strip_b: Sequence[str] | None, ignore: Sequence[str], arg: list[str] | None, senseless: list[str], as_json: bool,
+    exit_zero: bool,
+) -> int:  # fmt: skip
+    """Shows which rules of a schema a checkpoint does not meet."""
+    if references.is_schema(a) and references.is_schema(b):
+        raise UsageError("both are schemas of patterns: name a schema and a checkpoint")
+    if references.is_schema(b):
+        a, b, root_b, strip_a, strip_b = b, a, root_a, strip_b, strip_a
+    if senseless or strip_a:
+        raise UsageError(f"{', '.join(senseless) or '--strip-prefix of its side'} does not go with a schema", a)
+    opened = options.reference(b, root_b, arg)
+    report = ckptool.check_schema(opened, a, ignore=ignore, strip_prefix=strip_b)
+    if as_json:
+        render.print_json(render.document("diff", report, report.notes))
+    else:
+        render.show(_schema_lines(report))
+    return int(not report.same and not exit_zero)
+
+
+def _schema_lines(report: "SchemaReport") -> list[str]:
+    counts = Counter(failure.kind for failure in report.failures)
+    several = {"shape", "dtype", "count"}
+    found = ", ".join(f"{number:,} {kind}{'s' * (number > 1 and kind in several)}" for kind, number in counts.items())
+    meet = f"{plural(report.equal, 'key')} as the schema has it"
+    rows = []
+    for one in report.failures:
+        said = {"unlisted": one.found, "missing": "", "forbidden": one.found}
+        rule = f"  rule {one.rule}" if one.rule not in ("", one.key) and one.key is not None else ""
+        rows.append(
+            (one.kind, one.key or one.rule, said.get(one.kind, f"expected {one.expected}, found {one.found}") + rule)
+        )
+    lines = [[kind, name, text.strip()] for kind, name, text in _folded(rows)]
+    notes = [["bookkeeping", f"{len(report.bookkeeping)} x num_batches_tracked"]] if report.bookkeeping else []
+    notes += [["sizes", ", ".join(f"{name} = {size}" for name, size in report.sizes.items())]] if report.sizes else []
+    notes += [["note", text] for text in report.notes]
+    head = f"same: {meet}" if report.same else f"differ: {found}; {meet}"
+    return [head, *render.aligned(lines), *render.aligned(notes)]
 
 
 def _kinds(fail_on: list[str] | None) -> set[str]:

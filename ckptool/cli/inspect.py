@@ -70,6 +70,9 @@ def command(
     lock: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write keys, shapes and dtypes as text that diff can read.")
     ] = None,
+    schema: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a draft of a schema of patterns, for diff, as TOML.")
+    ] = None,
     arg: options.Arg = None,
     update_lock: Annotated[bool, typer.Option("--update-lock", help="With --lock: replace the lock file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -85,8 +88,9 @@ def command(
         raise UsageError("--fail-on and --allow go with --check")
     if update_lock and lock is None:
         raise UsageError("--update-lock goes with --lock FILE")
-    if lock is not None and len(files) > 1:
-        raise UsageError(f"--lock is of one checkpoint, not of {len(files)}")
+    for option, path in (("--lock", lock), ("--schema", schema)):
+        if path is not None and len(files) > 1:
+            raise UsageError(f"{option} is of one checkpoint, not of {len(files)}")
     options.refuse_arguments(arg, *files)
     gate: dict[str, Any] = {}
     if check:
@@ -104,8 +108,11 @@ def command(
             if report.check is None or not report.check.fails:  # a finding says it
                 with failed.kept(later=True):
                     opened.require_whole()
+            choose = keys.chooser(include or [], exclude or [])
             if lock is not None:
-                _write_lock(opened, report, keys.chooser(include or [], exclude or []), lock, update_lock)
+                _write_lock(opened, report, choose, lock, update_lock)
+            if schema is not None:
+                _write_schema(opened, choose, schema)
     notes = [
         f"{report.path}: {pattern} fits no key"
         for report in reports
@@ -170,6 +177,18 @@ def _write_lock(
     tensors = {key: one for key, one in (opened.state_dict() | opened.inside()).items() if choose(key)}
     hashes = {row.key: row.hash for row in (*report.tensors, *report.inside)}
     saving.write_text(path, formats.lock_text(opened, tensors, hashes), force=update)
+
+
+def _write_schema(opened: ckptool.Checkpoint, choose: Callable[[str], bool], path: str) -> None:
+    """Writes a draft of a schema of the chosen tensors. Raises: OutputError if it exists."""
+    from ckptool import saving
+    from ckptool.references import draft
+
+    opened.require_whole()
+    saving.check_report(path, inputs=[opened])
+    tensors = opened.state_dict() | opened.inside()
+    chosen = {key: one for key, one in tensors.items() if choose(key)}
+    saving.write_text(path, draft.text(chosen, whole=len(chosen) == len(tensors)))
 
 
 def _keys(report: InspectReport) -> list[str]:

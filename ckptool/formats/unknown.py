@@ -51,6 +51,9 @@ FLAX = re.compile(
 )
 """How a map of MessagePack begins whose first key is a name."""
 
+SCHEMA = re.compile(rb"(\s|#[^\n]*\n)*schema\s*=\s*\d")
+"""How a schema of patterns may begin (see `ckptool.references.schema`)."""
+
 LEVELDB = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 """The last bytes of a LevelDB table, which a TensorFlow checkpoint's index is (``tensorflow/core/lib/io/table.cc``)."""
 
@@ -151,6 +154,13 @@ def refusal(probe: Probe) -> CkptoolError:
         return UnsupportedError(f"a tar archive{_inside(tar_members(reader(file)), 'tar xf FILE')}", file.path)
     if kind := _foreign(probe):
         return _not_read(kind, file.path)
+    if SCHEMA.match(head):
+        what = (
+            "a schema of patterns, which has no tensors: `ckptool diff SCHEMA.toml FILE` holds a checkpoint against it"
+        )
+        return UnsupportedError(what, file.path)
+    if probe.name.lower().endswith(".toml"):
+        return FormatError("a TOML file, no checkpoint; a schema of patterns begins with schema = 1", file.path)
     if text.startswith((b"{", b"[")):
         return FormatError("a JSON file; an index must be named *.index.json and have a weight_map", file.path)
     unknown = "no checkpoint that ckptool knows: neither torch, safetensors nor an index"

@@ -1,4 +1,4 @@
-"""What may stand where a checkpoint is asked for, and is none: a model in code."""
+"""What may stand where a checkpoint is asked for, and is none: a model in code; for `diff`, a schema of patterns."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ CODE = re.compile(r"((?:[^\W\d]\w*\.)*[^\W\d]\w*|.+\.py):((?:[^\W\d]\w*\.)*[^\W\
 def is_code(text: str) -> bool:
     """Returns whether a text names a model in code: it has the form, and there is no file of that name."""
     return CODE.fullmatch(text) is not None and not os.path.lexists(text)
+
+
+def is_schema(text: str) -> bool:
+    """Returns whether a text names a schema of patterns: a file whose name ends in ``.toml``."""
+    return text.lower().endswith(".toml") and os.path.isfile(text)
