@@ -248,7 +248,7 @@ def convert(
     tags, digest = _tags(map_location), publish and not row.is_directory
     how = saving.SaveOptions(to, force, in_place, tags, max_shard_size, verify, fsync, digest, shard_name, with_files)
     if publish and row.is_directory:
-        report.notes.append("a directory of shards has no digest in its name")
+        report.notes.append("a directory has no digest in its name")
     elif publish and dry_run:
         report.notes.append("8 hex digits of its sha256 will be in its name")
     saved = saving.check(prepared, url, how) if dry_run else saving.save(prepared, url, how, progress)

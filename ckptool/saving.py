@@ -22,7 +22,7 @@ from ckptool.text import plural
 from ckptool.values.blocks import changed_values, same_bytes
 
 if TYPE_CHECKING:
-    from ckptool.directories.sets import Names
+    from ckptool.directories.names import Names
 
 MapLocation = str | Mapping[str, str] | Callable[[str], str] | None
 
@@ -58,12 +58,11 @@ class SaveOptions:
     def overwrites(self) -> bool:
         return self.force or self.in_place
 
-    @property
-    def of_shards(self) -> dict[str, Any]:
+    def of_files(self, row: formats.Format) -> dict[str, Any]:
         """Returns the arguments that a format of directories takes for `write` and `check`."""
         return {
-            "max_shard_size": self.max_shard_size, "shard_name": self.shard_name, "with_files": self.with_files,
-            "force": self.overwrites, "in_place": self.in_place,
+            "kind": row.kind, "max_shard_size": self.max_shard_size, "shard_name": self.shard_name,
+            "with_files": self.with_files, "force": self.overwrites, "in_place": self.in_place,
         }  # fmt: skip
 
 
@@ -104,7 +103,9 @@ def save(
         write = _save_directory if row.is_directory else _save_file
         with Files() as files:
             saved = write(checkpoint, row, url, options, tags, files, progress)
-        saved = replace(saved, notes=(*saved.notes, *_notes(checkpoint, row, url)))
+        saved = replace(
+            saved, left_out=saved.left_out + _lost(checkpoint, row), notes=(*saved.notes, *_notes(checkpoint, row, url))
+        )
         return replace(saved, verified=options.verify, **changed_values(checkpoint.state_dict(), files))
     except CkptoolError as error:
         error.path = error.path or url
@@ -120,10 +121,10 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
     try:
         row, tags = _refuse(checkpoint, url, options)
         if row.is_directory:
-            left_out, nbytes, notes = row.directory_writer().check(checkpoint, url, **options.of_shards)
+            left_out, nbytes, notes = row.directory_writer().check(checkpoint, url, tags, **options.of_files(row))
         else:
-            left_out, nbytes = row.writer().check(checkpoint, tags)
-            left_out, notes = left_out + _lost(checkpoint, row), ()
+            left_out, nbytes, notes = *row.writer().check(checkpoint, tags), ()
+        left_out += _lost(checkpoint, row)
         uncounted = (UNCOUNTED,) if any(map(_is_cast, checkpoint.state_dict().values())) else ()
         return Saved(url, nbytes, left_out, notes=(*notes, *uncounted, *_notes(checkpoint, row, url)))
     except CkptoolError as error:
@@ -202,11 +203,11 @@ def _save_file(
         files.check()
         output.readers = files.mode
         if options.verify:
-            _verify(checkpoint, row, [output.finished()], files.beside(progress))
+            _verify(checkpoint, row, output.finished(), files.beside(progress))
         if options.hash_in_name:
             output.rename(_with_hash(url, output.finished(), progress))
         output.commit()
-        return Saved(output.path, output.position, left_out + _lost(checkpoint, row))
+        return Saved(output.path, output.position, left_out)
 
 
 def _lost(checkpoint: Checkpoint, row: formats.Format) -> tuple[str, ...]:
@@ -226,12 +227,12 @@ def _save_directory(
     files: Files,
     progress: Progress | None,
 ) -> Saved:
-    def verify(paths: Sequence[str]) -> None:
-        _verify(checkpoint, row, paths, files.beside(progress))
+    def compare(meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo]) -> None:
+        _compare(meant, written, files.beside(progress))
 
     left_out, nbytes, notes = row.directory_writer().write(
-        checkpoint, url, files, tags, **options.of_shards, fsync=options.fsync,
-        verify=verify if options.verify else None, progress=progress,
+        checkpoint, url, files, tags, formats.read, **options.of_files(row), fsync=options.fsync,
+        compare=compare if options.verify else None, progress=progress,
     )  # fmt: skip
     return Saved(url, nbytes, left_out, notes=notes)
 
@@ -250,19 +251,14 @@ def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
         raise LossError(f"{target} cannot hold {listed(inside, 20)}: filter --exclude leaves it out")
 
 
-def _verify(checkpoint: Checkpoint, row: formats.Format, paths: Sequence[str], files: Files) -> None:
-    """Reads the files of an output back and compares every tensor with the checkpoint's. Raises: FormatError."""
-    meant: dict[Any, TensorInfo] = dict(checkpoint.tensors()) if row.holds.tree else checkpoint.state_dict()
-    written: dict[Any, TensorInfo] = {}
-    for path in paths:
-        found = formats.read(path)
-        written |= found.tensors() if row.holds.tree else found.state_dict()
-    if row.is_directory:  # ties across files are in the index, not in the shards
-        for key in aliases.record(meant).keys() - written.keys():
-            del meant[key]
-    _compare(meant, written, files)
-    for path in paths:
-        row.prove(path)
+def _verify(checkpoint: Checkpoint, row: formats.Format, path: str, files: Files) -> None:
+    """Reads a written file back and compares every tensor with the checkpoint's. Raises: FormatError."""
+    found = formats.read(path)
+    if row.holds.tree:
+        _compare(dict(checkpoint.tensors()), dict(found.tensors()), files)
+    else:
+        _compare(checkpoint.state_dict(), found.state_dict(), files)
+    row.prove(path)
 
 
 def _compare(meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo], files: Files) -> None:
@@ -373,11 +369,12 @@ def check_output(
     url = os.fspath(path)
     row = formats.writable(url, options.to)
     if not row.is_directory and (options.with_files or options.shard_name is not None):
-        raise UsageError("--shard-name and --with-files go with a directory of shards: --to sharded", url)
+        raise UsageError("--shard-name and --with-files go with a directory: --to sharded", url)
     if row.is_directory:
-        names = {row.directory_writer().names_for(checkpoint, options.shard_name) for checkpoint in inputs}
+        named = row.directory_writer().names_for
+        names = {named(checkpoint, options.shard_name, row.kind) for checkpoint in inputs}
         if os.path.lexists(url) and not os.path.isdir(url):
-            raise OutputError("is a file; shards go into a directory", url)
+            raise OutputError("is a file; this format is a directory", url)
         if options.force and not options.in_place and _holds_input(url, inputs):
             raise OutputError("holds an input; --in-place replaces it", url)
         if options.force and not options.in_place:

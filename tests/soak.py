@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 import ckptool
 from ckptool.cli import main
-from ckptool.directories import sharded
+from ckptool.directories import place, sharded
+from ckptool.directories.names import DCP
 from ckptool.io.leftovers import PARTIAL
 
 CALLS = ("open", "close", "pwrite", "ftruncate", "posix_fallocate", "fchmod", "fsync", "fdatasync", "link", "rename",
@@ -61,7 +62,15 @@ CASES = {
         ("-o", "d", "--to", "sharded", "--max-shard-size", "5000", "--force"), "d",
         ("-o", "d", "--to", "sharded", "--max-shard-size", "3000"),
     ),
+    "dcp": Case(("-o", "d", "--to", "dcp", "--max-shard-size", "3000"), "d"),
+    "dcp-over": Case(
+        ("-o", "d", "--to", "dcp", "--max-shard-size", "5000", "--force"), "d",
+        ("-o", "d", "--to", "dcp", "--max-shard-size", "3000"),
+    ),
 }  # fmt: skip
+
+INDEXES = {sharded.MODEL.index, DCP.index}
+"""Without one of these a directory is not whole."""
 
 
 def content(path: str) -> Content:
@@ -184,7 +193,7 @@ class Bench:
         if there == self.old:
             return "old"
         assert self.case.output == "d", "neither the old file nor the new"
-        if sharded.MODEL.index in there:  # files of the other set may lie beside
+        if INDEXES & there.keys():  # files of the other set may lie beside
             wholes = [whole for whole in (self.new, self.old, self.other) if whole and whole.items() <= there.items()]
             assert wholes, "old and new shards under one index"
             return "new" if wholes[0] is self.new else "old"
@@ -194,7 +203,7 @@ class Bench:
     def recover(self) -> None:
         """Checks that the next run makes it whole: first what it does before it begins, then all of it."""
         if self.case.output == "d":
-            sharded._recover("d")
+            place.recover("d")
             assert self.check(clean=True) in ("old", "new")
         over = ["--force"] if content(self.case.output) and "--force" not in self.case.args else []
         run("2.safetensors", *self.case.args, *over)
@@ -290,7 +299,7 @@ def together(name: str, rounds: int, writers: int = 4) -> dict[str, int]:
         codes = [wait(process) for process in processes]
         assert all(code in (0, 2, -signal.SIGKILL) for code in codes), (codes, Path("said").read_text())
         there = {key: data for key, data in content(bench.case.output).items() if not PARTIAL.fullmatch(key)}
-        if bench.case.output == "d" and sharded.MODEL.index not in there:
+        if bench.case.output == "d" and not INDEXES & there.keys():
             assert -signal.SIGKILL in codes
         elif 0 in codes:
             wholes = [whole for whole in (bench.new, bench.other) if whole.items() <= there.items()]

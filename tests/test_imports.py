@@ -82,8 +82,8 @@ READ = (
     "pickling.load pickling.torch_calls array bisect errno struct zlib _pickle _compat_pickle"
 )
 WRITE = (
-    f"{READ} cli.options core.aliases formats.layout io.leftovers io.output io.zip_write pickling.dump saving values "
-    "values.blocks values.streams fcntl json mmap references"
+    f"{READ} cli.options core.aliases formats.layout formats.torch_file io.leftovers io.output io.zip_write "
+    "pickling.dump saving values values.blocks values.streams fcntl json mmap references"
 )
 SAFETENSORS = "core.aliases formats.safetensors formats.safetensors_file json"
 TORCH = "formats.pytorch formats.pytorch.zip pickling.archives"

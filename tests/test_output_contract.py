@@ -24,7 +24,8 @@ from ckptool.io.output import Output
 Refused = Callable[..., str]
 
 OUT = {"torch": "out.pth", "torch-legacy": "out.pth", "safetensors": "out.safetensors", "npz": "out.npz",
-       "sharded": "out"}  # fmt: skip
+       "sharded": "out", "sharded-bin": "out", "dcp": "out"}  # fmt: skip
+DIRECTORIES = [name for name, out in OUT.items() if out == "out"]
 BESIDE = {"remap": ["--save-map", "map.json"], "load-partial": ["--groups-out", "groups.json"]}
 """The files that a command writes beside its output, on request."""
 COMMANDS = ["filter", "remap", "convert", "load-partial"]
@@ -136,7 +137,7 @@ def test_an_input_is_replaced_in_place_only(way: str, case: Case, run: Run, refu
     elif way == "symlink":
         output = f"link{case.out.removeprefix('out')}"
         os.symlink(source, output)
-    elif way == "hard link" and case.format == "sharded":
+    elif way == "hard link" and case.format in DIRECTORIES:
         output = "linked"
         os.mkdir(output)
         for name in os.listdir(source):
@@ -150,7 +151,11 @@ def test_an_input_is_replaced_in_place_only(way: str, case: Case, run: Run, refu
     refused(*args)
     assert run(*args, "--in-place", "--dry-run")[0] == 0
     old = Path(output)
-    old = min(old.glob("*.safetensors")) if old.is_dir() else old
+    old = (
+        min(path for path in old.iterdir() if path.suffix in (".safetensors", ".bin", ".distcp"))
+        if old.is_dir()
+        else old
+    )
     before, there = old.read_bytes(), set(os.listdir())
     with old.open("rb") as reader:
         assert run(*args, "--in-place")[::2] == (0, "")
@@ -178,7 +183,7 @@ def test_a_place_where_it_cannot_lie_is_refused(case: Case, refused: Refused) ->
     os.mkdir(f"there{suffix}")
     Path(f"there{suffix}/mine").write_bytes(b"mine")
     for more in ([], ["--force"], ["--dry-run"], ["--in-place"]):
-        if case.format == "sharded":
+        if case.format in DIRECTORIES:
             assert "is a file" in refused(*case.args(source, "file", *more))
         else:
             assert "is a directory" in refused(*case.args(source, f"there{suffix}", *more))
@@ -225,7 +230,7 @@ def test_the_report_is_no_input_no_output_and_overwrites_nothing(case: Case, dry
     source = case.source("in")
     Path("mine.json").write_bytes(b"mine")
     os.symlink(case.out, "link")
-    inputs = [f"in/{name}" for name in os.listdir("in")] if case.format == "sharded" else [source]
+    inputs = [f"in/{name}" for name in os.listdir("in")] if case.format in DIRECTORIES else [source]
     inputs += ["target.pth"] if case.command in ("filter", "load-partial") else []
     for option in ("--report", *BESIDE.get(case.command, ())[:1]):
         assert "exists already" in refused(*case.args(source, case.out, *dry, option, "mine.json"))
@@ -269,7 +274,7 @@ def test_an_interrupt_on_the_way_leaves_what_was_there(
 
 
 def test_what_a_format_does_not_hold_is_said(case: Case, run: Run) -> None:
-    holds = case.format.startswith("torch")
+    holds = case.format.startswith("torch") or case.format == "dcp"
     torch.save({"model": weights(0), "epoch": 3}, "nested.pth")
     torch.save({"model": weights(5), "epoch": 3}, "target.pth")
     if case.command == "remap" and case.format in ("torch-legacy", "sharded"):

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptool
 from ckptool.cli import main
-from ckptool.directories import sharded
+from ckptool.directories import place, sharded
 from ckptool.errors import FormatError, OutputError
 from ckptool.io.leftovers import PARTIAL
 from ckptool.io.output import Output
@@ -42,6 +42,8 @@ WRITERS = [
     ["-o", "o.pth", "--to", "torch-legacy"],
     ["-o", "o.npz"],
     ["-o", "d", "--to", "sharded", "--max-shard-size", "300KB"],
+    ["-o", "d", "--to", "sharded-bin", "--max-shard-size", "300KB"],
+    ["-o", "d", "--to", "dcp", "--max-shard-size", "300KB"],
 ]
 NOBODY = 65534
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root may")
@@ -88,20 +90,21 @@ def soaked(*args: object) -> dict[str, int]:
 
 @pytest.mark.parametrize("case", soak.CASES)
 def test_killed_before_any_call_to_the_system_it_is_the_old_or_the_new(case: str) -> None:
-    seen = soaked("points", case, "SIGKILL", 6 if "shards" in case else 2)
+    several = soak.CASES[case].output == "d"
+    seen = soaked("points", case, "SIGKILL", 6 if several else 2)
     assert seen["old"] > 5
-    assert bool(seen["between"]) == ("shards" in case)
+    assert bool(seen["between"]) == several
 
 
-@pytest.mark.parametrize("case", ["over", "shards", "shards-over"])
+@pytest.mark.parametrize("case", ["over", "shards", "shards-over", "dcp-over"])
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 def test_a_signal_before_any_call_to_the_system_leaves_nothing(number: str, case: str) -> None:
-    seen = soaked("points", case, number, 5 if "shards" in case else 2)
+    seen = soaked("points", case, number, 2 if case == "over" else 5)
     assert seen["old"] > 5
     assert seen["between"] == 0
 
 
-@pytest.mark.parametrize("case", ["new", "over", "shards", "shards-over"])
+@pytest.mark.parametrize("case", ["new", "over", "shards", "shards-over", "dcp-over"])
 def test_of_runs_that_write_one_output_at_once_one_wins_whole(case: str) -> None:
     assert soaked("together", case, 4)
 
@@ -117,7 +120,7 @@ def test_of_two_runs_that_meet_at_any_call_to_the_system_one_wins_whole(case: st
 
 
 def test_a_run_does_not_look_again_at_what_another_may_be_replacing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    locked = sharded.locked
+    locked = place.locked
 
     @contextlib.contextmanager
     def then_replaced(directory: str) -> Iterator[None]:
@@ -128,7 +131,7 @@ def test_a_run_does_not_look_again_at_what_another_may_be_replacing(run: Run, mo
                 os.rename(f"d/{name}", f"d/.{name}.0123abcd.ckptool-old")
 
     shards(2)
-    monkeypatch.setattr(sharded, "locked", then_replaced)
+    monkeypatch.setattr(place, "locked", then_replaced)
     args = ("convert", "0.safetensors", "--to", "sharded", "-o", "d", "--max-shard-size", "100", "--force")
     code, out, err = run(*args)
     assert (code, err) == (0, "")
@@ -185,21 +188,21 @@ def test_what_a_living_run_writes_is_not_taken_for_a_leftover() -> None:
 
 
 def test_the_shards_of_a_living_run_are_not_taken_for_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
-    locked = sharded.locked
+    locked = place.locked
     before: list[str] = []
 
     def meanwhile(directory: str) -> Any:
         if not partials("d"):
             return locked(directory)
         before.extend(partials("d"))
-        monkeypatch.setattr(sharded, "locked", locked)
+        monkeypatch.setattr(place, "locked", locked)
         ckptool.convert("2.safetensors", "d/model-00001-of-00003.safetensors", force=True)
         shards(2, seed=3)
         assert set(before) == set(partials("d"))
         return locked(directory)
 
     shards(3, seed=2)
-    monkeypatch.setattr(sharded, "locked", meanwhile)
+    monkeypatch.setattr(place, "locked", meanwhile)
     shards(3, seed=2)
     assert (len(before), partials("d")) == (4, [])
     assert ckptool.diff("d", "2.safetensors", values=True).same
@@ -247,7 +250,7 @@ def test_what_has_its_name_from_someone_else_is_not_taken_back() -> None:
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
         Path(f"d/.{name}.0123abcd.ckptool-partial").write_bytes(b"partial")
     Path("d/model-00001-of-00002.safetensors").write_bytes(b"mine")
-    sharded._recover("d")
+    place.recover("d")
     assert content() == {"d": None, "d/model-00001-of-00002.safetensors": b"mine"}
 
 

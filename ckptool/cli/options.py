@@ -43,12 +43,12 @@ To = Annotated[
         metavar="FORMAT", help=f"{', '.join(formats.names())}. Default: what OUT says (a directory: sharded)."
     ),
 ]
-MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="With --to sharded: size of a shard.")]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Of a directory: bytes of tensors in a file.")]
 ShardName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="With --to sharded: how files' names begin. Default: as the input's.")
+    str | None, typer.Option(metavar="NAME", help="Of shards: how files' names begin. Default: as the input's.")
 ]
 WithFiles = Annotated[
-    bool, typer.Option("--with-files", help="With --to sharded: copy config.json, tokenizer ... beside the input too.")
+    bool, typer.Option("--with-files", help="Of a directory: copy config.json, tokenizer ... beside the input too.")
 ]
 MapLocation = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ Fates = dict[str, list[str] | None]
 """{old key: its new keys; none if it was dropped; None if it is no more and other tensors were made of it}."""
 
 ORDER = "ckptool.alias_order"
-"""Metadata entry: JSON ``{alias: position in the state_dict}``, if an alias would otherwise move or be text."""
+"""Metadata entry: JSON ``{name: position in the state_dict}`` of names that would otherwise move, or be text."""
 
 PLAIN = "ckptool.no_alias"
 """Metadata entry: JSON list of the entries that look like ties and are none."""
@@ -53,18 +53,23 @@ def described(tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> 
     clear = all(_looks_tied(dropped, kept) for dropped, kept in aliases.items())
     if clear and _order((name for name in tensors if name not in aliases), aliases) == list(tensors):
         return dict(aliases)
-    positions = {name: position for position, name in enumerate(tensors) if name in aliases}
-    return {**aliases, ORDER: json.dumps(positions, ensure_ascii=False, separators=(",", ":"))}
+    return {**aliases, **ordered(tensors, aliases)}
+
+
+def ordered(tensors: Iterable[str], moved: Container[str]) -> dict[str, str]:
+    """Returns the metadata entry for the positions of these names among the tensors."""
+    positions = {name: position for position, name in enumerate(tensors) if name in moved}
+    return {ORDER: json.dumps(positions, ensure_ascii=False, separators=(",", ":"))} if positions else {}
 
 
 def restored(tensors: dict[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, TensorInfo]:
     """Returns the tensors with each recorded alias restored at its position, sharing the storage of the kept name."""
-    aliases = _recorded(tensors, metadata)
-    if not aliases:
+    aliases, recorded = _recorded(tensors, metadata), _parsed(metadata.get(ORDER), dict)
+    if not aliases and not recorded:
         return tensors
     names = _order(tensors, aliases)
-    recorded = _parsed(metadata.get(ORDER), dict)
-    positions = {alias: place for alias, place in recorded.items() if alias in aliases and type(place) is int}
+    known = {*aliases, *tensors}
+    positions = {name: place for name, place in recorded.items() if name in known and type(place) is int}
     if positions:
         names = _moved(names, positions)
     return {name: tensors[name] if name in tensors else replace(tensors[aliases[name]]) for name in names}

@@ -22,7 +22,7 @@ from ckptool.core import modules
 from ckptool.core.keys import EMA
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.roots import find_root, is_flat, root_path
-from ckptool.core.tensor import Opaque, TensorInfo
+from ckptool.core.tensor import Extras, Opaque, TensorInfo
 from ckptool.core.tree import (
     Path,
     PyObject,
@@ -322,6 +322,12 @@ def detached(tensors: Mapping[str, Any]) -> dict[str, Any]:
             plain = not (value.is_parameter or value.requires_grad)
             made[id(value)] = value if plain else replace(value, is_parameter=False, requires_grad=False)
     return {key: made.get(id(value), value) for key, value in tensors.items()}
+
+
+def plain(tensor: TensorInfo) -> TensorInfo:
+    """Returns a tensor of the same values without class, attributes and gradient; of a NumPy array a tensor."""
+    extras = Extras(tensor.extras.conj, tensor.extras.neg) if tensor.extras and tensor.is_lazy else None
+    return replace(tensor, requires_grad=False, is_parameter=False, extras=extras)
 
 
 def _entries(node: object, url: str) -> dict[str, tuple[Path, Any]]:

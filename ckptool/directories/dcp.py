@@ -14,30 +14,36 @@ there, so the ids in an optimizer's state are made integers again. Source: ``met
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ckptool.core.checkpoint import Checkpoint
-from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Box, Opaque, TensorInfo, chunks, is_countable
-from ckptool.core.tree import Global, PyObject, brief, walk
+from ckptool.core.checkpoint import Checkpoint, detached, plain
+from ckptool.core.tensor import Box, Opaque, TensorInfo, chunks
+from ckptool.core.tree import Path, as_mapping, brief, key_text, nodes, path_text, walk
 from ckptool.directories import sets
-from ckptool.errors import CkptoolError, FormatError, IncompleteError, UnsupportedError, listed
+from ckptool.directories.dcp_metadata import Item, Part, Row, Saved, pickled
+from ckptool.directories.names import DCP, MERGED, METADATA, Distributed, sets_in
+from ckptool.errors import (
+    CkptoolError,
+    CollisionError,
+    FormatError,
+    IncompleteError,
+    LossError,
+    UsageError,
+    listed,
+)
 from ckptool.formats.safetensors_file import sharding
+from ckptool.io.leftovers import leftovers
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files, LocalFile, Section, names_in
+from ckptool.io.source import Files, Section, names_in
 from ckptool.limits import MAX_LEVELS, MAX_PICKLE
-from ckptool.pickling import load as pickles
-from ckptool.pickling import torch_calls
+
+# Needed only to write, so imported by the functions that do.
+if TYPE_CHECKING:
+    from ckptool.formats.layout import MapLocation
+    from ckptool.io.output import Output
 
 LABEL = "dcp"
-
-METADATA = re.compile(r"\.metadata|__\d{1,9}\.metadata")
-"""Names of the files that say what is where."""
-
-MERGED = ("common.pt", "meta.pt")
-"""Files of values that are not sharded: Megatron-core's (dist_checkpointing) and Lightning's (FSDPStrategy)."""
 
 GAPS = 1000
 """List positions that may be empty: a list of torch has None where an element held nothing to save."""
@@ -52,7 +58,7 @@ def matches(probe: Probe) -> bool:
             return probe.head[:1] == b"\x80"
         return probe.name.endswith(".distcp") and bool(_metadata_files(names_in(os.path.dirname(probe.path) or ".")))
     ours = any(METADATA.fullmatch(name) or name.endswith((".distcp", ".metadata.tmp")) for name in probe.names)
-    return ours and not any(found.loader for found in sets.sets_in(probe.names))
+    return ours and not any(found.loader for found in sets_in(probe.names))
 
 
 def _metadata_files(names: Sequence[str]) -> list[str]:
@@ -70,18 +76,27 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     names = sorted(names_in(directory))
     files = _metadata_files(names)
     if not files:
-        raise IncompleteError(
-            "a torch.distributed checkpoint (DCP) without .metadata: was its save cut off?", directory
-        )
-    saved = _Saved()
+        why = "was its save cut off?"
+        if any(leftovers(names, "old", name) for name in (DCP.index, "__0.metadata")):
+            why = "a run that was replacing its files was killed; write there again with --force"
+        raise IncompleteError(f"a torch.distributed checkpoint (DCP) without .metadata: {why}", directory)
+    return _opened(directory, names, files, open_, {})
+
+
+def _opened(
+    directory: str, names: Sequence[str], files: Sequence[str], open_: Callable[..., Checkpoint],
+    staged: Mapping[str, str],
+) -> Checkpoint:  # fmt: skip
+    """Returns the checkpoint that these files of metadata describe. ``staged``: {name: where it is instead}."""
+    saved = Saved()
     for name in files:
-        path = os.path.join(directory, name)
+        path = staged.get(name) or os.path.join(directory, name)
         try:
             saved.add(path)
         except CkptoolError as error:
             error.path = error.path or path
             raise
-    reader = _Items(directory, saved, open_)
+    reader = _Items(directory, saved, open_, staged)
     with reader.files:
         try:
             tree = _nested({key: reader.value(key) for key in saved.order()}, saved.paths)
@@ -93,7 +108,7 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     used = {*files, *map(os.path.basename, [*reader.used, *(one.url for one, _ in merged)])}
     notes = (*reader.notes(), *(note for _, note in merged), *_beside(directory, names, used))
     nbytes += sum(one.nbytes for one, _ in merged)
-    nbytes += sum(os.path.getsize(os.path.join(directory, name)) for name in files)
+    nbytes += sum(os.path.getsize(staged.get(name) or os.path.join(directory, name)) for name in files)
     url = os.path.join(directory, files[0])
     every = tuple(dict.fromkeys((*saved.names, *reader.names, *(name for one, _ in merged for name in one.names))))
     return Checkpoint(tree, format=LABEL, url=url, nbytes=nbytes, names=every, notes=notes)
@@ -124,162 +139,18 @@ def _beside(directory: str, names: Sequence[str], used: set[str]) -> list[str]:
     return notes
 
 
-# --- metadata --------------------------------------------------------------------------------------------------------
-
-
-class _Part(NamedTuple):
-    """A box of a tensor: its first index and its size along every dimension."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
-class _Entry(NamedTuple):
-    """A tensor and its boxes; ``dtype`` is None for a Python value."""
-
-    dtype: str | None
-    shape: tuple[int, ...] = ()
-    parts: tuple[_Part, ...] = ()
-
-
-class _Item(NamedTuple):
-    """Where an item is: a range of a file."""
-
-    file: str
-    offset: int
-    nbytes: int
-
-
-class _Saved:
-    """What the metadata say. Those of several processes are merged; of the same box, the first process's is taken.
-
-    ``flat``: the values were saved without flattening. ``twice``: keys of which several processes saved a box.
-    """
-
-    def __init__(self) -> None:
-        self.entries: dict[str, _Entry] = {}
-        self.paths: dict[str, tuple[Any, ...]] = {}
-        self.items: dict[tuple[str, tuple[int, ...] | None], _Item] = {}
-        self.names: dict[tuple[str, str], None] = {}
-        self.twice: dict[str, None] = {}
-        self.flat = True
-
-    def order(self) -> list[str]:
-        """Returns the keys in the order in which they were flattened, then the others."""
-        return [
-            *(key for key in self.paths if key in self.entries),
-            *(key for key in self.entries if key not in self.paths),
-        ]
-
-    def add(self, path: str) -> None:
-        """Reads one file of metadata. Raises: FormatError, LimitError."""
-        with LocalFile(path) as file:
-            if file.size > MAX_PICKLE.now():
-                raise MAX_PICKLE.passed("the pickle is too long", file.size)
-            pickled = file.read(0, file.size)
-        pickles.scan(pickled)
-        tree, names = pickles.load(pickled, builders=torch_calls.builders)
-        self.names.update(dict.fromkeys(names))
-        fields = _fields(tree, "Metadata")
-        for key, node in _mapping(fields, "state_dict_metadata").items():
-            self._entry(_text(key), node)
-        for index, where in _mapping(fields, "storage_data").items():
-            self._item(_fields(index, "MetadataIndex"), _fields(where, "_StorageInfo"))
-        if isinstance(planned := fields.get("planner_data"), dict) and planned:
-            self.flat = False
-            for key, steps in planned.items():
-                if not isinstance(steps, tuple) or not steps or any(type(step) not in (str, int) for step in steps):
-                    raise FormatError(f"the path of {brief(key)} in planner_data is {brief(steps)}")
-                self.paths.setdefault(_text(key), steps)
-
-    def _entry(self, key: str, node: Any) -> None:
-        kind = type(node).qualname if isinstance(node, PyObject) else ""
-        if kind == "BytesStorageMetadata":
-            entry = _Entry(None)
-        else:
-            fields = _fields(node, "TensorStorageMetadata")
-            boxes = [_fields(box, "ChunkStorageMetadata") for box in _list(fields.get("chunks"))]
-            parts = tuple(_Part(_numbers(box.get("offsets")), _numbers(box.get("sizes"))) for box in boxes)
-            entry = _Entry(_dtype(fields.get("properties")), _numbers(fields.get("size")), parts)
-            if not is_countable(entry.shape):
-                raise FormatError(f"{key}: has shape {brief(entry.shape)}: more elements than can be counted")
-        old = self.entries.get(key, entry)
-        if old[:2] != entry[:2]:
-            raise FormatError(f"{key}: is {_said(entry)} here, and {_said(old)} in another process's metadata")
-        if old is not entry:
-            self.twice.update(dict.fromkeys([key] if entry.dtype is None or {*old.parts} & {*entry.parts} else []))
-            entry = old._replace(parts=(*old.parts, *(part for part in entry.parts if part not in {*old.parts})))
-        self.entries[key] = entry
-
-    def _item(self, index: dict[str, Any], where: dict[str, Any]) -> None:
-        key, name = _text(index.get("fqn")), _text(where.get("relative_path"))
-        offset = None if index.get("offset") is None else _numbers(index.get("offset"))
-        if any(step in ("", ".", "..") for step in name.split("/")) or any(odd in name for odd in "\\\0:"):
-            raise FormatError(f"{key}: lies in a file outside the directory: {name!r}")
-        if where.get("transform_descriptors"):
-            how = brief(where["transform_descriptors"])
-            raise UnsupportedError(f"{key}: is stored transformed ({how}), which is not supported: save it without")
-        self.items.setdefault((key, offset), _Item(name, *_numbers((where.get("offset"), where.get("length")))))
-
-
-def _said(entry: _Entry) -> str:
-    return "a Python value" if entry.dtype is None else f"{entry.dtype} of shape {brief(entry.shape)}"
-
-
-def _fields(node: Any, qualname: str) -> dict[str, Any]:
-    """Returns the fields of an object of torch's class of that name."""
-    if isinstance(node, PyObject) and type(node).qualname == qualname:
-        state = {} if node.state is None else node.state
-        if isinstance(state, dict) and not node.args:
-            return state
-    raise FormatError(f"its metadata have {brief(node)}: expected {qualname} of torch.distributed.checkpoint")
-
-
-def _mapping(fields: dict[str, Any], name: str) -> dict[Any, Any]:
-    if not isinstance(found := fields.get(name), dict):
-        raise FormatError(f"its metadata have no {name}")
-    return found
-
-
-def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise FormatError(f"its metadata have {brief(value)} where a name belongs")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise FormatError(f"its metadata have {brief(value)} where a list belongs")
-    return value
-
-
-def _numbers(value: Any) -> tuple[int, ...]:
-    """Returns a tuple or torch.Size of numbers that are not negative."""
-    if isinstance(value, PyObject) and type(value).qualname == "Size" and len(value.args) == 1:
-        value = value.args[0]
-    if not isinstance(value, (tuple, list)) or any(type(number) is not int or number < 0 for number in value):
-        raise FormatError(f"its metadata have {brief(value)} where sizes or offsets belong")
-    return tuple(value)
-
-
-def _dtype(properties: Any) -> str:
-    """Returns the dtype in a TensorProperties, whose state is a tuple that begins with it, or a dict."""
-    state = properties.state if isinstance(properties, PyObject) else None
-    found = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
-    if not isinstance(found, Global) or found.qualname not in DTYPES:
-        raise FormatError(f"its metadata give a tensor the dtype {brief(found)}")
-    return found.qualname
-
-
 # --- items -----------------------------------------------------------------------------------------------------------
 
 
 class _Items:
     """Reads items. ``used``: the files that have some of them. ``names``: what their pickles name."""
 
-    def __init__(self, directory: str, saved: _Saved, open_: Callable[..., Checkpoint]) -> None:
+    def __init__(
+        self, directory: str, saved: Saved, open_: Callable[..., Checkpoint], staged: Mapping[str, str]
+    ) -> None:
         self.open_ = open_
         self.directory = directory
+        self.staged = staged
         self.saved = saved
         self.files = Files()
         self.names: dict[tuple[str, str], None] = {}
@@ -288,7 +159,7 @@ class _Items:
         self.left = set(saved.items)
         self.raw: list[str] = []
         self.whole: list[str] = []
-        there = set(names_in(directory))
+        there = {*names_in(directory), *staged}
         gone: dict[str, list[str]] = {}
         for (key, _), item in saved.items.items():
             if item.file not in there and not os.path.exists(os.path.join(directory, item.file)):
@@ -315,7 +186,7 @@ class _Items:
         except FormatError as error:
             raise IncompleteError(f"{key}: {error.message}", self.directory) from error
 
-    def _tensor(self, key: str, part: _Part) -> TensorInfo:
+    def _tensor(self, key: str, part: Part) -> TensorInfo:
         found = self._read(key, part.offsets)
         if not isinstance(found, TensorInfo):
             raise FormatError(f"{key}: the item at {brief(part.offsets)} is no tensor: {brief(found)}", self.directory)
@@ -327,7 +198,7 @@ class _Items:
             where = "" if offset is None else f" the part at {brief(offset)} of"
             raise IncompleteError(f"the metadata say of no file that it has{where} {key}", self.directory)
         self.left.discard((key, offset))
-        path = os.path.join(self.directory, item.file)
+        path = self.staged.get(item.file) or os.path.join(self.directory, item.file)
         self.used[path] = None
         file = self.files.open(path)
         if item.offset + item.nbytes > file.size:
@@ -428,3 +299,226 @@ def _container(branch: _Branch) -> Any:
 
 def _is_number(step: Any) -> bool:
     return type(step) is str and step.isascii() and step.isdecimal() and len(step) < 19 and str(int(step)) == step
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class _Meant:
+    """What is written of a checkpoint: items, and in which files.
+
+    ``values``: {name: a plain tensor, or a Python value}. ``paths``: those of the names. ``left``: what is not written.
+    ``notes``: what is written otherwise than it was.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, max_shard_size: int) -> None:
+        if max_shard_size <= 0:
+            raise UsageError(f"a file cannot have {max_shard_size} bytes at most")
+        self.values: dict[str, Any] = {}
+        self.paths: dict[str, tuple[str | int, ...]] = {}
+        self.left: list[str] = []
+        top = checkpoint.tree
+        if as_mapping(top) is None:  # torch takes dicts only
+            self.left += checkpoint.left_out()
+            top = detached(checkpoint.state_dict())
+        steps: dict[str, Path] = {}
+        for path, name, value in flattened(top):
+            key = ".".join(map(str, name))
+            if value is EMPTY:
+                self.left.append(f"{path_text(path)} (an empty dict)")
+                continue
+            if key in steps:
+                what = f"two values have the name {brief(key)}: {path_text(steps[key])!r} and {path_text(path)!r}"
+                raise CollisionError(f"{what}: rename one with remap")
+            steps[key], self.paths[key] = path, name
+            self.values[key] = self._item(key, value)
+        self.tree = _nested(self.values, self.paths)
+        changed = [path_text(path) for path in steps.values() if not _has(self.tree, path)]
+        self.notes = [f"keys that are no text are text in it: {listed(changed)}"] if changed else []
+        self.files = self._files(max_shard_size)
+
+    def _item(self, key: str, value: Any) -> Any:
+        """Returns a value as it is written: a dense tensor as torch has it detached, without class and attributes."""
+        if not _is_box(value):
+            return value
+        if (extras := value.extras) is not None:
+            self.left += [f"the class of {key} ({extras.subclass!r})"] if extras.subclass is not None else []
+            self.left += [f"the attributes of {key}"] if extras.state is not None else []
+        return plain(value)
+
+    def _files(self, max_shard_size: int) -> dict[str, list[str]]:
+        """Returns {file: its items}: runs of at most that many bytes of tensors; a larger item has its own file."""
+        runs: list[list[str]] = [[]]
+        filled = self.nbytes = 0
+        for key, value in self.values.items():
+            nbytes = sum(node.nbytes for node in nodes(value) if isinstance(node, TensorInfo))
+            if runs[-1] and filled + nbytes > max_shard_size:
+                runs.append([])
+                filled = 0
+            runs[-1].append(key)
+            filled += nbytes
+            self.nbytes += nbytes
+        return {f"__0_{number}.distcp": run for number, run in enumerate(runs) if run}
+
+
+EMPTY = object()
+"""Stands for an empty dict, which has no place among the names."""
+
+
+def flattened(top: Any) -> Iterator[tuple[Path, tuple[str | int, ...], Any]]:
+    """Yields (path, path in planner_data, value), as torch flattens: dicts, and lists that hold dicts or tensors.
+
+    Raises: LossError for a container inside itself, LimitError past `MAX_LEVELS`.
+    """
+    lists: dict[int, bool] = {}
+    trail: list[tuple[Path, tuple[str | int, ...], Any, Iterator[tuple[Any, Any]]]]
+    trail = [((), (), top, iter((as_mapping(top) or {}).items()))]
+    on_trail = {id(top)}
+    while trail:
+        path, above, holder, rest = trail[-1]
+        for step, value in rest:
+            here, name = (*path, step), (*above, step if type(holder) is list else key_text(step))
+            if len(here) > MAX_LEVELS.now():
+                raise MAX_LEVELS.passed(f"{brief('.'.join(map(str, name)))} is nested too deep", len(here))
+            content = as_mapping(value)
+            if not content and not (type(value) is list and _is_entered(value, lists)):
+                yield here, name, value if content is None else EMPTY
+                continue
+            if id(value) in on_trail:
+                raise LossError(f"{LABEL} cannot hold {path_text(here)}, a container inside itself")
+            on_trail.add(id(value))
+            trail.append((here, name, value, iter(content.items()) if content else enumerate(value)))
+            break
+        else:
+            trail.pop()
+            on_trail.discard(id(holder))
+
+
+def _is_entered(top: list[Any], known: dict[int, bool]) -> bool:
+    """Returns whether a list, or a list in it, holds a dict or a tensor; ``known`` has this for lists seen before."""
+    trail = [] if id(top) in known else [iter(top)]
+    ids = [id(top)]
+    known.setdefault(id(top), False)
+    while trail:
+        for value in trail[-1]:
+            if type(value) is list and id(value) not in known:
+                known[id(value)] = False
+                trail.append(iter(value))
+                ids.append(id(value))
+                break
+            if known.get(id(value)) or _is_tensor(value) or as_mapping(value) is not None:
+                known.update(dict.fromkeys(ids, True))
+                return True
+        else:
+            trail.pop()
+            ids.pop()
+    return known[id(top)]
+
+
+def _is_tensor(value: object) -> TypeGuard[TensorInfo]:
+    """Returns whether torch has a tensor there, and no array of NumPy."""
+    return isinstance(value, TensorInfo) and value.array is None
+
+
+def _is_box(value: object) -> TypeGuard[TensorInfo]:
+    """Returns whether it is written as a tensor: a box has a shape and a dtype, but is neither sparse nor quantised."""
+    return _is_tensor(value) and not isinstance(value.source, Opaque)
+
+
+def _has(tree: Any, path: Path) -> bool:
+    """Returns whether a tree of dicts and lists has a value at this path."""
+    for step in path:
+        if isinstance(tree, list) or (isinstance(tree, dict) and step in tree):
+            tree = tree[step]
+        else:
+            return False
+    return True
+
+
+def names_for(checkpoint: Checkpoint, shard_name: str | None, kind: str) -> Distributed:
+    """Returns the names of the files to write. Raises: UsageError for a ``shard_name``."""
+    if shard_name is not None:
+        raise UsageError("--shard-name goes with shards: the files of a distributed checkpoint have fixed names")
+    return DCP
+
+
+def write(
+    checkpoint: Checkpoint,
+    directory: str,
+    files: Files,
+    map_location: MapLocation | None,
+    open_: Callable[..., Checkpoint],
+    *,
+    kind: str,
+    max_shard_size: int,
+    shard_name: str | None,
+    with_files: bool,
+    force: bool,
+    in_place: bool,
+    fsync: bool,
+    compare: Callable[[Mapping[Any, TensorInfo], Mapping[Any, TensorInfo]], None] | None,
+    progress: Callable[[int], None] | None,
+) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """Writes the whole tree as one process would save it, streaming; ``.metadata`` gets its name last.
+
+    Returns what was left out, the bytes of all files, and notes. Each tensor is one item, tied ones too. What torch has
+    no box for (a sparse or quantised tensor) is an item as a Python value is. ``max_shard_size`` counts the bytes of
+    tensors in a ``.distcp`` file. The other arguments are as in `sharded.write`.
+
+    Raises: LossError for what torch cannot hold, CollisionError for two values of one flattened name, OutputError.
+    """
+    from ckptool.directories.place import Place, recover
+    from ckptool.formats import torch_file
+
+    meant = _Meant(checkpoint, max_shard_size)
+    torch_file.check(meant.values, map_location)
+    names = names_for(checkpoint, shard_name, kind)
+    recover(directory)
+    new = [*meant.files, names.index]
+    place = Place(checkpoint, directory, names, new, force=force, in_place=in_place, with_files=with_files)
+    rows: list[Row] = []
+
+    def written(name: str) -> Callable[[Output], None]:
+        def items(output: Output) -> None:
+            for key in meant.files[name]:
+                begin, value = output.position, meant.values[key]
+                torch_file.write(value, output, files, map_location, root="archive")
+                item = Item(name, begin, output.position - begin)
+                rows.append(Row(key, meant.paths[key], value if _is_box(value) else None, item))
+
+        return items
+
+    def check(paths: dict[str, str]) -> None:
+        if compare is not None:
+            found = _opened(directory, list(paths), [names.index], open_, paths)
+            compare(dict(Checkpoint(meant.tree).tensors()), dict(found.tensors()))
+
+    nbytes = place.write(
+        {name: written(name) for name in meant.files}, lambda: pickled(rows), files,
+        fsync=fsync, check=check, progress=progress,
+    )  # fmt: skip
+    return tuple(meant.left), nbytes, (*meant.notes, *place.notes())
+
+
+def check(
+    checkpoint: Checkpoint,
+    directory: str,
+    map_location: MapLocation | None,
+    *,
+    kind: str,
+    max_shard_size: int,
+    shard_name: str | None,
+    with_files: bool,
+    force: bool,
+    in_place: bool,
+) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """Returns what `write` would leave out, about how many bytes it would write, and its notes. Raises: as it."""
+    from ckptool.directories.place import Place
+    from ckptool.formats import torch_file
+
+    meant = _Meant(checkpoint, max_shard_size)
+    names = names_for(checkpoint, shard_name, kind)
+    new = [*meant.files, names.index]
+    place = Place(checkpoint, directory, names, new, force=force, in_place=in_place, with_files=with_files)
+    nbytes = max(torch_file.check(meant.values, map_location), meant.nbytes) + 1500 * len(meant.values)
+    return tuple(meant.left), nbytes, (*meant.notes, *place.notes())

@@ -10,7 +10,6 @@ Source: ``hf_storage.py`` and ``_hf_utils.py`` of ``torch/distributed/checkpoint
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Collection
 from itertools import islice
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo, chunks, is_countable
 from ckptool.core.tree import brief
 from ckptool.directories import sets
+from ckptool.directories.names import SHARDED, sets_in
 from ckptool.errors import CkptoolError, FormatError, IncompleteError, UnsupportedError, listed
 from ckptool.formats.safetensors_file import OWN, sharding
 from ckptool.io.probe import Probe
@@ -27,16 +27,14 @@ from ckptool.io.source import Files, Section, names_in
 
 LABEL = "dcp-hf"
 
-NAME = re.compile(r"shard-(\d{5,9})-model-(\d{5,9})-of-(\d{5,9})\.safetensors")
-
 Offsets = tuple[int, ...]
 
 
 def matches(probe: Probe) -> bool:
     """Returns whether it is such a directory, or one of its files; a directory of a known loader's files is not."""
     if not probe.is_directory:
-        return NAME.fullmatch(probe.name) is not None and not isinstance(probe.file, Section)
-    return any(map(NAME.fullmatch, probe.names)) and not any(found.loader for found in sets.sets_in(probe.names))
+        return SHARDED.fullmatch(probe.name) is not None and not isinstance(probe.file, Section)
+    return any(map(SHARDED.fullmatch, probe.names)) and not any(found.loader for found in sets_in(probe.names))
 
 
 class _File(NamedTuple):
@@ -56,7 +54,7 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     """
     directory = probe.path if probe.is_directory else os.path.dirname(probe.path) or "."
     names = names_in(directory)
-    matched = [one for one in map(NAME.fullmatch, names) if one]
+    matched = [one for one in map(SHARDED.fullmatch, names) if one]
     found = sorted(_File(int(one[2]), int(one[1]), int(one[3]), one[0]) for one in matched)
     if len(counts := {file.of for file in found}) > 1:
         raise FormatError(f"holds files of several saves, of {listed(sorted(counts))} files each: keep one", directory)

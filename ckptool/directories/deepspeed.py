@@ -26,7 +26,8 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, TensorInfo, computed_as, is_countable, shaped
 from ckptool.core.tree import PyObject, as_mapping, brief, ordered_dict, with_content
 from ckptool.directories import deepspeed_files as files
-from ckptool.directories import sets, zero
+from ckptool.directories import zero
+from ckptool.directories.names import sets_in
 from ckptool.errors import CkptoolError, FormatError, IncompleteError, UnsupportedError, listed
 from ckptool.io.probe import Probe
 from ckptool.io.source import names_in
@@ -36,7 +37,7 @@ LABEL = "deepspeed"
 
 def matches(probe: Probe) -> bool:
     """Returns whether it is such a directory; one with files that a known loader takes is not."""
-    if not probe.is_directory or any(found.loader for found in sets.sets_in(probe.names)):
+    if not probe.is_directory or any(found.loader for found in sets_in(probe.names)):
         return False
     return any(found(probe.path, probe.names) for found in (files.is_tag, files.latest_in, files.tags_in))
 

@@ -1,10 +1,4 @@
-"""Which set of weights a directory holds, by the names that Hugging Face's loaders look for, and a new set's names.
-
-    model.safetensors                     a whole file         (STEM.safetensors; STEM.VARIANT.safetensors)
-    model-00001-of-00002.safetensors      a shard              (STEM.VARIANT-00001-of-00002.safetensors)
-    model.safetensors.index.json          their index          (STEM.safetensors.index.VARIANT.json)
-
-A set is known by its whole file or its index. ``.bin`` files have the same forms. Sources:
+"""Which set of weights a directory holds, by the names that Hugging Face's loaders look for (see `names`). Sources:
 
 - transformers 5.24, ``modeling_utils._get_resolved_checkpoint_files``: whole file, index, then both as .bin; before all
   what ``transformers_weights`` of config.json names. ``integrations.peft.maybe_load_adapters``: the adapter.
@@ -17,31 +11,30 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ckptool.core.dtypes import lookup
-from ckptool.core.tensor import TensorInfo
-from ckptool.errors import FormatError, IncompleteError, UnsupportedError, UsageError, listed
+from ckptool.directories.names import (
+    CONSOLIDATED,
+    INDEX,
+    LOADERS,
+    MERGED,
+    METADATA,
+    SHARD,
+    SHARDED,
+    WEIGHTS,
+    Distributed,
+    Names,
+    Set,
+    parse,
+    sets_in,
+)  # fmt: skip
+from ckptool.errors import FormatError, IncompleteError, UnsupportedError, listed
 from ckptool.io.leftovers import held, leftovers
-from ckptool.io.source import names_in
+from ckptool.io.source import LocalFile, Source, names_in
+from ckptool.limits import MAX_INDEX
 
-INDEX = re.compile(r"(.+?)(?:\.(safetensors|bin)(?:\.([\w-]+))?)?\.index(?:\.([\w-]+))?\.json")
-SHARD = re.compile(r"(.+)-(\d{1,9})-of-(\d{1,9})(\..+)")
-WHOLE = re.compile(r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(?:\.([\w-]+))?\.(safetensors|bin)")
-
-CONSOLIDATED = re.compile(r"consolidated[.-]")
-"""How names of weights in Mistral's and Meta's own layout begin; Mistral's loader refuses two of them."""
-
-LOADERS = {
-    "model": "transformers", "pytorch_model": "transformers", "diffusion_pytorch_model": "diffusers",
-    "adapter_model": "peft",
-}  # fmt: skip
-"""The loader that takes files of a stem, in the order in which several are tried."""
-
-WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint|dl_state_dict|"
     r"zero_pp_rank_).*(\.(safetensors|bin|pth?|ckpt|pkl)|_\d+)"
@@ -64,128 +57,39 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's file with the number of the iteration that is read, or ``release``."""
 
 
-class Set(NamedTuple):
-    """A set of weights, known by the name of its index or whole file. ``kind``: safetensors, bin, or empty."""
-
-    name: str
-    stem: str
-    variant: str
-    kind: str
-    is_index: bool
-
-    @property
-    def loader(self) -> str:
-        """Returns the library that looks for this name; "" if none is known."""
-        return LOADERS.get(self.stem, "")
-
-    @property
-    def rank(self) -> tuple[bool, bool, bool, str]:
-        """Returns the order in which its loader tries names: no variant is taken unless asked for."""
-        index_first = self.loader in ("diffusers", "") and self.kind == "safetensors"
-        return self.variant != "", self.kind != "safetensors", self.is_index != index_first, self.name
-
-    def owns(self, name: str) -> bool:
-        """Returns whether a file is named as a part of this set."""
-        shard = SHARD.fullmatch(name)
-        bases = (self.stem, f"{self.stem}.{self.variant}")
-        return name == self.name or bool(shard and shard[1] in bases and shard[4].endswith(self.kind or "\0"))
-
-    def competes(self, names: Names) -> bool:
-        """Returns whether a loader would look for both this set and one of those names, and take one of them."""
-        if self.variant != names.variant:
-            return False
-        loaders = {names.loader, self.loader}
-        return self.stem == names.stem or ("" not in loaders and (len(loaders) == 1 or "peft" not in loaders))
+def shards_of(path: str) -> set[str]:
+    """Returns the files that the index at a path names. Raises: FormatError, LimitError, UnreadableError."""
+    with LocalFile(path) as file:
+        return set(weight_map_of(index_of(file)).values())
 
 
-def parse(name: str) -> Set | None:
-    """Returns the set that a file of this name stands for; None for a shard and all other files.
-
-    >>> parse("model.safetensors.index.fp16.json")[1:]
-    ('model', 'fp16', 'safetensors', True)
-    """
-    if SHARD.fullmatch(name):
-        return None
-    if found := WHOLE.fullmatch(name):
-        return Set(name, found[1], found[2] or "", found[3], False)
-    if found := INDEX.fullmatch(name):
-        return Set(name, found[1], found[3] or found[4] or "", found[2] or "", True)
-    return None
+def weight_map_of(index: dict[str, Any]) -> dict[str, str]:
+    """Returns {tensor: shard}; accelerate's index is this map itself."""
+    weight_map: dict[str, str] = index.get("weight_map", index)
+    return weight_map
 
 
-def sets_in(names: Iterable[str]) -> list[Set]:
-    """Returns the sets that a directory with these names has."""
-    return [found for name in names if (found := parse(name))]
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """The names of the files of a set in safetensors."""
-
-    stem: str
-    variant: str = ""
-
-    @classmethod
-    def of(cls, name: str) -> Names:
-        """Returns the names of the set to which a file of this name belongs, or would in safetensors."""
-        if found := parse(name):
-            return cls(found.stem, found.variant)
-        shard = SHARD.fullmatch(name)
-        base = shard[1] if shard else os.path.splitext(name)[0]
-        whole = WHOLE.fullmatch(f"{base}.safetensors")
-        return cls(whole[1], whole[2] or "") if whole else cls(base)
-
-    @property
-    def base(self) -> str:
-        """Returns the beginning of the names of the whole file and of each shard."""
-        return f"{self.stem}.{self.variant}" if self.variant else self.stem
-
-    @property
-    def whole(self) -> str:
-        """Returns the name of the only file of weights; there is no index then."""
-        return f"{self.base}.safetensors"
-
-    @property
-    def index(self) -> str:
-        """Returns the name of the index."""
-        return f"{self.stem}.safetensors.index.{f'{self.variant}.' * bool(self.variant)}json"
-
-    def shard(self, number: int, count: int) -> str:
-        """Returns the name of a shard, counted from 1."""
-        return f"{self.base}-{number:05d}-of-{count:05d}.safetensors"
-
-    @property
-    def loader(self) -> str:
-        """Returns the library that looks for these names; "" if none is known."""
-        return LOADERS.get(self.stem, "")
-
-    def gives(self, name: str) -> bool:
-        """Returns whether it is one of these names."""
-        shard = SHARD.fullmatch(name)
-        return name in (self.whole, self.index) or bool(shard and (shard[1], shard[4]) == (self.base, ".safetensors"))
-
-
-def output_names(source: str, tensors: Mapping[str, TensorInfo]) -> Names:
-    """Returns the names of a set made of a file called ``source``: of its family, else those of transformers.
-
-    A variant that is a dtype which no tensor has any more is left out.
-    """
-    found = parse(source)
-    if found is None:
-        return Names("model")
-    names = Names("model" if found.stem == "pytorch_model" else found.stem, found.variant)
+def index_of(file: Source) -> dict[str, Any]:
+    """Returns the content of an index. Raises: FormatError, LimitError."""
+    if file.size > MAX_INDEX.now():
+        raise MAX_INDEX.passed(f"an index of {file.size:,} bytes", file.size, file.path)
     try:
-        dtype = lookup(found.variant).name
-    except UsageError:  # a variant such as non_ema
-        return names
-    return names if any(tensor.dtype == dtype for tensor in tensors.values()) else Names(names.stem)
-
-
-def named(text: str) -> Names:
-    """Returns the names that begin with a text. Raises: UsageError if no file's name can begin so."""
-    if not re.fullmatch(r"\w[\w.+-]{0,99}", text) or SHARD.fullmatch(f"{text}.x") or text.endswith(WEIGHTS):
-        raise UsageError(f"--shard-name takes the beginning of the files' names, such as model, not {text!r}")
-    return Names.of(f"{text}.safetensors")
+        index = json.loads(file.read(0, file.size))
+    except RecursionError as error:
+        raise FormatError("an index that is nested too deep", file.path) from error
+    except ValueError as error:
+        raise FormatError(f"an index that is no JSON: {error}", file.path) from error
+    weight_map = weight_map_of(index) if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise FormatError("an index without a weight_map of tensor to file", file.path)
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise FormatError("an index whose metadata is no object", file.path)
+    for shard in sorted(set(weight_map.values())):
+        if os.path.basename(shard) != shard or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
+            raise FormatError(f"its index names a file outside its directory: {shard!r}", file.path)
+        if INDEX.fullmatch(shard) or os.path.isdir(os.path.join(os.path.dirname(file.path), shard)):
+            raise FormatError(f"its index names something that is no shard: {shard!r}", file.path)
+    return dict(index)
 
 
 SMALL = re.compile(r"(?!\.).*\.(json|jsonl|txt|model|jinja|tiktoken|py|md|ya?ml)|LICENSE.*|NOTICE.*", re.DOTALL)
@@ -230,11 +134,11 @@ class Choice(NamedTuple):
     loader: str = ""
 
 
-def choose(directory: str, names: Sequence[str], shards_of: Callable[[str], Collection[str]]) -> Choice | None:
+def choose(directory: str, names: Sequence[str]) -> Choice | None:
     """Returns what to read of a directory, as the loader does that it was written for; None if there are no weights.
 
-    ``shards_of`` returns the files that an index names. Raises: UnsupportedError if no rule decides among several, or
-    another tool wrote the directory; IncompleteError for a lone shard, and for a link to nowhere that would be taken.
+    Raises: UnsupportedError if no rule decides among several, or another tool wrote the directory; IncompleteError for
+    a lone shard, and for a link to nowhere that would be taken.
     """
     _refuse_unfinished(directory, names)
     dangling, config = _dangling(directory, _weights(names)), _json(directory, "config.json")
@@ -461,16 +365,21 @@ def others(directory: str, names: Sequence[str], used: Collection[str]) -> list[
     return list(dict.fromkeys(name if _pattern(name) in in_part else _pattern(name) for name in rest))
 
 
-def rivals(names: Names, there: Collection[str]) -> list[str]:
+def rivals(names: Names | Distributed, there: Collection[str]) -> list[str]:
     """Returns those of a directory's files that a loader would take instead of a set of these names, or no longer find.
 
-    transformers takes the adapter alone where its config lies and none of a model.
+    transformers takes the adapter alone where its config lies and none of a model. Of a distributed checkpoint and a
+    set beside it ckptool reads one.
     """
+    if isinstance(names, Distributed):
+        known = [found.name for found in sets_in(there) if found.loader]
+        return [*known, *(name for name in there if SHARDED.fullmatch(name) or name in MERGED)]
     known = [found.name for found in sets_in(there) if found.competes(names)]
     if names.stem == "consolidated":
         known += [name for name in there if name.endswith(WEIGHTS) and CONSOLIDATED.match(name)]
     if names.loader == "transformers" and "adapter_config.json" in there and "config.json" not in there:
         known.append("adapter_config.json without a config.json")
+    known += [name for name in there if METADATA.fullmatch(name) or SHARDED.fullmatch(name)]
     return [name for name in known if not names.gives(name)]
 
 
@@ -484,18 +393,6 @@ def beside_file(path: str) -> list[str]:
     same = [found for found in there if found.loader == own.loader and found.variant == own.variant]
     first = min([own, *same], key=lambda found: found.rank)
     return [f"beside {listed(found.name for found in same)}: {own.loader} reads {first.name} only"] if same else []
-
-
-def reader(name: str) -> str:
-    """Returns who looks for a file of weights of this name.
-
-    >>> reader("model.fp16.safetensors"), reader("consolidated.00.pth"), reader("x.pth")
-    ('transformers, variant fp16', "Mistral's and Meta's own loaders", 'no loader by this name')
-    """
-    found = parse(name)
-    if found and found.loader:
-        return found.loader + f", variant {found.variant}" * bool(found.variant)
-    return "Mistral's and Meta's own loaders" if CONSOLIDATED.match(name) else "no loader by this name"
 
 
 def _pattern(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
         """The module of a format of several files that can be written.
 
         ``write`` returns what was left out, the bytes of all files, and notes; ``check`` that without writing.
-        ``write`` calls ``verify`` with the paths of the finished staging files, before they are renamed. `names_for`
-        returns the names that `write` gives.
+        ``kind`` is the row's. ``write`` calls ``compare`` with the tensors meant and those that ``open_`` reads in the
+        finished staging files, before they are renamed. `names_for` returns the names that `write` gives.
         """
 
         def write(
@@ -64,28 +64,32 @@ if TYPE_CHECKING:
             directory: str,
             files: Files,
             map_location: MapLocation | None,
+            open_: Open,
             *,
+            kind: str,
             max_shard_size: int,
             shard_name: str | None,
             with_files: bool,
             force: bool,
             in_place: bool,
             fsync: bool,
-            verify: Callable[[Sequence[str]], None] | None,
+            compare: Callable[[Mapping[Any, TensorInfo], Mapping[Any, TensorInfo]], None] | None,
             progress: Callable[[int], None] | None,
         ) -> tuple[tuple[str, ...], int, tuple[str, ...]]: ...
         def check(
             self,
             checkpoint: Checkpoint,
             directory: str,
+            map_location: MapLocation | None,
             *,
+            kind: str,
             max_shard_size: int,
             shard_name: str | None,
             with_files: bool,
             force: bool,
             in_place: bool,
         ) -> tuple[tuple[str, ...], int, tuple[str, ...]]: ...
-        def names_for(self, checkpoint: Checkpoint, shard_name: str | None) -> Any: ...
+        def names_for(self, checkpoint: Checkpoint, shard_name: str | None, kind: str) -> Any: ...
 
 
 class Holds(NamedTuple):
@@ -108,7 +112,8 @@ class Format(NamedTuple):
     and about directories if ``is_directory`` (if it can be written, as one too). ``suffixes`` select the format when
     writing; ``ending`` is the suffix of an output whose name the user does not give (empty: it cannot be written).
     ``family`` is the format whose suffixes select this one too, and which is written where this one cannot be.
-    ``extra`` is the extra of ckptool that installs a library which the module needs.
+    ``extra`` is the extra of ckptool that installs a library which the module needs. ``kind`` tells the module which
+    of its formats is written; without ``named`` the row is for writing only, and another one reads what it writes.
     """
 
     name: str
@@ -123,6 +128,7 @@ class Format(NamedTuple):
     holds: Holds = Holds()
     family: str = ""
     extra: str = ""
+    kind: str = ""
 
     @property
     def writes(self) -> bool:
@@ -132,7 +138,7 @@ class Format(NamedTuple):
     def may_be(self, probe: Probe) -> bool:
         """Returns whether the module needs to look at it."""
         if probe.is_directory:
-            return self.is_directory
+            return self.is_directory and bool(self.named)
         return any(part in probe.name for part in self.named) and probe.head.startswith(self.magic, self.at)
 
     @property
@@ -184,7 +190,7 @@ WHOLE = Holds(tree=True, ties=True, devices=True)
 FORMATS = (
     Format(
         "dcp", "dcp", "ckptool.directories.dcp", (b"",), named=(".metadata", ".distcp"), is_directory=True,
-        holds=Holds(tree=True, devices=True), family="torch",
+        ending="-dcp", holds=Holds(tree=True, devices=True),
     ),
     Format(
         "dcp-hf", "dcp-hf", "ckptool.directories.dcp_hf", JSON, 8, named=("shard-",), is_directory=True,
@@ -216,7 +222,11 @@ FORMATS = (
     Format("gguf", "gguf", "ckptool.formats.gguf", (b"GGUF",), holds=Holds(metadata=True)),
     Format(
         "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=(".index",), is_directory=True,
-        ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True),
+        ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True), kind="safetensors",
+    ),
+    Format(
+        "sharded-bin", "hf-sharded", "ckptool.directories.sharded", (), named=(), is_directory=True,
+        ending="-sharded-bin", holds=Holds(ties=True, devices=True), kind="bin",
     ),
     Format("lock", "lock", "ckptool.formats.lock", (b"# ckptool lock ", b"{")),
     Format("pickle", "pickle", "ckptool.formats.pytorch.plain_pickle", (b"",), holds=WHOLE, family="torch"),
@@ -282,8 +292,8 @@ def named(name: str) -> Format:
 
 
 def of_directories() -> Format:
-    """Returns the format that is written into a directory."""
-    return next(row for row in FORMATS if row.is_directory and row.writes)
+    """Returns the format that is written into a directory unless another one is named: what Hugging Face loads."""
+    return named("sharded")
 
 
 def by_suffix(path: str) -> Format | None:

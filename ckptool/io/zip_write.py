@@ -54,21 +54,28 @@ class Record(NamedTuple):
 class ZipWriter:
     """Writes records, below ``root/`` if there is a root; `close` writes the directory.
 
-    ``date`` is the MS-DOS date of every record: 0, which is no valid date, in torch's archives.
+    The archive begins where the output stands, and its offsets and alignment count from there. ``date`` is the MS-DOS
+    date of every record: 0, which is no valid date, in torch's archives.
     """
 
     def __init__(self, output: Output, root: str = "", date: int = 0) -> None:
         self.output = output
+        self.begin = output.position
         self.root = f"{root}/" if root else ""
         self.date = date
         self.entries: list[bytes] = []
         self._thread: ThreadPoolExecutor | None = None
 
+    @property
+    def position(self) -> int:
+        """Returns the bytes of the archive that are written."""
+        return self.output.position - self.begin
+
     def add(self, name: str, data: bytes, like: int | None = None) -> None:
         """Writes a small record; with ``like``, padded so that it ends at that offset modulo `CLONED`, if possible."""
         padding = 0
         if like is not None:
-            end = self.output.position + 34 + len(f"{self.root}{name}".encode())
+            end = self.position + 34 + len(f"{self.root}{name}".encode())
             end += -end % ALIGNMENT + len(data) + 16
             padding = (like - end) % CLONED if (like - end) % ALIGNMENT == 0 else 0
         self.add_blocks(name, len(data), (data,), None, padding)
@@ -94,7 +101,7 @@ class ZipWriter:
 
     def _begin(self, name: str, nbytes: int, more: int = 0) -> tuple[bytes, int]:
         """Writes a record's local header, with ``more`` padding; returns its full name and its offset."""
-        start = self.output.position
+        start = self.position
         full = f"{self.root}{name}".encode()
         big, far = nbytes >= _FAR, start >= _FAR
         extra = b""
@@ -110,7 +117,7 @@ class ZipWriter:
     ) -> None:
         """Writes a record of exactly ``nbytes`` bytes; a known ``crc32`` saves computing it."""
         full, start = self._begin(name, nbytes, padding)
-        begin = self.output.position
+        begin = self.position
         computed = 0
         if crc32 is None and nbytes >= THREADED:
             computed = self._write_and_sum(blocks)
@@ -119,8 +126,8 @@ class ZipWriter:
                 if crc32 is None:
                     computed = zlib.crc32(block, computed)
                 self.output.write(block)
-        if self.output.position - begin != nbytes:
-            raise RuntimeError(f"{name} came to {self.output.position - begin} bytes, not {nbytes}")
+        if self.position - begin != nbytes:
+            raise RuntimeError(f"{name} came to {self.position - begin} bytes, not {nbytes}")
         self._finish(full, nbytes, computed if crc32 is None else crc32, start)
 
     def _write_and_sum(self, blocks: Iterable[bytes | memoryview]) -> int:
@@ -162,7 +169,7 @@ class ZipWriter:
         if not count:
             return 0
         first, last = records[0].span, records[count - 1]
-        start, shift = self.output.position, self.output.position - first.offset
+        start, shift = self.position, self.position - first.offset
         payload = files.locate(last.span).offset
         region = first._replace(member=None, nbytes=payload + last.span.nbytes - first.offset)
         self.output.copy(files, region)
@@ -170,8 +177,8 @@ class ZipWriter:
             name = f"{self.root}{prefix}{record.name}".encode()
             self._note(name, record.span.nbytes, record.crc32, record.span.offset + shift)
         self._finish(f"{self.root}{prefix}{last.name}".encode(), last.span.nbytes, last.crc32, last.span.offset + shift)
-        if self.output.position - start != end - start:
-            raise RuntimeError(f"{count} records came to {self.output.position - start} bytes, not {end - start}")
+        if self.position - start != end - start:
+            raise RuntimeError(f"{count} records came to {self.position - start} bytes, not {end - start}")
         return count
 
     def _alike(self, prefix: str, records: Sequence[Record], files: Files) -> tuple[int, int]:
@@ -179,7 +186,7 @@ class ZipWriter:
 
         The bytes between payloads are compared: a damaged header must not be copied.
         """
-        start = position = self.output.position
+        start = position = self.position
         shift = start - records[0].span.offset if records else 1
         if shift % ALIGNMENT:
             return 0, start
@@ -205,7 +212,7 @@ class ZipWriter:
         """Writes the central directory and the end records, always with those of zip64, as torch does."""
         if self._thread is not None:
             self._thread.shutdown()
-        start = self.output.position
+        start = self.position
         directory = b"".join(self.entries)
         count, size = len(self.entries), len(directory)
         self.output.write(

@@ -335,7 +335,7 @@ def test_no_name_of_a_hostile_index_is_removed(run: Run) -> None:
 
 
 def test_a_failure_leaves_the_old_set_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptool.directories import sharded as module
+    from ckptool.directories import place as module
 
     sharded("diffusion_pytorch_model")
     before = {name: Path("in", name).read_bytes() for name in names("in")}

@@ -298,12 +298,11 @@ def test_a_flipped_bit_of_a_part_is_found_and_nothing_where_none_is(tmp_path: Pa
     assert found.findings
 
 
-def test_what_is_saved_into_its_directory_leaves_its_files_alone(tmp_path: Path) -> None:
+def test_what_is_saved_in_its_place_replaces_it(tmp_path: Path) -> None:
     directory, whole = grid(tmp_path / "d")
-    before = {path: path.read_bytes() for path in directory.iterdir()}
     ckptool.save(ckptool.open(directory), directory, in_place=True)
-    assert {path: path.read_bytes() for path in before} == before
-    assert torch.equal(ckptool.open(directory / ".metadata").to_torch()["w"], whole)
+    assert [path.name for path in directory.iterdir()] == ["model.safetensors"]
+    assert torch.equal(ckptool.open(directory).to_torch()["w"], whole)
 
 
 def _samples() -> list[Any]:

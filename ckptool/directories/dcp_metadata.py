@@ -1,0 +1,231 @@
+"""What ``.metadata`` of a distributed checkpoint says: read without running its pickle, and written.
+
+    state_dict_metadata    {name: the shape, the dtype and the boxes of a tensor, or that it is a Python value}
+    planner_data           {name: its path in the tree that was flattened}
+    storage_data           {name and first index of a box: the file, offset and length of its item}
+
+Source: ``metadata.py`` and ``filesystem.py`` of ``torch/distributed/checkpoint``, torch 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import TensorInfo, is_countable
+from ckptool.core.tree import Global, PyObject, brief
+from ckptool.errors import FormatError, UnsupportedError
+from ckptool.io.source import LocalFile
+from ckptool.limits import MAX_PICKLE
+from ckptool.pickling import load as pickles
+from ckptool.pickling import torch_calls
+
+
+class Part(NamedTuple):
+    """A box of a tensor: its first index and its size along every dimension."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class Entry(NamedTuple):
+    """A tensor and its boxes; ``dtype`` is None for a Python value."""
+
+    dtype: str | None
+    shape: tuple[int, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+
+class Item(NamedTuple):
+    """Where an item is: a range of a file."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+class Saved:
+    """What the metadata say. Those of several processes are merged; of the same box, the first process's is taken.
+
+    ``flat``: the values were saved without flattening. ``twice``: keys of which several processes saved a box.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.paths: dict[str, tuple[Any, ...]] = {}
+        self.items: dict[tuple[str, tuple[int, ...] | None], Item] = {}
+        self.names: dict[tuple[str, str], None] = {}
+        self.twice: dict[str, None] = {}
+        self.flat = True
+
+    def order(self) -> list[str]:
+        """Returns the keys in the order in which they were flattened, then the others."""
+        return [
+            *(key for key in self.paths if key in self.entries),
+            *(key for key in self.entries if key not in self.paths),
+        ]
+
+    def add(self, path: str) -> None:
+        """Reads one file of metadata. Raises: FormatError, LimitError."""
+        with LocalFile(path) as file:
+            if file.size > MAX_PICKLE.now():
+                raise MAX_PICKLE.passed("the pickle is too long", file.size)
+            pickled = file.read(0, file.size)
+        pickles.scan(pickled)
+        tree, names = pickles.load(pickled, builders=torch_calls.builders)
+        self.names.update(dict.fromkeys(names))
+        fields = _fields(tree, "Metadata")
+        for key, node in _mapping(fields, "state_dict_metadata").items():
+            self._entry(_text(key), node)
+        for index, where in _mapping(fields, "storage_data").items():
+            self._item(_fields(index, "MetadataIndex"), _fields(where, "_StorageInfo"))
+        if isinstance(planned := fields.get("planner_data"), dict) and planned:
+            self.flat = False
+            for key, steps in planned.items():
+                if not isinstance(steps, tuple) or not steps or any(type(step) not in (str, int) for step in steps):
+                    raise FormatError(f"the path of {brief(key)} in planner_data is {brief(steps)}")
+                self.paths.setdefault(_text(key), steps)
+
+    def _entry(self, key: str, node: Any) -> None:
+        kind = type(node).qualname if isinstance(node, PyObject) else ""
+        if kind == "BytesStorageMetadata":
+            entry = Entry(None)
+        else:
+            fields = _fields(node, "TensorStorageMetadata")
+            boxes = [_fields(box, "ChunkStorageMetadata") for box in _list(fields.get("chunks"))]
+            parts = tuple(Part(numbers(box.get("offsets")), numbers(box.get("sizes"))) for box in boxes)
+            entry = Entry(_dtype(fields.get("properties")), numbers(fields.get("size")), parts)
+            if not is_countable(entry.shape):
+                raise FormatError(f"{key}: has shape {brief(entry.shape)}: more elements than can be counted")
+        old = self.entries.get(key, entry)
+        if old[:2] != entry[:2]:
+            raise FormatError(f"{key}: is {_said(entry)} here, and {_said(old)} in another process's metadata")
+        if old is not entry:
+            self.twice.update(dict.fromkeys([key] if entry.dtype is None or {*old.parts} & {*entry.parts} else []))
+            entry = old._replace(parts=(*old.parts, *(part for part in entry.parts if part not in {*old.parts})))
+        self.entries[key] = entry
+
+    def _item(self, index: dict[str, Any], where: dict[str, Any]) -> None:
+        key, name = _text(index.get("fqn")), _text(where.get("relative_path"))
+        offset = None if index.get("offset") is None else numbers(index.get("offset"))
+        if any(step in ("", ".", "..") for step in name.split("/")) or any(odd in name for odd in "\\\0:"):
+            raise FormatError(f"{key}: lies in a file outside the directory: {name!r}")
+        if where.get("transform_descriptors"):
+            how = brief(where["transform_descriptors"])
+            raise UnsupportedError(f"{key}: is stored transformed ({how}), which is not supported: save it without")
+        self.items.setdefault((key, offset), Item(name, *numbers((where.get("offset"), where.get("length")))))
+
+
+def _said(entry: Entry) -> str:
+    return "a Python value" if entry.dtype is None else f"{entry.dtype} of shape {brief(entry.shape)}"
+
+
+def _fields(node: Any, qualname: str) -> dict[str, Any]:
+    """Returns the fields of an object of torch's class of that name."""
+    if isinstance(node, PyObject) and type(node).qualname == qualname:
+        state = {} if node.state is None else node.state
+        if isinstance(state, dict) and not node.args:
+            return state
+    raise FormatError(f"its metadata have {brief(node)}: expected {qualname} of torch.distributed.checkpoint")
+
+
+def _mapping(fields: dict[str, Any], name: str) -> dict[Any, Any]:
+    if not isinstance(found := fields.get(name), dict):
+        raise FormatError(f"its metadata have no {name}")
+    return found
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise FormatError(f"its metadata have {brief(value)} where a name belongs")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise FormatError(f"its metadata have {brief(value)} where a list belongs")
+    return value
+
+
+def numbers(value: Any) -> tuple[int, ...]:
+    """Returns a tuple or torch.Size of numbers that are not negative."""
+    if isinstance(value, PyObject) and type(value).qualname == "Size" and len(value.args) == 1:
+        value = value.args[0]
+    if not isinstance(value, (tuple, list)) or any(type(number) is not int or number < 0 for number in value):
+        raise FormatError(f"its metadata have {brief(value)} where sizes or offsets belong")
+    return tuple(value)
+
+
+def _dtype(properties: Any) -> str:
+    """Returns the dtype in a TensorProperties, whose state is a tuple that begins with it, or a dict."""
+    state = properties.state if isinstance(properties, PyObject) else None
+    found = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(found, Global) or found.qualname not in DTYPES:
+        raise FormatError(f"its metadata give a tensor the dtype {brief(found)}")
+    return found.qualname
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """An item that was written: its name, its path in the tree, and its tensor, None for a Python value."""
+
+    key: str
+    path: tuple[str | int, ...]
+    tensor: TensorInfo | None
+    item: Item
+
+
+def _global(name: str, module: str = "torch.distributed.checkpoint.metadata") -> Global:
+    return Global.named(module, name)
+
+
+METADATA, TENSOR, BYTES = map(_global, ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata"))
+PROPERTIES, CHUNK, INDEX = map(_global, ("TensorProperties", "ChunkStorageMetadata", "MetadataIndex"))
+STORED, SIZE = _global("_StorageInfo", "torch.distributed.checkpoint.filesystem"), _global("Size", "torch")
+STRIDED = _global("_get_layout", "torch.serialization")("torch.strided")
+CONTIGUOUS = _global("_MEM_FORMAT_ENCODING")(0)
+
+
+def pickled(rows: Iterable[Row]) -> bytes:
+    """Returns the content of ``.metadata``: every tensor is one box.
+
+    Nothing in it depends on the run or the path, unlike torch's own, which has both in ``storage_meta``.
+    """
+    from ckptool.pickling.dump import dump  # needed only to write
+
+    entries: dict[str, Any] = {}
+    paths: dict[str, tuple[str | int, ...]] = {}
+    stored: dict[Any, Any] = {}
+    properties: dict[str, PyObject] = {}
+    for key, path, tensor, item in rows:
+        paths[key] = path
+        place = _object(STORED, relative_path=item.file, offset=item.offset, length=item.nbytes)
+        if tensor is None:
+            entries[key] = _object(BYTES)
+            stored[_object(INDEX, fqn=key, index=None)] = place
+            continue
+        shape = tensor.shape or ()
+        if tensor.dtype not in properties:
+            properties[tensor.dtype] = _object(PROPERTIES)
+            properties[tensor.dtype].state = (_global(tensor.dtype, "torch"), STRIDED, False, CONTIGUOUS, False)
+        size, begin = SIZE(shape), SIZE((0,) * len(shape))
+        box = _object(CHUNK, offsets=begin, sizes=size)
+        entries[key] = _object(TENSOR, properties=properties[tensor.dtype], size=size, chunks=[box])
+        stored[_object(INDEX, fqn=key, index=0, offset=begin)] = place
+    return dump(
+        _object(
+            METADATA, state_dict_metadata=entries, planner_data=paths, storage_data=stored, storage_meta=None,
+            version="1.0.0",
+        )
+    )  # fmt: skip
+
+
+def _object(kind: Global, **fields: Any) -> PyObject:
+    """Returns an object of a dataclass."""
+    made: PyObject = kind()
+    made.called = False
+    made.state = fields or None
+    return made
