@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, TensorInfo, computed_as, is_countable, shaped
-from ckptool.core.tree import PyObject, as_mapping, brief, ordered_dict, with_content
+from ckptool.core.tree import PyObject, as_mapping, brief, ordered_dict, walk, with_content
 from ckptool.directories import deepspeed_files as files
 from ckptool.directories import zero
 from ckptool.directories.names import sets_in
@@ -77,18 +77,28 @@ class _Parts(NamedTuple):
 
 
 class _Weights:
-    """Puts the weights together. ``notes``: {what is to be said of keys: the keys}."""
+    """Puts the weights together. ``notes``: {what is to be said of keys: the keys}.
+
+    ``held``: the names of what the optimizer keeps of each weight.
+    """
 
     def __init__(self, saved: files.Saved) -> None:
         self.saved = saved
         self.notes: dict[str, list[str]] = {}
+        self.held: dict[str, None] = {}
 
     def note(self, what: str, *keys: str) -> None:
         self.notes.setdefault(what, []).extend(keys)
 
     def said(self) -> list[str]:
         """Returns the notes as text."""
-        return [f"{what}: {listed(keys)}" if keys else what for what, keys in self.notes.items()]
+        notes = [f"{what}: {listed(keys)}" if keys else what for what, keys in self.notes.items()]
+        parts = [name for name in self.saved.used if name.endswith("_optim_states.pt")]
+        if self.held or parts:
+            where = f"in {len(parts)} *_optim_states.pt" if parts else "beside the weights"
+            held = f" ({', '.join(self.held)})" if self.held else ""
+            notes.append(f"the optimizer's state{held} lies {where}, and is not read")
+        return notes
 
     def read(self) -> tuple[Mapping[Any, Any], Any]:
         """Returns (the model states, the module with its weights)."""
@@ -145,6 +155,10 @@ class _Weights:
         there = [name for (other, rank), name in self.saved.optims.items() if other == mp and rank >= 0]
         if not there:
             return None
+        if "offloaded_tensors" in self.saved.names:
+            raise UnsupportedError(
+                "its fp32 weights are in the files of NVMe offload (offloaded_tensors): not supported"
+            )
         first = self._optimizer(there[0])
         count: Any = first.get("partition_count")
         sizes = count if isinstance(count, list) else []
@@ -153,9 +167,7 @@ class _Weights:
         names = self.saved.processes(self.saved.optims, mp, count if type(count) is int and count > 0 else len(there))
         key = "fp32_flat_groups" if "fp32_flat_groups" in first else "single_partition_of_fp32_groups"
         groups = [self._groups(first if name == there[0] else self._optimizer(name), key, name) for name in names]
-        states = _state_names(first)
-        held = f" ({', '.join(states)})" if states else ""
-        self.note(f"the optimizer's state{held} lies in {len(names)} *_optim_states.pt, and is not read")
+        self.held |= dict.fromkeys(_state_names(first))
         return _Parts(key == "fp32_flat_groups", groups, sizes, first.get("param_alignment_paddings") or [])
 
     def _optimizer(self, name: str) -> dict[Any, Any]:
@@ -168,7 +180,7 @@ class _Weights:
         path = os.path.join(self.saved.directory, name)
         if not isinstance(found := optimizer.get(key), list):
             what = "local_sub_partitions_of_fp32_groups"
-            older = ", but those of a version before 0.3.17, which is not supported" if what in optimizer else ""
+            older = ", but those of an older version, which is not supported" if what in optimizer else ""
             raise UnsupportedError(f"has no fp32 weights of ZeRO ({key}){older}", path)
         try:
             return [zero.flattened(tensor, f"{key}[{number}]") for number, tensor in enumerate(found)]
@@ -256,10 +268,17 @@ class _Weights:
         """
         node = state.get("module")
         module = as_mapping(node) or {}
+        if not trained.keys() <= module.keys():  # Megatron-DeepSpeed's are nested
+            nested = {".".join(map(str, path)): value for path, value in walk(module) if isinstance(value, TensorInfo)}
+            node, module = (nested, nested) if trained.keys() <= nested.keys() else (node, module)
         if not placeholders:  # what is in the module too is tied there
             frozen = {key: tensor for key, tensor in frozen.items() if key not in module}
-        shared = as_mapping(state.get("shared_params")) or {}
-        buffers = {name for name in state.get("buffer_names") or () if isinstance(name, str)}
+        shared = {
+            key: source
+            for key, source in (as_mapping(state.get("shared_params")) or {}).items()
+            if type(key) is type(source) is str
+        }
+        buffers = set(_buffers(state))
         alike = {
             value.view: trained[key]
             for key, value in module.items()
@@ -274,7 +293,7 @@ class _Weights:
             found, source = trained.get(key), shared.get(key)
             if found is not None and not sliced and value.numel and value.shape != found.shape:
                 raise FormatError(f"{key}: has shape {brief(found.shape)} in fp32, and {brief(value.shape)} in module")
-            if found is None and key not in frozen and isinstance(source, str):
+            if found is None and key not in frozen and source is not None:
                 found = trained.get(source, frozen.get(source))
                 if found is not None and value.numel and value.shape != found.shape:
                     found = None
@@ -286,10 +305,12 @@ class _Weights:
                 made[key] = _widened(value, wide)
             elif key in frozen or not placeholders or value.shape != (0,):
                 made[key] = frozen.get(key, value)
-                self.note(_AS_SAVED, f"{key} ({made[key].dtype})")
+                self.note(f"{_AS_SAVED}, {made[key].dtype}", key)
             else:
                 self.note("only placeholders of size 0 are saved of these, which are left out", key)
-        made |= {key: tensor for key, tensor in {**frozen, **trained}.items() if key not in made}
+        if more := {key: tensor for key, tensor in {**frozen, **trained}.items() if key not in made}:
+            self.note("in fp32 or frozen, and without a key in module, so added behind it", *more)
+            made |= more
         for key, source in shared.items():
             if key not in made and source in made:
                 made[key] = made[source]
@@ -358,20 +379,20 @@ class _Weights:
         if not trained:
             return state, state["module"]
         state |= _NO_ZERO
-        buffers = [name for one in states for name in one.get("buffer_names") or ()]
+        buffers = [name for one in states for name in _buffers(one)]
         trained = {key: tensor for key, tensor in trained.items() if key in module}
         return state, self._joined({**state, "buffer_names": buffers}, trained, {})
 
     def _universal(self) -> tuple[Mapping[Any, Any], Any]:
         """Returns (model states, module) of what ds_to_universal.py wrote."""
-        saved, found, beside = self.saved, {}, dict[str, None]()
-        for name in sorted(names_in(os.path.join(saved.directory, "zero"))):
+        saved, found = self.saved, {}
+        for name in sorted(names_in(os.path.join(saved.directory, "zero")), key=_in_order):
             held = names_in(os.path.join(saved.directory, "zero", name))
             if held and "fp32.pt" not in held:
                 raise IncompleteError(f"a file is missing: zero/{name}/fp32.pt")
             if held:
                 found[name] = saved.tree(os.path.join("zero", name, "fp32.pt"))
-                beside.update(dict.fromkeys(one.removesuffix(".pt") for one in sorted(held) if one != "fp32.pt"))
+                self.held |= dict.fromkeys(one.removesuffix(".pt") for one in sorted(held) if one != "fp32.pt")
         names = [name for _, name in sorted(saved.models.items())]
         states = [self._state(names[0])] if names else [{}]
         groups = [
@@ -385,14 +406,17 @@ class _Weights:
         }
         if gone := [name for name in shapes if name not in trained]:
             raise IncompleteError(f"files are missing: {listed(f'zero/{name}/fp32.pt' for name in gone)}")
-        if beside:
-            self.note(f"the optimizer's state ({', '.join(beside)}) lies beside, and is not read")
         placeholders = any(rank >= 0 for _, rank in saved.models)
         if placeholders and states[0].get("frozen_param_shapes") and not sliced:
             states += [self._state(name) for name in names[1:]]
         frozen = {} if sliced or not names else self._frozen(states, placeholders)
         module = self._joined(states[0], trained, frozen, placeholders=placeholders, sliced=sliced)
         return {**states[0], **_NO_ZERO}, module
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Returns a key that sorts names by their numbers."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def _universal_weight(name: str, value: Any, shape: tuple[int, ...] | None) -> TensorInfo:
@@ -416,6 +440,14 @@ def _extended(node: Any, more: Mapping[str, TensorInfo]) -> Any:
     if both := [key for key in more if key in module]:
         raise FormatError(f"in module and in a file of an expert: {listed(both)}")
     return with_content(node, {**module, **more}) if more else node
+
+
+def _buffers(state: Mapping[Any, Any]) -> list[str]:
+    """Returns the names of the module's buffers. Raises: FormatError."""
+    names = state.get("buffer_names") or []
+    if not isinstance(names, list) or any(type(name) is not str for name in names):
+        raise FormatError(f"its buffer_names are {brief(names)}")
+    return names
 
 
 def _groups_of_shapes(node: Any) -> list[dict[str, tuple[int, ...]]]:

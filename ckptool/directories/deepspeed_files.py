@@ -126,6 +126,9 @@ class Saved:
     def tree(self, name: str) -> Any:
         """Returns what torch.save wrote into a file, and counts it. Raises: CkptoolError with its path."""
         path = os.path.join(self.directory, name)
+        if not os.path.isfile(path):
+            what = "is a directory" if os.path.isdir(path) else "is a link to nowhere"
+            raise IncompleteError(f"{what}: expected a file of DeepSpeed's", path)
         opened = self.open_(path)
         self.nbytes += opened.nbytes
         self.pickled.update(dict.fromkeys(opened.names))

@@ -100,7 +100,7 @@ def test_the_keys_are_in_the_models_order(stage: int, tmp_path: Path) -> None:
 def test_frozen_parameters_are_there_in_the_dtype_of_the_run_and_a_note_says_so(stage: int, tmp_path: Path) -> None:
     found = ckptool.open(written(tmp_path / "d", stage))
     assert torch.equal(found.to_torch()["module"]["frozen.weight"], frozen()["frozen.weight"].bfloat16())
-    assert said(found, "frozen.weight (bfloat16)", "frozen.bias (bfloat16)")
+    assert said(found, "bfloat16", "frozen.weight", "frozen.bias")
     assert not said(found, "l.weight")
 
 
@@ -147,6 +147,14 @@ def test_a_parameter_without_elements_is_no_ties_victim(tmp_path: Path) -> None:
     tensors = found.to_torch()["module"]
     assert torch.equal(tensors["one"], groups()[1]["one"])
     assert torch.equal(tensors["l.weight"], groups()[0]["l.weight"])
+
+
+@pytest.mark.parametrize("shared", [{"one": ["emb.weight"]}, {"new": {}}, {1: "one"}, [], None, {"one": None}], ids=str)
+def test_a_list_of_ties_that_is_none_says_nothing(shared: Any, tmp_path: Path) -> None:
+    place = written(tmp_path / "d", shared={})
+    expected = zero_to_fp32(tmp_path / "d")
+    edit(place / "mp_rank_00_model_states.pt", lambda states: states.update(shared_params=shared))
+    assert_same_tensors(ckptool.open(place), expected)
 
 
 def test_a_placeholder_without_values_anywhere_is_named(tmp_path: Path) -> None:
@@ -415,6 +423,10 @@ def twice(states: Any) -> None:
     states["param_shapes"][1]["emb.weight"] = torch.Size([7, 3])
 
 
+def odd_buffers(states: Any) -> None:
+    states["buffer_names"] = [["bn.running_mean"]]
+
+
 def a_group_less(states: Any) -> None:
     states["param_shapes"].pop()
 
@@ -464,6 +476,46 @@ def test_a_truncated_file_is_refused_by_its_name(tmp_path: Path) -> None:
             with pytest.raises(FormatError, match=path.name.replace(".", r"\.")):
                 ckptool.open(place)
         path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("what", ["link", "directory", "loop"])
+def test_a_part_that_is_no_file_is_incomplete_and_named(what: str, tmp_path: Path) -> None:
+    place = written(tmp_path / "d")
+    gone = optim(place, 1)
+    gone.unlink()
+    if what == "directory":
+        gone.mkdir()
+    else:
+        gone.symlink_to("nowhere" if what == "link" else ".")
+    with pytest.raises(IncompleteError, match=gone.name):
+        ckptool.open(place)
+
+
+def test_weights_in_files_of_nvme_offload_are_refused(tmp_path: Path) -> None:
+    place = written(tmp_path / "d", 3)
+    (place / "offloaded_tensors").mkdir()
+    with pytest.raises(UnsupportedError, match="NVMe"):
+        ckptool.open(place)
+
+
+def test_a_nested_module_has_its_weights_by_their_dotted_names(tmp_path: Path) -> None:
+    place = written(tmp_path / "d", frozen={}, buffers={}, shared={})
+    expected = zero_to_fp32(tmp_path / "d")
+
+    def nested(states: Any) -> None:
+        made: dict[str, Any] = {}
+        for name, tensor in states["module"].items():
+            *steps, last = name.split(".")
+            inner = made
+            for step in steps:
+                inner = inner.setdefault(step, {})
+            inner[last] = tensor
+        states["module"] = made
+
+    edit(place / "mp_rank_00_model_states.pt", nested)
+    found = ckptool.open(place)
+    assert found.state_dict().keys() == expected.keys()
+    assert_same_tensors(found, {name: expected[name] for name in found.state_dict()})
 
 
 class Canary:
@@ -583,6 +635,7 @@ def test_the_layers_of_a_pipeline_are_one_model(zero: bool, tmp_path: Path) -> N
     found = ckptool.open(tmp_path / "d")
     assert_same_tensors(found, weights)
     assert said(found, "layer_02", "layer_09")
+    assert said(found, "optimizer", "in 4 " if zero else "2 stages")
     assert found.tree["global_steps"] == 4
 
 
@@ -663,7 +716,7 @@ def test_experts_that_only_some_processes_train_are_taken_from_their_files(tmp_p
     expected = {**dense, **experts(place)}
     found = ckptool.open(place)
     assert_same_tensors(found, expected)
-    assert said(found, "dtype of the run", "deepspeed_experts.1.weight (float32)")
+    assert said(found, "dtype of the run, float32", "deepspeed_experts.1.weight")
 
 
 @pytest.mark.parametrize("gone", [(0, 1), (1, 0), (1, 1)])
