@@ -410,6 +410,9 @@ def _from_type(*args: Any) -> PyObject:
     return Global.named(*_FROM_TYPE)(*args)
 
 
+_DROPPED = re.compile(rb"R0[^\x00-\x27]")
+"""REDUCE, POP, and any opcode: a call whose result is dropped. The 12,370th memo index has the same two bytes."""
+
 _GETATTR = {("__builtin__", "getattr"), ("builtins", "getattr")}
 
 
@@ -437,9 +440,8 @@ def load(
     try:
         try:
             made = unpickling.run(buffer, start)
-            has_classes = b"R0" in buffer and not closed(
-                unpickling.found
-            )  # REDUCE, POP: a call whose result is dropped
+            dropped = b"R0" in buffer and _DROPPED.search(buffer) is not None
+            has_classes = dropped and not closed(unpickling.found)
         except _pickle.UnpicklingError as error:
             has_classes = "NEWOBJ" in str(error)
             if not has_classes:
