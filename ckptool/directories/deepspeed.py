@@ -201,7 +201,7 @@ class _Weights:
             raise IncompleteError(f"a file is missing: zero_pp_rank_0_mp_rank_{mp:02d}_model_states.pt")
         names = self.saved.processes(models, mp, len(parts.groups))
         first = self._state(names[0])
-        return [first, *map(self._state, names[1:] if first.get("frozen_param_shapes") else ())]
+        return [first, *map(self._state, names[1:] if as_mapping(first.get("frozen_param_shapes")) else ())]
 
     def _state(self, name: str) -> dict[Any, Any]:
         found = self.saved.mapping(name)
@@ -407,7 +407,7 @@ class _Weights:
         if gone := [name for name in shapes if name not in trained]:
             raise IncompleteError(f"files are missing: {listed(f'zero/{name}/fp32.pt' for name in gone)}")
         placeholders = any(rank >= 0 for _, rank in saved.models)
-        if placeholders and states[0].get("frozen_param_shapes") and not sliced:
+        if placeholders and as_mapping(states[0].get("frozen_param_shapes")) and not sliced:
             states += [self._state(name) for name in names[1:]]
         frozen = {} if sliced or not names else self._frozen(states, placeholders)
         module = self._joined(states[0], trained, frozen, placeholders=placeholders, sliced=sliced)
