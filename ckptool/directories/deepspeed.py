@@ -113,7 +113,7 @@ class _Weights:
         parts = self._parts(ranks[0])
         states = self._states(ranks[0], parts)
         state = states[0]
-        self._refuse_parallel(*(state.get(name) for name in ("mp_world_size",)))
+        self._refuse_parallel(state.get("mp_world_size"))
         if state.get("module") is None:
             raise IncompleteError("its module is in files of layers, which are missing: layer_00-model_states.pt, ...")
         state = {**state, "module": _extended(state["module"], self._experts(state))}
@@ -121,6 +121,10 @@ class _Weights:
             return state, state["module"]
         frozen = self._frozen(states, parts.is_stage_3)
         module = self._joined(state, self._trained(state, parts), frozen, placeholders=parts.is_stage_3)
+        there = as_mapping(module) or {}
+        shapes = (name for group in _groups_of_shapes(state["param_shapes"]) for name in group)
+        if gone := [name for name in shapes if name not in there]:
+            raise IncompleteError(f"trained by some processes only, and in no file of experts: {listed(gone)}")
         return {**state, **_NO_ZERO}, module
 
     def _refuse_parallel(self, *counts: Any) -> None:

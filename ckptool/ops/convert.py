@@ -59,7 +59,9 @@ def convert(
     """
     tensors = require_tensors(checkpoint)
     if not any(tensor.numel for tensor in tensors.values()) and not checkpoint.hidden():
-        what = "no tensor has an element: placeholders of DeepSpeed ZeRO-3? name its directory for the weights"
+        what = (
+            "no tensor has an element: placeholders of DeepSpeed ZeRO-3? name the directory of its save, global_step..."
+        )
         raise NoTensorsError(what, checkpoint.url)
     notes = [*root_notes([checkpoint]), *pattern_notes(keep, tensors)]
     cast: list[str] = []

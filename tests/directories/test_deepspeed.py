@@ -583,6 +583,19 @@ def test_every_command_takes_it(stage: int, run: Run, tmp_path: Path) -> None:
     assert not ckptool.open("b.pth").notes
 
 
+@pytest.mark.parametrize("where", ["d", "d/global_step3"])
+def test_what_is_saved_into_its_directory_leaves_its_files_alone(where: str, tmp_path: Path) -> None:
+    written(tmp_path / "d")
+    expected = zero_to_fp32(tmp_path / "d")
+    before = {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()}
+    ckptool.save(ckptool.open(tmp_path / where), f"{tmp_path / where}/", in_place=True)
+    assert {path: path.read_bytes() for path in before} == before
+    found = ckptool.open(tmp_path / where)
+    assert found.format == "safetensors"
+    assert found.state_dict().keys() == expected.keys()
+    assert said(found, "DeepSpeed")
+
+
 def test_all_weights_are_on_the_device_of_the_first_process(tmp_path: Path) -> None:
     place = written(tmp_path / "d", 3, frozen={}, buffers={})
     for rank in range(2):
@@ -711,6 +724,10 @@ def test_experts_that_only_some_processes_train_are_taken_from_their_files(tmp_p
 
     for rank in range(2):
         edit(optim(place, rank), of_some)
+    nowhere = shutil.copytree(place, tmp_path / "nowhere")
+    edit(nowhere / "mp_rank_00_model_states.pt", lambda states: [states["module"].pop(key) for key in more] and None)
+    with pytest.raises(IncompleteError, match=r"deepspeed_experts\.0\.weight"):
+        ckptool.open(nowhere)
     edit(place / "mp_rank_00_model_states.pt", lambda states: [states["module"].pop(key) for key in more] and None)
     dense = {key: value for key, value in expected.items() if key not in more}
     expected = {**dense, **experts(place)}
