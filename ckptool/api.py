@@ -373,8 +373,8 @@ def filter(
     with Files() as files:
         made, report = op.filter(
             opened, target, include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix,
-            only_matched=only_matched, cast=cast, first_wins=first_wins, renamed=rules is not None,
-            same=partial(same_bytes, files=files),
+            only_matched=only_matched, cast=cast, first_wins=first_wins, same=partial(same_bytes, files=files),
+            roots=("" if rules is not None else "--root", "" if optimizer == "drop" else "--match-root"),
         )  # fmt: skip
     report = replace(report, rows=rows.sourced(report.rows, origins), notes=[*report.notes, *notes])
     if target is not None and target.format == "model":

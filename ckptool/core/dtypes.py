@@ -130,3 +130,10 @@ def nbytes_of(dtype: str, numel: int) -> int:
     if bits % 8:
         raise UnsupportedError(f"{numel} elements of {dtype} do not fill whole bytes")
     return bits // 8
+
+
+def castable(old: str, new: str) -> bool:
+    """Returns whether torch converts one dtype to the other without losing a component."""
+    kinds = {DTYPES[old].kind, DTYPES[new].kind}
+    packed = "float4_e2m1fn_x2" in (old, new)
+    return DTYPES[old].in_torch and not packed and (kinds <= {"float", "int", "bool"} or kinds == {"complex"})

@@ -197,38 +197,26 @@ def _stripped(name: str, prefix: str, plain: Callable[[str], str]) -> str:
     return name[len(prefix) :]
 
 
-def best_prefix(
-    sources: Iterable[str], targets: Iterable[str], agree: Callable[[str, str], bool] = lambda source, target: True
-) -> tuple[str, str, int]:
-    """Returns (prefix to strip from the sources, prefix to add, keys that match then); ("", "", n) if none is better.
+def likely_prefixes(sources: Collection[str], targets: Collection[str]) -> list[tuple[str, str]]:
+    """Returns up to eight (prefix to strip from the sources, prefix to add) that would make most of them targets.
 
-    Of each source key that matches none, the longest suffix (at a "." or "/") that is one of such a target too votes
-    for a pair of prefixes; the eight pairs with the most votes are tried on all keys, and a match counts if
-    ``agree(source key, target key)``. 10,000 keys take well under a second.
+    Of each source the longest suffix (at a "." or "/") that is one of at most four targets votes for these pairs.
     """
-    listed, wanted = list(sources), dict.fromkeys(targets)
-    direct = {key for key in listed if key in wanted and agree(key, key)}
+    ends = {suffix for source in sources for _, suffix in _splits(source)}
     by_suffix: dict[str, list[str]] = {}
-    for target in wanted:
-        for prefix, suffix in _splits(target) if target not in direct else ():
-            by_suffix.setdefault(suffix, []).append(prefix)
+    for target in targets:
+        for prefix, suffix in _splits(target):
+            if suffix in ends:
+                by_suffix.setdefault(suffix, []).append(prefix)
     votes: dict[tuple[str, str], int] = {}
-    for source in listed:
-        for prefix, suffix in _splits(source) if source not in direct and by_suffix else ():
-            found = by_suffix.get(suffix)
-            if found is not None and len(found) <= 4:
-                for added in found:
-                    pair = (prefix, added)
+    for source in sources:
+        for prefix, suffix in _splits(source):
+            found = by_suffix.get(suffix, ())
+            if 0 < len(found) <= 4:
+                for pair in ((prefix, added) for added in found):
                     votes[pair] = votes.get(pair, 0) + 1
                 break
-    ranked = sorted(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1])))[:8]
-    best = "", "", len(direct)
-    for strip, add in ranked:
-        made = {f"{add}{key.removeprefix(strip)}": key for key in listed}
-        count = sum(name in wanted and agree(key, name) for name, key in made.items())
-        if count > best[2] and len(made) == len(listed):
-            best = (strip, add, count)
-    return best
+    return sorted(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1])))[:8]
 
 
 def _splits(key: str) -> list[tuple[str, str]]:

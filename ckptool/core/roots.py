@@ -184,7 +184,8 @@ def root_text(tree: object, path: Path) -> str:
 def root_path(tree: Any, root: str | Path) -> Path:
     """Returns the path in a tree that ``root`` means: a path, or its text ``a/0/b`` as `root_text` gives it.
 
-    Raises: UsageError if the tree has no such path, or if ``root`` is neither.
+    A key may hold a "/" itself: of keys that fit the longest is meant. A "/" before and after all is left out where
+    there is no such key. Raises: UsageError if the tree has no such path, or if ``root`` is neither.
     """
     keys.expect(
         isinstance(root, (str, tuple, list)), "root", "a text such as 'model/state_dict' or a tuple of keys", root
@@ -192,21 +193,19 @@ def root_path(tree: Any, root: str | Path) -> Path:
     if not isinstance(root, str):
         root_text(tree, tuple(root))  # raises if there is no such path
         return tuple(root)
-    path: Path = ()
-    node = tree
-    left = [] if root in ("", "/") else root.strip("/").split("/")
-    while left:
-        known = steps(node)
-        for length in range(len(left), 0, -1):  # a key may hold a "/" itself
-            name = "/".join(left[:length])
-            if name in known:
-                step, node = known[name]
-                path = (*path, step)
-                left = left[length:]
+    for tried in dict.fromkeys((root, root.strip("/"))):
+        path: Path = ()
+        node, left = tree, tried.split("/") if tried.strip("/") else []
+        while left:
+            known = steps(node)
+            fitting = (count for count in range(len(left), 0, -1) if "/".join(left[:count]) in known)
+            if not (count := next(fitting, 0)):
                 break
-        else:
-            raise _no_step(left[0], path, known)
-    return path
+            step, node = known["/".join(left[:count])]
+            path, left = (*path, step), left[count:]
+        if not left:
+            return path
+    raise _no_step(left[0], path, known)
 
 
 def _no_step(step: object, path: Path, known: Mapping[str, object]) -> UsageError:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ckptool.core import keys as names
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo, quantization
 from ckptool.errors import UnsupportedError
-from ckptool.ops.notes import diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
+from ckptool.ops.notes import Common, diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
 """The kinds of differences; all but bookkeeping make two checkpoints differ by default."""
@@ -97,16 +97,11 @@ def diff(
 
     Raises: NoTensorsError if a side has none, CollisionError if two keys are equal without their prefixes.
     """
-    (first, owners), (second, more) = _tensors(a), _tensors(b)
-    owners |= more
-    plain_a, plain_b, unwrapped = _compared(a, b, strip_prefix_a, strip_prefix_b)
+    (first, second), (plain_a, plain_b), owners, unwrapped, chosen = _sides(
+        a, b, strip_prefix_a, strip_prefix_b, ignore
+    )
     notes = [*root_notes([a, b]), *wrapper_notes(unwrapped, (a.url, first), (b.url, second))]
     notes += pattern_notes(ignore, [*plain_a, *plain_b, *first, *second, *owners.values()], "--ignore ")
-    not_ignored = names.chooser((), ignore) if ignore else lambda key: True
-
-    def chosen(plain: str, key: str) -> bool:
-        return not_ignored(plain) and not_ignored(key) and not_ignored(owners.get(key, key))
-
     report = DiffReport(False, 0, [], [], [], [], [], [], [], compared=compare is not None, notes=notes)
     equal = ignored = 0
     counters = {}
@@ -129,8 +124,12 @@ def diff(
     if ignored:
         notes.append(f"ignored: {ignored} keys")
     if report.only_in_a and report.only_in_b:
-        hint = diff_hint(a, b, strip_prefix_a, strip_prefix_b, _compared, chosen if ignore else None)
-        notes += [hint] if hint else []
+
+        def common(one: Checkpoint, other: Checkpoint, strip_a: str, strip_b: str) -> Common:
+            sides = _sides(one, other, [*strip_prefix_a, strip_a], [*strip_prefix_b, strip_b], ignore)
+            return _common(sides, compare is not None)
+
+        notes += [hint] if (hint := diff_hint(a, b, common)) else []
     same = not any(count for kind, count in report.found().items() if kind != "bookkeeping")
     return replace(report, same=same, equal=equal, counters=counters)
 
@@ -168,9 +167,8 @@ def _same(
     counters = names.is_counter(key) and {one.shape, other.shape} <= {(), (1,)}
     described = one.described_in or other.described_in
     bare = "meta" in (one.kind, other.kind)
-    if compare is not None and (described or (bare and one.kind != other.kind)):
-        why = f"{described.url} is {described.what}" if described else "one side is on meta"
-        raise UnsupportedError(f"no values of {key} to compare: {why}; leave out --values and --quick")
+    if compare is not None:
+        _refuse_bare(key, one, other)
     if (one.shape != other.shape if described or bare else one.form[1] != other.form[1]) and not counters:
         report.shape.append(Changed(key, _shape(one), _shape(other)))
         same = False
@@ -191,6 +189,14 @@ def _same(
     return same
 
 
+def _refuse_bare(key: str, one: TensorInfo, other: TensorInfo) -> None:
+    """Raises UnsupportedError if one of two tensors to compare has no values."""
+    described = one.described_in or other.described_in
+    if described or ("meta" in (one.kind, other.kind) and one.kind != other.kind):
+        why = f"{described.url} is {described.what}" if described else "one side is on meta"
+        raise UnsupportedError(f"no values of {key} to compare: {why}; leave out --values and --quick")
+
+
 def _dtype(tensor: TensorInfo, parameters: bool) -> str:
     """Returns a tensor's dtype and kind; with ``parameters`` also how it is quantised, as far as headers have it."""
     if tensor.kind == "dense":
@@ -205,12 +211,43 @@ def _shape(tensor: TensorInfo) -> Any:
     return list(tensor.shape)
 
 
-def _compared(
-    a: Checkpoint, b: Checkpoint, strip_a: Sequence[str], strip_b: Sequence[str]
-) -> tuple[dict[str, str], dict[str, str], Callable[[str], str]]:
-    """Returns ({key as it is compared: key} of A, that of B, the function that takes wrappers off)."""
-    one, other = (
-        names.renamed(_tensors(side)[0], strip, None, side.url) for side, strip in ((a, strip_a), (b, strip_b))
-    )
+class _Sides(NamedTuple):
+    """Both sides' ``tensors`` and ``plain`` names, {key as it is compared: key}; what `_tensors` says of ``owners``.
+
+    ``unwrapped`` takes wrappers off; ``chosen(key as it is compared, key)``: whether it is not ignored.
+    """
+
+    tensors: tuple[dict[str, TensorInfo], dict[str, TensorInfo]]
+    plain: tuple[dict[str, str], dict[str, str]]
+    owners: dict[str, str]
+    unwrapped: Callable[[str], str]
+    chosen: Callable[[str, str], bool]
+
+
+def _sides(
+    a: Checkpoint, b: Checkpoint, strip_a: Sequence[str], strip_b: Sequence[str], ignore: Sequence[str]
+) -> _Sides:
+    (first, owners), (second, more) = _tensors(a), _tensors(b)
+    owners |= more
+    one, other = names.renamed(first, strip_a, None, a.url), names.renamed(second, strip_b, None, b.url)
     plain = names.looking_through(one, other)
-    return {plain(name): key for name, key in one.items()}, {plain(name): key for name, key in other.items()}, plain
+    sides = {plain(name): key for name, key in one.items()}, {plain(name): key for name, key in other.items()}
+    not_ignored = names.chooser((), ignore)
+
+    def chosen(plain: str, key: str) -> bool:
+        return not ignore or (not_ignored(plain) and not_ignored(key) and not_ignored(owners.get(key, key)))
+
+    return _Sides((first, second), sides, owners, plain, chosen)
+
+
+def _common(sides: _Sides, values: bool) -> Common:
+    """Returns what hints ask for. Raises: UnsupportedError if ``values`` cannot be compared."""
+    (first, second), (plain_a, plain_b), chosen = sides.tensors, sides.plain, sides.chosen
+    one = {name: first[key] for name, key in plain_a.items() if chosen(name, key)}
+    other = {
+        name: second[key] for name, key in plain_b.items() if (name in one if name in plain_a else chosen(name, key))
+    }
+    both = one.keys() & other.keys()
+    for name in both if values else ():
+        _refuse_bare(name, one[name], other[name])
+    return Common((one, other), len(both), len(other), len(one) + len(other) - 2 * len(both))

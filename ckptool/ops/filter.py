@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ckptool.core import keys as names
-from ckptool.core import modules
-from ckptool.core.aliases import RESERVED, followed
+from ckptool.core.aliases import followed
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.core.dtypes import DTYPES
+from ckptool.core.dtypes import castable
 from ckptool.core.tensor import Derived, Extras, Opaque, Storage, TensorInfo, contiguous_stride
 from ckptool.core.tree import Path, ordered_dict, path_text
 from ckptool.core.versions import versioned
@@ -20,13 +19,15 @@ from ckptool.ops.notes import (
     adapter_patterns,
     adapters_for,
     merge_hint,
+    module_notes,
+    not_taken,
     optimizer_notes,
     pattern_notes,
     require_tensors,
     root_notes,
     wrapper_notes,
 )
-from ckptool.ops.rows import LOADED, FilterReport, Reason, Row, counts_of, dims
+from ckptool.ops.rows import LOADED, FilterReport, Reason, Row, counts_of, dims, object_row
 from ckptool.ops.scales import mixed_notes, outside, parted_notes, refuse_parted
 
 Same = Callable[[TensorInfo, TensorInfo], bool]
@@ -43,12 +44,12 @@ def filter(
     only_matched: bool = False,
     cast: bool = False,
     first_wins: bool = False,
-    renamed: bool = False,
+    roots: tuple[str, str] = ("--root", "--match-root"),
     same: Same,
 ) -> tuple[Checkpoint, FilterReport]:
     """Returns (checkpoint, report); ``same`` says whether two tensors have the same bytes.
 
-    ``renamed``: the sources' keys are no longer their files', so that a hint at another root would be wrong.
+    ``roots``: the options for the roots of sources and target that a hint may name, "" for none.
 
     Without a target, keys stay as they are, and one in two sources must have the same bytes unless ``first_wins``.
 
@@ -62,15 +63,15 @@ def filter(
         if only_matched or cast:
             raise UsageError("--only-matched and --cast need --match")
         return _select(sources, names.chooser(include, exclude), [*include, *exclude], first_wins, same)
-    merge = Merge(sources, target, strip_prefix, add_prefix, names.chooser(include, exclude), cast)
-    merge.source_root = "" if renamed else "--root"
+    merge = Merge(sources, target, strip_prefix, add_prefix, names.chooser(include, exclude), cast, same)
+    merge.source_root, merge.target_root = roots
     merge.match()
-    merge.tie(same)
+    merge.tie()
     made, report = merge.result(only_matched, [*include, *exclude])
     found = adapters_for(merge.mismatched(), merge.tensors)
     given = as_options(("--adapt", f"{at}={how}") for at, how, _ in islice(adapter_patterns(found, found), 8))
     report.notes.extend([f"load-partial may adapt {listed(found, 3)} ({given})"] if found else [])
-    return made, report
+    return made, replace(report, hint=merge_hint(merge, report.loaded))
 
 
 _PLAIN = (str, bytes, int, float, type(None))
@@ -100,7 +101,7 @@ def _select(
                 fate = "an earlier source has it" if key in objects else "kept"
                 if not chosen(key):
                     fate = "not chosen" if number or not _is_item(base, path) else "kept, as part of a list"
-                rows.append(_object_row(key, hidden.get(key, ()), fate, file=file))
+                rows.append(object_row(key, hidden.get(key, ()), fate, file=file))
                 if fate.startswith("kept"):
                     objects[key] = value
                 elif chosen(key) and not (isinstance(value, _PLAIN) and value == objects[key]):
@@ -135,27 +136,20 @@ def _select(
     notes += parted_notes([checkpoint.state_dict() for checkpoint in sources], theirs)
     for checkpoint in sources[1:]:
         notes += _retied(kept, origin, checkpoint, same)
-        notes += _not_taken(checkpoint, _outside(checkpoint), base.metadata)
+        notes += not_taken(checkpoint, _outside(checkpoint), base.metadata)
     every = tuple(dict.fromkeys(name for checkpoint in sources for name in checkpoint.names))
     stay = ((key, key) for key in base.entries() if key in kept or key in objects)
     metadata, told = followed(base.metadata, base.entries(), stay)
     merged, notes = replace(base.with_state_dict(kept, objects), names=every, metadata=metadata), [*notes, *told]
     if len(kept) != len(base.state_dict()):
         notes += optimizer_notes(merged)
-    notes += _module_notes(base)
+    notes += module_notes(base)
     return merged, _report(rows, notes, sources)
 
 
 def _outside(checkpoint: Checkpoint) -> list[str]:
     """Returns the names of what lies outside of a checkpoint's weights."""
     return [path_text(path) for path, key, _ in checkpoint.beside() if key is None]
-
-
-def _not_taken(checkpoint: Checkpoint, left: Sequence[str], metadata: Mapping[str, str]) -> list[str]:
-    """Returns a note on what is ``left`` of a checkpoint, and on its entries of metadata that are no others' too."""
-    theirs = {name for name, text in checkpoint.metadata.items() if metadata.get(name) != text} - RESERVED
-    names = [*left, *(f"metadata {name}" for name in sorted(theirs))]
-    return [f"not taken from {checkpoint.url}: {listed(names)}"] if names else []
 
 
 def _equal(one: TensorInfo, other: TensorInfo, same: Same) -> bool:
@@ -188,14 +182,6 @@ def _files(sources: Sequence[Checkpoint]) -> list[str | None]:
     return [source.url if len(sources) > 1 else None for source in sources]
 
 
-def _object_row(key: str, tensors: Sized, decision: str, what: str = "no tensor", file: str | None = None) -> Row:
-    """Returns the row of an entry that is no tensor; ``tensors`` are those inside it."""
-    count = len(tensors)
-    if count:
-        what = f"an object with {count} tensor{'s' * (count > 1)}"
-    return Row(key, "ignored", None, file=file, detail=f"{what}: {decision}", tensors=count or None)
-
-
 # --- merging into a target ---------------------------------------------------------------------------------------
 
 
@@ -203,12 +189,13 @@ class Merge:
     """Matches sources with a target key by key (`match`), then ties (`tie`), then makes the output (`result`).
 
     ``offers``: for each source, what `_offer` returns.
-    ``taken``: values from a source; ``made``: values from no source. ``used``: (number of the source, its key) of the
-    keys that were looked at.
+    ``pairs``: {key: (number of a source, its key)} of what fits, ``unfit``: those that do not, or are not chosen;
+    ``left``: keys that are not chosen; ``used``: (number, key) of the sources' keys that were looked at.
+    ``taken``: values from a source; ``made``: values from no source.
     ``refused``: rows of sources' tensors that did not match where another source's did, or an earlier one.
     """
 
-    source_root, target_root = "--root", "--match-root"
+    source_root = target_root = ""
     """The options that say where the weights are, for hints; "" if they cannot be given."""
 
     def __init__(
@@ -219,8 +206,9 @@ class Merge:
         add_prefix: str | None,
         chosen: Callable[[str], bool],
         cast: bool,
+        same: Same,
     ) -> None:
-        self.sources, self.target, self.chosen, self.cast = sources, target, chosen, cast
+        self.sources, self.target, self.chosen, self.cast, self.same = sources, target, chosen, cast, same
         self.strip_prefix, self.add_prefix = strip_prefix, add_prefix
         self.tensors = target.state_dict()
         self.offers = [_offer(source, target, strip_prefix, add_prefix) for source in sources]
@@ -228,60 +216,75 @@ class Merge:
         self.rows: dict[str, Row] = {}
         self.taken: dict[str, TensorInfo] = {}
         self.made: dict[str, TensorInfo] = {}
+        self.pairs: dict[str, tuple[int, str]] = {}
+        self.unfit: dict[str, list[tuple[int, str]]] = {}
+        self.left: set[str] = set()
         self.used: set[tuple[int, str]] = set()
-        self.uncastable: list[str] = []
         self.refused: list[Row] = []
         self._storages: dict[tuple[int, str], Storage] = {}
         self._casts: dict[tuple[object, str], Derived] = {}
 
-    def match(self) -> None:
-        """Decides for each key of the target which source's values it gets, if any."""
+    def find(self) -> None:
+        """Pairs the keys: ``pairs`` and ``unfit``. Raises: CollisionError, LossError for casts that lose something."""
+        uncastable = []
         for key, tensor in self.tensors.items():
-            if self.chosen(key):
-                self.rows[key] = self._match_one(key, tensor)
-                continue
-            offered = ((number, offer.source(key)) for number, offer in enumerate(self.offers))
-            matched = [(number, name) for number, name in offered if name is not None]
-            self.used.update(matched)
-            source = matched[0][1] if matched else None
-            self.rows[key] = Row(key, "ignored", dims(tensor), source, dtype=tensor.dtype, detail="not chosen")
+            if not (chosen := self.chosen(key)):
+                self.left.add(key)
+            for number, offer in enumerate(self.offers):
+                source = offer.source(key)
+                if source is None:
+                    continue
+                offered = offer.tensors[source]
+                self.used.add((number, source))
+                if chosen and self.fits(key, offered, tensor):
+                    self.pairs[key] = number, source
+                    same = offered.dtype == tensor.dtype or isinstance(offered.source, Opaque)
+                    if self.cast and not (same or castable(offered.dtype, tensor.dtype)):
+                        uncastable.append(f"{key} ({offered.dtype} to {tensor.dtype})")
+                    break  # `_unused_rows` lists the same key of later sources
+                self.unfit.setdefault(key, []).append((number, source))
         for number, offering in enumerate(self.sources):
             offering.refuse_alike({key for other, key in self.used if other == number})
-        if self.uncastable:
-            raise LossError(f"--cast cannot convert {listed(self.uncastable, 20)}", self.target.url)
+        if uncastable:
+            raise LossError(f"--cast cannot convert {listed(uncastable, 20)}", self.target.url)
 
-    def _match_one(self, key: str, tensor: TensorInfo) -> Row:
-        shape = dims(tensor)
-        mismatched: list[Row] = []
-        row: Row | None = None
-        for number, offer in enumerate(self.offers):
-            source = offer.source(key)
-            if source is None:
-                continue
-            offered, file = offer.tensors[source], self.files[number]
-            self.used.add((number, source))
-            if not self.fits(key, offered, tensor):
-                why, theirs = _why(offered, tensor), dims(offered)
-                mismatched.append(Row(key, "mismatched", shape, source, theirs, tensor.dtype, file=file, detail=why))
-                continue
-            self.taken[key] = self._as_in_target(key, offered, tensor)
-            written = self.taken[key].dtype
-            row = Row(key, "loaded", shape, source, dims(offered), written, file=file)
-            if offered.dtype != tensor.dtype:
-                kept = written == offered.dtype
-                source_dtype, detail = (None, f"{tensor.dtype} in the target") if kept else (offered.dtype, None)
-                row = replace(row, reason="cast", source_dtype=source_dtype, detail=detail)
-            break  # `_unused_rows` lists the same key of later sources
-        if row is None and mismatched:
-            row = mismatched.pop(0)
-        self.refused += [
-            Row(str(other.source), "ignored", other.source_shape, file=other.file, detail="its shape does not fit")
-            for other in mismatched
-        ]
-        reason: Reason = "bookkeeping" if names.is_counter(key) else "missing"
-        return row or Row(key, reason, shape, dtype=tensor.dtype, detail="absent in the source")
+    def match(self) -> None:
+        """Decides for each key of the target which source's values it gets, if any."""
+        self.find()
+        self.take(self.pairs)
+        for key, tensor in self.tensors.items():
+            self.rows[key] = self._row(key, tensor)
 
-    def _as_in_target(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> TensorInfo:
+    def take(self, keys: Iterable[str]) -> None:
+        """Gives these keys the values that they are paired with."""
+        for key in keys:
+            number, source = self.pairs[key]
+            self.taken[key] = self._as_in_target(self.offers[number].tensors[source], self.tensors[key])
+
+    def _row(self, key: str, tensor: TensorInfo) -> Row:
+        shape, pair, unfit = dims(tensor), self.pairs.get(key), self.unfit.get(key, [])
+        if key in self.left:
+            source = unfit[0][1] if unfit else None
+            return Row(key, "ignored", shape, source, dtype=tensor.dtype, detail="not chosen")
+        for number, name in unfit if pair else unfit[1:]:
+            theirs, file = dims(self.offers[number].tensors[name]), self.files[number]
+            self.refused.append(Row(name, "ignored", theirs, file=file, detail="its shape does not fit"))
+        if not (pair or unfit):
+            reason: Reason = "bookkeeping" if names.is_counter(key) else "missing"
+            return Row(key, reason, shape, dtype=tensor.dtype, detail="absent in the source")
+        number, name = pair or unfit[0]
+        offered, file = self.offers[number].tensors[name], self.files[number]
+        if not pair:
+            why = _why(offered, tensor)
+            return Row(key, "mismatched", shape, name, dims(offered), tensor.dtype, file=file, detail=why)
+        written, before, detail = self.taken[key].dtype, None, None
+        if offered.dtype != tensor.dtype:
+            kept = written == offered.dtype
+            before, detail = (None, f"{tensor.dtype} in the target") if kept else (offered.dtype, None)
+        reason = "loaded" if offered.dtype == tensor.dtype else "cast"
+        return Row(key, reason, shape, name, dims(offered), written, before, file, detail)
+
+    def _as_in_target(self, offered: TensorInfo, tensor: TensorInfo) -> TensorInfo:
         """Returns the source's values with the target's device, class, shape of a counter and, if wished, dtype."""
         if isinstance(offered.source, Opaque):
             return offered
@@ -290,30 +293,19 @@ class Merge:
         source: Storage | Derived = offered.source
         dtype, offset, bits = offered.dtype, offered.storage_offset, offered.extras
         if self.cast and offered.dtype != tensor.dtype:
-            if not _castable(offered.dtype, tensor.dtype):
-                self.uncastable.append(f"{key} ({offered.dtype} to {tensor.dtype})")
             made = self._casts.setdefault((offered.view, tensor.dtype), Derived("cast", (offered,)))
             source, dtype, offset, stride, bits = made, tensor.dtype, 0, contiguous_stride(shape), None
         elif isinstance(source, Storage) and tensor.location != source.location and tensor.kind == "dense":
             identity = (id(source), tensor.location)
             source = self._storages.setdefault(identity, replace(source, location=tensor.location))
-        return _like(TensorInfo(dtype, shape, stride, offset, source, extras=bits), tensor)
+        flags = tensor.requires_grad, tensor.is_parameter
+        return TensorInfo(dtype, shape, stride, offset, source, *flags, _extras(bits, tensor))
 
-    def tie(self, same: Same) -> None:
-        """Gives all keys of a tied tensor the values that one of them has from a source.
-
-        Raises: CollisionError if the sources have different values for one tensor.
-        """
-        conflicts: list[str] = []
-        for group in self.tied():
+    def tie(self) -> None:
+        """Gives all keys of a tied tensor the values that one of them has from a source. Raises: CollisionError."""
+        for group in self._tied_loaded():
             loaded = [key for key in group if key in self.taken]
-            if not loaded:
-                continue
             first = loaded[0]
-            for key in loaded[1:]:
-                one, other = self.taken[first], self.taken[key]
-                if one.view != other.view and not same(one, other):
-                    conflicts.append(f"{first} and {key}")
             made: dict[int, TensorInfo] = {}  # keys of one object in the target stay keys of one object
             for key in group:
                 tensor = self.tensors[key]
@@ -323,10 +315,25 @@ class Merge:
                     self.rows[key] = replace(row, detail=f"{detail}, whose values it takes")
                 elif key not in loaded:
                     self.rows[key] = replace(row, reason="tied", source=self.rows[first].source, detail=detail)
+
+    def _tied_loaded(self) -> list[list[str]]:
+        """Returns the groups of tied keys of which some have values from a source.
+
+        Raises: CollisionError if the sources have different values for one tensor.
+        """
+        conflicts: list[str] = []
+        found = []
+        for group in self.tied():
+            loaded = [key for key in group if key in self.taken]
+            for key in loaded[1:]:
+                one, other = self.taken[loaded[0]], self.taken[key]
+                if one.view != other.view and not self.same(one, other):
+                    conflicts.append(f"{loaded[0]} and {key}")
+            found += [group] if loaded else []
         if conflicts:
-            raise CollisionError(
-                f"tied in {self.target.url}, and different in the source: {listed(conflicts)}", self.sources[0].url
-            )
+            what = f"tied in {self.target.url}, and different in the source: {listed(conflicts)}"
+            raise CollisionError(what, self.sources[0].url)
+        return found
 
     def fits(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
         """Returns whether a source's tensor has the kind and shape of the target's; a counter's shape may differ.
@@ -352,10 +359,8 @@ class Merge:
 
     def result(self, only_matched: bool, patterns: Sequence[str]) -> tuple[Checkpoint, FilterReport]:
         """Returns the merged checkpoint and the report."""
-        casts = {(str(row.source), self.taken[key].dtype) for key, row in self.rows.items() if key in self.taken}
-        for source, offer in zip(self.sources, self.offers, strict=True):
-            others = chain(outside(source), *(other.tensors.items() for other in self.offers))
-            refuse_parted(offer.tensors, others, casts, source.url)
+        own = ((str(row.source), key) for key, row in self.rows.items() if row.reason != "mismatched")
+        self._refuse_parted({(source, self.taken[key].dtype) for source, key in own if key in self.taken})
         merged = {key: self.taken.get(key) or self.made.get(key, tensor) for key, tensor in self.tensors.items()}
         checkpoint = self._only_matched() if only_matched else self.target.with_state_dict(merged)
         fate = "left out" if only_matched else "the target's stays"
@@ -365,15 +370,19 @@ class Merge:
         for source, offer in zip(self.sources, self.offers, strict=True):
             wrappers = wrapper_notes(offer.plain, (source.url, offer.tensors), (self.target.url, self.tensors))
             notes += [note for note in wrappers if note not in notes]
-        notes += [] if only_matched else _module_notes(self.target)
+        notes += [] if only_matched else module_notes(self.target)
         notes += self._scale_notes(only_matched) + self._memory_notes(merged)
         for source in self.sources:
-            notes += _not_taken(source, (), checkpoint.metadata)
-        notes += _not_taken(self.target, _outside(self.target), {}) if only_matched else []
+            notes += not_taken(source, (), checkpoint.metadata)
+        notes += not_taken(self.target, _outside(self.target), {}) if only_matched else []
         empty = [key for key, tensor in merged.items() if tensor.kind == "meta"]
         notes += [f"without values in the output, as {self.target.url} is on meta: {listed(empty)}"] if empty else []
-        report = _report(rows, notes, self.sources, self.target.url, self._fraction(), merge_hint(self))
-        return checkpoint, report
+        return checkpoint, _report(rows, notes, self.sources, self.target.url, self._fraction())
+
+    def _refuse_parted(self, casts: set[tuple[str, str]]) -> None:
+        for source, offer in zip(self.sources, self.offers, strict=True):
+            others = chain(outside(source), *(other.tensors.items() for other in self.offers))
+            refuse_parted(offer.tensors, others, casts, source.url)
 
     def _only_matched(self) -> Checkpoint:
         taken = {key: self.taken[key] for key in self.tensors if key in self.taken}
@@ -391,7 +400,7 @@ class Merge:
         for key, (_, value) in self.target.entries().items():
             if isinstance(value, TensorInfo):
                 continue
-            row = _object_row(key, hidden.get(key, ()), fate)
+            row = object_row(key, hidden.get(key, ()), fate)
             for number, offer in enumerate(self.offers):
                 source = offer.source(key)
                 if source is not None:
@@ -422,7 +431,7 @@ class Merge:
                 rows.append(Row(key, reason, dims(tensor), dtype=tensor.dtype, file=file, detail=detail))
             hidden = source.hidden()
             rows += [
-                _object_row(key, hidden.get(key, ()), "not taken", "no tensor in the source", file)
+                object_row(key, hidden.get(key, ()), "not taken", "no tensor in the source", file)
                 for key, (_, value) in source.entries().items()
                 if not isinstance(value, TensorInfo)
             ]
@@ -434,15 +443,29 @@ class Merge:
         packed = sum(tensor.numel for inner in self.target.hidden().values() for tensor in inner.values())
         return loaded / total if (total := sum(counted.values()) + packed) else float(bool(self.taken))
 
-    def again(self, sources: Sequence[Checkpoint], target: Checkpoint, strip: str | None, add: str | None) -> Merge:
+    def again(self, sources: Sequence[Checkpoint], target: Checkpoint, strip: str, add: str) -> Merge:
         """Returns a merge of these with the same options, and another prefix to strip after those, and to add."""
-        return Merge(sources, target, [*self.strip_prefix, strip or ""], add, self.chosen, self.cast)
+        return Merge(sources, target, [*self.strip_prefix, strip], add, self.chosen, self.cast, self.same)
+
+    def renamed(self, sources: Sequence[Checkpoint], rename: str) -> Any:
+        """Returns what `remap_all` gives of the sources for ``--rename``."""
+        from ckptool.ops.remap import remap_all
+        from ckptool.ops.rules import parse_option
+
+        return remap_all(sources, parse_option("rename", rename))
+
+    def may_fit(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
+        """Returns whether a source's tensor may be loaded, for a guess."""
+        return self.fits(key, offered, tensor)
 
     def loadable(self) -> int:
-        """Matches, and returns how many keys of the target would have a source's values; compares no bytes."""
-        self.match()
-        tied = (key for group in self.tied() if not self.taken.keys().isdisjoint(group) for key in group)
-        return len({*self.taken, *tied})
+        """Returns how many keys `match`, `tie` and `result` would report as loaded. Raises: what they do."""
+        self.find()
+        self.take(key for group in self.tied() for key in group if key in self.pairs)
+        tied = (key for group in self._tied_loaded() for key in group if key in self.left or key not in self.unfit)
+        if self.cast:
+            self._refuse_parted({(source, self.tensors[key].dtype) for key, (_, source) in self.pairs.items()})
+        return len({*self.pairs, *tied})
 
     def _scale_notes(self, only_matched: bool) -> list[str]:
         """Returns notes on weights of few bits whose values and scales are not of one file."""
@@ -500,18 +523,16 @@ def _offer(source: Checkpoint, target: Checkpoint, strip: Sequence[str], add: st
 
 def _like(values: TensorInfo, tensor: TensorInfo) -> TensorInfo:
     """Returns the values as what ``tensor`` is: a parameter or not, of its subclass, with its attributes."""
-    extras = tensor.extras
-    if values.extras is not None or extras is not None:
-        conj, neg = (values.extras.conj, values.extras.neg) if values.extras else (False, False)
-        extras = replace(extras or Extras(), conj=conj, neg=neg)
+    extras = _extras(values.extras, tensor)
     return replace(values, requires_grad=tensor.requires_grad, is_parameter=tensor.is_parameter, extras=extras)
 
 
-def _castable(old: str, new: str) -> bool:
-    """Returns whether torch converts one dtype to the other without losing a component."""
-    kinds = {DTYPES[old].kind, DTYPES[new].kind}
-    packed = "float4_e2m1fn_x2" in (old, new)
-    return DTYPES[old].in_torch and not packed and (kinds <= {"float", "int", "bool"} or kinds == {"complex"})
+def _extras(values: Extras | None, tensor: TensorInfo) -> Extras | None:
+    """Returns the attributes of ``tensor`` with the conjugation and negation of the values."""
+    if values is None and tensor.extras is None:
+        return None
+    conj, neg = (values.conj, values.neg) if values else (False, False)
+    return replace(tensor.extras or Extras(), conj=conj, neg=neg)
 
 
 def _why(offered: TensorInfo, tensor: TensorInfo) -> str | None:
@@ -522,15 +543,8 @@ def _why(offered: TensorInfo, tensor: TensorInfo) -> str | None:
     return None
 
 
-def _module_notes(checkpoint: Checkpoint) -> list[str]:
-    if not modules.is_module(checkpoint.at(checkpoint.root)):
-        return []
-    return [f"{checkpoint.url} is a whole-model pickle: the output holds its state_dict, without class and attributes"]
-
-
 def _report(
-    rows: list[Row], notes: list[str], sources: Sequence[Checkpoint], target: str | None = None,
-    fraction: float = 1.0, hint: str | None = None,
-) -> FilterReport:  # fmt: skip
+    rows: list[Row], notes: list[str], sources: Sequence[Checkpoint], target: str | None = None, fraction: float = 1.0
+) -> FilterReport:
     urls = [source.url for source in sources]
-    return FilterReport(rows, counts_of(rows), None, fraction, hint, target, urls, notes)
+    return FilterReport(rows, counts_of(rows), None, fraction, None, target, urls, notes)

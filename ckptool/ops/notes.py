@@ -14,19 +14,10 @@ from ckptool.core import keys as names
 from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.optimizers import is_optimizer
-from ckptool.core.roots import find_root, is_flat, root_text
+from ckptool.core.roots import find_root, is_flat, root_path, root_text
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, path_text, replaced, walk, with_content
-from ckptool.errors import (
-    CollisionError,
-    FormatError,
-    LossError,
-    NoTensorsError,
-    UnsupportedError,
-    UsageError,
-    as_options,
-    listed,
-)
+from ckptool.errors import CkptoolError, NoTensorsError, UsageError, as_options, listed
 
 
 def require_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -73,6 +64,22 @@ def wrapper_notes(plain: Callable[[str], str], *sides: tuple[str, Collection[str
     if len({prefix for _, prefix in prefixes}) == 1:
         return []
     return [f"looked through {prefix!r} in {url}" for url, prefix in prefixes if prefix]
+
+
+def not_taken(checkpoint: Checkpoint, left: Sequence[str], metadata: Mapping[str, str]) -> list[str]:
+    """Returns a note on what is ``left`` of a checkpoint, and on its entries of metadata that are no others' too."""
+    from ckptool.core.aliases import RESERVED  # which imports json
+
+    theirs = {name for name, text in checkpoint.metadata.items() if metadata.get(name) != text} - RESERVED
+    names = [*left, *(f"metadata {name}" for name in sorted(theirs))]
+    return [f"not taken from {checkpoint.url}: {listed(names)}"] if names else []
+
+
+def module_notes(checkpoint: Checkpoint) -> list[str]:
+    """Returns a note on a whole-model pickle, whose class the output does not have."""
+    if not modules.is_module(checkpoint.at(checkpoint.root)):
+        return []
+    return [f"{checkpoint.url} is a whole-model pickle: the output holds its state_dict, without class and attributes"]
 
 
 def changed_lines(report: Any) -> list[list[str]]:
@@ -169,44 +176,91 @@ def _removed(checkpoint: Checkpoint, path: Path) -> Any:
 
 # --- hints: options to add to the command that was given, with which most keys would match ---------------------------
 
-# Each is tried before it is given: with the prefixes of the command, on the checkpoints as they are and at the other
-# roots of their trees. Of equal numbers of keys those options count that leave fewest keys on either side, then the
-# fewest options, prefixes before a rename. Only keys and shapes are looked at.
+# Guesses are made from the names, on the checkpoints as they are and at the other roots of their trees; of many names
+# a sample is looked at. The likeliest are tried in full, as the command would do it, since a hint promises a number of
+# keys. Of equal numbers those options count that leave fewest keys on either side, then the fewest options.
+
+_SAMPLE, _AMONG = 1000, 20_000
+"""How many unmatched names of the sources, and of the target, are looked at for guesses."""
+_TRIALS, _WORK = 12, 100_000
+"""How many guesses are tried, and after how many keys in all no other one is."""
+
+
+class _Place(NamedTuple):
+    """Where the weights are with ``option root`` ("": as they are now); {plain name: tensor} of both sides."""
+
+    one: Any
+    other: Checkpoint
+    option: str
+    root: str
+    offered: Mapping[str, TensorInfo]
+    wanted: Mapping[str, TensorInfo]
+
+
+class _Guess(NamedTuple):
+    """Prefixes to strip and to add, and segments to rename before, with which ``likely`` keys match by the samples."""
+
+    place: _Place
+    likely: float
+    strip: str = ""
+    add: str = ""
+    rename: str = ""
 
 
 class _Trial(NamedTuple):
-    """``options`` with which ``matched`` of ``total`` keys match, and ``left`` keys of both sides do not."""
+    """``options`` with which ``matched`` of ``total`` keys match, and ``left`` keys of both sides do not.
+
+    ``origins``: with a rename, {key: which tensor it gets}.
+    """
 
     matched: int
     left: int
     total: int
     options: Sequence[tuple[str, str | None]]
+    origins: Mapping[str, object] = {}
 
     @property
     def rank(self) -> tuple[int, int, int]:
         """Returns what is higher for the better of two trials."""
-        options = sum(3 if name == "--rename" else bool(name and value is not None) for name, value in self.options)
+        options = sum(3 if name == "--rename" else 1 for name, value in self.options if name and value)
         return self.matched, -self.left, -options
 
 
-_UNFIT = (UsageError, CollisionError, FormatError, LossError, NoTensorsError)
-"""What a trial raises to which the options of the command do not apply: it is no hint."""
-
-
-def merge_hint(merge: Any) -> str | None:
-    """Returns the hint for a `filter.Merge` that has matched its keys; None if no options load more of them."""
-    now = sum(merge.rows[key].reason in ("loaded", "cast", "tied", "adapted") for key in merge.tensors)
+def merge_hint(merge: Any, now: int) -> str | None:
+    """Returns the hint for a `filter.Merge` that loads ``now`` keys; None if no options load more of them."""
     if not merge.sources or now == len(merge.tensors):
         return None
-    best = _best(now, _merge_trials(merge))
+    given = merge.add_prefix or ""
+
+    def attempt(guess: _Guess) -> _Trial:
+        sources, target = guess.place.one, guess.place.other
+        before: Mapping[str | None, Mapping[str, str]] = {}
+        if guess.rename:
+            sources, before = merge.renamed(sources, guess.rename)
+        if target is not merge.target:
+            target.with_state_dict(target.state_dict())
+        for checkpoint in (*sources, target):
+            require_tensors(checkpoint)
+        trial = merge.again(sources, target, guess.strip, guess.add)
+        matched = trial.loadable()
+        left = len(trial.tensors) + sum(len(offer.tensors) for offer in trial.offers) - len(trial.used)
+        options = [
+            (guess.place.option, guess.place.root), ("--rename", guess.rename or None),
+            ("--strip-prefix", guess.strip or None), ("--add-prefix", None if guess.add == given else guess.add),
+        ]  # fmt: skip
+        pairs = trial.pairs.items() if guess.rename else ()
+        origins = {key: (number, before[trial.files[number]].get(name)) for key, (number, name) in pairs}
+        return _Trial(matched, left, len(trial.tensors), options, origins)
+
+    guesses = [guess for place in _merge_places(merge) for guess in _guesses(place, merge.may_fit, given, True)]
+    best = _best(now, guesses, attempt)
     if best is None:
         return None
-    (option, root), *rest = best.options
-    if option == "--rename":
-        old, new = str(root).split("=")
-        return f"renaming {old!r} to {new!r} would match {best.matched} of {best.total} ({as_options(best.options)})"
-    (_, strip), (_, add) = rest
+    (option, root), (_, rename), (_, strip), (_, add) = best.options
     words = [f"taking the weights at {root!r}"] if option else []
+    if rename:
+        old, new = rename.split("=")
+        words.append(f"renaming {old!r} to {new!r}")
     if strip and add:
         words.append(f"replacing {strip!r} by {add!r}")
     elif strip or add is not None:
@@ -214,124 +268,151 @@ def merge_hint(merge: Any) -> str | None:
     return f"{' and '.join(words)} would match {best.matched} of {best.total} ({as_options(best.options)})"
 
 
-def diff_hint(
-    a: Checkpoint,
-    b: Checkpoint,
-    strip_a: Sequence[str],
-    strip_b: Sequence[str],
-    compared: Callable[..., Any],
-    chosen: Callable[[str, str], bool] | None,
-) -> str | None:
-    """Returns the hint for a comparison; ``compared`` gives {key as it is compared: key} of two checkpoints.
+def _merge_places(merge: Any) -> Iterator[_Place]:
+    def offered(sources: Sequence[Checkpoint]) -> dict[str, TensorInfo]:
+        found: dict[str, TensorInfo] = {}
+        for source in reversed(sources):
+            tensors = source.state_dict()
+            made = names.renamed(tensors, merge.strip_prefix, None, source.url)
+            found.update((names.unwrapped(name), tensors[key]) for name, key in made.items())
+        return found
 
-    Only keys count that ``chosen(key as it is compared, key)`` accepts; None: all.
-    """
+    def wanted(target: Checkpoint) -> dict[str, TensorInfo]:
+        return {names.unwrapped(key): one for key, one in target.state_dict().items() if merge.chosen(key)}
 
-    def common(one: Checkpoint, other: Checkpoint, strip: str = "", add: str = "") -> tuple[Any, Any, int]:
-        plain_a, plain_b, _ = compared(one, other, [*strip_a, strip], [*strip_b, add])
-        if chosen is not None:
-            plain_a, plain_b = (
-                {plain: key for plain, key in side.items() if chosen(plain, key)} for side in (plain_a, plain_b)
-            )
-        return plain_a, plain_b, len(plain_a.keys() & plain_b.keys())
+    now = _Place(merge.sources, merge.target, "", "", {}, wanted(merge.target))
+    with suppress(CkptoolError):  # the given prefixes may be for the other root
+        now = now._replace(offered=offered(merge.sources))
+        yield now
+    for root, text in _other_roots(merge.sources[0]) if merge.source_root else ():
+        with suppress(CkptoolError):
+            sources = [replace(source, root=root) for source in merge.sources]
+            yield now._replace(one=sources, option=merge.source_root, root=text, offered=offered(sources))
+    for root, text in _other_roots(merge.target) if merge.target_root else ():
+        with suppress(CkptoolError):
+            target = replace(merge.target, root=root)
+            yield now._replace(other=target, option=merge.target_root, root=text, wanted=wanted(target))
 
-    def trials() -> Iterator[_Trial]:
-        roots = [(a, b, "", a), *((one, b, "--root-a", one) for one in _other_roots(a))]
-        for one, other, option, at in [*roots, *((a, one, "--root-b", one) for one in _other_roots(b))]:
-            with suppress(*_UNFIT):
-                plain_a, plain_b, _ = common(one, other)
-                strip, add, _ = names.best_prefix(plain_a, plain_b)
-                plain_a, plain_b, count = common(one, other, strip, add)
-                prefixes = ("--strip-prefix-a", strip or None), ("--strip-prefix-b", add or None)
-                left = len(plain_a) + len(plain_b) - 2 * count
-                yield _Trial(count, left, len(plain_b), [(option, _root(at)), *prefixes])
 
-    best = _best(common(a, b)[2], trials())
+class Common(NamedTuple):
+    """Two sides of a comparison: {name: tensor} of each; how many names both have, B has, and only one has."""
+
+    sides: tuple[Mapping[str, TensorInfo], Mapping[str, TensorInfo]]
+    matched: int
+    total: int
+    left: int
+
+
+def diff_hint(a: Checkpoint, b: Checkpoint, common: Callable[[Checkpoint, Checkpoint, str, str], Common]) -> str | None:
+    """Returns the hint for a comparison; ``common`` strips prefixes of both sides after those of the command."""
+
+    def attempt(guess: _Guess) -> _Trial:
+        found = common(guess.place.one, guess.place.other, guess.strip, guess.add)
+        options = [
+            (guess.place.option, guess.place.root), ("--strip-prefix-a", guess.strip or None),
+            ("--strip-prefix-b", guess.add or None),
+        ]  # fmt: skip
+        return _Trial(found.matched, found.left, found.total, options)
+
+    now = common(a, b, "", "")
+    places = [_Place(a, b, "", "", *now.sides)]
+    others = [(replace(a, root=root), b, "--root-a", text) for root, text in _other_roots(a)]
+    others += [(a, replace(b, root=root), "--root-b", text) for root, text in _other_roots(b)]
+    for place in others:
+        with suppress(CkptoolError):
+            places.append(_Place(*place, *common(*place[:2], "", "").sides))
+    guesses = [guess for place in places for guess in _guesses(place, lambda *_: True, "", False)]
+    best = _best(now.matched, guesses, attempt)
     return best and f"{as_options(best.options)} would match {best.matched} of {best.total} keys"
 
 
-def _best(now: int, trials: Iterable[_Trial]) -> _Trial | None:
-    """Returns the best trial with which more keys match than ``now``; the first of equal ones."""
-    return max((trial for trial in trials if trial.matched > now), key=lambda trial: trial.rank, default=None)
+def _best(now: int, guesses: list[_Guess], attempt: Callable[[_Guess], _Trial]) -> _Trial | None:
+    """Returns the best trial with which more keys match than ``now``; None if none of those that were tried does.
 
-
-def _merge_trials(merge: Any) -> Iterator[_Trial]:
-    first, target = merge.sources[0], merge.target
-    at = [(merge.sources, target, "", first)]
-    for other in _other_roots(first) if merge.source_root else ():
-        at.append(([replace(source, root=other.root) for source in merge.sources], target, merge.source_root, other))
-    for other in _other_roots(target) if target.format != "model" else ():
-        at.append((merge.sources, other, merge.target_root, other))
-    for sources, into, option, changed in at:
-        with suppress(*_UNFIT):
-            for checkpoint in (*sources, into):
-                require_tensors(checkpoint)
-            strip, add = _best_prefix(merge.again(sources, into, None, None))
-            trial = merge.again(sources, into, strip, add)
-            count = trial.loadable()
-            left = len(trial.tensors) + sum(len(offer.tensors) for offer in trial.offers) - len(trial.used)
-            added = None if add == (merge.add_prefix or "") else add
-            options = [(option, _root(changed)), ("--strip-prefix", strip or None), ("--add-prefix", added)]
-            yield _Trial(count, left, len(trial.tensors), options)
-    if merge.source_root and len(merge.sources) == 1:
-        yield from _rename_trials(merge)
-
-
-def _rename_trials(merge: Any) -> Iterator[_Trial]:
-    """Yields a trial for each likely rename of segments of the only source's keys.
-
-    None for renames of which one gives a key another tensor than another does, and loads as many: no name decides.
+    Nor if renames give a key one tensor or another, and load as many: no name decides.
     """
-    from ckptool.ops.segments import likely_renames, renamer
+    guesses.sort(key=lambda guess: (-guess.likely, bool(guess.rename)))
+    found: list[_Trial] = []
+    work = 0
+    for guess in guesses[:_TRIALS]:
+        keys = len(guess.place.offered) + len(guess.place.wanted)
+        if work >= _WORK or not guess.likely or (keys > _SAMPLE and guess.likely <= now):
+            break
+        work += keys
+        with suppress(CkptoolError):  # to which the options of the command do not apply
+            found.append(attempt(guess))
 
-    (source,), (offer,) = merge.sources, merge.offers
-    wanted = {offer.plain(key) for key in merge.tensors if merge.chosen(key)}
-    open_names = [name for name, key in offer.names.items() if name not in wanted]
-    found: list[tuple[_Trial, dict[str, str]]] = []
-    for old, new in likely_renames(open_names, wanted - offer.names.keys()):
-        change = renamer(old, new)
-        origin = {change(key): key for key in offer.tensors}
-        if len(origin) < len(offer.tensors):
+    def is_clear(one: _Trial) -> bool:
+        rivals = [other.origins for other in found if other.matched == one.matched]
+        return all(other.get(key, origin) == origin for other in rivals for key, origin in one.origins.items())
+
+    clear = (trial for trial in found if trial.matched > now and is_clear(trial))
+    return max(clear, key=lambda trial: trial.rank, default=None)
+
+
+def _guesses(
+    place: _Place, agree: Callable[[str, TensorInfo, TensorInfo], bool], given: str, renames: bool
+) -> Iterator[_Guess]:
+    """Yields guesses at a place: as it is, with prefixes, and with ``renames`` of segments before.
+
+    ``agree(name, source, target)``: whether one tensor fits the other. ``given``: the prefix to add of the command.
+    """
+    offered, wanted = place.offered, place.wanted
+
+    def fits(source: str, name: str) -> bool:
+        return name in wanted and agree(name, offered[source], wanted[name])
+
+    matched = {name for name in offered if fits(name, name)}
+    left, open_names = ([name for name in side if name not in matched] for side in (offered, wanted))
+    samples = [(len(some), _sample(some, _SAMPLE)) for some in (left, list(matched))]
+    targets = _sample(open_names, _AMONG)
+
+    def guess(strip: str, add: str, rename: str = "", change: Callable[[str], str] = str) -> _Guess:
+        likely = 0.0
+        for count, some in samples:
+            hits = sum(fits(name, f"{add}{change(name).removeprefix(strip)}") for name in some)
+            likely += count * hits / max(len(some), 1)
+        return _Guess(place, likely, strip, add, rename)
+
+    prefixes = dict.fromkeys([("", ""), ("", given), *names.likely_prefixes(samples[0][1], targets)])
+    found = [guess(strip, add) for strip, add in prefixes]
+    yield from found
+    found.sort(key=lambda one: -one.likely)
+    for _, _, strip, add, _ in found[:2] if renames else ():
+        from ckptool.ops.segments import likely_renames, renamer
+
+        made = {name: f"{add}{name.removeprefix(strip)}" for name in samples[0][1]}
+        lacking = [name.removeprefix(strip) for name, new in made.items() if new not in wanted]
+        known = {*made.values()}
+        open_names = [name.removeprefix(add) for name in targets if name not in known and name.startswith(add)]
+        for old, new in likely_renames(lacking, open_names):
+            yield guess(strip, add, f"{old}={new}", renamer(old, new))
+
+
+def _sample(names: Sequence[str], most: int) -> Sequence[str]:
+    """Returns ``most`` of the names, spread so that no period of theirs is met; all, if there are no more."""
+    count = len(names)
+    return names if count <= most else [names[int(at * 0.6180339887498949 % 1 * count)] for at in range(most)]
+
+
+def _other_roots(checkpoint: Checkpoint) -> list[tuple[Path, str]]:
+    """Returns (path, text) of each other root that has weights (16 at most): other models in the file, averages.
+
+    None whose text ``--root`` takes for another one.
+    """
+    found: list[tuple[Path, str]] = []
+
+    def closed(node: Any) -> bool:
+        return not isinstance(node, TensorInfo) and (is_optimizer(node) or modules.is_module(node))
+
+    for path, node in walk(checkpoint.tree, closed=closed) if checkpoint.format != "model" else ():
+        if isinstance(node, TensorInfo) or len(found) == 16:
             continue
-        with suppress(*_UNFIT, UnsupportedError):  # of nested containers, which a rename cannot change
-            made = source.with_state_dict({name: offer.tensors[key] for name, key in origin.items()})
-            trial = merge.again([made], merge.target, None, merge.add_prefix)
-            count = trial.loadable()
-            left = len(trial.tensors) + len(trial.offers[0].tensors) - len(trial.used)
-            pairs = {key: origin[str(row.source)] for key, row in trial.rows.items() if row.source is not None}
-            found.append((_Trial(count, left, len(trial.tensors), [("--rename", f"{old}={new}")]), pairs))
-    for one, pairs in found:
-        rivals = [other for trial, other in found if trial.matched == one.matched]
-        if not any(other.get(key, name) != name for other in rivals for key, name in pairs.items()):
-            yield one
-
-
-def _best_prefix(merge: Any) -> tuple[str, str]:
-    """Returns the prefixes to strip from the sources' keys and to add with which most tensors fit the target."""
-    offered: dict[str, TensorInfo] = {}
-    wanted: Mapping[str, str] = {}
-    for offer in merge.offers:
-        wanted = {offer.plain(key): key for key in merge.tensors if merge.chosen(key)}
-        offered = {**{name: offer.tensors[key] for name, key in offer.names.items()}, **offered}
-
-    def agree(source: str, key: str) -> bool:
-        return bool(merge.fits(wanted[key], offered[source], merge.tensors[wanted[key]]))
-
-    strip, add, _ = names.best_prefix(offered, wanted, agree)
-    return strip, add
-
-
-def _root(checkpoint: Checkpoint) -> str:
-    return root_text(checkpoint.tree, checkpoint.root) or "/"
-
-
-def _other_roots(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """Returns the checkpoint with each other root that has weights (16 at most): other models in the file, averages."""
-    found: list[Checkpoint] = []
-    for path, node in walk(checkpoint.tree, closed=lambda node: is_optimizer(node) or modules.is_module(node)):
         weights = modules.is_module(node) or (is_flat(node) and as_mapping(node) and not is_optimizer(node))
-        if weights and path != checkpoint.root and len(found) < 16:
-            found.append(replace(checkpoint, root=path))
+        if weights and path != checkpoint.root:
+            text = root_text(checkpoint.tree, path) or "/"
+            with suppress(UsageError):
+                found += [(path, text)] if repr(root_path(checkpoint.tree, text)) == repr(path) else []
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -69,6 +69,14 @@ class FilterReport:
     def loaded(self) -> int:
         """Returns how many keys have the sources' values."""
         return sum(self.counts.get(reason, 0) for reason in LOADED)
+
+
+def object_row(key: str, tensors: Sized, decision: str, what: str = "no tensor", file: str | None = None) -> Row:
+    """Returns the row of an entry that is no tensor; ``tensors`` are those inside it."""
+    count = len(tensors)
+    if count:
+        what = f"an object with {count} tensor{'s' * (count > 1)}"
+    return Row(key, "ignored", None, file=file, detail=f"{what}: {decision}", tensors=count or None)
 
 
 def counts_of(rows: Sequence[Row]) -> dict[str, int]:

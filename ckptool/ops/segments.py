@@ -164,6 +164,8 @@ class Table:
         return None
 
 
+_MOST_RUNS = 32
+"""How many runs of segments a name's own is compared with: where any may stand there, none is likely."""
 MOST_KINDS = 1000
 """How many kinds of names (one: those that differ in numbers alone) of each side are compared for a rename."""
 
@@ -182,7 +184,8 @@ def likely_renames(sources: Iterable[str], targets: Iterable[str]) -> list[tuple
             frames.setdefault(frame, []).append(run)
     votes: dict[tuple[str, str], int] = {}
     for kind, count in _kinds(sources).items():
-        for pair in {(run, new) for frame, run in _runs(kind) for new in frames.get(frame, ())}:
+        near = ((run, frames.get(frame, ())) for frame, run in _runs(kind))
+        for pair in {(run, new) for run, others in near if len(others) <= _MOST_RUNS for new in others}:
             if pair[0] != pair[1] and pair[0].count("#") == pair[1].count("#") <= 4:
                 votes[pair] = votes.get(pair, 0) + count
     ranked = sorted(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1])))

@@ -18,8 +18,15 @@ from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import path_text
 from ckptool.errors import UnsupportedError, UsageError, as_options, listed
 from ckptool.ops.filter import Merge, Same
-from ckptool.ops.notes import adapter_patterns, adapters_for, changed_lines, require_tensors, without_optimizers
-from ckptool.ops.rows import LOADED, FilterReport, Row, counts_of, dims, sourced
+from ckptool.ops.notes import (
+    adapter_patterns,
+    adapters_for,
+    changed_lines,
+    merge_hint,
+    require_tensors,
+    without_optimizers,
+)
+from ckptool.ops.rows import LOADED, Row, counts_of, dims, sourced
 from ckptool.partial import handover, initplan, resume
 from ckptool.partial.adapt import COMPUTED, Adapting
 from ckptool.partial.adapters import Adapter, parse
@@ -212,19 +219,13 @@ def load_partial(
     for checkpoint in (source, target):
         if checkpoint is not None:
             require_tensors(checkpoint)
-    plan = _Plan(source, target, options, classes if classes is not None else module_classes(target))
-    if origins:
-        plan.source_root = ""  # the rules that renamed the keys would have others to rename
-    plan.match()
-    plan.adapt(read)
-    plan.tie(same)
-    plan.initialise()
-    plan.check_patterns()
-    if plan.problems:
-        raise UsageError("; ".join(plan.problems), target.url)
+    plan = _Plan(source, target, options, classes, same, read)
+    plan.source_root = "" if origins else "--root"  # the rules that renamed the keys would have others to rename
+    plan.target_root = "--into-root"
+    plan.decide()
     plan.propose()
-    merged, report = plan.result(False, [*options.include, *options.exclude])
-    return plan.finished(merged, report, origins or {})
+    merged, report = plan.finished(origins or {})
+    return merged, replace(report, hint=merge_hint(plan, len(report.loaded)) or plan.adapter_hint)
 
 
 def module_classes(checkpoint: Checkpoint) -> dict[str, str]:
@@ -260,15 +261,19 @@ _LAZY = ("UninitializedParameter", "UninitializedBuffer")
 class _Plan(Merge):
     """`filter`'s matches, then adapters, init rules, parameter groups and optimizer state."""
 
-    target_root = "--into-root"
-
     def __init__(
-        self, source: Checkpoint | None, target: Checkpoint, options: Options, classes: Mapping[str, str]
+        self,
+        source: Checkpoint | None,
+        target: Checkpoint,
+        options: Options,
+        classes: Mapping[str, str] | None,
+        same: Same,
+        read: Callable[[str], Any] | None,
     ) -> None:
         chosen = names.chooser(options.include, options.exclude)
         sources = [] if source is None else [source]
-        super().__init__(sources, target, options.strip_prefix, options.add_prefix, chosen, True)
-        self.source, self.options, self.classes = source, options, classes
+        super().__init__(sources, target, options.strip_prefix, options.add_prefix, chosen, True, same)
+        self.source, self.options, self.classes, self.read = source, options, classes, read
         self.notes: list[str] = []
         self.problems: list[str] = []
         self.refused_keys: set[str] = set()
@@ -277,9 +282,33 @@ class _Plan(Merge):
         self.needless: list[str] = []
         self.adapter_hint: str | None = None
 
-    def adapt(self, read: Callable[[str], Any] | None) -> None:
+    def decide(self) -> None:
+        """Decides what each key gets. Raises: UsageError with all problems at once, CollisionError, LossError."""
+        self.match()
+        self.adapt()
+        self.tie()
+        self.initialise()
+        self.check_patterns()
+        if self.problems:
+            raise UsageError("; ".join(self.problems), self.target.url)
+
+    def again(self, sources: Sequence[Checkpoint], target: Checkpoint, strip: str, add: str) -> Merge:
+        options = replace(self.options, strip_prefix=[*self.options.strip_prefix, strip], add_prefix=add)
+        return _Plan(sources[0], target, options, self.classes, self.same, self.read)
+
+    def may_fit(self, key: str, offered: TensorInfo, tensor: TensorInfo) -> bool:
+        return bool(self.options.adapt) or self.fits(key, offered, tensor)
+
+    def loadable(self) -> int:
+        options = self.options
+        if not (options.adapt or options.init or options.presets or options.freeze or options.optimizer == "remap"):
+            return super().loadable()
+        self.decide()
+        return len(self.finished({})[1].loaded)
+
+    def adapt(self) -> None:
         """Applies the adapters to the keys that they were named for."""
-        adapting = Adapting(read)
+        adapting = Adapting(self.read)
         for key, row in self.rows.items():
             adapter = next((made for pattern, made in reversed(self.options.adapt) if names.fits(pattern, key)), None)
             if adapter is None or row.source is None or not self.chosen(key):
@@ -300,9 +329,9 @@ class _Plan(Merge):
                 detail=f"{adapter.text}: {detail}",
             )  # fmt: skip
 
-    def tie(self, same: Same) -> None:
+    def tie(self) -> None:
         """Ties as `filter` does; a mismatched key that is tied to an adapted one has its values now."""
-        super().tie(same)
+        super().tie()
         adapted = {self.taken[key].view for key, row in self.rows.items() if row.reason == "adapted"}
         for key, row in self.rows.items():
             if row.reason == "mismatched" and key in self.taken and self.taken[key].view in adapted:
@@ -313,7 +342,8 @@ class _Plan(Merge):
         """Applies the init rules to the keys that were not loaded; keys without a rule keep the target's values."""
         wanted = [key for key in self.tensors if key not in self.taken and key not in self.refused_keys]
         init, presets, seed = self.options.init, self.options.presets, self.options.seed
-        made, unused, problems = initplan.plan(init, presets, self.tensors, wanted, seed, self.classes)
+        classes = module_classes(self.target) if self.classes is None else self.classes
+        made, unused, problems = initplan.plan(init, presets, self.tensors, wanted, seed, classes)
         for key, (tensor, rule) in made.items():
             row = self.rows[key]
             self.made[key] = tensor
@@ -384,11 +414,10 @@ class _Plan(Merge):
             for row in rows
         ]
 
-    def finished(
-        self, merged: Checkpoint, report: FilterReport, origins: Mapping[str, str]
-    ) -> tuple[Checkpoint, LoadPartialReport]:
+    def finished(self, origins: Mapping[str, str]) -> tuple[Checkpoint, LoadPartialReport]:
         """Returns (checkpoint, report) with frozen parameters, parameter groups and the optimizer state asked for."""
         options = self.options
+        merged, report = self.result(False, [*options.include, *options.exclude])
         loaded = {key for key in self.tensors if self.rows[key].reason in LOADED}
         parameters = handover.parameters(self.tensors)
         live = self.target.format == "model" or modules.is_module(self.target.at(self.target.root))
@@ -408,7 +437,7 @@ class _Plan(Merge):
             notes.append(f"frozen, though not all of their values are the source's: {listed(adapted)}")
         return merged, LoadPartialReport(
             sourced(rows, {None: origins}), counts_of(rows), None, report.loaded_fraction,
-            report.hint or self.adapter_hint, report.target, report.sources, [*report.notes, *self.notes, *notes],
+            None, report.target, report.sources, [*report.notes, *self.notes, *notes],
             options.seed, self.numpy, frozen, handover.moving_batch_norms(self.tensors, frozen), groups, tied,
             self.unset,
         )  # fmt: skip

@@ -43,7 +43,7 @@ def followed(run: Run, *command: object) -> dict[str, Any]:
     code, out, err = run(*command, *shlex.split(promised[3]), "--json", "--force")
     assert (code, err) == (0, ""), (hint, out)
     result: dict[str, Any] = json.loads(out)["result"]
-    loaded = sum(result["counts"].get(reason, 0) for reason in ("loaded", "cast", "tied"))
+    loaded = sum(result["counts"].get(reason, 0) for reason in ("loaded", "cast", "tied", "adapted"))
     assert loaded == int(promised[1]), hint
     return {**result, "options": promised[3]}
 
@@ -112,6 +112,67 @@ def test_roots_that_read_alike_are_told_apart(key: Any, root: str, saved: Saved,
     assert ckptool.open(source, root=root).root == ("agents", key)
 
 
+def test_no_root_is_proposed_whose_text_means_another(saved: Saved, run: Run) -> None:
+    state = net(*NAMES)
+    target = saved(state, "target.pth")
+    other = {"up.weight": torch.ones(3)}
+    for content in ({"a/b": other, "a": {"b": state}}, {"": state, "x": other}):
+        _, out, _ = run("filter", saved(content, "source.pth"), "--match", target, "--dry-run", "--json")
+        assert "--root" not in (json.loads(out)["result"].get("hint") or "")
+    for root in ("/m", "m/", "a/b"):
+        source = saved({root: state, "x": other}, "source.pth")
+        result = followed(run, "filter", source, "--match", target, "-o", "out.pth", "--root", "x")
+        assert result["options"] == f"--root {root}"
+        assert_identical(load("out.pth"), state)
+
+
+def test_a_hint_at_another_root_is_none_where_the_options_of_the_command_do_not_apply(saved: Saved, run: Run) -> None:
+    state = {"head.weight": torch.ones(4, 2), "w": torch.ones(3), "b": torch.ones(5)}
+    source = saved(state, "source.pth")
+    target = saved({"G": {"top.weight": torch.ones(5, 2), "x": torch.ones(2)}, "D": state}, "target.pth")
+    call = ("load-partial", source, "--into", target, "--into-root", "G", "-o", "out.pth")
+    assert followed(run, *call)["options"] == "--into-root D"
+    _, out, _ = run(*call, "--adapt", "top.*=rows", "--force", "--json")  # which fits no key of D
+    assert "--into-root" not in (json.loads(out)["result"].get("hint") or "")
+
+
+def test_a_hint_counts_the_keys_that_the_adapters_of_the_command_make_fit(saved: Saved, run: Run) -> None:
+    state = {"head.weight": torch.randn(4, 2), "w": torch.randn(3)}
+    source = saved(under("net.", state), "source.pth")
+    target = saved({"head.weight": torch.zeros(6, 2), "w": torch.zeros(3)}, "target.pth")
+    result = followed(run, "load-partial", source, "--into", target, "--adapt", "head.*=rows", "-o", "out.pth")
+    assert (result["options"], result["counts"]) == ("--strip-prefix net.", {"adapted": 1, "loaded": 1})
+    assert torch.equal(load("out.pth")["head.weight"][:4], state["head.weight"])
+
+
+def test_a_hint_is_none_where_tied_keys_would_get_two_values(saved: Saved, run: Run) -> None:
+    table = torch.zeros(4, 2)
+    target = saved({"embed": table, "head": table}, "target.pth")
+    for head, hinted in ((1.0, True), (2.0, False)):
+        source = saved(under("x.", {"embed": torch.ones(4, 2), "head": torch.full((4, 2), head)}), "source.pth")
+        result = json.loads(run("filter", source, "--match", target, "--dry-run", "--json")[1])["result"]
+        assert ("--strip-prefix x." in (result.get("hint") or "")) == hinted
+
+
+def test_what_a_tied_key_takes_is_no_cast_of_its_own_source(saved: Saved, run: Run) -> None:
+    table = torch.zeros(4, 2)
+    target = saved({"embed": table, "head": table}, "target.pth")
+    low = torch.ones(3, 2).to(torch.float8_e4m3fn)
+    source = saved({"embed": torch.ones(4, 2), "head": low, "head_scale": torch.ones(3)}, "source.pth")
+    assert run("filter", source, "--match", target, "-o", "out.pth")[0] == 0
+    assert_identical(load("out.pth"), dict.fromkeys(["embed", "head"], torch.ones(4, 2)))
+
+
+def test_a_hint_of_diff_judges_ignored_keys_as_the_comparison_does(saved: Saved, run: Run) -> None:
+    one = saved({"G": net("up"), "D": net("a", "b", "c")}, "one.pth")
+    other = saved(under("net.", net("a", "b", "c")), "other.pth")
+    call = ("diff", one, other, "--root-a", "G", "--ignore", "net.a", "--json")
+    (hint,) = [note for note in json.loads(run(*call)[1])["notes"] if "would match" in note]
+    options, promised = hint.split(" would match ")
+    result = json.loads(run(*call, *shlex.split(options))[1])["result"]
+    assert result["equal"] == int(promised.split()[0])
+
+
 def test_no_rename_is_proposed_where_names_do_not_tell_which_is_which(saved: Saved, run: Run) -> None:
     same = torch.ones(2, 2)
     source = saved({"attn.key": same, "attn.value": same, "norm": torch.ones(2)}, "source.pth")
@@ -141,6 +202,14 @@ def test_no_rename_is_proposed_where_names_do_not_tell_which_is_which(saved: Sav
         (
             lambda state: {key.removeprefix("blocks."): value for key, value in state.items()},
             "--rename '{i}.fc=blocks.{i}.fc'",
+        ),
+        (
+            lambda state: {"net." + key.replace("blocks.", "blk"): value for key, value in state.items()},
+            "--rename 'blk{i}=blocks.{i}' --strip-prefix net.",
+        ),
+        (
+            lambda state: {"G": net("up.weight"), "D": {key.replace("fc", "lin"): one for key, one in state.items()}},
+            "--root D --rename lin=fc",
         ),
         (lambda state: {f"x{at}": torch.ones(9) for at in range(9)}, None),
     ],
@@ -200,8 +269,9 @@ def test_hints_of_several_sources_hold_for_all_of_them(saved: Saved, run: Run) -
     followed(run, "filter", first, second, "--match", target, "-o", "out.pth")
     assert_identical(load("out.pth"), state)
     other = saved({key: state[key] for key in parts[2:]}, "three.pth")  # without the prefix: it would be refused
-    _, out, _ = run("filter", first, other, "--match", target, "-o", "out.pth", "--force", "--json")
-    assert json.loads(out)["result"].get("hint") is None
+    result = followed(run, "filter", first, other, "--match", target, "-o", "out.pth")
+    assert result["options"] == "--rename model.conv=conv"
+    assert_identical(load("out.pth"), state)
 
 
 def test_a_hint_counts_what_the_other_options_of_the_command_leave(saved: Saved, run: Run) -> None:
