@@ -46,19 +46,19 @@ def unpickled(
 
 
 def storages(
-    archive: Archive, pickle: str, prefix: str, suffix: str = "", kind: type = str
+    archive: Archive, pickle: str, prefix: str, suffix: str = "", numbers: bool = False
 ) -> Callable[[Any], Storage | rebuild.StorageView]:
     """Returns the function from a persistent id to its storage, the same one for equal keys: for one or more pickles.
 
-    The storage of a key, which is of the type ``kind``, is the member ``prefix`` key ``suffix``; ``pickle`` names what
-    is read in errors. Raises: FormatError for a byte order that there is not.
+    The storage of a key, which may be an integer if ``numbers``, is the member ``prefix`` key ``suffix``; ``pickle``
+    names what is read in errors. Raises: FormatError for a byte order that there is not.
     """
     members = archive.members
     order = archive.record("byteorder", MAX_BYTEORDER)
     if order not in (None, b"little", b"big"):
         raise FormatError(f"its byteorder record reads {order!r}")
     byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
-    known: dict[Any, Storage] = {}
+    known: dict[str, Storage] = {}
     kinds: dict[tuple[Any, Any, Any], tuple[str | None, str, int]] = {}
 
     def persistent_load(pid: Any) -> Storage | rebuild.StorageView:
@@ -66,8 +66,10 @@ def storages(
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise FormatError(f"it refers to something that is no storage: {brief(pid)}")
         _, storage_type, key, location, numel = pid[:5]
-        if type(key) is not kind:
-            raise FormatError(f"a storage's key is {brief(key)}")
+        if type(key) is not str:
+            if not numbers or type(key) is not int:
+                raise FormatError(f"a storage's key is {brief(key)}")
+            key = str(key)
         exact = type(location) is str and type(numel) is int  # True == 1 == 1.0
         form = kinds.get((storage_type, location, numel)) if exact else None
         if form is None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import Run, assert_same_tensors, tree_equal
+from pickled import tensor, text
 from torch import nn
 from torch.package import PackageExporter, PackageImporter, package_exporter
 
@@ -166,10 +167,6 @@ def pid(*items: bytes) -> bytes:
     return b"\x80\x03(" + b"".join(items) + b"tQ."
 
 
-def text(value: str) -> bytes:
-    return b"X" + len(value).to_bytes(4, "little") + value.encode()
-
-
 STORAGE = text("storage"), b"ctorch\nFloatStorage\n"
 
 
@@ -178,7 +175,7 @@ STORAGE = text("storage"), b"ctorch\nFloatStorage\n"
     [
         ({"m/a.pkl": b"\x80\x03}"}, r"m/a\.pkl: the pickle at byte 0 is cut off"),
         ({"m/a.pkl": pid(*STORAGE, b"K\x01", text("cpu"), b"K\x02")}, "absent"),
-        ({"m/a.pkl": pid(*STORAGE, text("0"), text("cpu"), b"K\x02")}, "a storage's key is '0'"),
+        ({"m/a.pkl": pid(*STORAGE, b"G" + bytes(8), text("cpu"), b"K\x02")}, "a storage's key is 0.0"),
         ({"m/a.pkl": pid(*STORAGE, b"\x88", text("cpu"), b"K\x02")}, "a storage's key is True"),
         ({"m/a.pkl": pid(*STORAGE, b"J\xff\xff\xff\xff", text("cpu"), b"K\x02")}, "absent"),
         ({"m/a.pkl": pid(*STORAGE, b"K\x00", text("cpu"), b"K\x03")}, "has 8 bytes; a pickle says 12"),
@@ -209,6 +206,28 @@ def test_a_call_with_the_importer_is_a_stand_in(tmp_path: Path) -> None:
         )
         assert opened.at(("m", "a.pkl")).qualname == "mkdir"
         assert ("os", "mkdir") in opened.names
+
+
+def test_keys_of_storages_are_numbers_and_in_torch_1_8_texts(tmp_path: Path) -> None:
+    views = [tensor(pid(*STORAGE, key, text("cpu"), b"K\x02")[2:-1]) for key in (b"K\x00", text("0"))]
+    resources = {f"m/{number}.pkl": b"\x80\x03" + view + b"." for number, view in enumerate(views)}
+    opened = open_checkpoint(by_hand(tmp_path / "p.pt", resources))
+    [(_, one), (_, other)] = opened.tensors()
+    assert one.source is other.source
+
+
+def test_packages_of_torch_1_8_have_their_storages_elsewhere(tmp_path: Path) -> None:
+    view = tensor(pid(*STORAGE, text("94851361309072"), text("cpu"), b"K\x02")[2:-1], shape=b"K\2\x85")
+    with zipfile.ZipFile(tmp_path / "p.pt", "w") as archive:
+        archive.writestr("p/nets/w.pkl", b"\x80\x03}(" + text("w") + view + text("v") + view + b"u.")
+        archive.writestr("p/nets/code.py", "raise SystemExit\n")
+        archive.writestr("p/data/94851361309072", torch.arange(2.0).numpy().tobytes())
+        archive.writestr("p/extern_modules", "torch.nn\n")
+        archive.writestr("p/version", "1\n")
+    opened = open_checkpoint(tmp_path / "p.pt")
+    assert opened.root == ("nets", "w.pkl")
+    assert_same_tensors(opened, {"w": (both := torch.arange(2.0)), "v": both})
+    assert opened.notes == ("source text, which is not run: nets/code.py",)
 
 
 def test_packages_nested_without_end_are_refused(tmp_path: Path) -> None:

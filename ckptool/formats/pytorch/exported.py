@@ -146,11 +146,11 @@ class _Archive:
     # --- weights as raw storages -------------------------------------------------------------------------------------
 
     def _payload(self, folder: str, name: str) -> Any:
-        """Returns {key: tensor} of the weights or the constants of a program."""
+        """Returns {key: tensor} of the weights or the constants of a program; a pickled one may be any object."""
         if f"data/{folder}/{name}.pt" in self.members:  # torch 2.8
             return self._mapping(f"data/{folder}/{name}.pt")
         record = f"data/{folder}/{name}_{folder}_config.json"
-        found: dict[str, TensorInfo] = {}
+        found: dict[str, Any] = {}
         for key, entry in _field(self._json(record), "config", dict).items():
             refuse_key(key)
             try:
@@ -159,7 +159,7 @@ class _Archive:
                     self._taken(f"data/{folder}/{path}")
                     self.objects.append(key)
                 elif _field(entry, "use_pickle", bool):
-                    found[key] = _tensor(self._torch_file(f"data/{folder}/{path}"))
+                    found[key] = self._torch_file(f"data/{folder}/{path}")
                 else:
                     found[key] = self._raw(key, f"data/{folder}/{path}", entry)
             except CkptoolError as error:
@@ -209,7 +209,9 @@ class _Archive:
             refuse_key(key)
             if not isinstance(row, list) or len(row) != 4 or type(row[0]) is not str:
                 raise FormatError(f"{record}: {brief(key)} is {brief(row)}: expected [name, shape, stride, offset]")
-            whole = _tensor(self._torch_file(f"data/weights/{row[0]}"))
+            whole = self._torch_file(f"data/weights/{row[0]}")
+            if not isinstance(whole, TensorInfo):
+                raise FormatError(f"data/weights/{row[0]} holds {brief(whole)}: expected a tensor")
             found[key] = rebuild.strided(whole.source, row[3], row[1], row[2], dtype=whole.dtype)
         return found
 
@@ -268,12 +270,6 @@ _OTHERS = {
 def _filled(parts: dict[str, Any]) -> dict[str, Any]:
     """Returns the parts of a program without constants if there are none."""
     return {name: part for name, part in parts.items() if part or name == "state_dict"}
-
-
-def _tensor(value: Any) -> TensorInfo:
-    if not isinstance(value, TensorInfo):
-        raise FormatError(f"its file of torch.save holds {brief(value)}: expected a tensor")
-    return value
 
 
 def _field(entry: Any, name: str, kind: type[T]) -> T:

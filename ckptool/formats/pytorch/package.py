@@ -6,11 +6,14 @@
     ROOT/.data/ts_code/           TorchScript modules inside of the pickles
     ROOT/PACKAGE/**.py            source text
 
-Source: ``torch/package/package_exporter.py`` and ``package_importer.py`` of torch 2.13.
+torch 1.8 has the storages at ROOT/data/NUMBER, and ROOT/extern_modules.
+Source: ``torch/package/package_exporter.py`` and ``package_importer.py`` of torch 1.8 and 2.13.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 from ckptool.core.checkpoint import Checkpoint
@@ -26,7 +29,8 @@ from ckptool.pickling.archives import refuse_ambiguous, storages
 
 def matches(probe: Probe) -> bool:
     """Returns whether torch.package wrote it."""
-    return f"{probe.root}/.data/extern_modules" in probe.members
+    old = {f"{probe.root}/extern_modules", f"{probe.root}/version"}
+    return f"{probe.root}/.data/extern_modules" in probe.members or old <= probe.members.keys()
 
 
 def read(probe: Probe) -> Checkpoint:
@@ -34,8 +38,10 @@ def read(probe: Probe) -> Checkpoint:
 
     Reads all pickles. Raises: FormatError, LimitError.
     """
-    refuse_ambiguous(probe, f"{probe.root}/.data/")
-    leaf = _Leaf(probe)
+    is_new = f"{probe.root}/.data/extern_modules" in probe.members
+    data, end = (f"{probe.root}/.data/", ".storage") if is_new else (f"{probe.root}/data/", "")
+    refuse_ambiguous(probe, data)
+    leaf = _Leaf(storages(probe, "a pickle", data, end, numbers=True))
     tree: dict[str, Any] = {}
     packages: dict[str, dict[str, Any]] = {}
     names: dict[tuple[str, str], None] = {}
@@ -43,7 +49,7 @@ def read(probe: Probe) -> Checkpoint:
     for member in probe.members:
         name = member.removeprefix(f"{probe.root}/")
         try:
-            if (kind := _kind(name)) == RESOURCE:
+            if (kind := _kind(name, is_new)) == RESOURCE:
                 pickled = _pickled(probe, name)
                 if pickled is None:
                     kind = FILE
@@ -70,11 +76,13 @@ SCRIPT = "TorchScript modules, which are not read"
 FILE = "files of the user, which are not read"
 
 
-def _kind(name: str) -> str:
+def _kind(name: str, is_new: bool) -> str:
     """Returns what a record is by its name; "" for one that needs no note."""
-    if name.startswith(".data/"):
-        return SCRIPT if name.startswith(".data/ts_code/") else ""
-    if name in ("byteorder", "version") or name.endswith("/"):
+    if name.startswith(".data/ts_code/"):
+        return SCRIPT
+    if re.fullmatch(
+        r"\.data/.*|byteorder|version|.*/" if is_new else r"data/\d+|extern_modules|version", name, re.DOTALL
+    ):
         return ""
     return SOURCE if name.endswith(".py") else RESOURCE
 
@@ -112,8 +120,8 @@ class _Leaf:
     ``made``: these objects by their numbers; another reference to one is the same object.
     """
 
-    def __init__(self, probe: Probe) -> None:
-        self.storage = storages(probe, "a pickle", f"{probe.root}/.data/", ".storage", int)
+    def __init__(self, storage: Callable[[Any], Any]) -> None:
+        self.storage = storage
         self.made: dict[int, Any] = {}
 
     def __call__(self, pid: Any) -> Any:
