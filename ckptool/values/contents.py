@@ -233,9 +233,11 @@ def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files)
         if not zips.is_zip(file):
             bare.append(os.path.basename(url))
             continue
-        members = _members(checkpoint, url, files)
+        members, behind = _members(checkpoint, url, files)
+        if behind:
+            bare.append(os.path.basename(url))
         known = any(member.crc32 for _, member in members)
-        if not known:
+        if members and not known:
             found.unchecked.append(f"{url}: its checksums are all 0, torch was told to compute none")
         for name, member in members:
             moved = _moved(name, member.span, files)
@@ -249,18 +251,22 @@ def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files)
         found.unchecked.append(f"changed bytes in {listed(bare)}: the format has no checksums")
 
 
-def _members(checkpoint: Checkpoint, url: str, files: Files) -> list[tuple[str, zips.Member]]:
-    """Returns the members of an archive; of a file of many archives (DCP), those that are the storage of a tensor."""
+def _members(checkpoint: Checkpoint, url: str, files: Files) -> tuple[list[tuple[str, zips.Member]], bool]:
+    """Returns (the members of an archive, whether tensors lie behind the last archive in its file).
+
+    Of a file of many archives (DCP), or with something else behind them, they are those that are a tensor's storage.
+    """
     file = files.open(url)
-    if not zips.archive_start(file):
-        return list(zips.read_directory(file).items())
-    found = {
-        storage.span.offset: zips.Member(storage.span, storage.crc32 or 0)
-        for _, tensor in checkpoint.tensors()
-        for storage in tensor.storages()
-        if storage.span.url == url and storage.span.member is not None
-    }
-    return [(files.member_name(member.span), member) for member in found.values()]
+    storages = [one for _, tensor in checkpoint.tensors() for one in tensor.storages() if one.span.url == url]
+    try:
+        begins, end = zips.archive_start(file), zips.archive_end(file)
+    except FormatError:  # the last archive ended long before: a large safetensors file follows
+        begins, end = 1, 0
+    behind = any(one.span.member is None and one.span.offset >= end for one in storages)
+    if not begins and not behind:
+        return list(zips.read_directory(file).items()), False
+    found = {one.span.offset: zips.Member(one.span, one.crc32 or 0) for one in storages if one.span.member is not None}
+    return [(files.member_name(member.span), member) for member in found.values()], behind
 
 
 def _member(storage: Storage) -> tuple[str, int] | None:

@@ -161,6 +161,26 @@ def test_tensors_in_safetensors_are_read(tmp_path: Path) -> None:
     tree_equal(read(str(tmp_path / "d")).tree, tree)
 
 
+@pytest.mark.parametrize("columns", [4, 40_000])
+@pytest.mark.parametrize("values", [{"epoch": 5}, {"epoch": 5, "pair": (1, torch.ones(3))}], ids=["numbers", "tensors"])
+def test_safetensors_behind_python_values_are_checked_as_far_as_they_can_be(
+    columns: int, values: dict[str, Any], tmp_path: Path
+) -> None:
+    tree = {"w": torch.ones(3, columns), **values}
+    write(tmp_path / "d", tree, serialization_format=SerializationFormat.SAFETENSORS)
+    tree_equal({key: read(str(tmp_path / "d")).tree[key] for key in tree}, tree)
+    assert (clean := ckptool.inspect(tmp_path / "d", check=True).check) is not None
+    assert not clean.findings
+    assert any("__0_0.distcp" in text and "no checksums" in text for text in clean.unchecked)
+    if "pair" in values:
+        path = tmp_path / "d" / "__0_0.distcp"
+        raw = bytearray(path.read_bytes())
+        raw[raw.index(torch.ones(3).numpy().tobytes())] ^= 1
+        path.write_bytes(raw)
+        assert (found := ckptool.inspect(tmp_path / "d", check=True).check) is not None
+        assert found.findings
+
+
 def test_a_dict_that_one_process_saved_whole_is_called_so(tmp_path: Path) -> None:
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
     dcp.save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "d", no_dist=True, planner=planner)
