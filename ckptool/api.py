@@ -278,7 +278,8 @@ def diff(
 
     ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
     integers are exact. ``quick`` only finds whether the bytes are equal, and trusts the CRC-32 that torch's archives
-    record where both sides have one. ``progress`` is called with the bytes of both sides of each compared pair.
+    record where both sides have one. A lock file's tensors are compared by their hashes, as far as it has them
+    (``uncompared``). ``progress`` is called with the bytes of both sides of each compared pair.
     Raises: what `open` raises, NoTensorsError.
     """
     from functools import partial
@@ -294,12 +295,14 @@ def diff(
     from ckptool import saving
     from ckptool.core.findings import Distance
     from ckptool.io.source import Files
-    from ckptool.values.compare import compare, compare_bytes
+    from ckptool.values.compare import compare, compare_bytes, compare_hashes
 
     with Files(progress) as files:
 
         def compared(one: TensorInfo, other: TensorInfo) -> Distance:
             with saving.share(files, one.nbytes + other.nbytes):
+                if one.described_in or other.described_in:
+                    return compare_hashes(one, other, files)
                 return compare_bytes(one, other, files) if quick else compare(one, other, files, rtol, atol)
 
         return differences(compare=compared)

@@ -151,12 +151,14 @@ def _lines(report: DiffReport, b: str, compared: bool, quick: bool) -> list[str]
     rows = [("shape", row.key, f"{dims(row.a)} -> {dims(row.b)}") for row in report.shape]
     rows += [("dtype", row.key, f"{row.a} -> {row.b}") for row in report.dtype]
     rows += [("device", row.key, f"{row.a} -> {row.b}") for row in report.devices]
+    rows += [("uncompared", key, "its values, as a lock file has no hash of it") for key in report.uncompared]
     rows += [("only in A", key, _tensor(report, key)) for key in report.only_in_a]
     rows += [("only in B", key, _tensor(report, key)) for key in report.only_in_b]
     lines = [[kind, name, text] for kind, name, text in _folded(rows)]
     for values in report.values:
         status = "differs" if values.status == "differ" else values.status
-        lines.append([status, values.key, "other bytes" if quick else _distance(values)])
+        text = "another hash" if values.by else "other bytes" if quick else _distance(values)
+        lines.append([status, values.key, text])
     return [_headline(report, b, compared), *render.aligned(lines), *_notes(report)]
 
 
@@ -183,6 +185,8 @@ def _headline(report: DiffReport, b: str, compared: bool) -> str:
     equal = f"{report.equal:,} equal"
     if close:
         equal += f", {close:,} close"
+    if report.uncompared:
+        equal += f", {len(report.uncompared):,} of them but for their values"
     if not compared:
         equal += " (values not compared, --values does)"
     if counted:

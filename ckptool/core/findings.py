@@ -55,12 +55,13 @@ class PrefixStats:
 class Distance:
     """The distance between two tensors of one shape.
 
-    ``status``: ``equal`` (every element, NaN equal to NaN), ``close`` (within the tolerance) or ``differ``.
+    ``status``: ``equal`` (every element, NaN equal to NaN), ``close`` (within the tolerance) or ``differ``; ``unknown``
+    where one side has neither values nor a hash.
     ``max_abs`` is the largest |a - b|, ``rel_l2`` is |a - b| / |a| over all elements; None where an element is
     NaN or infinite on one side only, or where a is all zeros and b is not.
     """
 
-    status: Literal["equal", "close", "differ"]
+    status: Literal["equal", "close", "differ", "unknown"]
     max_abs: float | None = 0.0
     rel_l2: float | None = 0.0
 

@@ -165,10 +165,11 @@ class Draw:
 
 
 class Described(NamedTuple):
-    """A source that only describes tensors: its path, and ``what`` it is, for messages."""
+    """A source that only describes a tensor: its path, and ``what`` it is, for messages. ``hash``: a sha256, or ""."""
 
     url: str
     what: str
+    hash: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,9 +236,7 @@ class TensorInfo(Leaf):
     @property
     def numel(self) -> int:
         """Returns the number of elements (of a nested tensor: of its parts)."""
-        if self.shape is None:
-            return max((part.numel for part in self.parts), default=0)
-        return prod(self.shape)
+        return max((part.numel for part in self.parts), default=0) if self.shape is None else prod(self.shape)
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:

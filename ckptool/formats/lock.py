@@ -1,16 +1,17 @@
 """A lock file: the keys, shapes and dtypes of a checkpoint as text, for a repository that holds no weights.
 
-    # ckptool lock 1
+    # ckptool lock 1, 3 keys
     conv1.weight  float32  64x3x7x7  parameter  sha256:9f86...
     head.bias     float32  1000      tied:"odd\\tkey"
     scale         bfloat16 scalar
 
-The first line names the schema. Then comes a line for each key, sorted, its fields separated by single tabs: the key,
-the dtype, the sizes (``scalar`` for none, ``nested`` for a nested tensor), and what else is known: ``parameter`` or
-``buffer``, ``kind:`` of a tensor that is no strided view, ``tied:`` to the first key of a tie group, and the
-``sha256:`` that `inspect --hash` gives. A key that is empty, not printable, or begins with ``"`` or ``#`` is a JSON
-string. The document that `inspect --json` prints of one checkpoint is read too. A tensor of a lock is on ``meta``, has
-no values, and its `Opaque.described_in` names the lock.
+The first line names the schema, and says how many keys there are (older locks do not). Then comes a line for each
+key, sorted, its fields separated by single tabs: the key, the dtype, the sizes (``scalar`` for none, ``nested`` for a
+nested tensor), and what else is known: ``parameter`` or ``buffer``, ``kind:`` of a tensor that is no strided view,
+``tied:`` to the first key of a tie group, and the ``sha256:`` that `inspect --hash` gives. A key that is empty, not
+printable, or begins with ``"`` or ``#`` is a JSON string. The document that `inspect --json` prints of one checkpoint
+is read too. A tensor of a lock is on ``meta``, has no values, and its `Opaque.described_in` names the lock and has
+the hash.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ckptool.text import dims
 
 MAGIC = "# ckptool lock "
 SCHEMA = 1
+HEAD = re.compile(r"1(?:, (\d{1,9}) keys)?", re.ASCII)
 DOCUMENT = re.compile(rb'\{\s*"schema":\s*1,\s*"command":\s*"inspect",')
 SHAPE = re.compile(r"\d{1,19}(x\d{1,19}){0,999}", re.ASCII)
 FIELD = re.compile(r"(parameter)|(buffer)|kind:(\w{1,40})|tied:(.+)|sha256:([0-9a-f]{64})", re.ASCII | re.DOTALL)
@@ -46,7 +48,7 @@ def text(checkpoint: Checkpoint, chosen: Mapping[str, TensorInfo], hashes: Mappi
     """Returns the lock of the ``chosen`` tensors of a checkpoint; ``hashes``: {key: sha256}, where they are known."""
     whole = checkpoint.format == "model" or modules.is_module(checkpoint.at(checkpoint.root))
     first: dict[object, str] = {}
-    lines = [f"{MAGIC}{SCHEMA}"]
+    lines = [_head(len(chosen))]
     for key in sorted(chosen):
         tensor, role = chosen[key], ""
         if tensor.is_parameter or whole:
@@ -58,6 +60,10 @@ def text(checkpoint: Checkpoint, chosen: Mapping[str, TensorInfo], hashes: Mappi
         fields = (_written(key), tensor.dtype, dims(tensor.shape), role, kind, tied, digest)
         lines.append("\t".join(filter(None, fields)))
     return "\n".join(lines) + "\n"
+
+
+def _head(count: int) -> str:
+    return f"{MAGIC}{SCHEMA}, {count} keys"
 
 
 def _written(key: str) -> str:
@@ -77,13 +83,18 @@ def read(probe: Probe) -> Checkpoint:
         content = _of_document(content, file.path)
     head, *lines = content.replace("\r\n", "\n").split("\n")
     version = head[len(MAGIC) :]
-    if version != str(SCHEMA):
+    said = HEAD.fullmatch(version)
+    if said is None:
         what = f"is a lock file of schema {brief(version)}: this ckptool reads {SCHEMA}; a newer one may read it"
         raise UnsupportedError(what, file.path)
     if not lines or lines.pop():
         raise FormatError(
             f"line {len(lines) + 2}: expected a newline at its end: the lock file is cut short", file.path
         )
+    if said[1] is not None and int(said[1]) != len(lines):
+        what = f"line 1: expected {said[1]} keys as it says, found {len(lines)}: the lock file is cut short or edited"
+        raise FormatError(f"{what}; inspect --lock FILE --update-lock writes it anew", file.path)
+    notes = () if said[1] else ("an older lock file, which does not say how many keys it has: it may be cut short",)
     tree: dict[str, TensorInfo] = {}
     ties: dict[str, tuple[int, str]] = {}
     for number, line in enumerate(lines, 2):
@@ -108,7 +119,7 @@ def read(probe: Probe) -> Checkpoint:
             what = f"{brief(key)} is tied to {brief(tied)}: expected a key of its dtype and shape that is not tied on"
             raise FormatError(f"line {number}: {what}", file.path)
         tree[key] = _tensor(one.dtype, one.shape, one.is_parameter, source)
-    return Checkpoint(tree, url=file.path, nbytes=file.size)
+    return Checkpoint(tree, url=file.path, nbytes=file.size, notes=notes)
 
 
 def _of_document(content: str, url: str) -> str:
@@ -124,12 +135,13 @@ def _of_document(content: str, url: str) -> str:
                 _written(row["key"]), row["dtype"], dims(row.get("shape")),
                 *(f"kind:{row['kind']}" for _ in range(row.get("kind", "meta") != "meta")),
                 *(f"tied:{_written(row['tied_to'])}" for _ in range("tied_to" in row)),
+                *(f"sha256:{row['hash']}" for _ in range("hash" in row)),
             ])
             for row in rows
         ]  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise FormatError("expected what `inspect --json` prints of one checkpoint", url) from error
-    return "\n".join([f"{MAGIC}{SCHEMA}", *lines, ""])
+    return "\n".join([_head(len(lines)), *lines, ""])
 
 
 def _line(line: str, url: str) -> tuple[str, TensorInfo, str | None]:
@@ -154,7 +166,7 @@ def _line(line: str, url: str) -> tuple[str, TensorInfo, str | None]:
         raise FormatError("expected the kind: of a nested tensor")
     made = _named("torch._utils", "_rebuild_meta_tensor_no_storage")
     node = made(_named("torch", dtype), shape or (), contiguous_stride(shape or ()), False)
-    described = Described(url, "a lock file, which holds no values")
+    described = Described(url, "a lock file, which holds no values", known.get(5, ""))
     tensor = _tensor(dtype, shape, 1 in known, Opaque(known.get(3, "meta"), node, described_in=described))
     return key, tensor, _key(known[4]) if 4 in known else None
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ckptool.core import keys as names
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.core.tensor import TensorInfo, quantization
+from ckptool.core.tensor import Described, TensorInfo, quantization
 from ckptool.errors import UnsupportedError
 from ckptool.ops.notes import Common, diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
@@ -41,12 +41,16 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class ValuesChanged:
-    """A key whose values differ, or are ``close``: largest |a - b|, and |a - b| / |a|; None where not finite."""
+    """A key whose values differ, or are ``close``: largest |a - b|, and |a - b| / |a|; None where not finite.
+
+    ``by`` is ``hash`` where only hashes were compared.
+    """
 
     key: str
     status: str
     max_abs: float | None
     rel_l2: float | None
+    by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,8 @@ class DiffReport:
     ``equal`` counts keys without any difference that was looked for. A key may be in both ``shape`` and ``dtype``.
     ``values`` has close and differing keys; ``compared`` says whether values were compared at all.
     ``bookkeeping`` are the num_batches_tracked that one side lacks, ``counters`` how many of them A has, and B.
-    ``shapes`` and ``dtypes`` are those of the keys that only one side has.
+    ``shapes`` and ``dtypes`` are those of the keys that only one side has. ``uncompared``: keys whose values were to be
+    compared, and are described only, without a hash; they are among the equal ones.
     """
 
     same: bool
@@ -73,6 +78,7 @@ class DiffReport:
     compared: bool = False
     shapes: dict[str, list[int] | None] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
+    uncompared: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def found(self) -> dict[str, int]:
@@ -121,6 +127,10 @@ def diff(
                 (report.bookkeeping if names.is_counter(key) else lone).append(key)
                 report.shapes[key], report.dtypes[key] = _shape(tensors[key]), tensors[key].dtype
         counters[side] = len(report.bookkeeping) - before
+    if report.uncompared and equal == len(report.uncompared) and not report.values:
+        key = report.uncompared[0]
+        sides = (first[key], *second.values())
+        raise _no_values(key, next((one.described_in for one in sides if one.described_in), None))
     if ignored:
         notes.append(f"ignored: {ignored} keys")
     if report.only_in_a and report.only_in_b:
@@ -180,6 +190,14 @@ def _same(
     if devices and not described and one.location != other.location:
         report.devices.append(Changed(key, one.location, other.location))
         same = False
+    if described and compare is not None and same:
+        status = compare(one, other).status if one.shape == other.shape else "unknown"
+        if status == "unknown":
+            report.uncompared.append(key)
+        elif status != "equal":
+            report.values.append(ValuesChanged(key, status, None, None, "hash"))
+            same = False
+        return same
     values = one.form == other.form or (one.shape == other.shape and {one.kind, other.kind} == {"dense", "quantized"})
     if compare is not None and (values or counters):
         distance = compare(one, other)
@@ -190,11 +208,14 @@ def _same(
 
 
 def _refuse_bare(key: str, one: TensorInfo, other: TensorInfo) -> None:
-    """Raises UnsupportedError if one of two tensors to compare has no values."""
-    described = one.described_in or other.described_in
-    if described or ("meta" in (one.kind, other.kind) and one.kind != other.kind):
-        why = f"{described.url} is {described.what}" if described else "one side is on meta"
-        raise UnsupportedError(f"no values of {key} to compare: {why}; leave out --values and --quick")
+    """Raises UnsupportedError if one of two tensors to compare is on meta; one that is described may have a hash."""
+    if not (one.described_in or other.described_in) and "meta" in (one.kind, other.kind) and one.kind != other.kind:
+        raise _no_values(key, None)
+
+
+def _no_values(key: str, described: Described | None) -> UnsupportedError:
+    why = f"{described.url} is {described.what}" if described else "one side is on meta"
+    return UnsupportedError(f"no values of {key} to compare: {why}; leave out --values and --quick")
 
 
 def _dtype(tensor: TensorInfo, parameters: bool) -> str:
@@ -250,4 +271,7 @@ def _common(sides: _Sides, values: bool) -> Common:
     both = one.keys() & other.keys()
     for name in both if values else ():
         _refuse_bare(name, one[name], other[name])
+    described = [one[name].described_in or other[name].described_in for name in both] if values else []
+    if described and all(found and not found.hash for found in described):
+        raise _no_values(next(iter(both)), described[0])
     return Common((one, other), len(both), len(other), len(one) + len(other) - 2 * len(both))

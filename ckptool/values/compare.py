@@ -27,6 +27,22 @@ def compare_bytes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
     return Distance("equal") if same_bytes(a, b, files) else Distance("differ", None, None)
 
 
+def compare_hashes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
+    """Returns whether two tensors have one hash; what has values is read for it, what is only described may have none.
+
+    ``unknown`` where it has none, and of a tensor on meta against values. Zeros of another sign are another hash.
+    """
+    from ckptool.values.contents import digest
+
+    if any(one.described_in and not one.described_in.hash for one in (a, b)):
+        return Distance("unknown", None, None)
+    first, second = (one.described_in.hash if one.described_in else digest(one, files) for one in (a, b))
+    if first == second:
+        return Distance("equal")
+    empty = any(one.kind == "meta" and not one.described_in for one in (a, b))
+    return Distance("unknown" if empty else "differ", None, None)
+
+
 def _recorded(tensor: TensorInfo) -> int | None:
     """Returns the CRC-32 that the file records for a tensor's bytes, if the tensor is all of its storage."""
     storage = whole_storage(tensor)

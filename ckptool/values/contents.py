@@ -81,8 +81,7 @@ def look_into(
     if hashes:
         checkpoint.require_whole()
         for tensor in hashed.values():
-            for part in tensor.parts if isinstance(tensor.source, Opaque) else (tensor,):
-                plan.job(part).head = f"{_form(part)}\n".encode("ascii")
+            plan.hash(tensor)
     named = _named(checkpoint, chosen, whole=choose is None) if check else {}
     floats = [(tensor, key) for tensor, key in named.values() if DTYPES[tensor.dtype].kind in ("float", "complex")]
     for tensor, _ in floats:
@@ -126,6 +125,11 @@ class _Plan:
             found = self.jobs[view] = Job(tensor, lenient=self.lenient)
         return found
 
+    def hash(self, tensor: TensorInfo) -> None:
+        """Has what `_hash` needs computed."""
+        for part in tensor.parts if isinstance(tensor.source, Opaque) else (tensor,):
+            self.job(part).head = f"{_form(part)}\n".encode("ascii")
+
 
 # --- statistics --------------------------------------------------------------------------------------------------
 
@@ -151,6 +155,14 @@ def _by_prefix(moments: Mapping[str, tuple[object, Moments]]) -> list[PrefixStat
 
 
 # --- hashes ------------------------------------------------------------------------------------------------------
+
+
+def digest(tensor: TensorInfo, files: Files) -> str | None:
+    """Returns the hash of one tensor. Raises: as `look_into`."""
+    plan = _Plan(lenient=False)
+    plan.hash(tensor)
+    read([*plan.jobs.values()], files)
+    return _hash(tensor, plan)
 
 
 def _form(tensor: TensorInfo) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from ckptool.errors import FormatError, UnsupportedError
 
 Saved = Callable[..., Path]
 HEAD = "# ckptool lock 1\n"
+"""Of a lock that does not say how many keys it has, as they were once written."""
 
 ODD = [
     "",
@@ -61,7 +64,7 @@ def test_a_lock_holds_every_key_with_its_shape_and_dtype(run: Run, saved: Saved)
     assert (opened.format, form(opened.state_dict())) == ("lock", truth(state))
     assert {one.kind for one in opened.state_dict().values()} == {"meta"}
     assert Path("x.lock").read_text().splitlines() == [
-        "# ckptool lock 1",
+        "# ckptool lock 1, 5 keys",
         "a\tfloat32\tscalar",
         "b\tfloat32\t2x0x3",
         "c\tbfloat16\t3",
@@ -96,7 +99,7 @@ def test_hashes_are_those_that_inspect_shows(run: Run, saved: Saved) -> None:
     path = saved({"w": torch.ones(2)})
     report = ckptool.inspect(path, hashes=True)
     run("inspect", path, "--hash", "--lock", "x.lock")
-    assert Path("x.lock").read_text() == f"{HEAD}w\tfloat32\t2\tsha256:{report.tensors[0].hash}\n"
+    assert Path("x.lock").read_text() == f"# ckptool lock 1, 1 keys\nw\tfloat32\t2\tsha256:{report.tensors[0].hash}\n"
 
 
 def test_parameters_and_buffers_are_told_apart_where_the_file_does(run: Run) -> None:
@@ -133,7 +136,7 @@ def test_an_existing_file_is_kept_and_only_a_lock_is_replaced(run: Run, saved: S
     assert run("inspect", path, "--lock", path, "--update-lock")[0] == 2
     Path("x.lock").write_text(HEAD)
     assert run("inspect", path, "--lock", "x.lock", "--update-lock")[0] == 0
-    assert Path("x.lock").read_text() == f"{HEAD}w\tfloat32\t2\n"
+    assert Path("x.lock").read_text() == "# ckptool lock 1, 1 keys\nw\tfloat32\t2\n"
     assert run("inspect", path, "--update-lock")[0] == 2
     assert run("inspect", path, path, "--lock", "y.lock")[0] == 2
 
@@ -180,7 +183,29 @@ def test_windows_ends_of_lines_are_read(saved: Saved) -> None:
     assert form(ckptool.open("x.lock").state_dict()) == {"a": ("float32", (2,))}
 
 
-@pytest.mark.parametrize("version", ["2", "99", "", "one", "1 "])
+def test_a_lock_that_is_cut_at_the_end_of_any_line_is_refused(run: Run, saved: Saved) -> None:
+    run("inspect", saved({key: torch.zeros(2) for key in "abcd"}), "--lock", "x.lock")
+    lines = Path("x.lock").read_text().splitlines(keepends=True)
+    for number in range(len(lines)):
+        for less in (lines[:number], lines[:number] + lines[number + 1 :], [*lines, "e\tfloat32\t2\n"]):
+            Path("x.lock").write_text("".join(less))
+            with pytest.raises(ckptool.CkptoolError):
+                ckptool.open("x.lock").require_whole()
+    Path("x.lock").write_text("".join(lines[:3]))
+    said = "line 1: expected 4 keys as it says, found 2: the lock file is cut short or edited"
+    assert said in run("diff", "x.lock", "saved.pth")[2]
+
+
+def test_an_older_lock_is_read_and_said_to_be_one(run: Run, saved: Saved) -> None:
+    path = saved({"w": torch.ones(2)})
+    Path("x.lock").write_text(f"{HEAD}w\tfloat32\t2\n")
+    code, out, _ = run("diff", "x.lock", path)
+    assert (code, "an older lock file, which does not say how many keys it has" in out) == (0, True)
+    assert run("inspect", path, "--lock", "x.lock", "--update-lock")[0] == 0
+    assert "older" not in run("diff", "x.lock", path)[1]
+
+
+@pytest.mark.parametrize("version", ["2", "99", "", "one", "1 ", "1, 3", "1, -1 keys", "1,3 keys"])
 def test_another_schema_is_refused_by_its_version(version: str) -> None:
     Path("x.lock").write_text(f"# ckptool lock {version}\nanything\n")
     with pytest.raises(UnsupportedError, match=f"schema {version!r}"):
@@ -280,3 +305,75 @@ def test_json_that_is_no_report_of_one_checkpoint_is_refused(result: str, run: R
     Path("x.json").write_text(f'{{"schema": 1, "command": "inspect", "result": {result}}}')
     code, _, err = run("diff", "x.json", FIXTURES / "tied.pth")
     assert (code, err.count("\n")) == (2, 1)
+
+
+# --- hashes ----------------------------------------------------------------------------------------------------------
+
+
+def hashed(run: Run, path: Path, name: str = "x.lock", *options: str) -> Path:
+    assert run("inspect", path, "--hash", "--lock", name, *options)[0] == 0
+    return Path(name)
+
+
+@pytest.mark.parametrize("option", ["--values", "--quick"])
+@pytest.mark.parametrize("name", ["resnet_122.pth", "dtypes.pth", "composite.pth", "sharded", "tied.pth", "views.pth",
+                                  "dtypes.safetensors", "dense.gguf", "big_endian.pth"])  # fmt: skip
+def test_a_file_has_the_hashes_of_its_lock(name: str, option: str, run: Run) -> None:
+    lock = hashed(run, FIXTURES / name)
+    for sides in ((lock, FIXTURES / name), (FIXTURES / name, lock), (lock, lock)):
+        code, out, err = run("diff", *sides, option)
+        assert (code, err) == (0, "")
+        assert "values" not in out.splitlines()[0]
+
+
+@pytest.mark.parametrize("option", ["--values", "--quick"])
+def test_other_values_are_another_hash(option: str, run: Run, saved: Saved) -> None:
+    state = {"a": torch.ones(3), "b": torch.arange(4), "c": torch.ones(2, 2), "d": torch.zeros(2)}
+    lock = hashed(run, saved(state))
+    other = saved({**state, "b": torch.arange(1, 5), "c": torch.ones(4), "d": -torch.zeros(2)}, "other.pth")
+    code, out, _ = run("diff", lock, other, option)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert (code, lines[0]) == (1, "differ: 1 shape, 2 tensors with other values; 1 equal")
+    assert {"differs b another hash", "differs d another hash", "shape c 2x2 -> 4"} <= {*lines}
+    result = json.loads(run("diff", lock, other, option, "--json")[1])["result"]
+    assert [(row["key"], row["status"], row["by"]) for row in result["values"]] == [
+        ("b", "differ", "hash"), ("d", "differ", "hash"),
+    ]  # fmt: skip
+    assert run("diff", lock, other, option, "--ignore", "[bcd]")[0] == 0
+    assert run("diff", lock, other, option, "--fail-on", "shape")[0] == 1
+    second = hashed(run, other, "y.lock")
+    assert run("diff", lock, second, option)[0] == 1
+    assert run("diff", lock, second)[1].startswith("differ: 1 shape; 3 equal (values not compared")
+
+
+def test_what_has_no_hash_is_named_and_not_passed_off_as_compared(run: Run, saved: Saved) -> None:
+    path = saved({"a": torch.ones(3), "b": torch.ones(4), "c": torch.ones(5).half()})
+    lock = hashed(run, path)
+    Path("x.lock").write_text(re.sub(r"(b.*)\tsha256:\w+", r"\1", lock.read_text()))
+    code, out, _ = run("diff", lock, path, "--values")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert (code, lines[0]) == (0, "same: 3 equal, 1 of them but for their values")
+    assert "uncompared b its values, as a lock file has no hash of it" in lines
+    result = json.loads(run("diff", path, lock, "--values", "--json")[1])["result"]
+    assert (result["same"], result["uncompared"]) == (True, ["b"])
+    assert run("diff", lock, saved({"a": torch.ones(3), "b": torch.ones(4)}, "less.pth"), "--values")[0] == 1
+    meta = saved({"a": torch.ones(3, device="meta"), "b": torch.ones(4, device="meta")}, "meta.pth")
+    code, _, err = run("diff", lock, meta, "--values")
+    assert (code, err.count("\n"), "no values of a to compare" in err) == (2, 1, True)
+
+
+def test_hashes_of_what_inspect_printed_are_compared_too(run: Run, saved: Saved) -> None:
+    path = saved({"a": torch.ones(3), "b": torch.ones(4)})
+    Path("x.json").write_text(run("inspect", path, "--hash", "--json")[1])
+    assert run("diff", "x.json", path, "--values")[0] == 0
+    assert run("diff", "x.json", saved({"a": torch.ones(3), "b": torch.zeros(4)}, "other.pth"), "--values")[0] == 1
+
+
+def test_the_values_of_a_model_in_code_are_held_against_the_hashes_of_a_lock(run: Run, saved: Saved) -> None:
+    lock = hashed(run, saved({"weight": torch.full((2, 3), 4.0)}))
+    Path("model_of_lock.py").write_text(
+        "from torch import nn\ndef build(value):\n    layer = nn.Linear(3, 2, bias=False)\n"
+        "    nn.init.constant_(layer.weight, value)\n    return layer\n"
+    )
+    assert run("diff", lock, "model_of_lock.py:build", "--arg", "value=4.0", "--values")[0] == 0
+    assert run("diff", lock, "model_of_lock.py:build", "--arg", "value=5.0", "--values")[0] == 1
