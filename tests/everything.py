@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import pickle
@@ -37,6 +38,7 @@ EVERY = [
     *NUMPY,
     "dense.gguf",
     "detectron2.pkl",
+    "agent.zip",
 ]
 
 # What safetensors has no place for; every other fixture must be writable.
@@ -82,6 +84,9 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
         return dict(torch.jit.load(path).state_dict(keep_vars=True))
     if name == "exported.pt2":
         return dict(torch.export.load(path).state_dict)
+    if name == "agent.zip":
+        with zipfile.ZipFile(path) as archive:
+            return dict(torch.load(io.BytesIO(archive.read("policy.pth"))))
     if name == "package.pt":
         return torch.package.PackageImporter(path).load_pickle("weights", "model.pkl")["state_dict"]
     if name == "malicious.pt":  # torch.load would run it

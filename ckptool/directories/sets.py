@@ -171,9 +171,7 @@ def choose(directory: str, names: Sequence[str]) -> Choice | None:
         return Choice(min(there, key=lambda found: found.rank).name)
     if known:
         raise IncompleteError(f"links to nowhere: {listed(dangling)}", directory)
-    if "model_index.json" in names and (parts := _components(directory, names)):
-        if len(parts) > 1:
-            raise UnsupportedError(f"a pipeline of several models: name one of {listed(parts)}", directory)
+    if parts := components(directory, names):
         return Choice(parts[0])
     return _loose(directory, [name for name in names if name.endswith(WEIGHTS)])
 
@@ -268,8 +266,10 @@ def _json(directory: str, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _components(directory: str, names: Sequence[str]) -> list[str]:
-    """Returns the directories of a diffusers pipeline that hold weights."""
+def components(directory: str, names: Sequence[str]) -> list[str]:
+    """Returns the directories of a diffusers pipeline that hold weights; none if it is no pipeline."""
+    if "model_index.json" not in names:
+        return []
     parts = [name for name in names if os.path.isdir(os.path.join(directory, name))]
     return [name for name in parts if any(
         INDEX.fullmatch(inner) or inner.endswith((".safetensors", ".bin"))

@@ -158,7 +158,7 @@ class Format(NamedTuple):
             return found
         from ckptool.formats.unknown import following
 
-        return replace(found, trailing=following(probe.file, probe.end))
+        return replace(found, trailing=following(probe.file, probe.file.begin + probe.end))
 
     def writer(self) -> Writer:
         """Returns the module of a single-file format."""
@@ -217,6 +217,7 @@ FORMATS = (
     Format("torchscript", "torchscript", "ckptool.formats.pytorch.script", (ZIP,), holds=WHOLE, family="torch"),
     Format("pt2", "pt2", "ckptool.formats.pytorch.exported", (ZIP,), holds=WHOLE, family="torch"),
     Format("torch.package", "torch.package", "ckptool.formats.pytorch.package", (ZIP,), holds=WHOLE, family="torch"),
+    Format("bundle", "bundle", "ckptool.directories.bundle", (ZIP,), is_directory=True, holds=WHOLE, family="torch"),
     Format("npz", "npz", "ckptool.formats.npz", (ZIP, b"PK\x05\x06"), suffixes=(".npz",), ending=".npz"),
     Format("npy", "npy", "ckptool.formats.npz", (b"\x93NUMPY",)),
     Format("gguf", "gguf", "ckptool.formats.gguf", (b"GGUF",), holds=Holds(metadata=True)),

@@ -14,7 +14,7 @@ from ckptool.io.archives import HEAD, MOST_MEMBERS, ReadAt, is_tar, reader, tar_
 from ckptool.io.probe import Probe
 from ckptool.io.source import Source, names_in, read_span
 from ckptool.io.zip_read import archive_start, is_zip
-from ckptool.pickling.streams import MAGICS
+from ckptool.pickling.streams import CHECKPOINTS, MAGICS
 
 MAGIC = {
     b"GGUF": "a GGUF file",
@@ -65,7 +65,7 @@ def following(file: Source, end: int) -> str:
     """Returns what follows the end of a file's content, for a note; looks at the first bytes only."""
     head = file.read(end, min(4096, file.size - end))
     kind = next((kind.partition(":")[0] for magic, kind in MAGIC.items() if head.startswith(magic)), "unknown bytes")
-    if head.startswith((*MAGICS, b"PK\x03\x04")):
+    if head.startswith(CHECKPOINTS):
         kind = "another torch.save?"
     elif head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
         kind = "a pickle?"
@@ -223,7 +223,7 @@ def _compressed(read_at: ReadAt, head: bytes) -> str:
     kind = next((kind.partition(":")[0] for magic, kind in MAGIC.items() if start.startswith(magic)), "")
     kind = "a pickle" if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") else kind
     kind = "a joblib file" if b"joblib.numpy_pickle" in start else kind
-    kind = "a checkpoint of torch" if start.startswith((*MAGICS, b"PK\3\4")) else kind
+    kind = "a checkpoint of torch" if start.startswith(CHECKPOINTS) else kind
     kind = "a safetensors file" if start[8:9] == b"{" and not any(start[5:8]) else kind
     return packed.replace(":", f" with {kind} in it:") if kind else packed
 

@@ -58,7 +58,7 @@ class Probe:
     def members(self) -> dict[str, Member]:
         """Returns the members of a zip archive, in the order of its directory. Raises: as `read_directory`."""
         found = read_directory(self.file)
-        self.end = archive_end(self.file)
+        self.end = archive_end(self.file) - self.file.begin
         return found
 
     @property

@@ -41,7 +41,7 @@ class Member(NamedTuple):
 
 def is_zip(file: Source) -> bool:
     """Returns whether the file begins with a zip member, as torch.load requires."""
-    return file.size >= 4 and file.read(0, 4) == b"PK\x03\x04"
+    return file.size >= file.begin + 4 and file.read(file.begin, 4) == b"PK\x03\x04"
 
 
 def read_directory(file: Source) -> dict[str, Member]:

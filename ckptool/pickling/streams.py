@@ -22,6 +22,9 @@ MAGICS = (
 )  # fmt: skip
 """That pickle in the protocols 2 (torch's own), 3, 4 and 5, 0 and 1."""
 
+CHECKPOINTS = (*MAGICS, b"PK\x03\x04")
+"""How torch's files begin; a zip archive may be anything."""
+
 FIRST = 1 << 16
 """Bytes read at first for a pickle, whose length is not in the file; doubled until the pickle is complete."""
 

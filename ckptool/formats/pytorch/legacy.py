@@ -37,7 +37,8 @@ def matches(probe: Probe) -> bool:
     """
     if probe.head.startswith(MAGICS):
         return True
-    stream = PickleStream(probe.file, 0, min(probe.size, FIRST))
+    begin = probe.file.begin
+    stream = PickleStream(probe.file, begin, begin + min(probe.size, FIRST))
     try:
         return any(_is(stream.pickle(), number) for number in (MAGIC_NUMBER, VERSION))
     except CkptoolError:  # no pickle, or a longer one: the next formats say what is wrong with it
@@ -55,7 +56,7 @@ def read(probe: Probe) -> Checkpoint:
     dtypes of the storages, once for the tree. Raises: FormatError, LimitError.
     """
     file = probe.file
-    stream = PickleStream(file)
+    stream = PickleStream(file, file.begin)
     for made, number in ((stream.pickle(), MAGIC_NUMBER), (stream.pickle(), VERSION)):
         if not _is(made, number):
             what = f"torch's legacy format with {brief(made)} in place of {number:#x}"
@@ -104,7 +105,7 @@ def read(probe: Probe) -> Checkpoint:
             return _view(storage, view[0])
         return storage
 
-    probe.end = stream.position
+    probe.end = stream.position - file.begin
     second = PickleStream(file, start, end)
     tree = second.pickle(rebuild.builders, persistent_load)
     tree = with_arrays(tree, stream.names, file.span(0, 0))
