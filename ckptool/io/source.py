@@ -93,7 +93,10 @@ class LocalFile(Source):
         try:
             self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         except FileNotFoundError:
-            raise UnreadableError("no such file or directory", path) from None
+            what = "no such file or directory"
+            if os.path.islink(path):
+                what = f"is a link to {os.readlink(path)}, which does not exist: fetch that file"
+            raise UnreadableError(what, path) from None
         except (OSError, ValueError) as error:
             reason = explain(error) if isinstance(error, OSError) else str(error)
             raise UnreadableError(f"cannot be opened: {reason}", path) from error

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ckptool.core import modules
 from ckptool.core.aliases import followed
 from ckptool.core.checkpoint import Checkpoint, detached
+from ckptool.core.dtypes import COMMON_FLOATS
 from ckptool.core.keys import is_counter
 from ckptool.core.roots import is_flat
 from ckptool.core.tensor import TensorInfo
@@ -259,11 +260,16 @@ def _finished(
     computed = {old for row in done.rows if row.op not in ("rename", "copy") for old in row.old}
     metadata, told = followed(checkpoint.metadata, before, same, computed)
     changed, notes = _with_renamed_optimizers(replace(changed, metadata=metadata), done)
-    if done.dropped or computed:
-        from ckptool.ops.scales import mixed_notes, parted_notes
+    tensors, after = (
+        {key: value for key, value in values.items() if isinstance(value, TensorInfo)}
+        for values in (before, done.values)
+    )
+    if not {tensor.dtype for tensor in tensors.values()} <= {*COMMON_FLOATS, "int64"}:
+        from ckptool.ops.scales import mixed_notes, parted_notes, renamed_notes
 
-        tensors = {key: value for key, value in before.items() if isinstance(value, TensorInfo)}
         told += parted_notes([tensors], [tensors.keys() - done.dropped]) + mixed_notes(tensors, computed)
+        moved = ((old, row.new) for row in done.rows if row.op in ("rename", "copy") for old in row.old)
+        told += renamed_notes(tensors, after, moved)
     content = maps.Map(
         batches, list(before), done.shapes, _broken_ties(checkpoint, before, batches, done),
         follow.paths if follow else {}, follow.lost if follow else {},

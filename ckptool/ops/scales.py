@@ -152,6 +152,23 @@ def mixed_notes(target: Mapping[str, TensorInfo], new: Collection[str]) -> list[
     return _counted("whose values or scales are new, and not both", mixed)
 
 
+def renamed_notes(
+    old: Mapping[str, TensorInfo], new: Mapping[str, TensorInfo], renamed: Iterable[tuple[str, str]]
+) -> list[str]:
+    """Returns a note on weights of few bits whose names no longer tell their scales; ``renamed``: (old key, new)."""
+    pairs, became = scaled_weights(old), dict[str, list[str]]()
+    for key, name in renamed if pairs else ():
+        became.setdefault(key, []).append(name)
+    now, apart = scaled_weights(new) if pairs else {}, dict[str, None]()
+    for key, pair in pairs.items():
+        for name in became.get(key, ()):
+            its = now.get(name)
+            scales = its.scales if its and its.is_named >= pair.is_named else []
+            lost = [kept[0] for scale in pair.scales if (kept := became.get(scale)) and not {*kept} & {*scales}]
+            apart |= {f"{name} ({listed(lost, 3)})": None} if lost else {}
+    return _counted("whose names no longer tell their scales", apart)
+
+
 def outside(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
     """Yields (path as text, tensor) of what is not among a checkpoint's weights, optimizer states aside."""
     for path, _, value in checkpoint.beside():

@@ -446,6 +446,26 @@ def test_a_weight_that_is_reshaped_without_its_scales_is_named(run: Run) -> None
     assert told(run, "remap", "in.safetensors", "--rules", "other.json") == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (["--rename", "l.weight=l.kernel"], "l.kernel (l.weight_scale_inv)"),
+        (["--rename", "l.weight_scale_inv=s.factor"], "l.weight (s.factor)"),
+        (["--rename", "l.weight=m.weight"], "m.weight (l.weight_scale_inv)"),
+        (["--rename", "l=m"], ""),
+        (["--add-prefix", "model."], ""),
+        (["--rename", "b=c"], ""),
+        (["--copy", "tied.weight=l.weight"], ""),
+        (["--copy", "m.weight_scale_inv=l.weight_scale_inv"], ""),
+    ],
+)
+def test_a_weight_whose_name_no_longer_tells_its_scale_is_named(options: list[str], note: str, run: Run) -> None:
+    save_file({"l.weight": numbers(8, 8), "l.weight_scale_inv": scales(2, 2), "b": torch.ones(2, 2)}, "in.safetensors")
+    assert told(run, "remap", "in.safetensors", *options) == (
+        f"weights whose names no longer tell their scales (1): {note}" if note else ""
+    )
+
+
 def test_a_tied_weight_that_stays_needs_the_scales(saved: Saved, run: Run) -> None:
     weight = numbers(8, 4)
     path = saved({"emb.weight": weight, "emb.weight_scale": scales(8, 1), "head.weight": weight})

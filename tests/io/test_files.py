@@ -50,6 +50,9 @@ def test_bytes_outside_the_file_are_a_damaged_file(offset: int, nbytes: int, tmp
 def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="no such file"):
         LocalFile(str(tmp_path / "absent"))
+    (tmp_path / "link").symlink_to("../blobs/abc")
+    with pytest.raises(UnreadableError, match=r"link: is a link to \.\./blobs/abc, which does not exist"):
+        LocalFile(str(tmp_path / "link"))
     with pytest.raises(UnreadableError, match="not a regular file"):
         LocalFile(str(tmp_path))
     with pytest.raises(UnreadableError):
