@@ -38,32 +38,39 @@ Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
 """{key pattern: adapter or rule for the keys that match}, or such pairs."""
 
 
-def open(source: Source, root: str | Path | None = None) -> Checkpoint:
+def open(source: Source, root: str | Path | None = None, *, tp_rules: Any = None) -> Checkpoint:
     """Returns the checkpoint at a path (a file, a sharded directory or its index), of a state_dict or of a live model.
 
     Reads headers only; runs no code of the file and imports none of its classes. ``root`` is the path of the weights
-    in the tree (``"model_state_dict"``, steps separated by "/"); None looks for them, see `find_root`.
+    in the tree (``"model_state_dict"``, steps separated by "/"); None looks for them, see `find_root`. ``tp_rules``
+    joins the ranks of tensor parallelism: a TOML file, its content as a dict, or ``"gpt"`` or ``"llama"``, see
+    `JoinRules`; tensors that are replicated on the ranks are read and compared.
 
-    Raises: UnreadableError, FormatError, UnsupportedError; UsageError if there is nothing at ``root``.
+    Raises: UnreadableError, FormatError, UnsupportedError; UsageError if there is nothing at ``root``, or for rules
+    that do not fit.
     """
     if isinstance(source, Checkpoint):
-        return source if root is None else source.rooted(root)
-    if isinstance(source, (str, os.PathLike)):
-        return formats.read(os.fspath(source)).rooted(root)
-    from ckptool.partial import live
+        opened = source
+    elif isinstance(source, (str, os.PathLike)):
+        opened = formats.read(os.fspath(source))
+    else:
+        from ckptool.partial import live
 
-    if isinstance(source, Mapping):
-        return live.state_dict_of(source).rooted(root)
-    if not live.is_module(source):
-        what = f"a source is a checkpoint, a path or a state_dict, not {kind_of(source)}"
-        raise UsageError(f"{what}; a torch.nn.Module stands for its state_dict")
-    return live.checkpoint_of(source).rooted(() if root is None else root)
+        opened = live.opened(source)
+        root = () if root is None and not isinstance(source, Mapping) else root
+    if tp_rules is not None:
+        from ckptool.directories.parallel.joining import joined
+
+        opened = joined(opened, tp_rules)
+    kept = root is None and isinstance(source, Checkpoint) and not source.ranks
+    return opened if kept else opened.rooted(root)
 
 
 def _open_whole(source: Source) -> Checkpoint:
-    """Opens a checkpoint. Raises: what `open` raises, IncompleteError if shards or tensors are missing."""
+    """Opens a checkpoint. Raises: what `open` raises, IncompleteError if tensors are missing or not joined."""
     opened = open(source)
     opened.require_whole()
+    opened.require_joined()
     return opened
 
 

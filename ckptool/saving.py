@@ -173,6 +173,7 @@ def _refuse(
 ) -> tuple[formats.Format, Callable[[str], str] | None]:
     """Makes the checks that are common to all formats; returns the format and the map of device tags."""
     checkpoint.require_whole()
+    checkpoint.require_joined()
     checkpoint.require_values("it cannot be written")
     checkpoint.refuse_alike(checkpoint.state_dict())
     tags = _tag_map(options.map_location)

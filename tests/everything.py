@@ -24,6 +24,7 @@ SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
 DISTRIBUTED = ["dcp", "dcp_hf"]
 PARTITIONED = ["deepspeed"]
 SHARDED = ["sharded", "sharded_bin"]
+RANKS = ["megatron", "consolidated"]  # listed only: without rules nothing is written
 NUMPY = ["array.npy", "arrays.npz"]
 EVERY = [
     *TORCH,
@@ -180,6 +181,7 @@ def gguf_truth() -> dict[str, torch.Tensor]:
 # --- other people's files ---------------------------------------------------------------------------------------------
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
+GENUINE = SAMPLES.parent / "genuine"
 FOLDERS = [folder for folder in (FIXTURES, SAMPLES) if (folder / "expected.json").exists()]
 """Where files lie of which `expected.json` says what is in them: ours, and many more where they are beside us."""
 
@@ -192,15 +194,10 @@ for folder in FOLDERS:
 
 READ = (
     "torch-zip", "torch-legacy", "torch-tar", "safetensors", "hf-sharded", "pickle", "torchscript", "pt2",
-    "torch.package",
+    "torch.package", "megatron",
 )  # fmt: skip
-# Words that the refusal must have: a format is refused by its name.
-REFUSED = {
-    "megatron": "Megatron",
-}  # fmt: skip
 GOOD = [name for name, sample in EXPECTED.items() if sample["format"] in READ and not sample.get("invalid")]
 BAD = [name for name, sample in EXPECTED.items() if sample["format"] == "bad" or sample.get("invalid")]
-OTHERS = [name for name, sample in EXPECTED.items() if sample["format"] in REFUSED]
 MALICIOUS = [name for name in EXPECTED if name.endswith("malicious.pt")]  # torch.load would run them
 VERSIONS = {
     name: sample["metadata"] for name, sample in EXPECTED.items() if name.startswith("module") and "metadata" in sample

@@ -38,6 +38,7 @@ def command(
         str | None, typer.Option(metavar="NAMES", help="Scalars to carry into safetensors: epoch,arch.")
     ] = None,
     root: options.Root = None,
+    tp_rules: options.TpRules = None,
     map_location: options.MapLocation = None,
     verify: options.Verify = True,
     fsync: options.Fsync = True,
@@ -71,7 +72,7 @@ def command(
     jobs: list[tuple[Checkpoint, str]] = []
     for path, source in source_of.items():
         with failed.kept():
-            jobs.append((ckptool.open(source, root=root), path))
+            jobs.append((ckptool.open(source, root=root, tp_rules=tp_rules), path))
     outputs.check([path for _, path in jobs], [checkpoint for checkpoint, _ in jobs])
 
     def converted(checkpoint: Checkpoint, path: str, **how: Any) -> ConvertReport:

@@ -53,6 +53,7 @@ def command(
     root_a: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in A.")] = None,
     root_b: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in B.")] = None,
     arg: options.Arg = None,
+    tp_rules: options.TpRules = None,
     devices: Annotated[bool, typer.Option("--devices", help="Compare device tags too.")] = False,
     fail_on: Annotated[
         list[str] | None,
@@ -75,11 +76,11 @@ def command(
     if references.is_schema(a) or references.is_schema(b):
         of_data = {"--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on}
         return _schema(
-            a, b, root_a or root, root_b or root, strip_prefix_a, strip_prefix_b, ignore or (), arg,
+            a, b, root_a or root, root_b or root, strip_prefix_a, strip_prefix_b, ignore or (), arg, tp_rules,
             [name for name, given in of_data.items() if given], as_json, exit_zero,
         )  # fmt: skip
-    first = options.reference(a, root_a or root, arg, values=values or quick)
-    second = options.reference(b, root_b or root, arg, values=values or quick)
+    first = options.reference(a, root_a or root, arg, tp_rules, values=values or quick)
+    second = options.reference(b, root_b or root, arg, tp_rules, values=values or quick)
     chosen: dict[str, Any] = {
         "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
     }  # fmt: skip
@@ -98,8 +99,8 @@ def command(
 
 def _schema(
     a: str, b: str, root_a: str | None, root_b: str | None, strip_a: Sequence[str] | None,
-    strip_b: Sequence[str] | None, ignore: Sequence[str], arg: list[str] | None, senseless: list[str], as_json: bool,
-    exit_zero: bool,
+    strip_b: Sequence[str] | None, ignore: Sequence[str], arg: list[str] | None, tp_rules: str | None,
+    senseless: list[str], as_json: bool, exit_zero: bool,
 ) -> int:  # fmt: skip
     """Shows which rules of a schema a checkpoint does not meet."""
     if references.is_schema(a) and references.is_schema(b):
@@ -108,7 +109,7 @@ def _schema(
         a, b, root_b, strip_a, strip_b = b, a, root_a, strip_b, strip_a
     if senseless or strip_a:
         raise UsageError(f"{', '.join(senseless) or '--strip-prefix of its side'} does not go with a schema", a)
-    opened = options.reference(b, root_b, arg)
+    opened = options.reference(b, root_b, arg, tp_rules)
     report = ckptool.check_schema(opened, a, ignore=ignore, strip_prefix=strip_b)
     if as_json:
         render.print_json(render.document("diff", report, report.notes))

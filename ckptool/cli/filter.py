@@ -50,6 +50,7 @@ def command(
     strict: options.Strict = False,
     root: options.Root = None,
     match_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in TARGET.")] = None,
+    tp_rules: options.TpRules = None,
     map_location: options.MapLocation = None,
     verify: options.Verify = False,
     fsync: options.Fsync = True,
@@ -70,9 +71,9 @@ def command(
         shard_name, with_files,
     )  # fmt: skip
     outputs = Outputs("filter", save_options, report_file, dry_run, as_json)
-    opened = [ckptool.open(source, root=root) for source in sources]
+    opened = [ckptool.open(source, root=root, tp_rules=tp_rules) for source in sources]
     options.refuse_arguments(arg, match)
-    target = options.reference(match, match_root, arg) if match is not None else None
+    target = options.reference(match, match_root, arg, tp_rules) if match is not None else None
     outputs.check([] if output is None else [output], [*opened, *([] if target is None else [target])])
     merge = partial(
         ckptool.filter, *opened, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix or (),
@@ -83,7 +84,7 @@ def command(
     failed = plans.failed(report, least, require or [], strict)
     empty = any(tensor.kind == "meta" for tensor in checkpoint.state_dict().values())
     if match is not None and references.is_code(match) and empty and not failed:  # values of the model stay
-        checkpoint, report = merge(match=options.reference(match, match_root, arg, values=True))
+        checkpoint, report = merge(match=options.reference(match, match_root, arg, tp_rules, values=True))
     if not failed:
         report = outputs.write(checkpoint, output, report)
     begin = heading(dry_run, output, failed)

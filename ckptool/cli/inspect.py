@@ -40,6 +40,7 @@ def command(
     root: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the weights are, steps joined with /.")
     ] = None,
+    tp_rules: options.TpRules = None,
     flat: Annotated[bool, typer.Option("--flat", help="One line per tensor; fold nothing.")] = False,
     keys_only: Annotated[bool, typer.Option("--keys", help="Only the keys, one per line.")] = False,
     depth: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sum up all keys below N levels.")] = None,
@@ -102,7 +103,7 @@ def command(
     failed = render.Failures(len(files))
     for path in files:
         with failed.kept():
-            opened = options.reference(path, root, arg, values=stats or hashes or check)
+            opened = options.reference(path, root, arg, tp_rules, values=stats or hashes or check)
             report = _inspected(opened, root, include or [], exclude or [], stats, hashes, gate)
             reports.append(replace(report, path=path))
             if report.check is None or not report.check.fails:  # a finding says it

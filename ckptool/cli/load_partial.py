@@ -68,6 +68,7 @@ def command(
     strict: options.Strict = False,
     root: options.Root = None,
     into_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in TARGET.")] = None,
+    tp_rules: options.TpRules = None,
     map_location: options.MapLocation = None,
     verify: options.Verify = False,
     fsync: options.Fsync = True,
@@ -100,8 +101,8 @@ def command(
         shard_name, with_files,
     )  # fmt: skip
     outputs = Outputs("load-partial", save_options, report_file, dry_run, as_json)
-    opened = ckptool.open(source, root=root) if source is not None else None
-    target: Any = ckptool.open(into, root=into_root) if into is not None else None
+    opened = ckptool.open(source, root=root, tp_rules=tp_rules) if source is not None else None
+    target: Any = ckptool.open(into, root=into_root, tp_rules=tp_rules) if into is not None else None
     inputs = [checkpoint for checkpoint in (opened, target) if checkpoint is not None]
     outputs.check([] if output is None else [output], inputs, groups_out)
     if model is not None:

@@ -37,6 +37,9 @@ Root = Annotated[str | None, typer.Option("--root", metavar="PATH", help="Where 
 Arg = Annotated[
     Texts, typer.Option(metavar="NAME=VALUE", help="An argument for a model in code: a Python literal, or text.")
 ]
+TpRules = Annotated[
+    str | None, typer.Option(metavar="FILE", help="How tensor-parallel ranks are joined: TOML, gpt, llama.")
+]
 To = Annotated[
     str | None,
     typer.Option(
@@ -76,13 +79,15 @@ def in_order(ctx: typer.Context, **given: Texts) -> Rules:
     return found
 
 
-def reference(text: str, root: str | None, arguments: Texts, *, values: bool = False) -> Checkpoint:
+def reference(
+    text: str, root: str | None, arguments: Texts, tp_rules: str | None, *, values: bool = False
+) -> Checkpoint:
     """Returns what stands where a checkpoint is asked for: a checkpoint, or a model in code, which is run.
 
     ``values``: of the model, too; else it is built without. Raises: what `ckptool.open` and `code.opened` raise.
     """
     if not references.is_code(text):
-        return ckptool.open(text, root=root)
+        return ckptool.open(text, root=root, tp_rules=tp_rules)
     from ckptool.references import code
 
     return code.opened(text, arguments or (), values=values).rooted(root or ())

@@ -41,6 +41,7 @@ def command(
     save_map: Annotated[str | None, typer.Option(metavar="MAP", help="Write what was done, for --invert.")] = None,
     allow_unused: options.AllowUnused = False,
     root: options.Root = None,
+    tp_rules: options.TpRules = None,
     map_location: options.MapLocation = None,
     verify: options.Verify = False,
     fsync: options.Fsync = True,
@@ -60,7 +61,7 @@ def command(
         raise UsageError("--invert goes with no other rule")
     if invert is None and not chosen.rules:
         raise UsageError("no rule: see --rename, --strip-prefix, --sub, --rules and the others in --help")
-    opened = ckptool.open(file, root=root)
+    opened = ckptool.open(file, root=root, tp_rules=tp_rules)
     to = _own_format(opened, output) if to is None and output is not None else to
     save_options = SaveOptions(
         to, force, in_place, options.tags(map_location), options.shard_size(max_shard_size), verify, fsync, False,

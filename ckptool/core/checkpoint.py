@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ckptool.core import modules
 from ckptool.core.keys import EMA
@@ -57,6 +57,20 @@ class Module(Protocol):
     def named_modules(self) -> Any: ...
 
 
+class Rank(NamedTuple):
+    """A part of a model that was split over processes: the pieces of tensors that one rank holds.
+
+    ``tensor``: the rank among those that share tensors; ``stage``: that among runs of layers; ``expert``: that among
+    those that share experts; all from 0. ``checkpoint``: its file, with the weights at root.
+    """
+
+    name: str
+    tensor: int
+    stage: int
+    checkpoint: Checkpoint
+    expert: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint file (or directory of shards), its tensors not read.
@@ -66,7 +80,7 @@ class Checkpoint:
     ``()`` behind the second where it calls one that is on no list (see `ckptool.core.pickled_names`).
     ``problems`` are the contradictions of shards and index; ``broken``: tensors are missing. ``trailing`` says what
     follows the end of the content in the file, if anything does. ``notes`` say by which rule one of several sets in a
-    directory was read, and what else lies there.
+    directory was read, and what else lies there. ``ranks``: the parts that a tree of several ranks lists, not joined.
     """
 
     tree: Any
@@ -80,6 +94,7 @@ class Checkpoint:
     broken: bool = False
     trailing: str = ""
     notes: tuple[str, ...] = ()
+    ranks: tuple[Rank, ...] = ()
     _cache: dict[Path, dict[str, tuple[Path, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def rooted(self, root: str | Path | None) -> Checkpoint:
@@ -98,6 +113,17 @@ class Checkpoint:
         """Raises IncompleteError if tensors are missing from a sharded checkpoint."""
         if self.broken:
             raise IncompleteError("; ".join((*self.problems, *self.notes)), self.url)
+
+    @property
+    def split(self) -> str:
+        """Returns over which ranks its tensors are split, and what joins them; "" if they are whole."""
+        names = listed(dict.fromkeys(rank.name for rank in self.ranks))
+        return f"tensors are split over {names}: --tp-rules FILE joins them (or gpt, llama)" if names else ""
+
+    def require_joined(self) -> None:
+        """Raises UnsupportedError if its tensors are split over ranks."""
+        if self.ranks:
+            raise UnsupportedError(self.split, self.url)
 
     def require_values(self, what: str) -> None:
         """Raises UnsupportedError if tensors at root are only described; ``what`` needs their values."""
@@ -154,7 +180,7 @@ class Checkpoint:
     def beside(self) -> Iterator[tuple[Path, str | None, Any]]:
         """Yields (path, key, value) of all that is no weight: what lies beside the path to root, and objects at root.
 
-        ``key`` is None for what is outside of root.
+        ``key`` is None for what is outside of root. Of ranks, that is also what their files hold besides the models.
         """
         node = self.tree
         for depth, step in enumerate(self.root):
@@ -166,6 +192,10 @@ class Checkpoint:
         for key, (_, value) in self.entries().items():
             if not isinstance(value, TensorInfo):
                 yield (*self.root, key), key, value
+        models = {id(rank.checkpoint.at(rank.checkpoint.root)) for rank in self.ranks}
+        for name, one in {rank.name.partition("/")[0]: rank.checkpoint for rank in self.ranks}.items():
+            outside = ((path, value) for path, key, value in one.beside() if key is None and id(value) not in models)
+            yield from (((name, *path), None, value) for path, value in outside)
 
     def refuse_alike(self, keys: Container[str]) -> None:
         """Raises CollisionError if one of ``keys`` reads like another one, as 0 does like "0"."""

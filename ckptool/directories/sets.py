@@ -116,7 +116,6 @@ def small_files(directory: str) -> list[str]:
 
 LAYOUTS = {
     r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin": "a process's pieces of flat parameters (FSDP's LOCAL_STATE_DICT)",
-    r"mp_rank_\d\d(_\d{3})*": "one iteration of a Megatron-LM checkpoint",
 }
 """Patterns of file names in other tools' directories, which often hold weights too; the first match decides."""
 
@@ -342,6 +341,8 @@ def beside(directory: str, names: Sequence[str], choice: Choice, used: Collectio
     notes += trainers_state(names, used)
     if ".metadata" in names:
         notes.append("also here: a torch.distributed checkpoint (DCP); name its .metadata to read it")
+    if any(name.startswith("mp_rank_") for name in names):
+        notes.append("also here: ranks of Megatron-LM or DeepSpeed; name the file of one to read it")
     if other := layout(names):
         notes.append(f"also here: {other}, which is not supported yet")
     return notes

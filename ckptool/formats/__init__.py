@@ -222,6 +222,14 @@ FORMATS = (
     Format("npy", "npy", "ckptool.formats.npz", (b"\x93NUMPY",)),
     Format("gguf", "gguf", "ckptool.formats.gguf", (b"GGUF",), holds=Holds(metadata=True)),
     Format(
+        "megatron", "megatron", "ckptool.directories.parallel.megatron", (), is_directory=True, holds=WHOLE,
+        family="torch",
+    ),
+    Format(
+        "consolidated", "consolidated", "ckptool.directories.parallel.consolidated", (), is_directory=True, holds=WHOLE,
+        family="torch",
+    ),
+    Format(
         "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=(".index",), is_directory=True,
         ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True), kind="safetensors",
     ),

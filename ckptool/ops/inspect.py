@@ -202,6 +202,7 @@ def _counters(keys: list[str]) -> dict[str, int]:
 
 def _notes(checkpoint: Checkpoint, node: Any) -> list[str]:
     found = [checkpoint.trailing] if checkpoint.trailing else []
+    found += [f"{checkpoint.split}"] if checkpoint.ranks else []
     if any(name.startswith(("_rebuild_device_", "_rebuild_xla_")) for _, name in checkpoint.names):
         found.append("tensors saved from a device without storages (xla, ort, ...) are read as tensors of the CPU")
     if isinstance(node, TensorInfo):

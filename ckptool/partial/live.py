@@ -15,7 +15,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES, nbytes_of
 from ckptool.core.tensor import Described, Extras, Opaque, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.core.tree import Global, PyObject, nodes, ordered_dict
-from ckptool.errors import CkptoolError, UnsupportedError, UsageError, listed
+from ckptool.errors import CkptoolError, UnsupportedError, UsageError, kind_of, listed
 from ckptool.io.source import Files
 from ckptool.pickling.load import stand_in
 from ckptool.pickling.torch_calls import builders
@@ -27,6 +27,16 @@ _PLAIN = (type(None), bool, int, float, str, bytes)
 
 EXTRA_STATE = "_extra_state"
 """Last segment of the state_dict key with the result of `Module.get_extra_state`."""
+
+
+def opened(source: Any) -> Checkpoint:
+    """Returns the checkpoint of a state_dict or of a torch.nn.Module. Raises: UsageError for anything else."""
+    if isinstance(source, Mapping):
+        return state_dict_of(source)
+    if not is_module(source):
+        what = f"a source is a checkpoint, a path or a state_dict, not {kind_of(source)}"
+        raise UsageError(f"{what}; a torch.nn.Module stands for its state_dict")
+    return checkpoint_of(source)
 
 
 def is_module(model: object) -> bool:

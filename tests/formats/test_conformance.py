@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from everything import EVERY, NOT_IN_SAFETENSORS, SAFETENSORS, SAME_MEMORY, SHARDED, TORCH, from_dcp, tensors_of, truth
+from everything import (
+    EVERY,
+    NOT_IN_SAFETENSORS,
+    RANKS,
+    SAFETENSORS,
+    SAME_MEMORY,
+    SHARDED,
+    TORCH,
+    from_dcp,
+    tensors_of,
+    truth,
+)
 from oracles import (
     FIXTURES,
     Run,
@@ -58,7 +69,7 @@ def _exercise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_format_is_in_this_suite() -> None:
-    read = {open_checkpoint(FIXTURES / name).format for name in (*EVERY, "tied.lock")}  # which has no values to write
+    read = {open_checkpoint(FIXTURES / name).format for name in (*EVERY, *RANKS, "tied.lock")}
     assert not [row.name for row in ROWS.values() if not row.named and row.label not in read]
     assert read == {row.label for row in ROWS.values()} - {"exercise"}
     assert set(WAYS) == {row.name for row in ROWS.values() if row.writes}
