@@ -394,11 +394,11 @@ WRONG: dict[str, tuple[Callable[[str, bytes], bytes | None], str]] = {
     "pickle that is 1": (weights(use_pickle=1), "use_pickle is 1: expected bool"),
     "no metadata": (weights(tensor_meta=None), "tensor_meta is None"),
     "an unknown dtype": (meta(dtype=99), "dtype 99"),
-    "a dtype that is true": (meta(dtype=True), "expected int"),
+    "a dtype that is true": (meta(dtype=True), "a wrong type"),
     "a sparse layout": (meta(layout=1), "layout 1"),
     "a symbol": (meta(sizes=[{"as_expr": {"expr_str": "s0"}}]), "as_int"),
-    "NaN": (meta(sizes=sizes(float("nan"))), "as_int is nan"),
-    "a float": (meta(sizes=sizes(2.0)), "as_int is 2.0"),
+    "NaN": (meta(sizes=sizes(float("nan"))), "a wrong type.*nan"),
+    "a float": (meta(sizes=sizes(2.0)), "a wrong type.*2.0"),
     "a negative size": (meta(sizes=sizes(-2)), "negative"),
     "a negative stride": (meta(strides=sizes(-1)), "negative"),
     "a negative offset": (meta(storage_offset={"as_int": -1}), "offset -1"),
@@ -407,7 +407,7 @@ WRONG: dict[str, tuple[Callable[[str, bytes], bytes | None], str]] = {
     "sizes beyond counting": (meta(sizes=sizes(1 << 40, 1 << 40), strides=sizes(1, 1)), "can count"),
     "many sizes": (meta(sizes=sizes(*[1] * 5000), strides=sizes(*[1] * 5000)), "could have"),
     "fewer strides": (meta(strides=[]), "stride"),
-    "a device of no type": (meta(device={"type": 3}), "type is 3"),
+    "a device of no type": (meta(device={"type": 3}), "a wrong type"),
     "two types of one record": (
         edited("weights", lambda config: config.update(v={**config["w"], "tensor_meta": {
             **config["w"]["tensor_meta"], "dtype": 4}})), "cannot share memory"),

@@ -71,7 +71,7 @@ def read(probe: Probe) -> Checkpoint:
 
 
 class _Archive:
-    """Reads records, which are named below ``root``. ``left``: those that nothing has asked for.
+    """Reads records, which are named below ``root``. ``taken``: those that were asked for.
 
     ``several``: the names of programs, if there is more than one.
     ``objects``: keys of constants that are no tensors. ``fake``: keys of tensors that were saved without values.
@@ -80,7 +80,7 @@ class _Archive:
     def __init__(self, probe: Probe, root: str) -> None:
         self.probe = probe
         self.members = {name.removeprefix(root): member for name, member in probe.members.items()}
-        self.left = dict.fromkeys(record for record in self.members if not re.fullmatch(_KNOWN, record, re.DOTALL))
+        self.taken: set[str] = set()
         self.names: dict[tuple[str, str], None] = {}
         self.several: list[str] = []
         self.objects: list[str] = []
@@ -112,14 +112,16 @@ class _Archive:
         tree: dict[str, dict[str, Any]] = {}
         code: dict[str, None] = {}
         for record in self.members:
-            if found := re.fullmatch(r"models/(.+)\.json", record, re.DOTALL):
-                name = found[1]
+            if record.startswith("models/") and record.endswith(".json"):
+                name = record.removeprefix("models/").removesuffix(".json")
+                self.taken.add(record)
                 parts = {kind: self._payload(folder, name) for kind, folder in _FOLDERS.items()}
                 tree.setdefault(name, {}).update(_filled(parts))
-            elif found := re.fullmatch(r"data/aotinductor/([^/]+)/(.*)", record, re.DOTALL):
-                code[found[1]] = None
-                if found[2] == "weights_config.json":
-                    tree.setdefault(found[1], {})["aotinductor"] = self._compiled(record)
+            elif record.startswith("data/aotinductor/"):
+                name, _, file = record.removeprefix("data/aotinductor/").partition("/")
+                code[name] = None
+                if file == "weights_config.json":
+                    tree.setdefault(name, {})["aotinductor"] = self._compiled(record)
         if not tree and code:
             what = "an AOTInductor package (.pt2): the weights are in its compiled code, which is not read"
             raise UnsupportedError(f"{what}: {listed(code)}")
@@ -139,8 +141,9 @@ class _Archive:
         if self.fake:
             yield f"tensors that were saved without values (torch reads zeros): {listed(self.fake)}"
         others: dict[str, list[str]] = {what: [] for what in _OTHERS}
-        for record in self.left:
-            others[next(what for what, mark in _OTHERS.items() if re.match(mark, record))].append(record)
+        for record in self.members:
+            if record not in self.taken and not _KNOWN.match(record):
+                others[next(what for what, mark in _OTHERS.items() if re.match(mark, record))].append(record)
         yield from (f"{what}: {listed(found)}" for what, found in others.items() if found)
 
     # --- weights as raw storages -------------------------------------------------------------------------------------
@@ -169,23 +172,16 @@ class _Archive:
 
     def _raw(self, key: str, record: str, entry: dict[str, Any]) -> TensorInfo:
         """Returns a view of a record. Raises: FormatError if it reaches outside."""
-        meta = _field(entry, "tensor_meta", dict)
-        number, layout = _field(meta, "dtype", int), _field(meta, "layout", int)
-        if number not in NUMBERED or layout != STRIDED:
-            raise UnsupportedError(f"has dtype {number} and layout {layout} of torch's schema, which are not known")
-        dtype, requires_grad = NUMBERED[number], _field(meta, "requires_grad", bool)
-        shape, stride = (tuple(map(_int, _field(meta, name, list))) for name in ("sizes", "strides"))
-        storage = self._storage(record, dtype, _device(_field(meta, "device", dict)))
-        offset = _int(meta.get("storage_offset"))
+        dtype, location, shape, stride, offset, grad = _meta(entry.get("tensor_meta"))
+        is_param = _field(entry, "is_param", bool)
+        storage = self._storage(record, dtype, location)
         if storage.nbytes or 0 in shape:
-            made = rebuild.strided(storage, offset, shape, stride, requires_grad, dtype=dtype)
-        else:
-            node = Global.named("torch", dtype)
-            made = rebuild.builders["torch._utils", "_rebuild_meta_tensor_no_storage"](
-                node, shape, stride, requires_grad
-            )
-            self.fake.append(key)
-        return replace(made, is_parameter=_field(entry, "is_param", bool))
+            made = rebuild.strided(storage, offset, shape, stride, dtype=dtype)
+            return TensorInfo(dtype, made.shape, made.stride, offset, storage, grad, is_param)
+        self.fake.append(key)
+        build = rebuild.builders["torch._utils", "_rebuild_meta_tensor_no_storage"]
+        meta: TensorInfo = build(Global.named("torch", dtype), shape, stride, grad)
+        return replace(meta, is_parameter=is_param)
 
     def _storage(self, record: str, dtype: str, location: str) -> Storage:
         """Returns the storage that is a record, the same one each time."""
@@ -244,19 +240,19 @@ class _Archive:
         return self._saved[record]
 
     def _json(self, record: str) -> dict[str, Any]:
-        self.left.pop(record, None)
+        self.taken.add(record)
         return self.probe.json(record, MAX_INDEX)
 
     def _taken(self, record: str) -> Member:
         if record not in self.members:
             raise FormatError(f"{record} is absent from the archive: was its save or its download cut off?")
-        self.left.pop(record, None)
+        self.taken.add(record)
         return self.members[record]
 
 
 _FOLDERS = {"state_dict": "weights", "constants": "constants"}
 
-_KNOWN = rf"archive_(format|version)|byteorder|version|\.data/.*|models/.+\.json|{OLD}"
+_KNOWN = re.compile(rf"(archive_format|archive_version|byteorder|version|{OLD})\Z|\.data/")
 """Records that need no note."""
 
 _OTHERS = {
@@ -280,11 +276,22 @@ def _field(entry: Any, name: str, kind: type[T]) -> T:
     return found
 
 
-def _int(value: Any) -> int:
-    return _field(value, "as_int", int)
+def _meta(meta: Any) -> tuple[str, str, tuple[int, ...], tuple[int, ...], int, bool]:
+    """Returns (dtype, device tag, shape, stride, offset, requires_grad) of a tensor as the schema describes it."""
+    try:
+        number, layout, grad = meta["dtype"], meta["layout"], meta["requires_grad"]
+        kind, index = meta["device"]["type"], meta["device"].get("index")
+        shape = tuple([size["as_int"] for size in meta["sizes"]])
+        stride = tuple([step["as_int"] for step in meta["strides"]])
+        offset = meta["storage_offset"]["as_int"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise FormatError(f"its tensor_meta is {brief(meta, 400)}: expected what torch.export writes") from error
+    numbers = (number, layout, offset, 0 if index is None else index, *shape, *stride)
+    if not _INT.issuperset(map(type, numbers)) or type(grad) is not bool or type(kind) is not str:
+        raise FormatError(f"its tensor_meta has a value of a wrong type: {brief(meta, 400)}")
+    if number not in NUMBERED or layout != STRIDED:
+        raise UnsupportedError(f"has dtype {number} and layout {layout} of torch's schema, which are not known")
+    return NUMBERED[number], kind if index is None else f"{kind}:{index}", shape, stride, offset, grad
 
 
-def _device(device: dict[str, Any]) -> str:
-    """Returns the tag that torch.save gives a device."""
-    kind = _field(device, "type", str)
-    return kind if device.get("index") is None else f"{kind}:{_field(device, 'index', int)}"
+_INT = frozenset({int})
