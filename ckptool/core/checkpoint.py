@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from ckptool.core import modules
 from ckptool.core.keys import EMA
 from ckptool.core.optimizers import is_optimizer
-from ckptool.core.roots import find_root, is_flat, root_path
+from ckptool.core.roots import find_root, is_flat, root_path, shadow_names
 from ckptool.core.tensor import Extras, Opaque, TensorInfo
 from ckptool.core.tree import (
     Path,
@@ -147,10 +147,15 @@ class Checkpoint:
 
         An nn.Module stand-in gives its state_dict; a tree without any tensor directly at root is flattened with "/",
         an optimizer's state and an averaged copy (EMA) being one value each. Of keys that read alike, the one that is
-        no str has its type behind it: ``0 (int)``. Cached: do not change the result.
+        no str has its type behind it: ``0 (int)``. Averaged parameters in a list have the keys of the model's where
+        counts and shapes leave no doubt (`shadow_names`). Cached: do not change the result.
         """
         if self.root not in self._cache:
-            self._cache[self.root] = _entries(self.at(self.root), self.url)
+            found = _entries(self.at(self.root), self.url)
+            names = shadow_names(self.tree, self.root) or {}
+            if names and set(found).isdisjoint(names.values()):
+                found = {names.get(path, key): (path, value) for key, (path, value) in found.items()}
+            self._cache[self.root] = found
         return self._cache[self.root]
 
     def state_dict(self) -> dict[str, TensorInfo]:

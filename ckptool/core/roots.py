@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from ckptool.core import keys, modules
+from ckptool.core.dtypes import DTYPES
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, attributes, children, key_text, path_text, walk
@@ -44,12 +45,16 @@ def find_root(tree: Any) -> Root:
         mapping = dict(enumerate(node)) if isinstance(node, (list, tuple)) else as_mapping(node)
         if mapping is None:
             break
-        ema += [(*path, name) for name in keys.EMA if name in mapping and holds_weights(mapping[name])]
+        copies = [name for name in keys.EMA if name in mapping and holds_weights(mapping[name])]
+        ema += [(*path, name) for name in copies]
         named = [name for name in keys.ROOTS if name in mapping and holds_weights(mapping[name])]
         if is_optimizer(node) and not named:  # of an optimizer alone
             return Root((*path, "state") if holds_weights(mapping["state"]) else path, (), tuple(ema))
         found = named or _models(mapping)
         if not found:
+            emptied = any(name in mapping and mapping[name] is None for name in keys.ROOTS)
+            if len(copies) == 1 and emptied and not any(map(_is_weight, mapping.values())):
+                path = (*path, *copies)
             break
         loose = {name: value for name, value in mapping.items() if _is_weight(value)}
         if loose and _has_metadata(node):
@@ -70,6 +75,67 @@ def find_root(tree: Any) -> Root:
         path = (*path, found[0])
         node = mapping[found[0]]
     return Root(path, tuple(others), tuple(ema))
+
+
+SHADOW = "shadow_params"
+"""What torch_ema and diffusers call a list of averaged parameters, in the order of the model's."""
+
+
+def shadow_names(tree: Any, root: Path) -> dict[Path, str] | None:
+    """Returns {path below root: key} of averaged parameters there that have only numbers: the keys of the model's.
+
+    None if there are none, or no model; {} if its parameters are not as many, in the same shapes. Parameters are what
+    an optimizer gets: a tied one once, no buffers (integers, and BatchNorm's).
+    """
+    node = _at(tree, root)
+    below = () if root[-1:] == (SHADOW,) else (SHADOW,)
+    shadows = node if not below else (as_mapping(node) or {}).get(SHADOW)
+    if not isinstance(shadows, (list, tuple)) or not shadows or not all(map(_is_weight, shadows)):
+        return None
+    path = find_root(tree).path
+    model = _at(tree, path) if path != root[: len(path)] else None
+    weights = modules.state_dict(model) if modules.is_module(model) else as_mapping(model) or {}
+    if not weights:
+        return None
+    parameters = {}
+    for key, tensor in weights.items():
+        buffer = (
+            not isinstance(key, str)
+            or not _is_weight(tensor)
+            or DTYPES[tensor.dtype].kind in ("int", "bool")
+            or tensor.view in parameters
+        )
+        if not (buffer or key.rpartition(".")[2] in ("running_mean", "running_var")):
+            parameters[tensor.view] = key
+    shapes = [weights[key].shape for key in parameters.values()]
+    if shapes != [tensor.shape for tensor in shadows]:
+        return {}
+    return {(*below, number): key for number, key in enumerate(parameters.values())}
+
+
+def _at(node: Any, path: Path) -> Any:
+    for step in path:
+        node = dict(children(node))[step]
+    return node
+
+
+def said_of(tree: Any, root: Path) -> list[str]:
+    """Returns notes on weights that are averages: of several, and where that is not in the name of their root."""
+    notes = []
+    parent = as_mapping(_at(tree, root[:-1])) or {} if root else {}
+    text = path_text(root)
+    if root[-1:] == ("state_dict",) and {"current_model_state", "averaging_state"} <= parent.keys():
+        notes.append(
+            f"{text} holds averaged weights (Lightning's WeightAveraging); --root current_model_state: the last"
+        )
+    if root[-1:] and root[-1] in keys.EMA and find_root(tree).path == root:
+        notes.append(f"{text} is an averaged copy (EMA), and the only weights there are")
+    if (named := shadow_names(tree, root)) is not None:
+        model = path_text(find_root(tree).path) or "the top"
+        had = f"have the keys of {model}'s parameters, as many and of the same shapes"
+        lack = f"have no keys: {model} has no parameters, as many and of the same shapes"
+        notes.append(f"{SHADOW} {had if named else lack}")
+    return notes
 
 
 def is_flat(node: object) -> bool:

@@ -156,7 +156,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         inside,
         checkpoint.metadata,
         list(checkpoint.problems),
-        [*checkpoint.notes, *_notes(checkpoint, node)],
+        [*checkpoint.notes, *roots.said_of(checkpoint.tree, checkpoint.root), *_notes(checkpoint, node)],
         kinds=kinds,
     )
 

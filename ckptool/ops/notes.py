@@ -14,7 +14,7 @@ from ckptool.core import keys as names
 from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.optimizers import is_optimizer
-from ckptool.core.roots import find_root, is_flat, root_path, root_text
+from ckptool.core.roots import find_root, is_flat, root_path, root_text, said_of
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, path_text, replaced, walk, with_content
 from ckptool.errors import CkptoolError, NoTensorsError, UsageError, as_options, listed
@@ -50,6 +50,8 @@ def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
             option = "" if several else " (--root)"  # of several files each has an option of its own
             more = f"; other places{option}: {listed(others)}" if others else ""
             notes[f"the weights of {one.url} are at {root or 'the top'}{more}"] = None
+        for text in said_of(one.tree, one.root):
+            notes[f"{one.url}: {text}" if several else text] = None
     return list(notes)
 
 
