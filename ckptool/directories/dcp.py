@@ -251,6 +251,7 @@ class _Items:
             "saved whole by one process, not flattened (flatten_state_dict=False): what other processes held of "
             "sharded tensors is not in the checkpoint": self.whole,
             "saved by several processes, the first one's taken": self.saved.twice,
+            "stored by Megatron-core in a shape that is not their own (mcore_data), and shown so": self.saved.reshaped,
             "no torch.save inside, kept as bytes": self.raw,
             "in planner_data only": absent,
             "items that belong to no key, not read": dict.fromkeys(key for key, _ in sorted(self.left, key=str)),

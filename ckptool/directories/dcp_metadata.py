@@ -49,6 +49,7 @@ class Saved:
     """What the metadata say. Those of several processes are merged; of the same box, the first process's is taken.
 
     ``flat``: the values were saved without flattening. ``twice``: keys of which several processes saved a box.
+    ``reshaped``: tensors that Megatron-core did not store in their own shape.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,7 @@ class Saved:
         self.items: dict[tuple[str, tuple[int, ...] | None], Item] = {}
         self.names: dict[tuple[str, str], None] = {}
         self.twice: dict[str, None] = {}
+        self.reshaped: dict[str, None] = {}
         self.flat = True
 
     def order(self) -> list[str]:
@@ -80,6 +82,8 @@ class Saved:
             self._entry(_text(key), node)
         for index, where in _mapping(fields, "storage_data").items():
             self._item(_fields(index, "MetadataIndex"), _fields(where, "_StorageInfo"))
+        if isinstance(reshaped := fields.get("mcore_data"), dict):  # Megatron-core up to 0.15
+            self.reshaped.update((_text(key), None) for key, said in reshaped.items() if said)
         if isinstance(planned := fields.get("planner_data"), dict) and planned:
             self.flat = False
             for key, steps in planned.items():
@@ -94,7 +98,9 @@ class Saved:
         else:
             fields = _fields(node, "TensorStorageMetadata")
             boxes = [_fields(box, "ChunkStorageMetadata") for box in _list(fields.get("chunks"))]
-            parts = tuple(Part(numbers(box.get("offsets")), numbers(box.get("sizes"))) for box in boxes)
+            every = [Part(numbers(box.get("offsets")), numbers(box.get("sizes"))) for box in boxes]
+            parts = tuple(dict.fromkeys(every))  # old versions of torch let every process save what is replicated
+            self.twice.update(dict.fromkeys([key] if len(parts) < len(every) else []))
             entry = Entry(_dtype(fields.get("properties")), numbers(fields.get("size")), parts)
             if not is_countable(entry.shape):
                 raise FormatError(f"{key}: has shape {brief(entry.shape)}: more elements than can be counted")

@@ -115,7 +115,7 @@ def small_files(directory: str) -> list[str]:
 
 
 LAYOUTS = {
-    r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin": "a process's pieces of flat parameters (FSDP's LOCAL_STATE_DICT)",
+    r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin": "parts of an FSDP model (LOCAL_STATE_DICT, or sharded without DCP)",
 }
 """Patterns of file names in other tools' directories, which often hold weights too; the first match decides."""
 
@@ -163,7 +163,7 @@ def choose(directory: str, names: Sequence[str]) -> Choice | None:
         return choice
     if other := layout(names):
         raise UnsupportedError(f"{other}, which is not supported yet", directory)
-    _refuse_backend(directory)
+    _refuse_backend(directory, names)
     if len({(found.stem, found.variant) for found in there}) > 1:
         raise UnsupportedError(f"holds {listed(sorted(found.name for found in there))}: name one of them", directory)
     if there:  # a stem that no loader is known for
@@ -203,16 +203,15 @@ def inside(directory: str, names: Iterable[str]) -> dict[str, str]:
     return {name: loader for name, loader in marks.items() if os.path.isdir(os.path.join(directory, name))}
 
 
-def _refuse_backend(directory: str) -> None:
-    """Raises UnsupportedError for a Megatron-core checkpoint that is no distributed one of torch, as its file says."""
-    match _json(directory, "metadata.json").get("sharded_backend"):
-        case "torch_dist":
-            raise IncompleteError(
-                "a Megatron-core checkpoint (torch_dist) without its .metadata and .distcp files", directory
-            )
-        case str(backend):
-            how = "load it with Megatron-LM of its time, and save it with --ckpt-format torch_dist"
-            raise UnsupportedError(f"a Megatron-core checkpoint with the {backend!r} backend: {how}", directory)
+def _refuse_backend(directory: str, names: Sequence[str]) -> None:
+    """Raises for a checkpoint of Megatron-core that is in no files of torch, as it says, or whose files are missing."""
+    backend = _json(directory, "metadata.json").get("sharded_backend")
+    if isinstance(backend, str) and backend != "torch_dist":
+        how = "load it with Megatron-LM of its time, and save it with --ckpt-format torch_dist"
+        raise UnsupportedError(f"a Megatron-core checkpoint with the {backend!r} backend: {how}", directory)
+    if backend or [name for name in names if name.endswith(WEIGHTS)] == ["common.pt"]:
+        what = "a Megatron-core checkpoint without .metadata and .distcp files: was its save cut off?"
+        raise IncompleteError(f"{what} Name common.pt to see what that holds", directory)
 
 
 def _is_file(directory: str, name: str) -> bool:

@@ -155,6 +155,17 @@ def test_metadata_of_each_process_are_merged(tmp_path: Path) -> None:
         ckptool.open(directory)
 
 
+def test_a_box_that_is_listed_twice_is_one_part_and_told(tmp_path: Path) -> None:
+    directory, whole = grid(tmp_path / "d")
+    edit(directory, lambda metadata: metadata.state_dict_metadata["other"].chunks.append(
+        metadata.state_dict_metadata["other"].chunks[0]
+    ))  # fmt: skip
+    found = ckptool.open(directory)
+    assert torch.equal(found.to_torch()["w"], whole)
+    assert torch.equal(found.to_torch()["other"], torch.ones(2))
+    assert any("several processes" in note and "other" in note for note in found.notes)
+
+
 def test_tensors_in_safetensors_are_read(tmp_path: Path) -> None:
     tree = {"w": torch.randn(3, 4), "half": torch.ones(2).half(), "epoch": 5}
     write(tmp_path / "d", tree, serialization_format=SerializationFormat.SAFETENSORS)

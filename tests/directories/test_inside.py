@@ -75,7 +75,7 @@ def test_a_full_state_dict_of_fsdp_is_read(tmp_path: Path) -> None:
         ckptool.open(tmp_path)
 
 
-@pytest.mark.parametrize("names", [("_rank0", "_rank1"), ("_rank0",), ("_1_rank0", "_1_rank1")], ids=str)
+@pytest.mark.parametrize("names", [("_rank0", "_rank1"), ("_rank0",), ("_0_rank0", "_0_rank1")], ids=str)
 def test_local_state_dicts_of_fsdp_are_refused_by_name(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:
         torch.save({"_flat_param": torch.ones(2)}, tmp_path / f"pytorch_model_fsdp{name}.bin")
@@ -189,8 +189,20 @@ def test_old_backends_of_megatron_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match=r"'zarr'.*torch_dist"):
             ckptool.open(path)
     (inner / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
-    with pytest.raises(IncompleteError, match="torch_dist"):
+    with pytest.raises(IncompleteError, match=r"without \.metadata"):
         ckptool.open(inner)
+    (inner / "metadata.json").unlink()  # written last
+    with pytest.raises(IncompleteError, match=r"without \.metadata"):
+        ckptool.open(inner)
+    assert ckptool.open(inner / "common.pt").tree == {"iteration": 3}
+
+
+def test_tensors_that_megatron_reshaped_are_named(tmp_path: Path) -> None:
+    inner = megatron(tmp_path, 1, torch.ones(2, 12))
+    metadata = pickle.loads((inner / ".metadata").read_bytes())
+    metadata.mcore_data = {"decoder.w": {"nd_reformulated_orig_global_shape": (4, 6)}, "b": {}}
+    (inner / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert said(inner, "not their own (mcore_data), and shown so: decoder.w")
 
 
 class Canary:
