@@ -179,8 +179,8 @@ def _inside(directory: str, names: Sequence[str]) -> Choice | None:
     """Returns the directory in it that holds the weights; None if there is none. Raises: as `choose`."""
     there = inside(directory, names)
     if TRACKER in names:
-        with open(os.path.join(directory, TRACKER), encoding="utf-8", errors="replace") as file:
-            said = file.read(32).strip()
+        with LocalFile(os.path.join(directory, TRACKER)) as file:
+            said = file.read(0, min(file.size, 32)).decode("utf-8", "replace").strip()
         name = f"iter_{int(said):07d}" if said.isascii() and said.isdecimal() else said
         if name not in there:
             what = f"{TRACKER} of Megatron-LM says {said!r}: there is no {name!r}"

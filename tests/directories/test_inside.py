@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 import ckptool
-from ckptool.errors import FormatError, IncompleteError, UnsupportedError
+from ckptool.errors import FormatError, IncompleteError, UnreadableError, UnsupportedError
 
 
 def distributed(directory: Path, tree: dict[str, Any]) -> Path:
@@ -162,6 +163,15 @@ def test_the_iteration_that_megatron_would_load_is_read_with_its_common_values(t
     (tmp_path / "iter_0000010").rename(tmp_path / "release")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     assert same(tmp_path, {"decoder.w": new})
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "link"])
+def test_a_tracker_that_is_no_file_is_refused_in_a_line(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "iter_0000001").mkdir()
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    {"directory": tracker.mkdir, "pipe": partial(os.mkfifo, tracker), "link": partial(tracker.symlink_to, "x")}[kind]()
+    with pytest.raises(UnreadableError, match=r"latest_checkpointed_iteration\.txt"):
+        ckptool.open(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["7", "", "../x", "x" * 100, "-5", "٣", "metadata"])
