@@ -82,7 +82,7 @@ def command(
     )  # fmt: skip
     checkpoint, report = merge(match=target)
     failed = plans.failed(report, least, require or [], strict)
-    empty = any(tensor.kind == "meta" for tensor in checkpoint.state_dict().values())
+    empty = any(one.kind == "meta" for one in (*checkpoint.state_dict().values(), *checkpoint.inside().values()))
     if match is not None and references.is_code(match) and empty and not failed:  # values of the model stay
         checkpoint, report = merge(match=options.reference(match, match_root, arg, tp_rules, values=True))
     if not failed:

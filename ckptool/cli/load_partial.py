@@ -92,6 +92,8 @@ def command(
         into, model = None, into
     if model is None:
         options.refuse_arguments(arg)
+    elif into_root is not None:
+        raise UsageError("--into-root is of a checkpoint: the weights of a model in code are all of its state_dict")
     if source is None and not init and not init_preset:
         raise UsageError("name a SOURCE to load from, or how to initialise with --init or --init-preset")
     options.require_output(output, dry_run)

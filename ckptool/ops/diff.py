@@ -182,7 +182,7 @@ def _same(
     if (one.shape != other.shape if described or bare else one.form[1] != other.form[1]) and not counters:
         report.shape.append(Changed(key, _shape(one), _shape(other)))
         same = False
-    scheme = compare is None and not described
+    scheme = compare is None and bool(quantization(one)) == bool(quantization(other))  # a live model does not say
     forms = (one.dtype, other.dtype) if bare else (_dtype(one, scheme), _dtype(other, scheme))
     if forms[0] != forms[1]:
         report.dtype.append(Changed(key, *forms))

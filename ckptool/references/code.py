@@ -59,7 +59,9 @@ def built(text: str, arguments: Sequence[str]) -> Any:
     the code prints goes to stderr. Raises: UsageError if it is not found, raises, or gives something else.
     """
     with _users_code(text):
-        return _model(text, *_factory(text, arguments))
+        model = _model(text, *_factory(text, arguments))
+        model.state_dict(keep_vars=True)  # hooks of the user's code may fail
+        return model
 
 
 def parsed(arguments: Sequence[str]) -> dict[str, Any]:
@@ -176,7 +178,12 @@ def _model(text: str, factory: Any, given: dict[str, Any]) -> Any:
         if given:
             raise UsageError("is a model already: --arg has nothing to be given to", text)
         return factory
-    made = factory(**given)
+    try:
+        made = factory(**given)
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # of the call itself
+            raise UsageError(f"TypeError: {error}{_defined(factory)}", text) from error
+        raise
     first = made[0] if isinstance(made, tuple) and made else made
     if not live.is_module(first):
         what = f"a tuple that begins with {_kind(first)}" if first is not made else _kind(made)
@@ -215,6 +222,12 @@ def _where(error: BaseException) -> str:
     ]
     own = [frame for frame in frames if not _is_installed(frame[0])] or frames
     return f" ({_short(own[-1][0])}:{own[-1][1]})" if own else ""
+
+
+def _defined(factory: Any) -> str:
+    """Returns `` (file:line)`` of the definition of a class or function, "" if it is not in Python."""
+    code = getattr(getattr(factory, "__init__", None) if isinstance(factory, type) else factory, "__code__", None)
+    return f" (defined at {_short(code.co_filename)}:{code.co_firstlineno})" if code else ""
 
 
 def _is_installed(file: str) -> bool:

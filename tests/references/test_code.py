@@ -67,6 +67,22 @@ def constant(value=2.0):
     return model
 
 
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"scale": torch.ones(2)}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def extra():
+    return Extra(2, 3)
+
+
+def quantised():
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 3)), {nn.Linear}, dtype=torch.qint8)
+
+
 def nothing():
     return None
 
@@ -86,6 +102,15 @@ def raising():
 
 def inside_torch():
     return nn.Linear(2, -1)
+
+
+class Hooked(nn.Linear):
+    def state_dict(self, *args, **more):
+        raise RuntimeError("no state today")
+
+
+def hooked():
+    return Hooked(2, 2)
 
 
 def talking():
@@ -197,6 +222,19 @@ def test_values_that_no_source_has_are_those_that_the_model_was_built_with(run: 
         assert not any(one.requires_grad or isinstance(one, nn.Parameter) for one in made.values())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_extra_state_and_packed_weights_are_those_of_state_dict(run: Run, saved: Saved) -> None:
+    assert run("diff", "train.py:extra", saved({"weight": torch.ones(3, 2), "bias": torch.ones(3)}))[0] == 1
+    path = saved({"weight": torch.ones(3, 2), "bias": torch.ones(3), "_extra_state": {"scale": torch.ones(2)}})
+    assert run("diff", "train.py:extra", path)[0] == 0
+    assert run("filter", path, "--match", "train.py:extra", "-o", "out.pth")[0] == 0
+    assert torch.equal(torch.load("out.pth", weights_only=True)["_extra_state"]["scale"], torch.ones(2))
+    layers = nn.Sequential(nn.Linear(2, 3))
+    made = torch.ao.quantization.quantize_dynamic(layers, {nn.Linear}, dtype=torch.qint8)
+    path = saved(made.state_dict(), "quantised.pth")
+    assert run("diff", "train.py:quantised", path)[0] == run("diff", path, "train.py:quantised")[0] == 0
+
+
 def test_what_a_lock_of_it_says_is_what_state_dict_and_named_parameters_say(run: Run) -> None:
     model = Net(tie=True)
     assert run("inspect", "train.py:build", "--arg", "tie=True", "--lock", "x.lock")[0] == 0
@@ -232,6 +270,7 @@ def test_a_module_first_in_a_tuple_or_there_already_is_taken(name: str, run: Run
         ("pair", "not a torch.nn.Module but a list"),
         ("raising", f"KeyError: 'layers' (train.py:{line_of('return depth')})"),
         ("absent", "has no attribute 'absent'"), ("Net.absent", "has no attribute 'absent'"),
+        ("hooked", f"RuntimeError: no state today (train.py:{line_of('no state today')})"),
         ("inside_torch", "Trying to create tensor with negative dimension"), ("nn", "TypeError"),
     ],
 )  # fmt: skip
@@ -329,7 +368,14 @@ def test_arguments_without_a_model_in_code_are_refused(refused: Refused, saved: 
         ["filter", path, "--dry-run"], ["load-partial", path, "--into", path, "--dry-run"],
     ):  # fmt: skip
         assert "--arg goes with a model in code" in refused(*args, "--arg", "a=1")
-    assert "TypeError" in refused("diff", "train.py:build", path, "--arg", "depth=1")
+    line = refused("diff", "train.py:build", path, "--arg", "depth=1")
+    assert (
+        f"TypeError: Net.__init__() got an unexpected keyword argument 'depth' (train.py:{line_of('return Net(**')})"
+        in line
+    )
+    line = refused("diff", "train.py:Net", path, "--arg", "depth=1")
+    assert f"argument 'depth' (defined at train.py:{line_of('def __init__')})" in line
+    assert "--into-root" in refused("load-partial", path, "--into", "train.py:Net", "--into-root", "a", "--dry-run")
 
 
 def test_the_current_directory_is_the_one_that_is_searched_whatever_ran_before(
