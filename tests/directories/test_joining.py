@@ -15,7 +15,7 @@ from oracles import Run
 from safetensors.torch import load_file
 
 import ckptool
-from ckptool.errors import CkptoolError, IncompleteError, UnreadableError, UnsupportedError, UsageError
+from ckptool.errors import CkptoolError, FormatError, IncompleteError, UnreadableError, UnsupportedError, UsageError
 
 HIDDEN, HEADS, GROUPS, SIZE, FFN, VOCAB = 8, 4, 4, 2, 12, 16
 
@@ -430,6 +430,91 @@ def test_a_key_of_two_stages_must_be_the_same(tmp_path: Path) -> None:
     assert f"in two pipeline stages, with the same values: {name}" in found.notes
     edited(file_of(tmp_path / "run", "mp_rank_01_001"), lambda tree: tree["model"][name].zero_())
     refused(UsageError, f"in two pipeline stages, with other values: mp_rank_00_001/{name}")
+
+
+def test_ranks_of_experts_are_known_by_their_keys_where_no_argument_tells(tmp_path: Path) -> None:
+    """Else each would be a pipeline stage, and the model have its layers twice."""
+    whole = megatron(tmp_path / "run", 1)
+    for name in ("mp_rank_00_000", "mp_rank_00_001"):
+        (tmp_path / "run" / "iter_0000010" / name).mkdir()
+        torch.save({"model": whole}, file_of(tmp_path / "run", name))
+    refused(
+        FormatError, "ranks of two runs, whose names do not go together: mp_rank_00, mp_rank_00_000, mp_rank_00_001"
+    )
+    file_of(tmp_path / "run", "mp_rank_00").unlink()
+    file_of(tmp_path / "run", "mp_rank_00").parent.rmdir()
+    refused(UnsupportedError, "expert parallelism")
+
+
+def test_a_chunk_that_a_rank_lacks_is_missed(tmp_path: Path) -> None:
+    megatron(tmp_path / "run", 2, 2, 2)
+    edited(file_of(tmp_path / "run", "mp_rank_01_001"), lambda tree: tree.pop("model1"))
+    refused(IncompleteError, "not every rank has a part of every pipeline stage", "mp_rank_00_001/model1")
+    for rank in ("00", "01"):
+        for stage in ("000", "001"):
+            edited(file_of(tmp_path / "run", f"mp_rank_{rank}_{stage}"), lambda tree: tree.pop("model1", None))
+            edited(
+                file_of(tmp_path / "run", f"mp_rank_{rank}_{stage}"), lambda tree: tree.update(model2=tree["model0"])
+            )
+    refused(IncompleteError, "not every rank has a part of every pipeline stage")
+
+
+def test_names_and_arguments_that_promise_a_billion_ranks_cost_nothing(tmp_path: Path) -> None:
+    for name in ("mp_rank_00_000_000", "mp_rank_9999_9999_9999"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "run" / name / "model_optim_rng.pt")
+    refused(IncompleteError, "mp_rank_00_000_001/model_optim_rng.pt", "999,999,999,990 more")
+
+
+@pytest.mark.parametrize("model", [torch.ones(2), None, [torch.ones(1)], "x"], ids=["tensor", "None", "list", "text"])
+def test_a_file_whose_model_is_none_is_refused(tmp_path: Path, model: Any) -> None:
+    for name in ("mp_rank_00", "mp_rank_01"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        torch.save({"model": model, "iteration": 3}, tmp_path / "run" / name / "model_optim_rng.pt")
+    refused(FormatError, "a file of Megatron-LM without a model: it has model, iteration")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_that_tensor_parallelism_cuts_are_joined(tmp_path: Path, gated: bool) -> None:
+    torch.manual_seed(4)
+    parts = {"mlp.router.weight": alike(torch.randn(2, HIDDEN))}
+    for name in ("local_experts.0.{}.weight", "local_experts.1.{}.weight", "{}.weight0", "{}.weight11"):
+        fc1 = column(*(torch.randn(FFN, HIDDEN) for _ in range(1 + gated)))
+        parts |= {f"mlp.experts.{name.format('linear_fc1')}": fc1}
+        parts |= {f"mlp.experts.{name.format('linear_fc2')}": row(torch.randn(HIDDEN, FFN))}
+    parts["mlp.shared_experts.linear_fc1.weight"] = column(*(torch.randn(FFN, HIDDEN) for _ in range(1 + gated)))
+    parts["mlp.shared_experts.linear_fc2.weight"] = row(torch.randn(HIDDEN, FFN))
+    for rank in range(4):
+        (tmp_path / "run" / f"mp_rank_{rank:02d}").mkdir(parents=True)
+        model = {f"decoder.layers.0.{name}": pieces[1 + rank].clone() for name, pieces in parts.items()}
+        torch.save({"model": model}, tmp_path / "run" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt")
+    whole = {f"decoder.layers.0.{name}": pieces[0] for name, pieces in parts.items()}
+    assert_same(ckptool.open("run", tp_rules="gpt").to_torch(only_root=True), whole)
+    first = torch.load(tmp_path / "run" / "mp_rank_00" / "model_optim_rng.pt")
+    for rank in range(1, 4):  # experts that tensor parallelism leaves whole: each rank has all of them
+        torch.save(first, tmp_path / "run" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt")
+    refused(
+        UsageError,
+        "the same values on several ranks, which cat would repeat",
+        "local_experts.{0,1}.linear_fc{1,2}.weight",
+    )
+
+
+def test_other_files_of_the_ranks_and_objects_that_differ_are_named(tmp_path: Path) -> None:
+    megatron(tmp_path / "run", 2)
+    file_of(tmp_path / "run", "mp_rank_01").with_name("distrib_optim.pt").write_bytes(b"x")
+    (tmp_path / "run" / "iter_0000010" / "notes.txt").write_text("x")
+    name, other = (f"decoder.layers.{number}.mlp.linear_fc1._extra_state" for number in (0, 1))
+    for rank, state in (("mp_rank_00", b"a"), ("mp_rank_01", b"b")):
+        edited(
+            file_of(tmp_path / "run", rank), lambda tree, state=state: tree["model"].update({name: state, other: b"c"})
+        )
+    found = ckptool.open("run", tp_rules="gpt")
+    assert "also here, and not read: mp_rank_01/distrib_optim.pt, notes.txt" in found.notes
+    assert f"no tensor, and different on the ranks: left out: {name}" in found.notes
+    model = found.to_torch()["model"]
+    assert name not in model
+    assert model[other] == b"c"
 
 
 def test_ranks_of_experts_are_listed_and_refused_by_name(tmp_path: Path) -> None:

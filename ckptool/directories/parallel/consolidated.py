@@ -12,8 +12,10 @@ from dataclasses import replace
 
 from ckptool.core.checkpoint import Checkpoint, Rank
 from ckptool.core.roots import find_root
+from ckptool.core.tree import as_mapping
 from ckptool.directories.names import sets_in
 from ckptool.directories.parallel.joining import listing
+from ckptool.errors import FormatError
 from ckptool.io.probe import Probe
 
 LABEL = "consolidated"
@@ -36,6 +38,8 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     for number, name in numbers:
         opened = open_(os.path.join(probe.path, name))
         opened = replace(opened, root=find_root(opened.tree).path)
+        if as_mapping(opened.at(opened.root)) is None:
+            raise FormatError("a piece of a model without a state_dict", opened.url)
         stem = name.removesuffix(".pth")
         ranks.append(Rank(stem, number, 0, opened))
         tree[stem] = opened.at(opened.root)

@@ -28,7 +28,17 @@ from ckptool.core.checkpoint import Checkpoint, Rank
 from ckptool.core.roots import is_flat
 from ckptool.core.tensor import Opaque, TensorInfo, cat, narrow, whole_storage
 from ckptool.core.tree import Global, Path, as_mapping, key_text, replaced, walk
-from ckptool.errors import FormatError, UnreadableError, UnsupportedError, UsageError, explain, kind_of, listed, near
+from ckptool.errors import (
+    FormatError,
+    IncompleteError,
+    UnreadableError,
+    UnsupportedError,
+    UsageError,
+    explain,
+    kind_of,
+    listed,
+    near,
+)
 from ckptool.ops import segments
 from ckptool.text import dims
 
@@ -231,6 +241,10 @@ def join(checkpoint: Checkpoint, rules: JoinRules, same: Same) -> Checkpoint:
     stages: dict[int, list[Rank]] = {}
     for rank in sorted(checkpoint.ranks, key=lambda rank: (rank.stage, rank.tensor)):
         stages.setdefault(rank.stage, []).append(rank)
+    width = range(len(stages[min(stages)]))
+    if any([rank.tensor for rank in ranks] != [*width] for ranks in stages.values()) or len(stages) <= max(stages):
+        names = listed((rank.name for rank in checkpoint.ranks), 40)
+        raise IncompleteError(f"not every rank has a part of every pipeline stage: there are {names}", checkpoint.url)
     joining = _Joining(rules, same, several=len(stages) > 1)
     for number, ranks in enumerate(stages.values()):
         joining.add(number, ranks)
@@ -436,7 +450,7 @@ class _Joining:
         if not self.problems:
             return
         found = [f"{what}: {_folded(keys)}" if keys else what for what, keys in self.problems.items()]
-        if "no rule for" in self.problems and (wrong := self.rules.misspelled(list(self.keys))):
+        if "no rule for" in self.problems and (wrong := self.rules.misspelled(list(self.keys)[:2000])):
             found.append(f"patterns that fit no key: {listed(wrong)}")
         raise UsageError(f"cannot be joined by {self.rules.name}: {'; '.join(found)}", url)
 

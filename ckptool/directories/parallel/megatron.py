@@ -14,15 +14,17 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 from ckptool.core.checkpoint import Checkpoint, Rank
+from ckptool.core.modules import is_module
 from ckptool.core.tree import as_mapping, attributes
 from ckptool.directories.names import sets_in
 from ckptool.directories.parallel.joining import is_model, listing
 from ckptool.errors import FormatError, IncompleteError, listed
 from ckptool.io.probe import Probe
+from ckptool.io.source import names_in
 
 LABEL = "megatron"
 
@@ -44,7 +46,7 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     Raises: IncompleteError if no rank has a file; FormatError, and what opening one raises.
     """
     found = sorted((match[0], match.groups()) for name in probe.names if (match := RANK.fullmatch(name)))
-    absent = []
+    absent, left = [], []
     ranks: list[_File] = []
     for name, numbers in found:
         path = next(
@@ -52,11 +54,15 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
         )
         if path:
             ranks.append(_File(name, tuple(int(number) for number in numbers if number), open_(path)))
+            other = sorted({*names_in(os.path.join(probe.path, name))} - {os.path.basename(path)})
+            left += [f"{name}/{file}" for file in other]
         else:
             absent.append(f"{name}/{FILES[0]}")
     if not ranks:
         raise IncompleteError(f"a Megatron-LM checkpoint without a file of a rank: {listed(absent)}", probe.path)
-    return _listed(probe.path, ranks, absent)
+    left += [name for name in probe.names if not RANK.fullmatch(name)]
+    opened = _listed(probe.path, ranks, absent)
+    return replace(opened, notes=(*opened.notes, f"also here, and not read: {listed(left)}")) if left else opened
 
 
 class _File(NamedTuple):
@@ -71,9 +77,14 @@ class _File(NamedTuple):
         """Returns {name: model}, of chunks in their order. Raises: FormatError if there is none."""
         content = as_mapping(self.checkpoint.tree) or {}
         models = {name: content[name] for name in sorted(filter(is_model, content), key=lambda name: (len(name), name))}
-        if not models:
+        if not models or any(as_mapping(model) is None and not is_module(model) for model in models.values()):
             raise FormatError(f"a file of Megatron-LM without a model: it has {listed(content)}", self.checkpoint.url)
         return models
+
+    @property
+    def parts(self) -> dict[str, Checkpoint]:
+        """Returns {name: the file with that model at root}."""
+        return {name: replace(self.checkpoint, root=(name,)) for name in self.models}
 
     def size(self, name: str) -> int:
         """Returns a number of the arguments of the run; 0 if it is not there."""
@@ -86,27 +97,41 @@ def _listed(directory: str, files: Sequence[_File], absent: list[str]) -> Checkp
     first = files[0]
     sizes = [first.size(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline", "expert")]
     width = max(len(file.numbers) for file in files)
-    kinds = [0, 2] if width == 2 and sizes[1] == 1 and sizes[2] > 1 else [0, 1, 2][:width]
+    kinds = [0, 2] if width == 2 and _are_experts(files, sizes[1], sizes[2]) else [0, 1, 2][:width]
     at = {tuple(dict(zip(kinds, file.numbers, strict=False)).get(kind, 0) for kind in range(3)): file for file in files}
+    if len(at) < len(files) or any(len(file.numbers) < width for file in files):
+        names = listed(file.name for file in files)
+        raise FormatError(f"ranks of two runs, whose names do not go together: {names}", directory)
     counts = [max(max(place[kind] for place in at) + 1, sizes[kind] if kind in kinds else 0) for kind in range(3)]
-    if counts[0] * counts[1] * counts[2] > len(at):
-        gone = [place for place in product(*map(range, counts)) if place not in at]
-        absent = list(
-            dict.fromkeys([*absent, *(f"{_name([place[kind] for kind in kinds])}/{FILES[0]}" for place in gone)])
-        )
-    problems = [f"missing ranks: {listed(absent)}"] if absent else []
+    missing = counts[0] * counts[1] * counts[2] - len(at)
+    if missing:  # of names such as mp_rank_9999_9999 only a few are looked for
+        places = (place for place in product(*map(range, counts)) if place not in at)
+        gone = [f"{_name([place[kind] for kind in kinds])}/{FILES[0]}" for place in islice(places, 8)]
+        absent = [*gone, *(f"{missing - len(gone):,} more" for _ in range(missing > len(gone)))]
+    problems = [f"missing ranks: {', '.join(absent)}"] if absent else []
     ranks: list[Rank] = []
     tree: dict[str, Any] = {}
     for (tensor, stage, expert), file in at.items():
-        models = file.models
-        for chunk, name in enumerate(models):
+        models, parts = file.models, file.parts
+        for name, part in parts.items():
             called = file.name if len(models) == 1 else f"{file.name}/{name}"
-            part = replace(file.checkpoint, root=(name,))
+            chunk = int(name.removeprefix("model") or 0)
             ranks.append(Rank(called, tensor, chunk * counts[1] + stage, part, expert))
         tree[file.name] = next(iter(models.values())) if len(models) == 1 else models
     if len(ranks) == 1 and not problems:
         return replace(first.checkpoint, format=LABEL)
     return listing(LABEL, directory, ranks, tree, (file.checkpoint for file in files), problems)
+
+
+def _are_experts(files: Sequence[_File], stages: int, experts: int) -> bool:
+    """Returns whether the second number of a name is that of experts: by the arguments of the run, else by the keys.
+
+    The first stage has embeddings and the last one what follows the layers; ranks of experts have the same keys.
+    """
+    if stages or experts:
+        return stages == 1 or (not stages and experts > 1)
+    first, last = (list(file.parts.values()) for file in (files[0], files[-1]))
+    return len(files) > 1 and [one.entries().keys() for one in first] == [one.entries().keys() for one in last]
 
 
 def _name(numbers: Sequence[int]) -> str:
