@@ -51,13 +51,9 @@ def storages(
     """Returns the function from a persistent id to its storage, the same one for equal keys: for one or more pickles.
 
     The storage of a key, which may be an integer if ``numbers``, is the member ``prefix`` key ``suffix``; ``pickle``
-    names what is read in errors. Raises: FormatError for a byte order that there is not.
+    names what is read in errors. Raises: FormatError.
     """
-    members = archive.members
-    order = archive.record("byteorder", MAX_BYTEORDER)
-    if order not in (None, b"little", b"big"):
-        raise FormatError(f"its byteorder record reads {order!r}")
-    byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
+    members, byteorder = archive.members, byteorder_of(archive)
     known: dict[str, Storage] = {}
     kinds: dict[tuple[Any, Any, Any], tuple[str | None, str, int]] = {}
 
@@ -93,6 +89,14 @@ def storages(
         return storage if typed == dtype else rebuild.StorageView(storage, 0, dtype)
 
     return persistent_load
+
+
+def byteorder_of(archive: Archive) -> Literal["little", "big"]:
+    """Returns the byte order of the storages. Raises: FormatError for one that there is not."""
+    order = archive.record("byteorder", MAX_BYTEORDER)
+    if order not in (None, b"little", b"big"):
+        raise FormatError(f"its byteorder record reads {order!r}")
+    return "big" if order == b"big" else "little"
 
 
 def refuse_ambiguous(archive: Archive, data: str) -> None:

@@ -457,6 +457,24 @@ def test_packed_again_with_compression_raw_weights_are_read_and_nested_files_ref
         open_checkpoint(path)
 
 
+def test_a_big_endian_archive_has_its_own_values(tmp_path: Path) -> None:
+    """torch reads the bytes in the order of the machine, whatever the archive says."""
+    path = now("transient buffers are constants", tmp_path / "m.pt2")
+
+    def swapped(name: str, data: bytes) -> bytes:
+        if name.endswith("/byteorder"):
+            return b"big"
+        raw = name.rpartition("/")[2].startswith(("weight_", "tensor_"))
+        return torch.frombuffer(bytearray(data), dtype=torch.float32).numpy().byteswap().tobytes() if raw else data
+
+    opened = open_checkpoint(changed(path, swapped))
+    save(opened, tmp_path / "out.pth")
+    written = torch.load(tmp_path / "out.pth")["state_dict"]
+    assert torch.equal(written["w"], torch.ones(2))
+    with pytest.raises(FormatError, match="byteorder record reads b'odd'"):
+        open_checkpoint(changed(path, instead("/byteorder", b"odd")))
+
+
 def test_a_configuration_may_not_be_endless(tmp_path: Path) -> None:
     path = now("transient buffers are constants", tmp_path / "m.pt2")
     zeros = lambda name, data: data + b" " * 50_000_000 if name.endswith("weights_config.json") else data  # noqa: E731

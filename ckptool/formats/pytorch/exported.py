@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
@@ -34,7 +34,7 @@ from ckptool.io.source import Section, locate
 from ckptool.io.zip_read import Member
 from ckptool.limits import MAX_BYTEORDER, MAX_INDEX
 from ckptool.pickling import torch_calls as rebuild
-from ckptool.pickling.archives import refuse_ambiguous, unpickled
+from ckptool.pickling.archives import byteorder_of, refuse_ambiguous, unpickled
 
 T = TypeVar("T")
 
@@ -87,8 +87,7 @@ class _Archive:
         self.fake: list[str] = []
         self._saved: dict[str, Any] = {}
         self._storages: dict[str, tuple[Storage, str]] = {}
-        order = probe.record("byteorder", MAX_BYTEORDER)
-        self._byteorder: Literal["little", "big"] = "big" if order == b"big" else "little"
+        self._byteorder = byteorder_of(probe)
 
     def serialized(self) -> dict[str, Any]:
         """Returns the tree of an archive of torch 2.1 to 2.7."""
