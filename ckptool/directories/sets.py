@@ -50,6 +50,8 @@ INSIDE = {
 }
 """Patterns of the names of directories in another one that hold its weights, and who looks for them."""
 
+_INSIDE = re.compile("|".join(f"({mark})" for mark in INSIDE))
+
 DISTRIBUTED = re.compile(r"(__\d{1,9})?\.metadata|.*\.distcp|shard-\d+-model-\d+-of-\d+\.safetensors", re.DOTALL)
 """Names of files of distributed checkpoints."""
 
@@ -199,8 +201,11 @@ def _inside(directory: str, names: Sequence[str]) -> Choice | None:
 
 def inside(directory: str, names: Iterable[str]) -> dict[str, str]:
     """Returns {directory in it whose name says that weights are in it: whose layout that is}."""
-    marks = {name: loader for name in names for mark, loader in INSIDE.items() if re.fullmatch(mark, name)}
-    return {name: loader for name, loader in marks.items() if os.path.isdir(os.path.join(directory, name))}
+    loaders = list(INSIDE.values())
+    found = [(name, mark.lastindex) for name in names if (mark := _INSIDE.fullmatch(name))]
+    return {
+        name: loaders[number - 1] for name, number in found if number and os.path.isdir(os.path.join(directory, name))
+    }
 
 
 def _refuse_backend(directory: str, names: Sequence[str]) -> None:
