@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise, product
@@ -302,7 +303,7 @@ def check(
     plain = names.looking_through(named)
     fitting = _fitting(schema.rules, {name: plain(name) for name in named})
     failures: list[Failure] = []
-    sizes = {name: (size, "[sizes]") for name, size in schema.sizes.items()}
+    sizes = _sizes(schema, fitting, named)
     for rule, keys in zip(schema.rules, fitting, strict=True):
         failures += _counted(rule, keys, list(map(plain, keys)))
         for key in keys:
@@ -357,24 +358,38 @@ def _wanted(rule: Rule) -> Iterator[str] | None:
     return (_CAPTURE.sub(lambda match, row=row: str(row[match[1]]), rule.pattern) for row in rows)  # type: ignore[misc]
 
 
-def _compared(rule: Rule, key: str, tensor: TensorInfo, sizes: dict[str, tuple[int, str]]) -> list[Failure]:
-    """Returns how a tensor differs from its rule; a name without a size gets the tensor's."""
+def _sizes(
+    schema: Schema, fitting: Sequence[Sequence[str]], named: Mapping[str, TensorInfo]
+) -> dict[str, tuple[int, str]]:
+    """Returns {name: (its size, where it is from)}: what the schema gives, else the size that most tensors have."""
+    found = {name: (size, "[sizes]") for name, size in schema.sizes.items()}
+    votes: dict[str, Counter[int]] = {}
+    first: dict[tuple[str, int], str] = {}
+    for rule, keys in zip(schema.rules, fitting, strict=True):
+        names_at = [(at, one) for at, one in enumerate(rule.shape or ()) if isinstance(one, str) and one != "?"]
+        for key in keys if names_at else ():
+            shape = named[key].shape
+            if shape is None or len(shape) != len(rule.shape or ()):
+                continue
+            for at, name in names_at:
+                votes.setdefault(name, Counter())[shape[at]] += 1
+                first.setdefault((name, shape[at]), key)
+    for name, counts in votes.items():
+        ((size, _),) = counts.most_common(1)
+        found.setdefault(name, (size, first[name, size]))
+    return found
+
+
+def _compared(rule: Rule, key: str, tensor: TensorInfo, sizes: Mapping[str, tuple[int, str]]) -> list[Failure]:
+    """Returns how a tensor differs from its rule."""
     failures = []
     if rule.dtypes and tensor.dtype not in rule.dtypes:
         failures.append(Failure("dtype", rule.pattern, key, " or ".join(rule.dtypes), tensor.dtype))
     shape = tensor.shape
     if rule.shape is None or (names.is_counter(key) and {rule.shape, shape} <= {(), (1,)}):
         return failures
-    fits = shape is not None and len(shape) == len(rule.shape)
-    used: dict[str, tuple[int, str]] = {}
-    for wanted, size in zip(rule.shape, shape or (), strict=False) if fits else ():
-        if isinstance(wanted, str) and wanted != "?":
-            used[wanted] = sizes.get(wanted) or used.get(wanted) or (size, key)
-            fits &= used[wanted][0] == size
-        elif wanted != "?":
-            fits &= wanted == size
-    if fits:
-        sizes.update(used)
+    sized = [sizes[one][0] if isinstance(one, str) and one in sizes else one for one in rule.shape]
+    if shape is not None and len(shape) == len(sized) and all(a in ("?", b) for a, b in zip(sized, shape, strict=True)):
         return failures
     wanted_names = [one for one in dict.fromkeys(rule.shape) if isinstance(one, str) and one in sizes]
     said = [f"{name} = {sizes[name][0]} of {sizes[name][1]}" for name in wanted_names]

@@ -123,6 +123,14 @@ def test_the_text_says_what_was_expected_and_found(run: Run) -> None:
     assert "unlisted extra 2 float32" in lines
 
 
+def test_the_one_tensor_that_disagrees_is_named_even_if_it_is_the_first(run: Run) -> None:
+    said = failures(run, changed(embed__weight=torch.zeros(9, 6)))
+    assert said == [("shape", "embed.weight", "embed.weight")]
+    schema = 'schema = 1\n[keys]\nw = { shape = ["n", "n"] }\n'
+    assert failures(run, {"w": torch.zeros(3, 3)}, schema) == []
+    assert failures(run, {"w": torch.zeros(3, 4)}, schema) == [("shape", "w", "w")]
+
+
 def test_sizes_that_are_given_hold_for_the_whole_file(run: Run) -> None:
     schema = SCHEMA.replace("[keys]", "[sizes]\nhidden = 4\n[keys]")
     assert failures(run, model(), schema) == []
