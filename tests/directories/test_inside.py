@@ -174,6 +174,19 @@ def test_a_tracker_that_is_no_file_is_refused_in_a_line(kind: str, tmp_path: Pat
         ckptool.open(tmp_path)
 
 
+def test_stacked_layers_are_unstacked_by_two_rules(tmp_path: Path) -> None:
+    layers = torch.randn(3, 4, 5)
+    megatron(tmp_path, 10, layers)
+    rules = [
+        {"reshape": "decoder.w", "shape": [12, 5]},
+        {"split": "decoder.w", "into": [f"decoder.layers.{number}.w" for number in range(3)]},
+    ]
+    found, _ = ckptool.remap(tmp_path, rules)
+    tensors = found.to_torch()
+    for number in range(3):
+        assert torch.equal(tensors[f"decoder.layers.{number}.w"], layers[number])
+
+
 @pytest.mark.parametrize("text", ["7", "", "../x", "x" * 100, "-5", "٣", "metadata"])
 def test_an_iteration_that_is_not_there_is_incomplete(text: str, tmp_path: Path) -> None:
     megatron(tmp_path, 10, torch.ones(1))
