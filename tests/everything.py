@@ -40,6 +40,7 @@ EVERY = [
     "dense.gguf",
     "detectron2.pkl",
     "agent.zip",
+    "arrays.joblib",
 ]
 
 # What safetensors has no place for; every other fixture must be writable.
@@ -85,6 +86,10 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
         return dict(torch.jit.load(path).state_dict(keep_vars=True))
     if name == "exported.pt2":
         return dict(torch.export.load(path).state_dict)
+    if name == "arrays.joblib":
+        import make
+
+        return {key: numbers(one) for key, one in make.joblib_arrays().items()}
     if name == "agent.zip":
         with zipfile.ZipFile(path) as archive:
             return dict(torch.load(io.BytesIO(archive.read("policy.pth"))))

@@ -130,7 +130,11 @@ def test_formats_do_not_see_each_other() -> None:
 
 def test_no_format_is_asked_for_by_name_outside_formats() -> None:
     """But ``torch`` and ``torch.package``, which are names of packages too."""
-    words = {word for row in ckptool.formats.FORMATS for word in (row.name, row.label)} - {"torch", "torch.package"}
+    words = {word for row in ckptool.formats.FORMATS for word in (row.name, row.label)} - {
+        "torch",
+        "torch.package",
+        "joblib",
+    }
     modules = {row.module for row in ckptool.formats.FORMATS}
     found = []
     for path in files(PACKAGE):

@@ -238,6 +238,7 @@ FORMATS = (
         ending="-sharded-bin", holds=Holds(ties=True, devices=True), kind="bin",
     ),
     Format("lock", "lock", "ckptool.formats.lock", (b"# ckptool lock ", b"{")),
+    Format("joblib", "joblib", "ckptool.formats.joblib", (b"\x80",), holds=WHOLE, family="torch"),
     Format("pickle", "pickle", "ckptool.formats.pytorch.plain_pickle", (b"",), holds=WHOLE, family="torch"),
 )  # fmt: skip
 """The formats, in the order in which they are tried. A plain pickle has no magic number, so it is last."""

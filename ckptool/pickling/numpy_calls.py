@@ -166,7 +166,7 @@ class _Replacing:
         if found is None:
             return None
         raw, kind, shape, order, axes = found
-        row = _dtype(kind)
+        row = dtype_of(kind)
         if row is None:
             return None
         dtype, byteorder = row
@@ -223,7 +223,7 @@ def _is_plain_ndarray(node: PyObject) -> bool:
     return isinstance(kind, Global) and (kind.module, kind.qualname) == ("numpy", "ndarray")
 
 
-def _dtype(node: Any) -> tuple[str, ByteOrder] | None:
+def dtype_of(node: Any) -> tuple[str, ByteOrder] | None:
     """Returns torch's name and the byte order of a pickled dtype; None for one that torch lacks or of unknown form."""
     if not isinstance(node, PyObject) or (node.module, node.qualname) != ("numpy", "dtype") or len(node.args) != 3:
         return None
@@ -232,7 +232,10 @@ def _dtype(node: Any) -> tuple[str, ByteOrder] | None:
         dtype = name.qualname if name.module == "ml_dtypes" and name.qualname in DTYPES else None
     else:
         dtype = _NAMES.get(name) if isinstance(name, str) else None
-    if dtype is None or not isinstance(state, tuple) or len(state) != 8 or state[0] != 3 or state[2:] != _PLAIN:
+    if dtype is None or not isinstance(state, tuple) or len(state) != 8 or state[0] != 3:
+        return None
+    nbytes = DTYPES[dtype].bits // 8
+    if state[2:] not in (_PLAIN, (None, None, None, nbytes, nbytes, 64) if isinstance(name, Global) else _PLAIN):
         return None
     if state[1] == "|" and DTYPES[dtype].bits == 8:
         return dtype, "little"

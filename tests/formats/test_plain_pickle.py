@@ -19,7 +19,7 @@ from oracles import FIXTURES, Run
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
+from ckptool.errors import CkptoolError, FormatError, LimitError
 from ckptool.io.source import Files
 from ckptool.limits import limited
 from ckptool.values.blocks import read_bytes
@@ -326,12 +326,8 @@ def test_what_follows_a_pickle_is_refused_and_so_is_half_of_one(tmp_path: Path) 
             open_checkpoint(path)
 
 
-def test_joblibs_files_and_what_a_nested_stream_names(tmp_path: Path) -> None:
+def test_what_a_nested_stream_names(tmp_path: Path) -> None:
     path = tmp_path / "given.pkl"
-    wrapper = b"cjoblib.numpy_pickle\nNumpyArrayWrapper\n)\x81}b"
-    path.write_bytes(b"\x80\x03}U\x01w" + wrapper + b"\x0f" + b"\xff" * 15 + bytes(64) + b"s.")
-    with pytest.raises(UnsupportedError, match="joblib"):
-        open_checkpoint(path)
     stream = io.BytesIO()
     torch.save(torch.ones(2).storage(), stream, _use_new_zipfile_serialization=False)
     pid = stream.getvalue()

@@ -33,7 +33,10 @@ _STREAM = (
 """The first bytes of torch's legacy format: magic number, version, and the system info of a little-endian machine."""
 
 _REFUSED = {
-    ("joblib.numpy_pickle", "NumpyArrayWrapper"): "a joblib file, whose arrays lie between the pieces of its pickle",
+    **dict.fromkeys(
+        (("joblib.numpy_pickle", "NDArrayWrapper"), ("joblib.numpy_pickle", "ZNDArrayWrapper")),
+        "a joblib file of before 0.10, whose arrays are in files beside it",
+    ),
     ("torch.distributed.checkpoint.metadata", "Metadata"): "the .metadata of a distributed checkpoint (DCP), renamed",
 }
 
@@ -52,11 +55,7 @@ def read(probe: Probe) -> Checkpoint:
     if file.size > MAX_PICKLE.now():
         raise MAX_PICKLE.passed("the pickle is too long", file.size)
     pickled = file.read(0, file.size)
-    try:
-        end = pickles.scan(pickled)
-    except FormatError:
-        _refuse_joblib(pickled)
-        raise
+    end = pickles.scan(pickled)
     nested = _Nested(file.span(0, 0))
     builders = {**rebuild.builders, _STORAGE: nested.storage}
     tree, names = pickles.load(pickled, builders=builders)
@@ -72,12 +71,6 @@ def read(probe: Probe) -> Checkpoint:
 
 
 _STORAGE = ("torch.storage", "_load_from_bytes")
-
-
-def _refuse_joblib(pickled: bytes) -> None:
-    (module, qualname), what = next(iter(_REFUSED.items()))
-    if module.encode() in pickled[:65536] and qualname.encode() in pickled[:65536]:
-        raise UnsupportedError(f"{what}, which is not supported yet")
 
 
 class _Nested:
