@@ -43,7 +43,7 @@ STATE = re.compile(
 
 INSIDE = {
     r"pytorch_model_fsdp_\d+": "accelerate",
-    r"iter_\d{7}|release": "Megatron-LM",
+    r"iter_\d{7,9}|release": "Megatron-LM",
     r"checkpoint-\d+": "transformers' Trainer",
     "sharded": "torch's HuggingFaceStorageReader",
     "weights": "NeMo",

@@ -544,6 +544,9 @@ def test_the_iteration_is_the_one_that_the_file_beside_it_names(tmp_path: Path) 
     refused(IncompleteError, "there is no 'iter_0000010', but release")
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("release\n")
     assert ckptool.open("run").url == "run/release"
+    (tmp_path / "run" / "release").rename(tmp_path / "run" / "iter_10000000")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("10000000")
+    assert ckptool.open("run").url == "run/iter_10000000"
 
 
 def test_the_older_model_in_nested_containers_is_joined(tmp_path: Path) -> None:

@@ -96,15 +96,21 @@ class Rule(NamedTuple):
     pattern: str
     join: Join
 
-    def fits(self, key: str) -> Join | None:
-        """Returns how a key's pieces are joined, with what the pattern captured filled into ``by``."""
+    def test(self) -> Callable[[str], bool]:
+        """Returns the test for keys that it is for."""
         if "{" not in self.pattern:
-            return self.join if names.matches(self.pattern, key) else None
+            return partial(names.matches, self.pattern)
         pattern = segments.compiled(self.pattern)
-        if pattern.captured(key) is None:
-            return None
-        filled = segments.replacement(self.join.by, pattern.captures)
-        return self.join._replace(by=pattern.substitute(filled, key)) if filled else self.join
+        literal, match = pattern.literal, pattern.regex.fullmatch
+        return lambda key: literal in key and match(f"{key}.") is not None
+
+    def filled(self, key: str) -> Join:
+        """Returns how a key's pieces are joined, with what the pattern captured filled into ``by``."""
+        if "{" not in self.pattern or not self.join.by:
+            return self.join
+        pattern = segments.compiled(self.pattern)
+        by = pattern.substitute(segments.replacement(self.join.by, pattern.captures), key)
+        return self.join._replace(by=by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +166,20 @@ class JoinRules:
             vocab_size=given.get("vocab_size", base.vocab_size),
         )  # fmt: skip
 
-    def find(self, key: str) -> Join | None:
-        """Returns how a key's pieces are joined; None if no rule covers it."""
-        return next((join for rule in reversed(self.rules) if (join := rule.fits(key)) is not None), None)
+    def finder(self) -> Callable[[str], Join | None]:
+        """Returns the function from a key to how its pieces are joined; None if no rule covers it."""
+        tests = [(rule.test(), rule) for rule in reversed(self.rules)]
+
+        def find(key: str) -> Join | None:
+            return next((rule.filled(key) for test, rule in tests if test(key)), None)
+
+        return find
 
     def misspelled(self, keys: Sequence[str]) -> list[str]:
         """Returns the patterns that fit no key, where one like them would."""
         found = []
         for rule in self.rules:
-            if not any(rule.fits(key) for key in keys):
+            if not any(map(rule.test(), keys)):
                 like = names.near_pattern(re.sub(r"\{\w+\}", "*", rule.pattern), keys)
                 found += [f"{rule.pattern}{like}"] if like else []
         return found
@@ -261,7 +272,7 @@ class _Joining:
     """
 
     def __init__(self, rules: JoinRules, same: Same, several: bool) -> None:
-        self.rules, self.same, self.several = rules, same, several
+        self.rules, self.same, self.several, self.find = rules, same, several, rules.finder()
         self.tensors: dict[str, tuple[Path, TensorInfo]] = {}
         self.objects: dict[str, tuple[Path, Any]] = {}
         self.problems: dict[str, list[str]] = {}
@@ -338,7 +349,7 @@ class _Joining:
     def _add_tensor(
         self, name: str, path: Path, key: str, pieces: Sequence[TensorInfo], beside: Mapping[str, tuple[Path, Any]]
     ) -> None:
-        way = self.rules.find(key)
+        way = self.find(key)
         if way is None:
             self.problems.setdefault("no rule for", []).append(f"{name} ({dims(pieces[0].shape)})")
             return
