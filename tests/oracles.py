@@ -30,6 +30,10 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CANARY = "CKPTOOL_CANARY_EXECUTED"
 
 
+seed_torch = torch.default_generator.manual_seed
+"""Seeds the CPU alone: `torch.manual_seed` formats a traceback for each kind of device, some ms under pytest."""
+
+
 def content() -> dict[str, bytes | None]:
     """All that the current directory holds: files with their bytes, directories with None."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}

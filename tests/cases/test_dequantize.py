@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import Run, Saved, load
+from oracles import Run, Saved, load, seed_torch
 from safetensors.torch import load_file, save_file
 
 import ckptool
@@ -23,14 +23,14 @@ Tensor = torch.Tensor
 
 
 def numbers(*shape: int, dtype: torch.dtype = F8) -> Tensor:
-    torch.manual_seed(sum(shape))
+    seed_torch(sum(shape))
     if dtype == torch.int8:
         return torch.randint(-127, 128, shape, dtype=dtype)
     return (torch.randn(shape) * 100).clamp(-200, 200).to(dtype)
 
 
 def scales(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    torch.manual_seed(1 + sum(shape))
+    seed_torch(1 + sum(shape))
     return (torch.rand(shape) * 1e-3 + 1e-5).to(dtype)
 
 
@@ -43,7 +43,7 @@ def blocked(weight: Tensor, scale: Tensor, size: int) -> Tensor:
 @pytest.fixture
 def fp8() -> dict[str, Tensor]:
     """A layer as DeepSeek writes it."""
-    torch.manual_seed(0)
+    seed_torch(0)
     w = torch.randn(256, 256) * 0.02
     s = w.abs().max() / 448
     state = {

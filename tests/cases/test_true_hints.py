@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import Run, Saved, State, thinned
+from oracles import Run, Saved, State, seed_torch, thinned
 
 SHAPES: list[tuple[int, ...]] = [
     (2,),
@@ -126,7 +126,7 @@ def test_every_hint_added_to_its_command_gives_the_number_that_it_promised(step:
     given = 0
     for seed in range(0, 4000, step):
         dice = random.Random(seed)
-        torch.manual_seed(seed)
+        seed_torch(seed)
         base, other = net(dice), net(dice)
         one, two = changed(dice, base), changed(dice, base)
         source, target = saved(nested(dice, one, other), "one.pth"), saved(nested(dice, two, other), "two.pth")

@@ -106,19 +106,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a dict"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_keys_are_exactly_those_of_the_live_state_dict(name: str, inside: bool, saved: Saved) -> None:
+def test_the_keys_are_exactly_those_of_the_live_state_dict(name: str, saved: Saved) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
     live = model.state_dict()
-    opened = ckptool.open(saved({"epoch": 3, "model": model} if inside else model))
-    assert list(opened.entries()) == list(live)
-    state = saved(live, "state.pth")
-    if opened.state_dict():
-        ours, theirs = (ckptool.inspect(one, hashes=True) for one in (opened, state))
-        assert ours.hash == theirs.hash is not None
-        assert [row.key for row in ours.inside] or not any(map(ckptool.open(state).hidden().get, live))
+    state = ckptool.open(saved(live, "state.pth"))
+    for content in (model, {"epoch": 3, "model": model}):
+        opened = ckptool.open(saved(content))
+        assert list(opened.entries()) == list(live)
+        if opened.state_dict():
+            ours, theirs = (ckptool.inspect(one, hashes=True) for one in (opened, state))
+            assert ours.hash == theirs.hash is not None
+            assert [row.key for row in ours.inside] or not any(map(state.hidden().get, live))
 
 
 def test_a_quantised_model_written_as_its_state_dict_loads_strictly(saved: Saved, run: Run) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, torch_load
+from oracles import FIXTURES, seed_torch, torch_load
 from safetensors.torch import save_file
 
 import ckptool
@@ -351,7 +351,7 @@ FLOATS = ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_
 @pytest.mark.parametrize("name", FLOATS)
 def test_max_abs_and_relative_l2_are_those_that_torch_computes(name: str, saved: Saved) -> None:
     dtype = getattr(torch, name)
-    torch.manual_seed(5)
+    seed_torch(5)
     wide = torch.complex128 if dtype.is_complex else torch.float64
     base, other = torch.randn(41, 13, dtype=wide), torch.randn(41, 13, dtype=wide)
     a, b = base.to(dtype), (base + 0.5 * other).to(dtype)
@@ -366,7 +366,7 @@ def test_max_abs_and_relative_l2_are_those_that_torch_computes(name: str, saved:
 @pytest.mark.parametrize("name", ["bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
 def test_integers_and_booleans_are_compared_exactly_and_never_close(name: str, saved: Saved, run: Run) -> None:
     dtype = getattr(torch, name)
-    torch.manual_seed(6)
+    seed_torch(6)
     a = torch.randint(0, 2 if name == "bool" else 100, (7, 5)).to(dtype)
     b = a.clone()
     b.view(-1)[11] = 1 - int(a.view(-1)[11])
@@ -417,7 +417,7 @@ def test_integers_of_two_dtypes_are_exact_too(saved: Saved) -> None:
 @pytest.mark.parametrize("atol", [0.0, 1e-8, 1e-3])
 @pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "complex64"])
 def test_close_is_what_torch_allclose_calls_close(rtol: float, atol: float, name: str, saved: Saved) -> None:
-    torch.manual_seed(7)
+    seed_torch(7)
     dtype = getattr(torch, name)
     base = torch.randn(30, dtype=torch.float64)
     for step in (1e-9, 1e-6, 1e-3, 1e-1):
@@ -501,7 +501,7 @@ def test_two_dtypes_are_compared_after_upcasting_and_differ_as_dtypes(one: str, 
 
 
 def test_rounding_to_a_smaller_dtype_is_measured(saved: Saved) -> None:
-    torch.manual_seed(8)
+    seed_torch(8)
     a = torch.randn(1000)
     b = a.bfloat16()
     row = ckptool.diff(*pair(saved, {"w": a}, {"w": b}), values=True).values[0]
@@ -529,7 +529,7 @@ def test_views_are_compared_by_their_own_elements(saved: Saved) -> None:
 
 @pytest.mark.parametrize("count", [2**18, 2**18 + 1, 3 * 2**18 - 7])
 def test_large_tensors_are_compared_across_blocks(count: int, saved: Saved) -> None:
-    torch.manual_seed(9)
+    seed_torch(9)
     a = torch.randn(count)
     for position in (0, 2**18 - 1, count - 1):
         b = a.clone()

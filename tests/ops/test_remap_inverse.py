@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, Run, Saved, State, assert_identical, bits, tied_groups
+from oracles import FIXTURES, Run, Saved, State, assert_identical, bits, seed_torch, tied_groups
 from remapping import (
     CASES,
     DTYPES,
@@ -67,7 +67,7 @@ class Author:
         self.random = random.Random(seed)
 
     def state(self) -> State:
-        torch.manual_seed(self.random.randrange(1 << 30))
+        seed_torch(self.random.randrange(1 << 30))
         dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.float8_e5m2, torch.complex64, torch.bool]
         state: State = OrderedDict()
         for i in range(self.random.randint(2, 4)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import bits
+from oracles import bits, seed_torch
 from torch import nn
 
 import ckptool
@@ -19,7 +19,7 @@ Saved = Callable[..., Path]
 
 
 def net(classes: int = 6, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
+    seed_torch(seed)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, classes))
 
 
@@ -563,7 +563,7 @@ def test_a_class_named_like_torchs_is_not_taken_for_it(saved: Saved) -> None:
     class Head(nn.Linear):
         pass
 
-    torch.manual_seed(0)
+    seed_torch(0)
     model = nn.ModuleDict({"stem": Embedding(), "head": Head(400, 300)})
     report = ckptool.load_partial(model, None, init={"*": "default"})
     rules = {row.key: row.detail for row in report.rows}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import CANARY, FIXTURES, Run, bits, content
+from oracles import CANARY, FIXTURES, Run, bits, content, seed_torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -65,7 +65,7 @@ value = 5
 
 
 def net(classes: int = 6, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
+    seed_torch(seed)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, classes))
     model(torch.randn(8, 3, 4, 4))
     return model
@@ -364,7 +364,7 @@ def adapted(run: Run, old: torch.Tensor, new: torch.Tensor, adapter: str) -> tup
 
 
 def test_each_adapter_by_command_and_by_python(run: Run) -> None:
-    torch.manual_seed(0)
+    seed_torch(0)
     old, new = torch.randn(6, 4), torch.randn(9, 4)
     made, row = adapted(run, old, new, "rows")
     assert torch.equal(made, torch.cat([old, new[6:]]))
@@ -556,7 +556,7 @@ def test_an_error_is_a_document_too(run: Run, pair: Any) -> None:
 def trained(model: nn.Module) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for seed in range(3):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         optimizer.zero_grad()
         model(torch.randn(4, 3, 4, 4)).square().sum().backward()
         optimizer.step()

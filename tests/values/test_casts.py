@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracles import seed_torch
 from safetensors.torch import load_file
 
 import ckptool
@@ -25,7 +26,7 @@ EDGES = [
 
 def values(name: str) -> list[torch.Tensor]:
     dtype = getattr(torch, name)
-    torch.manual_seed(0)
+    seed_torch(0)
     bits = torch.randint(0, 256, ((1 << 16) * dtype.itemsize,), dtype=torch.uint8).view(dtype)
     if dtype.itemsize == 2:
         bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)  # every one there is
@@ -72,7 +73,7 @@ def test_a_large_cast_is_made_ahead_of_its_writing_and_is_the_same(
     dtype: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "COMPUTED_AHEAD", 1 << 16)
-    torch.manual_seed(0)
+    seed_torch(0)
     state = {"a": torch.randn(1_300_001), "b": torch.randn(3), "c": torch.randn(600_000)}
     torch.save(state, tmp_path / "in.pth")
     out = tmp_path / f"out{suffix}"

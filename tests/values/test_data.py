@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, bits
+from oracles import FIXTURES, bits, seed_torch
 
 from ckptool.api import open as open_checkpoint
 from ckptool.api import save
@@ -41,7 +41,7 @@ def deflate(path: Path) -> Path:
 @pytest.mark.parametrize("seed", range(30))
 def test_any_view_gives_torchs_elements_in_c_order(seed: int, saved: Saved) -> None:
     rng = random.Random(seed)
-    torch.manual_seed(seed)
+    seed_torch(seed)
     dtype = rng.choice([torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex64, torch.bool])
     base = torch.randint(0, 2, (6, 7, 5)).to(dtype)
     views = {}
@@ -74,7 +74,7 @@ def test_large_views_come_in_blocks_and_are_whole(rows: int, saved: Saved) -> No
 
 
 def test_blocks_of_a_deflated_file_are_whole_elements(saved: Saved) -> None:
-    torch.manual_seed(1)
+    seed_torch(1)
     tensor = torch.randn(300_001, dtype=torch.float64)
     found = open_checkpoint(deflate(saved({"w": tensor[1:]}))).state_dict()["w"]
     with Files() as files:
@@ -114,7 +114,7 @@ def test_a_big_endian_view_is_swapped_element_by_element(tmp_path: Path, saved: 
      ("bool", "uint8")],
 )  # fmt: skip
 def test_a_cast_gives_what_torch_gives(source: str, target: str, saved: Saved) -> None:
-    torch.manual_seed(2)
+    seed_torch(2)
     tensor = (torch.randn(40_000, 9) * 3).to(getattr(torch, source))
     for view in (tensor, tensor.t(), tensor[5:6, 2]):
         found = open_checkpoint(saved({"w": view}, "w.pth")).state_dict()["w"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import FIXTURES, bits
+from oracles import FIXTURES, bits, seed_torch
 
 from ckptool.core.dtypes import DTYPES
 from ckptool.errors import UnsupportedError
@@ -61,7 +61,7 @@ def test_every_byte_of_packed_four_bit_floats_is_two_values_low_nibble_first() -
      "complex64", "complex128"],
 )  # fmt: skip
 def test_the_wide_dtypes_decode_to_torchs_values(name: str) -> None:
-    torch.manual_seed(1)
+    seed_torch(1)
     raw = torch.randint(0, 2 if name == "bool" else 256, (40 * getattr(torch, name).itemsize,), dtype=torch.uint8)
     theirs = raw.view(getattr(torch, name))
     with np.errstate(invalid="ignore"):
@@ -122,7 +122,7 @@ def compared(saved: Callable[..., Path]) -> Compare:
 
 @pytest.mark.parametrize("seed", range(25))
 def test_close_is_what_torch_allclose_says(seed: int, compared: Compare) -> None:
-    torch.manual_seed(seed)
+    seed_torch(seed)
     a = torch.randn(50, dtype=torch.float64)
     b = a + torch.randn(50, dtype=torch.float64) * 10.0 ** -(3 + seed % 9)
     if seed % 5 == 0:
@@ -134,7 +134,7 @@ def test_close_is_what_torch_allclose_says(seed: int, compared: Compare) -> None
 
 
 def test_distances_are_numpys(compared: Compare) -> None:
-    torch.manual_seed(2)
+    seed_torch(2)
     a, b = torch.randn(7, 5), torch.randn(7, 5)
     found = compared(a, b)
     one, other = a.double().numpy(), b.double().numpy()
@@ -201,7 +201,7 @@ def test_sparse_and_quantised_tensors_compare_by_their_parts() -> None:
 
 def test_large_tensors_in_a_deflated_file_are_compared_to_the_last_element(tmp_path: Path) -> None:
     # Inflating gives pieces of any size; none of them may end the comparison.
-    torch.manual_seed(3)
+    seed_torch(3)
     a = torch.randn(700_001, dtype=torch.float64)
     b = a.clone()
     b[-1] += 1
