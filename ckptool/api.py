@@ -106,8 +106,7 @@ def inspect(
     if root is not None and next(opened.tensors(), None):
         require_tensors(opened)
     include, exclude, allow = keys.all_texts(include=include, exclude=exclude, allow=allow)
-    row = formats.labelled(opened.format)
-    report = op(opened, devices=row is None or row.holds.devices)
+    report = op(opened, devices=formats.has_devices(opened.format))
     if not (stats or hashes or check):
         return report
     from ckptool.core.findings import check as judge
@@ -162,6 +161,7 @@ def save(
 
 def _tags(map_location: MapLocation) -> MapLocation:
     """Returns ``map_location``. Raises: UsageError if it is none of what maps device tags."""
+    map_location = str(map_location) if type(map_location).__module__ == "torch" else map_location  # a torch.device
     known = map_location is None or isinstance(map_location, (str, Mapping)) or callable(map_location)
     if not known or (isinstance(map_location, Mapping) and any(type(tag) is not str for tag in map_location.values())):
         raise UsageError(f"map_location is a device tag, a dict of tags or a callable, not {kind_of(map_location)}")
@@ -220,12 +220,13 @@ def convert(
 ) -> ConvertReport:
     """Writes a checkpoint in another format, and returns a report.
 
-    ``to``: one of `formats.names`; by default ``path`` decides (its suffix; a directory gets shards). ``dtype`` casts
-    floats at root, except keys that match ``keep``. ``dequantize`` multiplies weights of few bits (float8, int8) by
-    their scales, which it drops; to ``dtype``, by default float32. ``untie`` stores tied tensors separately.
-    ``publish`` writes the weights alone and puts the first 8 hex digits of the sha256 in the name. ``metadata`` names
-    scalars of the tree to carry into safetensors' metadata. ``verify`` reads the result back before it gets its name.
-    ``dry_run`` writes nothing, estimates the bytes, and raises what the conversion would.
+    ``to``: one of `formats.names`; by default ``path`` decides (its suffix; a directory gets shards). Of a directory a
+    directory is written, unless ``path`` ends as a file's name. ``dtype`` casts floats at root, except keys that match
+    ``keep``. ``dequantize`` multiplies weights of few bits (float8, int8) by their scales, which it drops; to
+    ``dtype``, by default float32. ``untie`` stores tied tensors separately. ``publish`` writes the weights alone and
+    puts the first 8 hex digits of the sha256 in the name. ``metadata`` names scalars of the tree to carry into
+    safetensors' metadata. ``verify`` reads the result back before it gets its name. ``dry_run`` writes nothing,
+    estimates the bytes, and raises what the conversion would.
 
     Raises: what `open` and `save` raise.
     """
@@ -245,14 +246,15 @@ def convert(
         opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, dequantize=dequantize, untie=untie,
         publish=publish, metadata=metadata,
     )  # fmt: skip
-    row = formats.writable(url, to)
+    directory = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
+    row = formats.writable(url, to, opened.format if directory else "")
     if metadata and not row.holds.metadata:
         raise UsageError("--metadata goes into safetensors and shards only")
     if dtype is not None and (report.cast or report.dequantized):
         dtypes = {lookup(dtype).name, *(one.dtype for one in map(opened.state_dict().__getitem__, report.cast))}
         if not dtypes <= {*COMMON_FLOATS} and importlib.util.find_spec("torch") is None:
             raise needs_torch(f"casting to {dtype}")
-    tags, digest = _tags(map_location), publish and not row.is_directory
+    tags, digest, to = _tags(map_location), publish and not row.is_directory, row.name
     how = saving.SaveOptions(to, force, in_place, tags, max_shard_size, verify, fsync, digest, shard_name, with_files)
     if publish and row.is_directory:
         report.notes.append("a directory has no digest in its name")

@@ -104,7 +104,9 @@ def save(
         with Files() as files:
             saved = write(checkpoint, row, url, options, tags, files, progress)
         saved = replace(
-            saved, left_out=saved.left_out + _lost(checkpoint, row), notes=(*saved.notes, *_notes(checkpoint, row, url))
+            saved,
+            left_out=saved.left_out + _lost(checkpoint, row),
+            notes=(*saved.notes, *_notes(checkpoint, row, url), *_untagged(checkpoint, row, options.map_location)),
         )
         return replace(saved, verified=options.verify, **changed_values(checkpoint.state_dict(), files))
     except CkptoolError as error:
@@ -126,7 +128,17 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
             left_out, nbytes, notes = *row.writer().check(checkpoint, tags), ()
         left_out += _lost(checkpoint, row)
         uncounted = (UNCOUNTED,) if any(map(_is_cast, checkpoint.state_dict().values())) else ()
-        return Saved(url, nbytes, left_out, notes=(*notes, *uncounted, *_notes(checkpoint, row, url)))
+        return Saved(
+            url,
+            nbytes,
+            left_out,
+            notes=(
+                *notes,
+                *uncounted,
+                *_notes(checkpoint, row, url),
+                *_untagged(checkpoint, row, options.map_location),
+            ),
+        )
     except CkptoolError as error:
         error.path = error.path or url
         raise
@@ -448,12 +460,32 @@ _DEVICE = re.compile(r"(cpu|cuda|meta|mps|xpu|xla|hpu|npu|mtia|ipu|maia|privateu
 
 def _tag_map(map_location: MapLocation) -> Callable[[str], str] | None:
     """Returns the mapping of device tags. Raises: UsageError for a tag that torch.load would not know."""
-    if map_location is None or callable(map_location):
-        return map_location
-    tags = {"*": map_location} if isinstance(map_location, str) else dict(map_location)
-    for tag in tags.values():
-        if not _DEVICE.fullmatch(tag):
-            raise UsageError(f"{tag!r} is no device tag such as cpu or cuda:1")
+    if map_location is None:
+        return None
     if isinstance(map_location, str):
-        return lambda tag: map_location if tag != "meta" else tag
-    return lambda tag: tags.get(tag, tag)
+        tag = _known(map_location)
+        return lambda old: tag if old != "meta" else old
+    if callable(map_location):
+        return lambda old: _known(map_location(old))
+    tags = {_known(old): _known(new) for old, new in map_location.items()}
+    return lambda old: tags.get(old, old)
+
+
+def _known(tag: object) -> str:
+    """Returns a device tag. Raises: UsageError."""
+    if not isinstance(tag, str) or not _DEVICE.fullmatch(tag):
+        raise UsageError(f"{tag!r} is no device tag such as cpu or cuda:1")
+    return tag
+
+
+def _untagged(checkpoint: Checkpoint, row: formats.Format, map_location: MapLocation) -> list[str]:
+    """Returns notes on device tags that the output has no place for, or that no tensor has."""
+    if map_location is None:
+        return []
+    if not row.holds.devices:
+        return [f"map_location changes nothing: {row.name} holds no device tags"]
+    if not isinstance(map_location, Mapping):
+        return []
+    there = {node.location for node in nodes(checkpoint.tree) if isinstance(node, (TensorInfo, Storage))}
+    absent = [tag for tag in map_location if tag not in there]
+    return [f"no tensor has the device {listed(absent)}"] if absent else []

@@ -3,7 +3,7 @@
 import os
 import re
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -59,45 +59,42 @@ def command(
         formats.named(to)  # an unknown format is reported before anything else
     limit = options.shard_size(max_shard_size)
     tags = options.tags(map_location)
-    paths = [output if output is not None else beside(source, str(to)) for source in inputs]
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise UsageError("two inputs would be written to one name")
-    hash_in_name = publish and not formats.writable(paths[0], to).is_directory
-    save_options = saving.SaveOptions(
-        to, force, in_place, tags, limit, verify, fsync, hash_in_name, shard_name, with_files
-    )
-    source_of = dict(zip(paths, inputs, strict=True))
+    save_options = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, publish, shard_name, with_files)
     outputs = Outputs("convert", save_options, report_file, dry_run, as_json)
     failed = render.Failures(len(inputs))
-    jobs: list[tuple[Checkpoint, str]] = []
-    for path, source in source_of.items():
+    jobs: list[Job] = []
+    for source in inputs:
         with failed.kept():
-            jobs.append((ckptool.open(source, root=root, tp_rules=tp_rules), path))
-    outputs.check([path for _, path in jobs], [checkpoint for checkpoint, _ in jobs])
+            jobs.append(Job.of(source, ckptool.open(source, root=root, tp_rules=tp_rules), to, output))
+    if len({os.path.realpath(job.path) for job in jobs}) < len(jobs):
+        raise UsageError("two inputs would be written to one name")
+    for job in jobs:
+        how = replace(save_options, to=job.to.name, hash_in_name=publish and not job.to.is_directory)
+        replace(outputs, options=how).check([job.path], [one.checkpoint for one in jobs])
 
-    def converted(checkpoint: Checkpoint, path: str, **how: Any) -> ConvertReport:
+    def converted(job: Job, **how: Any) -> ConvertReport:
         return ckptool.convert(
-            checkpoint, path, to=to, dtype=dtype, keep=keep or (), dequantize=dequantize, untie=untie, publish=publish,
-            metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit,
+            job.checkpoint, job.path, to=job.to.name, dtype=dtype, keep=keep or (), dequantize=dequantize, untie=untie,
+            publish=publish, metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit,
             shard_name=shard_name, with_files=with_files, map_location=tags, verify=verify, fsync=fsync, **how,
         )  # fmt: skip
 
     def total() -> int:
-        sizes = [converted(*job, force=True, in_place=True, dry_run=True).nbytes for job in jobs]
+        sizes = [converted(job, force=True, in_place=True, dry_run=True).nbytes for job in jobs]
         return saving.work(sum(sizes), save_options)
 
     if len(inputs) > 1:  # refuse before the first file is written
         planned, jobs = jobs, []
         for job in planned:
             with failed.kept():
-                converted(*job, force=force, in_place=in_place, dry_run=True)
+                converted(job, force=force, in_place=in_place, dry_run=True)
                 jobs.append(job)
     reports = []
     with bar(total) as progress:
         for job in jobs:
             with failed.kept():
-                report = converted(*job, force=force, in_place=in_place, progress=progress, dry_run=dry_run)
-                reports.append(replace(report, input=source_of[job[1]]))
+                report = converted(job, force=force, in_place=in_place, progress=progress, dry_run=dry_run)
+                reports.append(replace(report, input=job.source))
                 if not as_json:
                     render.show(_lines(reports[-1], dry_run))
     notes = [note for report in reports for note in report.notes]
@@ -105,12 +102,22 @@ def command(
     return failed.end()
 
 
-def beside(source: str, to: str) -> str:
-    """Returns the output's default path: the input's stem with the format's suffix."""
-    path = os.path.normpath(source)
-    name = re.sub(r"\.index(\.[\w-]+)?\.json$", "", path)
-    stem = name if os.path.isdir(path) else saving.split_suffix(name)[0]
-    return stem + formats.named(to).ending
+class Job(NamedTuple):
+    """A conversion: an input, and where and as what it is written."""
+
+    source: str
+    checkpoint: Checkpoint
+    path: str
+    to: formats.Format
+
+    @classmethod
+    def of(cls, source: str, checkpoint: Checkpoint, to: str | None, output: str | None) -> "Job":
+        """Returns the job; without an ``output`` its path is the input's stem with the format's suffix."""
+        path = os.path.normpath(source)
+        name = re.sub(r"\.index(\.[\w-]+)?\.json$", "", path)
+        stem = name if os.path.isdir(path) else saving.split_suffix(name)[0]
+        row = formats.writable(output or "", to, checkpoint.format if os.path.isdir(path) else "")
+        return cls(source, checkpoint, stem + row.ending if output is None else output, row)
 
 
 def _lines(report: ConvertReport, dry_run: bool) -> list[str]:

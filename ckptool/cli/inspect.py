@@ -210,7 +210,7 @@ def _chosen(report: InspectReport, include: list[str], exclude: list[str], sort:
 
 def _summary(report: InspectReport) -> list[str]:
     """Returns the lines above the keys: the file, its weights, other content, metadata, notes."""
-    foreign = [tag for tag in report.devices if tag not in ("cpu", "meta")]
+    foreign = [tag for tag in dict.fromkeys((*report.devices, *report.device_tags)) if tag not in ("cpu", "meta")]
     origin = f", written from {', '.join(foreign)}" if foreign else ""
     head = f"{render.safe(report.path)}   {report.format}, {size(report.nbytes)}{origin}"
     lines = [["weights", _weights(report)], *([["hash", report.hash]] if report.hash else [])]

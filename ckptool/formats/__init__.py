@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -113,7 +114,8 @@ class Format(NamedTuple):
     writing; ``ending`` is the suffix of an output whose name the user does not give (empty: it cannot be written).
     ``family`` is the format whose suffixes select this one too, and which is written where this one cannot be.
     ``extra`` is the extra of ckptool that installs a library which the module needs. ``kind`` tells the module which
-    of its formats is written; without ``named`` the row is for writing only, and another one reads what it writes.
+    of its formats is written; ``several`` is the format of a directory of such files. Without ``named`` the row is for
+    writing only, and another one reads what it writes.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Format(NamedTuple):
     family: str = ""
     extra: str = ""
     kind: str = ""
+    several: str = ""
 
     @property
     def writes(self) -> bool:
@@ -200,7 +203,7 @@ FORMATS = (
         "deepspeed", "deepspeed", "ckptool.directories.deepspeed", (), is_directory=True, holds=WHOLE, family="torch",
     ),
     Format(
-        "torch", "torch-zip", "ckptool.formats.pytorch.zip", (ZIP,), ending=".pth", holds=WHOLE,
+        "torch", "torch-zip", "ckptool.formats.pytorch.zip", (ZIP,), ending=".pth", holds=WHOLE, several="sharded-bin",
         suffixes=(".pth", ".pt", ".bin", ".ckpt", ".pyth", ".pth.tar", ".pt.tar", ".tar"),
     ),
     Format(
@@ -209,7 +212,7 @@ FORMATS = (
     ),
     Format(
         "safetensors", "safetensors", "ckptool.formats.safetensors", JSON, 8, suffixes=(".safetensors",),
-        ending=".safetensors", holds=Holds(ties=True, metadata=True),
+        ending=".safetensors", holds=Holds(ties=True, metadata=True), several="sharded",
     ),
     Format(
         "torch-tar", "torch-tar", "ckptool.formats.pytorch.tar", (b"ustar",), 257, holds=WHOLE, family="torch",
@@ -231,7 +234,7 @@ FORMATS = (
     ),
     Format(
         "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=(".index",), is_directory=True,
-        ending="-sharded", holds=Holds(ties=True, metadata=True, devices=True), kind="safetensors",
+        ending="-sharded", holds=Holds(ties=True, metadata=True), kind="safetensors",
     ),
     Format(
         "sharded-bin", "hf-sharded", "ckptool.directories.sharded", (), named=(), is_directory=True,
@@ -316,14 +319,27 @@ def is_directory(path: str) -> bool:
     return path.endswith(tuple(filter(None, (os.sep, os.altsep)))) or (by_suffix(path) is None and os.path.isdir(path))
 
 
-def writable(path: str, name: str | None = None) -> Format:
-    """Returns the format called ``name``, or without a name the one that the path says. Raises: UsageError."""
+def writable(path: str, name: str | None = None, source: str = "") -> Format:
+    """Returns the format called ``name``, or without a name the one that the path says. Raises: UsageError.
+
+    ``source`` is the format of the input if that is a directory: then a path that does not end as a file's name is one
+    too, and several files of the format are written into it. But one file, if only that holds the tree of the input.
+    """
+    is_file = by_suffix(path) is not None or re.search(r"\.[a-zA-Z]\w*$", path) is not None
     if name is not None:
-        return named(name)
-    row = of_directories() if is_directory(path) else by_suffix(path)
-    if row is None:
+        row = named(name)
+        tree = row.holds.tree and (labelled(source) or row).holds.tree
+        return named(row.several) if row.several and source and not is_file and not tree else row
+    found = of_directories() if is_directory(path) or (source and not is_file) else by_suffix(path)
+    if found is None:
         raise UsageError(f"no format has this suffix; known: {', '.join(suffixes())}, and / for a directory", path)
-    return row
+    return found
+
+
+def has_devices(label: str) -> bool:
+    """Returns whether a checkpoint with this `Checkpoint.format` says on which device each tensor was."""
+    rows = [row for row in FORMATS if row.label == label]
+    return not rows or any(row.holds.devices for row in rows)  # none: it was made in memory
 
 
 def labelled(label: str) -> Format | None:

@@ -59,6 +59,7 @@ class InspectReport:
     ``counters``: how many BatchNorm layers have num_batches_tracked, and how many lack it. ``loose``: tensors of an
     nn.Module that are not in its state_dict. ``inside``: the tensors inside entries that are no tensors, such as packed
     parameters, with the keys ENTRY/PATH.
+    ``devices`` counts the tensors at root; ``device_tags`` are those of all storages, an optimizer's too.
     ``prefixes``, ``hash`` (of all chosen tensors) and ``check`` are None if they were not requested.
     """
 
@@ -91,6 +92,7 @@ class InspectReport:
     hash: str | None = None
     check: Check | None = None
     kinds: Mapping[str, NameKind] = field(default_factory=dict)
+    device_tags: list[str] = field(default_factory=list)
 
 
 def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
@@ -113,7 +115,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         ]
         for some in (tensors, checkpoint.inside())
     )  # fmt: skip
-    stored, used = _stored_and_used(checkpoint)
+    stored, used, tags = _stored_and_used(checkpoint)
     found = roots.find_root(checkpoint.tree)
     by_dtype: dict[str, list[int]] = {}
     parameters = 0
@@ -158,6 +160,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         list(checkpoint.problems),
         [*checkpoint.notes, *roots.said_of(checkpoint.tree, checkpoint.root), *_notes(checkpoint, node)],
         kinds=kinds,
+        device_tags=tags if devices else [],
     )
 
 
@@ -169,8 +172,8 @@ def volume(checkpoint: Checkpoint, choose: Callable[[str], bool], *, check: bool
     return sum({one.view: one.nbytes for key, one in tensors.items() if choose(key)}.values())
 
 
-def _stored_and_used(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Returns (bytes of all storages in the tree, an upper bound of how many of them tensors use)."""
+def _stored_and_used(checkpoint: Checkpoint) -> tuple[int, int, list[str]]:
+    """Returns (bytes of all storages in the tree, an upper bound of how many of them tensors use, device tags)."""
     storages: dict[int, Storage] = {}
     views: dict[int, dict[object, int]] = {}
     full: set[int] = set()
@@ -190,7 +193,8 @@ def _stored_and_used(checkpoint: Checkpoint) -> tuple[int, int]:
             if id(node) not in full:
                 views.setdefault(id(node), {})[None] = node.nbytes
     used = whole + sum(min(storages[key].nbytes, sum(sizes.values())) for key, sizes in views.items())
-    return sum(storage.nbytes for storage in storages.values()), used
+    tags = list(dict.fromkeys(storage.location for storage in storages.values()))
+    return sum(storage.nbytes for storage in storages.values()), used, tags
 
 
 def _counters(keys: list[str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo, is_countable
 from ckptool.core.tree import Global, PyObject, as_mapping
-from ckptool.errors import FormatError, UnsupportedError
+from ckptool.errors import FormatError, UnsupportedError, UsageError, kind_of
 from ckptool.io.source import Bytes, Files
 from ckptool.limits import MAX_DEPTH
 from ckptool.pickling.numpy_calls import SCALAR, array_call, itemsize, raw_bytes
@@ -61,7 +61,11 @@ def to_torch(
     arrays again, not tensors.
     Raises: DependencyError without torch, UnsupportedError for a tensor that only its own class can rebuild.
     """
-    builder = _Builder(import_torch("making real tensors"), files, map_location, module_state_dict, arrays)
+    torch = import_torch("making real tensors")
+    if not (map_location is None or isinstance(map_location, (str, torch.device, dict)) or callable(map_location)):
+        taken = "a device, its name, a dict of names or a callable, as torch.load takes it"
+        raise UsageError(f"map_location is {taken}, not {kind_of(map_location)}")
+    builder = _Builder(torch, files, map_location, module_state_dict, arrays)
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, min(8 * MAX_DEPTH.now(), (1 << 31) - 1)))
     try:
@@ -272,12 +276,16 @@ class _Builder:
 
     def fill(self, source: Any, nbytes: int, blocks: Iterator[Bytes], location: str) -> None:
         """Makes the real storage for a `Storage` or `Derived` source, and copies its bytes there."""
-        raw = bytearray(nbytes)
-        position = 0
-        for block in blocks:
-            raw[position : position + len(block)] = block
-            position += len(block)
-        self.storages[id(source)] = self.restored(self.untyped(raw), location)
+        if str(self.map_location) == "meta":  # nothing is read, as in torch.load
+            made = self.torch.UntypedStorage(nbytes, device="meta")
+        else:
+            raw = bytearray(nbytes)
+            position = 0
+            for block in blocks:
+                raw[position : position + len(block)] = block
+                position += len(block)
+            made = self.untyped(raw)
+        self.storages[id(source)] = self.restored(made, location)
         self.kept.append(source)
 
     def untyped(self, raw: bytearray) -> Any:
@@ -290,10 +298,12 @@ class _Builder:
         where = self.map_location
         if isinstance(where, dict):
             return restore(untyped, where.get(location, location))
-        if where is None or callable(where):
-            placed = where(untyped, location) if where else None
-            return restore(untyped, location) if placed is None else placed
-        return restore(untyped, str(where))
+        if where is None or isinstance(where, (str, self.torch.device)):
+            return restore(untyped, location if where is None else str(where))
+        placed = where(untyped, location)
+        if placed is not None and not hasattr(placed, "device"):
+            raise UsageError(f"map_location returned {kind_of(placed)}: expected a storage, or None for torch's choice")
+        return restore(untyped, location) if placed is None else placed
 
     def tensor(self, info: TensorInfo) -> Any:
         made = self.opaque(info.source) if isinstance(info.source, Opaque) else self.dense(info)

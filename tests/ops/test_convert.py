@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,14 +56,50 @@ def test_without_a_name_the_output_lies_beside_the_input(
     assert Path(name).exists()
 
 
-def test_without_a_name_shards_become_a_file_beside_their_directory(convert: Callable[..., Any]) -> None:
-    import shutil
-
+def test_without_a_name_a_directory_becomes_a_directory_beside_it(convert: Callable[..., Any]) -> None:
     shutil.copytree(FIXTURES / "sharded", "run/llm")
-    assert convert("run/llm", "--to", "safetensors")["output"] == "run/llm.safetensors"
-    assert convert("run/llm/", "--to", "torch")["output"] == "run/llm.pth"
+    assert convert("run/llm", "--to", "safetensors")["output"] == "run/llm-sharded"
+    assert convert("run/llm/", "--to", "torch")["output"] == "run/llm-sharded-bin"
+    assert convert("run/llm", "--to", "dcp")["output"] == "run/llm-dcp"
+    convert("run/llm", "--to", "npz", "--dtype", "float32")  # which has no directory
+    assert Path("run/llm.npz").is_file()
     index = "run/llm/model.safetensors.index.json"
     assert convert(index, "--to", "torch")["output"].startswith("run/llm/model")
+    found = [ckptool.open(f"run/{name}") for name in ("llm-sharded", "llm-sharded-bin", "llm-dcp")]
+    assert all(ckptool.diff("run/llm", one, values=True).same for one in found)
+
+
+@pytest.mark.parametrize("to", [[], ["--to", "safetensors"], ["--to", "torch"]], ids=" ".join)
+@pytest.mark.parametrize("output", ["out", "out/", "Llama-3.1-8B", "v1.0", "there"])
+def test_of_a_directory_a_directory_is_written_unless_the_output_ends_as_a_file(
+    output: str, to: list[str], convert: Callable[..., Any]
+) -> None:
+    os.mkdir("there")
+    convert(FIXTURES / "sharded", "-o", output, *to)
+    assert os.listdir(output) == ["pytorch_model.bin" if "torch" in to else "model.safetensors"]
+
+
+@pytest.mark.parametrize("output", ["out.pth", "out.safetensors", "out.pth.tar"])
+def test_of_a_directory_a_file_is_written_where_the_output_says_one(
+    output: str, convert: Callable[..., Any], refused: Callable[..., str]
+) -> None:
+    convert(FIXTURES / "sharded", "-o", output)
+    assert Path(output).is_file()
+    assert "no format has this suffix" in refused(FIXTURES / "sharded", "-o", "out.safetensor")
+    assert "no format has this suffix" in refused(FIXTURES / "resnet_old.pth", "-o", "out")
+
+
+def test_what_only_a_file_of_torch_holds_is_one_file(convert: Callable[..., Any]) -> None:
+    result = convert(FIXTURES / "dcp", "--to", "torch", "-o", "whole")
+    assert (Path("whole").is_file(), result["left_out"]) == (True, [])
+    assert Path(convert(FIXTURES / "dcp", "--to", "safetensors", "-o", "weights")["output"]).is_dir()
+    assert Path(convert(FIXTURES / "dcp", "-o", "shards")["output"]).is_dir()
+
+
+def test_the_library_writes_a_directory_of_a_directory_too() -> None:
+    assert Path(ckptool.convert(FIXTURES / "sharded", "out").output).is_dir()
+    assert Path(ckptool.convert(FIXTURES / "sharded", "bins", to="torch").output).is_dir()
+    assert Path(ckptool.convert(FIXTURES / "sharded", "out.pth").output).is_file()
 
 
 @pytest.mark.parametrize(
