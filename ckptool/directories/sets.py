@@ -178,9 +178,13 @@ def choose(directory: str, names: Sequence[str]) -> Choice | None:
 
 
 def _inside(directory: str, names: Sequence[str]) -> Choice | None:
-    """Returns the directory in it that holds the weights; None if there is none. Raises: as `choose`."""
+    """Returns the directory in it that holds the weights; None if there is none. Raises: as `choose`.
+
+    No iteration is looked for in one, and no `checkpoint-N` in either: that could go on for a thousand levels.
+    """
     there = inside(directory, names)
-    if TRACKER in names:
+    within = _looked_for_by(os.path.basename(os.path.abspath(directory)))
+    if TRACKER in names and within != "Megatron-LM":
         with LocalFile(os.path.join(directory, TRACKER)) as file:
             said = file.read(0, min(file.size, 32)).decode("utf-8", "replace").strip()
         name = f"iter_{int(said):07d}" if said.isascii() and said.isdecimal() else said
@@ -190,7 +194,8 @@ def _inside(directory: str, names: Sequence[str]) -> Choice | None:
         return Choice(name, "Megatron-LM")
     if any(name.endswith(WEIGHTS) and not STATE.fullmatch(name) for name in names):
         return None
-    if saves := [name for name in there if name.startswith("checkpoint-")]:
+    saves = [name for name in there if name.startswith("checkpoint-")]
+    if saves and within not in ("Megatron-LM", "transformers' Trainer"):
         last = max(saves, key=lambda name: int(name.partition("-")[2]))
         return Choice(last, there[last])
     held = [name for name in there if any(map(DISTRIBUTED.fullmatch, names_in(os.path.join(directory, name))))]
@@ -201,11 +206,14 @@ def _inside(directory: str, names: Sequence[str]) -> Choice | None:
 
 def inside(directory: str, names: Iterable[str]) -> dict[str, str]:
     """Returns {directory in it whose name says that weights are in it: whose layout that is}."""
-    loaders = list(INSIDE.values())
-    found = [(name, mark.lastindex) for name in names if (mark := _INSIDE.fullmatch(name))]
-    return {
-        name: loaders[number - 1] for name, number in found if number and os.path.isdir(os.path.join(directory, name))
-    }
+    found = {name: loader for name in names if (loader := _looked_for_by(name))}
+    return {name: loader for name, loader in found.items() if os.path.isdir(os.path.join(directory, name))}
+
+
+def _looked_for_by(name: str) -> str:
+    """Returns who looks for weights in a directory of that name; "" for any other."""
+    mark = _INSIDE.fullmatch(name)
+    return list(INSIDE.values())[mark.lastindex - 1] if mark and mark.lastindex else ""
 
 
 def _refuse_backend(directory: str, names: Sequence[str]) -> None:

@@ -113,6 +113,22 @@ def test_the_last_checkpoint_of_a_trainer_is_read(tmp_path: Path) -> None:
     assert same(tmp_path, {"w": torch.zeros(2)})
 
 
+@pytest.mark.parametrize("names", [["checkpoint-1"] * 300, ["checkpoint-1", "iter_0000001"] * 150], ids=["one", "two"])
+def test_directories_inside_each_other_a_hundred_times_end_in_a_line(names: list[str], tmp_path: Path) -> None:
+    here = os.open(tmp_path, os.O_RDONLY)
+    for name in names:
+        os.mkdir(name, dir_fd=here)
+        if name.startswith("iter"):
+            with open(os.open("latest_checkpointed_iteration.txt", os.O_CREAT | os.O_WRONLY, dir_fd=here), "w") as file:
+                file.write("1")
+        here, above = os.open(name, os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+    for directory in (tmp_path, tmp_path / names[0]):
+        with pytest.raises(FormatError):
+            ckptool.open(directory)
+
+
 def test_a_file_of_weights_comes_before_directories_of_any_name(tmp_path: Path) -> None:
     distributed(tmp_path / "weights", {"w": torch.ones(1)})
     torch.save({"v": torch.ones(1)}, tmp_path / "mine.pt")
