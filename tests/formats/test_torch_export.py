@@ -24,6 +24,7 @@ from ckptool.api import save
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
+from ckptool.limits import limited
 
 Tensors = dict[str, torch.Tensor]
 
@@ -454,6 +455,21 @@ def test_packed_again_with_compression_raw_weights_are_read_and_nested_files_ref
     assert_same_tensors(open_checkpoint(raw), torch.export.load(tmp_path / "m.pt2").state_dict)
     path = changed(in_2_7("ties and views", tmp_path / "o.pt2"), lambda _, data: data, how=zipfile.ZIP_DEFLATED)
     with pytest.raises(UnsupportedError, match="without compression"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "limit", "said"),
+    [
+        (now, "MAX_INDEX", r"weights_config\.json has [\d,]+ bytes: over MAX_INDEX"),
+        (in_2_7, "MAX_PICKLE", r"serialized_state_dict\.pt: archive/data\.pkl has [\d,]+ bytes: over MAX_PICKLE"),
+    ],
+)
+def test_what_is_read_into_memory_has_a_limit(
+    layout: Callable[[str, Path], Path], limit: str, said: str, tmp_path: Path
+) -> None:
+    path = layout("transient buffers are constants", tmp_path / "m.pt2")
+    with limited(**{limit: 100}), pytest.raises(LimitError, match=said):
         open_checkpoint(path)
 
 
