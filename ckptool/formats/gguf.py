@@ -13,8 +13,11 @@ Source: ``ggml/docs/gguf.md``, and ``gguf/constants.py`` of gguf 0.19.
 
 from __future__ import annotations
 
+import os
+import re
 import struct
-from itertools import pairwise
+from dataclasses import replace
+from itertools import islice, pairwise
 from math import prod
 from typing import Any, Literal
 
@@ -24,7 +27,7 @@ from ckptool.core.tensor import Opaque, Storage, TensorInfo, contiguous_stride, 
 from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.io.probe import Probe
-from ckptool.io.source import Source
+from ckptool.io.source import Source, names_in
 from ckptool.limits import MAX_DIMS, MAX_GGUF, MAX_NESTING
 from ckptool.text import plural
 
@@ -64,8 +67,61 @@ def matches(probe: Probe) -> bool:
     return True
 
 
+SPLIT = re.compile(r"(.+)-(\d{5,9})-of-(\d{5,9})\.gguf")
+"""How llama.cpp names the files of one model; each says ``split.count`` in its metadata."""
+
+
 def read(probe: Probe) -> Checkpoint:
-    """Returns the checkpoint; reads the header only. Raises: FormatError, LimitError, UnsupportedError."""
+    """Returns the checkpoint, of all files of a split model whichever is named; reads the headers only.
+
+    A file that is not there is a problem, and sets `Checkpoint.broken`. Raises: FormatError, LimitError,
+    UnsupportedError.
+    """
+    found = _read(probe)
+    count = found.metadata.get("split.count", "")
+    if not count.isdecimal() or int(count) < 2:
+        return found
+    own, directory = SPLIT.fullmatch(probe.name), os.path.dirname(probe.path)
+    if own is None or int(own[3]) != int(count):
+        note = (
+            f"one of {count} files of a split model, read alone as its name is not NAME-00001-of-{int(count):05}.gguf"
+        )
+        return replace(found, notes=(note,))
+    named = (match for name in names_in(directory or ".") if (match := SPLIT.fullmatch(name)))
+    files = {int(match[2]): match[0] for match in named if (match[1], match[3]) == (own[1], own[3])}
+    tree: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    nbytes = 0
+    for _, name in sorted(files.items()):
+        part = found
+        if name != probe.name:
+            with Probe(os.path.join(directory, name)) as other:
+                if not other.head.startswith(b"GGUF"):
+                    raise FormatError("a file of a split GGUF model that does not begin as one", other.path)
+                part = _read(other)
+        if twice := [key for key in part.tree if key in tree]:
+            raise FormatError(f"tensors that another file of the model has too: {listed(twice)}", part.url)
+        tree |= part.tree
+        metadata, nbytes = {**part.metadata, **metadata}, nbytes + part.nbytes
+    gone = [
+        f"{own[1]}-{n:05}-of-{own[3]}.gguf" for n in islice((n for n in range(1, int(count) + 1) if n not in files), 6)
+    ]
+    problems = [f"files of the split model are not there: {listed(gone, 5)}"] if gone else []
+    if not gone and metadata.get("split.tensors.count", str(len(tree))) != str(len(tree)):
+        problems.append(
+            f"split.tensors.count says {metadata['split.tensors.count']}, its files have {len(tree)} tensors"
+        )
+    metadata = {
+        key: text for key, text in metadata.items() if key not in ("split.no", "split.count", "split.tensors.count")
+    }
+    return replace(
+        found, tree=tree, metadata=metadata, nbytes=nbytes, problems=tuple(problems), broken=bool(problems),
+        notes=(f"put together from {plural(len(files), 'file')}: {listed(map(files.__getitem__, sorted(files)), 3)}",),
+    )  # fmt: skip
+
+
+def _read(probe: Probe) -> Checkpoint:
+    """Returns the checkpoint of one file."""
     file = probe.file
     header = _Header(file)
     version = header.version()

@@ -341,6 +341,66 @@ def test_the_header_of_ten_gigabytes_takes_no_memory(tmp_path: Path) -> None:
     assert taken < 10
 
 
+# --- models in several files -----------------------------------------------------------------------------------------
+
+
+def split(path: Path, count: int = 3, total: int = 3) -> list[Path]:
+    """A model as llama.cpp splits it: the first file has all metadata."""
+    made = []
+    for number in range(count):
+        counts = (("split.no", number), ("split.count", total), ("split.tensors.count", 2 * total))
+        entries = [
+            entry(key, 2 if number else UINT32, struct.pack("<H" if number else "<I", one)) for key, one in counts
+        ]
+        first = (entry("general.name", STRING, text("tiny")),) if not number else ()
+        tensors = {f"{number}.{name}": (F32, (3,), np.full(3, number + 0.5, "<f4").tobytes()) for name in "ab"}
+        made.append(path / f"m-{number + 1:05}-of-{total:05}.gguf")
+        made[-1].write_bytes(gguf(tensors, (*first, *entries)))
+    return made
+
+
+def test_a_split_model_is_read_as_one_whichever_of_its_files_is_named(run: Run, tmp_path: Path) -> None:
+    paths = split(tmp_path)
+    for path in paths:
+        found = open_checkpoint(path)
+        assert list(found.state_dict()) == [f"{number}.{name}" for number in range(3) for name in "ab"]
+        assert [tensor.tolist() for tensor in found.to_torch().values()] == [
+            [number + 0.5] * 3 for number in range(3) for _ in "ab"
+        ]
+        assert (dict(found.metadata), found.broken) == ({"general.name": "tiny"}, False)
+        assert found.nbytes == sum(one.stat().st_size for one in paths)
+        assert "put together from 3 files" in found.notes[0]
+    assert run("convert", paths[1], "-o", tmp_path / "out.pth")[0] == 0
+    assert len(torch.load(tmp_path / "out.pth", weights_only=True)) == 6
+
+
+def test_a_file_of_a_split_model_that_is_not_there_is_incomplete(run: Run, tmp_path: Path) -> None:
+    split(tmp_path)[1].unlink()
+    first = tmp_path / "m-00001-of-00003.gguf"
+    code, _, err = run("convert", first, "-o", tmp_path / "out.pth")
+    assert (code, "not there: m-00002-of-00003.gguf" in err, err.count("\n")) == (2, True, 1)
+    assert open_checkpoint(first).broken
+
+
+def test_other_names_are_read_alone_and_contradictions_refused(tmp_path: Path) -> None:
+    paths = split(tmp_path)
+    alone = paths[0].rename(tmp_path / "renamed.gguf")
+    assert list(open_checkpoint(alone).state_dict()) == ["0.a", "0.b"]
+    assert "one of 3 files of a split model, read alone" in open_checkpoint(alone).notes[0]
+    paths[0].write_bytes(paths[1].read_bytes())
+    with pytest.raises(FormatError, match=r"another file of the model has too: 1\.a, 1\.b"):
+        open_checkpoint(paths[2])
+    paths[0].write_bytes(b"raw bytes of a file cut in pieces")
+    with pytest.raises(FormatError, match="does not begin as one"):
+        open_checkpoint(paths[2])
+    split(tmp_path, count=2, total=2)
+    (tmp_path / "m-00002-of-00002.gguf").write_bytes(gguf({}, (entry("split.count", UINT32, struct.pack("<I", 2)),)))
+    assert (
+        "split.tensors.count says 4, its files have 2"
+        in open_checkpoint(tmp_path / "m-00001-of-00002.gguf").problems[0]
+    )
+
+
 GENUINE = SAMPLES.parent / "genuine"
 
 
