@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, bits
+from oracles import FIXTURES, bits, compiled
 
 import ckptool
 from ckptool.errors import CkptoolError, CollisionError, UsageError
@@ -252,9 +252,7 @@ def test_several_presets_apply_in_any_order(renamed: Renamed) -> None:
 
 def test_real_wrappers_write_the_names_that_the_presets_undo(saved: Saved, run: Run) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    compiled = torch.nn.Module()
-    compiled._orig_mod = net  # what torch.compile's OptimizedModule is, without the seconds that dynamo's import takes
-    for name, wrapped in [("ddp", torch.nn.DataParallel(net)), ("compile", compiled)]:
+    for name, wrapped in [("ddp", torch.nn.DataParallel(net)), ("compile", compiled(net))]:
         path = saved(wrapped.state_dict())
         assert list(torch.load(path)) != list(net.state_dict())
         assert run("remap", path, "-o", "out.pth", "--force", "--preset", name)[0] == 0

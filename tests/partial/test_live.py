@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import bits, seed_torch
+from oracles import bits, compiled, seed_torch
 from torch import nn
 
 import ckptool
@@ -493,8 +493,8 @@ def test_wrappers_are_looked_through_on_both_sides(saved: Saved) -> None:
             self.module = module
 
     old = net(6, seed=3)
-    wrapped = [Wrapper(net()), torch.compile(net()), torch.compile(Wrapper(net())), nn.DataParallel(net()), net()]
-    for source in (old, Wrapper(old), torch.compile(old)):
+    wrapped = [Wrapper(net()), compiled(net()), compiled(Wrapper(net())), nn.DataParallel(net()), net()]
+    for source in (old, Wrapper(old), compiled(old)):
         path = saved(source.state_dict())
         for model in wrapped:
             ckptool.load_partial(model, None, init={"*weight": "zeros"})
@@ -617,12 +617,12 @@ def test_freeze_as_planned_and_first_blocks_of_a_live_model(pretrained: Path) ->
 def test_a_model_wrapped_after_loading_keeps_its_groups_and_frozen_layers(pretrained: Path) -> None:
     model = net()
     report = ckptool.load_partial(model, pretrained, freeze="0.*")
-    compiled = torch.compile(nn.DataParallel(model))
-    groups = report.param_groups(compiled, lr=1.0)
+    wrapped = compiled(nn.DataParallel(model))
+    groups = report.param_groups(wrapped, lr=1.0)
     assert [(group["name"], len(group["params"])) for group in groups] == [
         (group["name"], len(group["params"])) for group in report.param_groups(model, lr=1.0)
     ]
-    assert report.freeze(compiled) == ["_orig_mod.module.0.weight", "_orig_mod.module.0.bias"]
+    assert report.freeze(wrapped) == ["_orig_mod.module.0.weight", "_orig_mod.module.0.bias"]
     assert not model[0].weight.requires_grad
 
 

@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import record
@@ -245,9 +246,8 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_written_is_what_torch_and_safetensors_load(suffix: str, dtype: torch.dtype) -> None:
+def test_what_is_written_is_what_torch_and_safetensors_load(dtype: torch.dtype) -> None:
     picks = random.Random(3).choices(range(-1, 3052), k=3060)
     Path("picks.txt").write_text("\n".join(map(str, picks)))
     sources = {key: numbers(*old, seed=1) for key, (_, old, _) in REAL.items()}
@@ -262,12 +262,15 @@ def test_what_is_written_is_what_torch_and_safetensors_load(suffix: str, dtype: 
         new[key] = adapting.adapt(parse(text), source.state_dict()[key], new[key], key).tensor
     new["head.weight"] = new["bert.embeddings"]
     made = target.with_state_dict(new)
-    save(made, f"out{suffix}", verify=True)
-    loaded = torch.load("out.pth") if suffix == ".pth" else load_file("out.safetensors")
-    again = open_checkpoint(f"out{suffix}").state_dict()
-    assert again["head.weight"].view == again["bert.embeddings"].view
+    save(made, "out.pth", verify=True)
+    save(made, "out.safetensors", verify=True)
+    loaded, other = torch.load("out.pth"), load_file("out.safetensors")
+    for path in ("out.pth", "out.safetensors"):
+        again = open_checkpoint(path).state_dict()
+        assert again["head.weight"].view == again["bert.embeddings"].view
     for key in REAL:
         assert same(loaded[key], real(new[key])), key
+        assert same(other[key], loaded[key]), key
         assert (loaded[key].shape, loaded[key].dtype) == (targets[key].shape, dtype)
     cast = {key: tensor.to(dtype) for key, tensor in sources.items()}
     assert same(loaded["few.fc.weight"], cast["few.fc.weight"][:6])
@@ -309,32 +312,40 @@ import ckptool
 from ckptool.partial.adapt import Adapting
 from ckptool.partial.adapters import parse
 source, target = (ckptool.open(name) for name in ("source.pth", "target.pth"))
-old, new = (checkpoint.state_dict()["w"] for checkpoint in (source, target))
-read = lambda path: list(range(len(range((new.shape or ())[0]))))
-ckptool.save(target.with_state_dict({"w": Adapting(read).adapt(parse(sys.argv[1]), old, new, "w").tensor}), "out.pth")
+made = {}
+for text, new in target.state_dict().items():
+    read = lambda path: list(range(new.shape[0]))
+    made[text] = Adapting(read).adapt(parse(text), source.state_dict()[text], new, text).tensor
+ckptool.save(target.with_state_dict(made), "out.pth")
 """
 
 
 @pytest.mark.parametrize(
-    ("text", "old", "new", "blocked"),
+    ("blocked", "shapes"),
     [
-        ("rows", (9, 4), (12, 4), ["torch", "numpy"]),
-        ("rows:fill=zero", (9, 4), (12, 4), ["torch", "numpy"]),
-        ("rows:select=x", (12, 4), (9, 4), ["torch", "numpy"]),
-        ("rows:fill=mean", (9, 4), (12, 4), ["torch"]),
-        ("crop", (9, 8), (12, 4), ["torch"]),
-        ("in-chans", (8, 3, 3, 3), (8, 4, 3, 3), ["torch"]),
-        ("inflate", (8, 3, 3, 3), (8, 3, 5, 3, 3), ["torch"]),
+        (
+            ["torch", "numpy"],
+            {
+                "rows": ((9, 4), (12, 4)), "rows:fill=zero": ((9, 4), (12, 4)), "rows:select=x": ((12, 4), (9, 4)),
+            },
+        ),
+        (
+            ["torch"],
+            {
+                "rows:fill=mean": ((9, 4), (12, 4)), "crop": ((9, 8), (12, 4)),
+                "in-chans": ((8, 3, 3, 3), (8, 4, 3, 3)), "inflate": ((8, 3, 3, 3), (8, 3, 5, 3, 3)),
+            },
+        ),
     ],
-)
-def test_torch_and_numpy_are_needed_only_where_numbers_are(
-    text: str, old: tuple[int, ...], new: tuple[int, ...], blocked: list[str]
-) -> None:
-    torch.save({"w": numbers(*old)}, "source.pth")
-    torch.save({"w": numbers(*new)}, "target.pth")
-    done = subprocess.run([sys.executable, "-c", WITHOUT % blocked, text], capture_output=True, text=True, timeout=60)
+)  # fmt: skip
+def test_torch_and_numpy_are_needed_only_where_numbers_are(blocked: list[str], shapes: dict[str, Any]) -> None:
+    torch.save({text: numbers(*old) for text, (old, _) in shapes.items()}, "source.pth")
+    torch.save({text: numbers(*new) for text, (_, new) in shapes.items()}, "target.pth")
+    done = subprocess.run([sys.executable, "-c", WITHOUT % blocked], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert tuple(torch.load("out.pth")["w"].shape) == new
+    assert {text: tuple(one.shape) for text, one in torch.load("out.pth").items()} == {
+        text: new for text, (_, new) in shapes.items()
+    }
 
 
 def test_resampling_says_that_it_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
