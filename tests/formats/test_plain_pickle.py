@@ -314,6 +314,36 @@ def test_bytes_that_are_made_anew_for_every_tensor_count_together(tmp_path: Path
         open_checkpoint(tmp_path / "given.pkl")
 
 
+class PaddleTensor:
+    """Pickled as ``paddle.save`` pickles a tensor."""
+
+    def __init__(self, name: str, array: Any) -> None:
+        self.name, self.array = name, array
+
+    def __reduce__(self) -> Any:
+        return tuple, ((self.name, self.array),)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_paddles_tensors_are_arrays_and_the_names_in_them_are_said(protocol: int, tmp_path: Path) -> None:
+    arrays = {"fc.weight": np.arange(6.0, dtype="f4").reshape(2, 3), "fc.bias": np.ones(3, "u2"), "n": np.array(2)}
+    layer = {key: PaddleTensor(f"linear_0.{key[3:4]}_0", array) for key, array in arrays.items()}
+    names = {"StructuredToParameterName@@": {key: one.name for key, one in layer.items()}}
+    path = tmp_path / "model.pdparams"
+    for tree in (layer | names, {"model": layer, "epoch": 3, "pair": (1, PaddleTensor("x", 2))}):
+        path.write_bytes(pickle.dumps(tree, protocol))
+        opened = open_checkpoint(path)
+        assert list(opened.state_dict()) == list(arrays)
+        with Files() as files:
+            for key, array in arrays.items():
+                assert read_bytes(opened.state_dict()[key], files) == array.tobytes()
+        assert "Paddle's tensors" in opened.notes[0]
+        assert "linear_0.w_0, linear_0.b_0" in opened.notes[0]
+    for other in ({"w": np.ones(2), "t": PaddleTensor(3, 4)}, {"w": np.ones(2), "t": [PaddleTensor("a", 4)]}):  # type: ignore[arg-type]
+        path.write_bytes(pickle.dumps(other, protocol))
+        assert (list(open_checkpoint(path).state_dict()), open_checkpoint(path).notes) == (["w"], ())
+
+
 def test_what_follows_a_pickle_is_refused_and_so_is_half_of_one(tmp_path: Path) -> None:
     path = tmp_path / "given.pkl"
     whole = pickle.dumps({"w": np.ones(3)}, 4)

@@ -1,6 +1,6 @@
 """A plain pickle, not written by torch.save, as ``pickle.dump(state_dict)`` writes it.
 
-detectron2's model zoo has such files (``{"model": {name: ndarray}}``).
+detectron2's model zoo has such files (``{"model": {name: ndarray}}``), and Paddle's ``.pdparams`` are.
 
 The file is one pickle, of any protocol. Arrays are part of it, so they are read into memory. A tensor's storage is
 ``torch.storage._load_from_bytes(bytes)``; the bytes are in torch's legacy format, with that storage as the tree.
@@ -14,8 +14,8 @@ from typing import Any
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Array, Span, Storage
-from ckptool.core.tree import brief
-from ckptool.errors import FormatError, UnsupportedError
+from ckptool.core.tree import PyObject, brief, nodes
+from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.io.probe import Probe
 from ckptool.limits import MAX_PICKLE
 from ckptool.pickling import load as pickles
@@ -65,9 +65,29 @@ def read(probe: Probe) -> Checkpoint:
     if end < file.size:
         what = f"a plain pickle ends at byte {end}, and {file.size - end} bytes follow it{calls(names)}"
         raise FormatError(what, file.path)
+    paddle = _without_names(tree) if not _TUPLE.isdisjoint(names) else ()
     tree = pickles.with_arrays(tree, names, file.span(0, 0), keep=False)
     every = tuple(name for name in dict.fromkeys((*names, *nested.names)) if name != _STORAGE)  # its bytes were read
-    return Checkpoint(tree, url=file.path, nbytes=file.size, names=every)
+    notes = (
+        (f"Paddle's tensors (uint16 is its bfloat16), without the names in them: {listed(paddle)}",) if paddle else ()
+    )
+    return Checkpoint(tree, url=file.path, nbytes=file.size, names=every, notes=notes)
+
+
+_TUPLE = {("builtins", "tuple"), ("__builtin__", "tuple")}
+
+
+def _without_names(tree: Any) -> list[str]:
+    """Puts arrays in the place of Paddle's tensors, which are calls ``tuple((name, array))``; returns the names."""
+    found = []
+    for node in list(nodes(tree)):
+        for key, value in list(node.items()) if isinstance(node, dict) else ():
+            if isinstance(value, PyObject) and (value.module, value.qualname) in _TUPLE and len(value.args) == 1:
+                inner = value.args[0]
+                if isinstance(inner, tuple) and len(inner) == 2 and isinstance(inner[0], str):
+                    node[key] = inner[1]
+                    found.append(inner[0])
+    return found
 
 
 _STORAGE = ("torch.storage", "_load_from_bytes")
