@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptool import formats
 from ckptool.core import aliases
-from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.pickled_names import beyond_tensors
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
 from ckptool.core.tree import Global, nodes, path_text
@@ -100,6 +100,8 @@ def save(
     url = os.fspath(path)
     try:
         row, tags = _refuse(checkpoint, url, options)
+        if checkpoint.format == "model":  # as its `state_dict` has it: no parameters
+            checkpoint = checkpoint.with_state_dict(detached(checkpoint.state_dict()))
         write = _save_directory if row.is_directory else _save_file
         with Files() as files:
             saved = write(checkpoint, row, url, options, tags, files, progress)

@@ -188,6 +188,9 @@ def _rule(pattern: str, given: Any) -> Rule:
     captures = list(dict.fromkeys(_CAPTURE.findall(pattern)))
     if not isinstance(given, dict):
         raise FormatError(f"{where}: expected a table {{ shape = [...], dtype = ... }}, found {brief(given)}")
+    for name, value in given.items():
+        if isinstance(value, dict) and name not in (*_FIELDS, *captures):
+            raise FormatError(f'{where}: expected a pattern with dots in quotes: "{pattern}.{name}"')
     _known(given, (*_FIELDS, *captures), where)
     numbers = {name: _numbers(given[name], f"{where}.{name}") for name in captures if name in given}
     if _WILD.search(pattern):

@@ -499,6 +499,11 @@ def test_a_live_module_is_a_reference_in_python(device: str, saved: Saved) -> No
     made = torch.load("out.pth", weights_only=True)
     assert not any(one.requires_grad for one in made.values())
     assert all(bits(made[key]) == bits(one) for key, one in torch.load(path).items())
+    if device == "cpu":
+        ckptool.save(model, "saved_again.pth")
+        made = torch.load("saved_again.pth", weights_only=True)
+        assert not any(one.requires_grad or isinstance(one, nn.Parameter) for one in made.values())
+        assert all(bits(made[key]) == bits(one) for key, one in model.state_dict().items())
     planned, _ = ckptool.plan_partial(path, model)
     assert list(planned.state_dict()) == list(model.state_dict())
     opened = ckptool.open(model).state_dict()

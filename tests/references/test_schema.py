@@ -237,6 +237,7 @@ def test_where_tensors_are_needed_a_schema_says_in_one_line_what_it_is_for(refus
         ("schema = 1\n[keys]\na = { shape = [-1] }", "keys.'a'.shape: expected a size, a name or \"?\", found -1"),
         ("schema = 1\n[keys]\na = { shape = [true] }", "keys.'a'.shape: expected a size"),
         ('schema = 1\n[keys]\na = { shape = ["4*h"] }', "keys.'a'.shape: expected a size"),
+        ("schema = 1\n[keys]\na.b = { shape = [1] }", "keys.'a': expected a pattern with dots in quotes: \"a.b\""),
         ("schema = 1\n[keys]\na = [1]", "keys.'a': expected a table"),
         ("schema = 1\n[keys]\na = { count = -1 }", "keys.'a'.count: expected numbers from 0 on"),
         ("schema = 1\n[keys]\na = { count = { min = 3, max = 2 } }", "keys.'a'.count: expected numbers from 0 on"),
