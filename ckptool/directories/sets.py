@@ -281,11 +281,13 @@ def components(directory: str, names: Sequence[str]) -> list[str]:
     """Returns the directories of a diffusers pipeline that hold weights; none if it is no pipeline."""
     if "model_index.json" not in names:
         return []
-    parts = [name for name in names if os.path.isdir(os.path.join(directory, name))]
-    return [name for name in parts if any(
-        INDEX.fullmatch(inner) or inner.endswith((".safetensors", ".bin"))
-        for inner in os.listdir(os.path.join(directory, name))
-    )]  # fmt: skip
+    inner = {name: names_in(path) for name in names if os.path.isdir(path := os.path.join(directory, name))}
+    return [
+        name
+        for name, there in inner.items()
+        if "model_index.json" not in there  # another pipeline: they could be a thousand levels deep
+        and any(INDEX.fullmatch(file) or file.endswith((".safetensors", ".bin")) for file in there)
+    ]
 
 
 def _loose(directory: str, files: list[str]) -> Choice | None:

@@ -174,3 +174,11 @@ def test_a_pipeline_of_one_model_is_that_model_and_a_broken_one_is_named() -> No
     with pytest.raises(CkptoolError, match=r"pipe/vae/diffusion_pytorch_model.safetensors: .* truncated"):
         ckptool.open(path)
     assert_same_tensors(ckptool.open(path / "unet"), PARTS["unet"])
+
+
+def test_a_pipeline_inside_of_a_pipeline_is_none_of_its_models(run: Run) -> None:
+    path = pipeline(unet=PARTS["unet"], vae=PARTS["vae"])
+    (path / "unet" / "model_index.json").write_text("{}")
+    assert_same_tensors(ckptool.open(path), PARTS["vae"])
+    (path / "vae").rename(path / "unet" / "vae")
+    assert run("inspect", path)[0] == 2
