@@ -329,8 +329,8 @@ class _Meant:
                 self.left.append(f"{path_text(path)} (an empty dict)")
                 continue
             if key in steps:
-                what = f"two values have the name {brief(key)}: {path_text(steps[key])!r} and {path_text(path)!r}"
-                raise CollisionError(f"{what}: rename one with remap")
+                what = f"two values have the name {brief(key)} in it, those at {brief(steps[key])} and {brief(path)}"
+                raise CollisionError(f"{what}: rename or leave out one")
             steps[key], self.paths[key] = path, name
             self.values[key] = self._item(key, value)
         self.tree = _nested(self.values, self.paths)
