@@ -42,9 +42,9 @@ def open(source: Source, root: str | Path | None = None, *, tp_rules: Any = None
     """Returns the checkpoint at a path (a file, a sharded directory or its index), of a state_dict or of a live model.
 
     Reads headers only; runs no code of the file and imports none of its classes. ``root`` is the path of the weights
-    in the tree (``"model_state_dict"``, steps separated by "/"); None looks for them, see `find_root`. ``tp_rules``
-    joins the ranks of tensor parallelism: a TOML file, its content as a dict, or ``"gpt"`` or ``"llama"``, see
-    `JoinRules`; tensors that are replicated on the ranks are read and compared.
+    in the tree (``"model_state_dict"``, steps separated by "/"), or a directory in it; None looks for them, see
+    `find_root`. ``tp_rules`` joins the ranks of tensor parallelism: a TOML file, its content as a dict, or ``"gpt"``
+    or ``"llama"``, see `JoinRules`; tensors that are replicated on the ranks are read and compared.
 
     Raises: UnreadableError, FormatError, UnsupportedError; UsageError if there is nothing at ``root``, or for rules
     that do not fit.
@@ -52,7 +52,7 @@ def open(source: Source, root: str | Path | None = None, *, tp_rules: Any = None
     if isinstance(source, Checkpoint):
         opened = source
     elif isinstance(source, (str, os.PathLike)):
-        opened = formats.read(os.fspath(source))
+        opened, root = formats.read_at(os.fspath(source), root)
     else:
         from ckptool.partial import live
 

@@ -104,7 +104,8 @@ def command(
     for path in files:
         with failed.kept():
             opened = options.reference(path, root, arg, tp_rules, values=stats or hashes or check)
-            report = _inspected(opened, root, include or [], exclude or [], stats, hashes, gate)
+            at = None if root is None else opened.root
+            report = _inspected(opened, at, include or [], exclude or [], stats, hashes, gate)
             reports.append(replace(report, path=path))
             if report.check is None or not report.check.fails:  # a finding says it
                 with failed.kept(later=True):
@@ -150,7 +151,7 @@ def command(
 
 
 def _inspected(
-    opened: ckptool.Checkpoint, root: str | None, include: list[str], exclude: list[str], stats: bool, hashes: bool,
+    opened: ckptool.Checkpoint, root: Any, include: list[str], exclude: list[str], stats: bool, hashes: bool,
     gate: dict[str, Any],
 ) -> InspectReport:  # fmt: skip
     if not (stats or hashes or gate):

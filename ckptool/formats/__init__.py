@@ -260,6 +260,17 @@ def read(path: str, opener: Callable[[str], Source] = LocalFile) -> Checkpoint:
             raise
 
 
+def read_at(path: str, root: Any) -> tuple[Checkpoint, Any]:
+    """Returns (checkpoint at a path, root); of the directory in it that ``root`` names, where that is no root: None."""
+    from ckptool.core.roots import steps
+
+    opened = read(path)
+    inner = os.path.join(path, root) if isinstance(root, str) and root == os.path.basename(root) != "" else ""
+    if inner and os.path.isdir(inner) and root not in steps(opened.tree):
+        return read(inner), None
+    return opened, root
+
+
 def _read(probe: Probe) -> Checkpoint:
     for row in FORMATS:
         if row.may_be(probe) and (found := row.read(probe, read)) is not None:

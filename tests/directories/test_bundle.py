@@ -166,6 +166,23 @@ def test_of_a_pipeline_each_model_is_below_its_name_and_root_chooses_one(run: Ru
     assert (code, "3 tensors" in out, "conv_in.weight" in out) == (0, True, True)
 
 
+def test_root_names_a_directory_too_where_only_one_is_read(run: Run) -> None:
+    path = pipeline(unet=PARTS["unet"])
+    assert run("inspect", path, "--root", "unet")[0] == 0
+    assert run("convert", path, "--root", "unet", "-o", "unet.safetensors")[0] == 0
+    assert load_file("unet.safetensors").keys() == PARTS["unet"].keys()
+    assert_same_tensors(ckptool.open(path, root="unet"), PARTS["unet"])
+    for number in (5, 10):
+        Path(f"run/checkpoint-{number}").mkdir(parents=True)
+        weights = {"w": torch.full((2,), float(number))}
+        Path(f"run/checkpoint-{number}/model.safetensors").write_bytes(in_safetensors(weights))
+        assert_same_tensors(ckptool.open("run", root=f"checkpoint-{number}"), weights)
+    code, _, err = run("inspect", path, "--root", "scheduler")
+    assert (code, err.count("\n")) == (2, 1)
+    code, _, err = run("inspect", path, "--root", "vae")
+    assert (code, "no 'vae' at the top" in err) == (2, True)
+
+
 def test_a_pipeline_of_one_model_is_that_model_and_a_broken_one_is_named() -> None:
     path = pipeline(unet=PARTS["unet"])
     assert_same_tensors(ckptool.open(path), PARTS["unet"])
