@@ -14,7 +14,7 @@ from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.pickled_names import beyond_tensors
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
-from ckptool.core.tree import Global, nodes, path_text
+from ckptool.core.tree import Global, key_text, nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
 from ckptool.io.output import EXISTS, Output, is_stream, write_stream
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
@@ -270,10 +270,19 @@ def _verify(checkpoint: Checkpoint, row: formats.Format, path: str, files: Files
     """Reads a written file back and compares every tensor with the checkpoint's. Raises: FormatError."""
     found = formats.read(path)
     if row.holds.tree:
-        _compare(dict(checkpoint.tensors()), dict(found.tensors()), files)
+        _compare(_by_path(checkpoint), _by_path(found), files)
     else:
         _compare(checkpoint.state_dict(), found.state_dict(), files)
     row.prove(path)
+
+
+def _by_path(checkpoint: Checkpoint) -> dict[Any, TensorInfo]:
+    """Returns {path: tensor}. Of keys such as bytes, whose stand-ins are equal to none of another file, the text."""
+    found: dict[Any, TensorInfo] = {}
+    for path, tensor in checkpoint.tensors():
+        at = tuple(step if isinstance(step, (str, int, float, type(None))) else key_text(step) for step in path)
+        found[(*at, len(found)) if at in found else at] = tensor
+    return found
 
 
 def _compare(meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo], files: Files) -> None:

@@ -304,3 +304,16 @@ def test_the_library_converts_and_reports(saved: Saved) -> None:
     assert bits(load_file("o.safetensors")["w"]) == bits(load(path)["w"].bfloat16())
     opened = ckptool.open(path)
     assert ckptool.convert(opened, "o.pth").nbytes == os.path.getsize("o.pth")
+
+
+def test_keys_that_are_no_text_are_verified(saved: Saved, run: Run) -> None:
+    tree = {
+        "w": torch.ones(2),
+        b"by": {"w": torch.zeros(3)},
+        (b"x", 1): torch.ones(1),
+        2.5: torch.ones(4),
+        None: [torch.ones(5)],
+    }
+    path = saved({"state_dict": {"a.w": torch.ones(2)}, "more": tree})
+    assert run("convert", path, "-o", "out.pth")[0] == 0
+    assert_identical(load("out.pth"), load(path))
