@@ -14,14 +14,14 @@ import tomllib
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.errors import CkptoolError, UsageError
+from ckptool.errors import CkptoolError, UsageError, listed
 from ckptool.partial import live
 from ckptool.references import CODE
 from ckptool.values.codec import import_torch
@@ -42,14 +42,23 @@ def opened(text: str, arguments: Sequence[str] = (), *, values: bool) -> Checkpo
     if not values:
         try:
             with _users_code(text), import_torch("a model in code").device("meta"):
-                return replace(live.checkpoint_of(_model(text, factory, given), url=text), notes=(note,))
+                return replace(_checkpoint(text, factory, given), notes=(note,))
         except UsageError as error:
             if error.__cause__ is None:  # of ours, not of the user's code
                 raise
             why = f"on meta it raised {error.message}"
     with _users_code(text):
-        found = live.checkpoint_of(_model(text, factory, given), url=text)
-        return replace(found, notes=(note, f"built on the CPU: {why}"))
+        return replace(_checkpoint(text, factory, given), notes=(note, f"built on the CPU: {why}"))
+
+
+def _checkpoint(text: str, factory: Any, given: dict[str, Any]) -> Checkpoint:
+    """Returns the model's state_dict. Raises: UsageError for parameters that have no shape yet."""
+    model = _model(text, factory, given)
+    is_lazy = import_torch("a model in code").nn.parameter.is_lazy
+    if lazy := [key for key, value in model.state_dict(keep_vars=True).items() if is_lazy(value)]:
+        what = "no shapes yet (lazy layers): have the factory run the model once"
+        raise UsageError(f"{listed(lazy)}: {what}", text)
+    return live.checkpoint_of(model, url=text)
 
 
 def built(text: str, arguments: Sequence[str]) -> Any:
@@ -197,9 +206,13 @@ def _kind(value: object) -> str:
 
 @contextmanager
 def _users_code(text: str) -> Iterator[None]:
-    """Sends to stderr what the code inside prints, and makes an exception of it one line with its file and line."""
+    """Sends to stderr what the code inside prints, and makes an exception of it one line with its file and line.
+
+    The current directory is the same afterwards: the other paths of the command line are relative to it.
+    """
+    here = os.getcwd()
     try:
-        with redirect_stdout(sys.stderr):  # stdout is for the report
+        with _stdout_to_stderr():
             yield
     except CkptoolError as error:
         error.path = error.path or text
@@ -209,6 +222,23 @@ def _users_code(text: str) -> Iterator[None]:
         message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
         said = f"{type(error).__name__}: {message}" if message else type(error).__name__
         raise UsageError(f"{said}{_where(error)}", text) from error
+    finally:
+        os.chdir(here)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Keeps stdout for the report, of processes that the code starts and of libraries in C too."""
+    with suppress(ValueError):  # closed
+        sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _where(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from oracles import Run, bits
 from torch import nn
 
 import ckptool
+from ckptool.cli import main
 from ckptool.errors import UsageError
 from ckptool.references import is_code
 from ckptool.references.code import parsed
@@ -22,6 +24,9 @@ Saved = Callable[..., Path]
 Refused = Callable[..., str]
 
 NETS = """
+import os
+import subprocess
+
 import torch
 from torch import nn
 
@@ -116,6 +121,32 @@ def hooked():
 def talking():
     print("a word of mine")
     return Net()
+
+
+def talking_child():
+    subprocess.run("echo of a child", shell=True, check=True)
+    os.write(1, b"of a library\\n")
+    return Net()
+
+
+def elsewhere():
+    os.chdir("nets_in_code")
+    return Net()
+
+
+def elsewhere_and_raising():
+    os.chdir("/")
+    raise RuntimeError("no")
+
+
+def lazy():
+    return nn.Sequential(nn.Linear(2, 4), nn.LazyLinear(3), nn.LazyBatchNorm1d())
+
+
+def lazy_and_run():
+    model = lazy()
+    model(torch.zeros(5, 2))
+    return model
 
 
 model = Net()
@@ -415,6 +446,39 @@ def test_a_file_beside_its_own_imports_and_one_of_a_known_name_work(run: Run, sa
 def test_what_the_code_prints_does_not_mix_with_the_report(run: Run, saved: Saved) -> None:
     code, out, err = run("diff", "train.py:talking", saved(Net().state_dict()), "--json")
     assert (code, json.loads(out)["result"]["same"], err) == (0, True, "a word of mine\n")
+
+
+def test_nor_what_processes_and_libraries_print_that_it_starts(capfd: pytest.CaptureFixture[str], saved: Saved) -> None:
+    path = saved(Net().state_dict())
+    assert main(["diff", "train.py:talking_child", str(path), "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert (json.loads(out)["result"]["same"], err) == (True, "of a child\nof a library\n")
+
+
+def test_a_directory_that_the_code_changes_to_is_left_again(run: Run, refused: Refused, saved: Saved) -> None:
+    path, here = saved(Net().state_dict()), os.getcwd()
+    assert run("diff", "train.py:elsewhere", os.path.relpath(path))[0] == 0
+    assert run("filter", path, "--match", "train.py:elsewhere", "-o", "out.pth")[0] == 0
+    assert run("load-partial", path, "--into", "train.py:elsewhere", "-o", "made.pth")[0] == 0
+    assert "RuntimeError: no" in refused("diff", "train.py:elsewhere_and_raising", path)
+    assert os.getcwd() == here
+    assert Path("out.pth").exists()
+    assert Path("made.pth").exists()
+
+
+@pytest.mark.parametrize("command", ["diff", "filter", "inspect"])
+def test_parameters_without_a_shape_are_refused_by_name(command: str, refused: Refused, saved: Saved) -> None:
+    code = "train.py:lazy"
+    args = {"diff": [code, saved({"0.weight": torch.ones(4, 2), "0.bias": torch.ones(4)})], "inspect": [code]}
+    args["filter"] = [args["diff"][1], "--match", code, "--dry-run"]
+    said = refused(command, *args[command])
+    assert "1.weight, 1.bias, 2.weight" in said
+    assert "run the model once" in said
+
+
+def test_a_lazy_model_that_was_run_once_has_shapes(run: Run) -> None:
+    code, out, _ = run("inspect", "train.py:lazy_and_run", "--flat")
+    assert (code, "3x4" in out) == (0, True)
 
 
 # --- libraries -------------------------------------------------------------------------------------------------------
