@@ -315,8 +315,16 @@ def named(name: str) -> Format:
     raise UsageError(f"no format {name!r} can be written{near(name, names())}; there are {', '.join(names())}")
 
 
-def of_directories() -> Format:
-    """Returns the format that is written into a directory unless another one is named: what Hugging Face loads."""
+def of_directory(path: str) -> Format:
+    """Returns the format that is written into a directory unless another one is named: what Hugging Face loads.
+
+    A directory that holds a distributed checkpoint keeps its format: the other one holds weights only.
+    """
+    distributed = named("dcp")
+    if os.path.isdir(path):
+        with Probe(path) as probe:
+            if cast("Reader", distributed.directory_writer()).matches(probe):
+                return distributed
     return named("sharded")
 
 
@@ -341,7 +349,7 @@ def writable(path: str, name: str | None = None, source: str = "") -> Format:
         row = named(name)
         tree = row.holds.tree and (labelled(source) or row).holds.tree
         return named(row.several) if row.several and source and not is_file and not tree else row
-    found = of_directories() if is_directory(path) or (source and not is_file) else by_suffix(path)
+    found = of_directory(path) if is_directory(path) or (source and not is_file) else by_suffix(path)
     if found is None:
         raise UsageError(f"no format has this suffix; known: {', '.join(suffixes())}, and / for a directory", path)
     return found

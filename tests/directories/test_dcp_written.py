@@ -250,6 +250,36 @@ def test_a_remap_keeps_the_format_unless_the_name_says_another(run: Run) -> None
     ]
 
 
+IN_PLACE = {
+    "remap": ["--rename", "a=b"],
+    "filter": ["--include", "a*"],
+    "load-partial": ["--into", "ours"],
+    "convert": [],
+}
+
+
+@pytest.mark.parametrize("output", ["ours", "ours/"])
+@pytest.mark.parametrize("command", IN_PLACE)
+def test_in_place_it_keeps_its_format_and_all_beside_the_weights(command: str, output: str, run: Run) -> None:
+    ours({"model": {"a.w": torch.ones(2), "c.w": torch.zeros(3)}, "epoch": 3})
+    code, out, _ = run(command, "ours", *IN_PLACE[command], "-o", output, "--in-place")
+    assert (code, sorted(os.listdir("ours"))) == (0, [".metadata", "__0_0.distcp"]), out
+    made = from_dcp(Path("ours"))
+    keys = {"remap": ["b.w", "c.w"], "filter": ["a.w"]}.get(command, ["a.w", "c.w"])
+    assert (list(made["model"]), made["epoch"]) == (keys, 3)
+
+
+def test_a_directory_with_one_gets_another_one_with_force_and_an_empty_one_shards(run: Run) -> None:
+    ours({"a": torch.ones(1)})
+    torch.save({"b": torch.zeros(2)}, "other.pth")
+    assert run("convert", "other.pth", "-o", "ours")[0] == 2
+    assert run("convert", "other.pth", "-o", "ours", "--force")[0] == 0
+    assert list(from_dcp(Path("ours"))) == ["b"]
+    os.mkdir("empty")
+    assert run("convert", "ours", "-o", "empty")[0] == 0
+    assert os.listdir("empty") == ["model.safetensors"]
+
+
 # --- where another checkpoint lies -----------------------------------------------------------------------------------
 
 
