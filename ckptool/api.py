@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ckptool import formats
@@ -66,9 +67,11 @@ def open(source: Source, root: str | Path | None = None, *, tp_rules: Any = None
     return opened if kept else opened.rooted(root)
 
 
-def _open_whole(source: Source) -> Checkpoint:
-    """Opens a checkpoint. Raises: what `open` raises, IncompleteError if tensors are missing or not joined."""
+def _open_whole(source: Source, why: str = "") -> Checkpoint:
+    """Opens a checkpoint; ``why`` it must have values. Raises: what `open` and its own ``require`` methods raise."""
     opened = open(source)
+    if why:
+        opened.require_values(why)
     opened.require_whole()
     opened.require_joined()
     return opened
@@ -185,8 +188,6 @@ def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
 
     Weights that the remap untied are tied again if their bytes are still equal; those bytes are read.
     """
-    from functools import partial
-
     from ckptool.io.source import Files
     from ckptool.ops.remap import invert as op
     from ckptool.values.blocks import same_bytes
@@ -291,8 +292,6 @@ def diff(
     (``uncompared``). ``progress`` is called with the bytes of both sides of each compared pair.
     Raises: what `open` raises, NoTensorsError.
     """
-    from functools import partial
-
     from ckptool.ops import diff as op
 
     keys.expect_numbers(0, rtol=rtol, atol=atol)
@@ -361,8 +360,6 @@ def filter(
 
     Raises: what `open` raises, NoTensorsError, CollisionError for tied names or one key with different values.
     """
-    from functools import partial
-
     from ckptool.io.source import Files
     from ckptool.ops import filter as op
     from ckptool.ops import rows
@@ -371,7 +368,7 @@ def filter(
 
     keys.expect_texts(add_prefix=add_prefix)
     include, exclude, strip_prefix = keys.all_texts(include=include, exclude=exclude, strip_prefix=strip_prefix)
-    opened = [_open_whole(source) for source in sources]
+    opened = [_open_whole(source, "it cannot be a source") for source in sources]
     target = None if match is None else _open_whole(match)
     if target is not None:
         target, notes = with_optimizers(target, optimizer)
@@ -433,8 +430,6 @@ def plan_partial(
     Nothing is written: pass the checkpoint to `save`. Reads headers only, except where tied names are compared.
     Raises: what `open` raises, UsageError with everything that forbids the plan, NoTensorsError, CollisionError.
     """
-    from functools import partial
-
     from ckptool.io.source import Files
     from ckptool.partial import adapters
     from ckptool.partial import plan as op
@@ -451,7 +446,7 @@ def plan_partial(
         keys.pairs(init, "init", "rule"), keys.texts(init_preset, "init_preset"), seed, keys.texts(freeze, "freeze"),
         new_lr_mult, weight_decay, optimizer, include, exclude, strip_prefix, add_prefix, allow_unused,
     )  # fmt: skip
-    opened = None if source is None else _open_whole(open(source, root))
+    opened = None if source is None else _open_whole(open(source, root), "it cannot be a source")
     origins: dict[str, str] = {}
     if rules is not None and opened is not None:
         opened, renamed = remap(opened, rules, allow_unused=allow_unused)

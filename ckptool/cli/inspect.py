@@ -15,6 +15,7 @@ from ckptool.cli.output import bar
 from ckptool.core import keys
 from ckptool.errors import OutputError, UsageError
 from ckptool.ops.inspect import InspectReport, TensorRow, volume
+from ckptool.ops.notes import require_tensors
 from ckptool.text import count, dims, plural, size
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _write_lock(
     """Writes the lock file of the chosen tensors. Raises: OutputError if it exists, unless it is to be updated."""
     from ckptool import formats, saving
 
-    opened.require_whole()
+    _require_comparable(opened)
     if update:
         formats.refuse_no_lock(path)
     elif os.path.isfile(path):
@@ -186,11 +187,18 @@ def _write_schema(opened: ckptool.Checkpoint, choose: Callable[[str], bool], pat
     from ckptool import saving
     from ckptool.references import draft
 
-    opened.require_whole()
+    _require_comparable(opened)
     saving.check_report(path, inputs=[opened])
     tensors = opened.state_dict() | opened.inside()
     chosen = {key: one for key, one in tensors.items() if choose(key)}
     saving.write_text(path, draft.text(chosen, whole=len(chosen) == len(tensors)))
+
+
+def _require_comparable(opened: ckptool.Checkpoint) -> None:
+    """Raises what `diff` would, so that nothing is written that the checkpoint itself does not meet."""
+    opened.require_whole()
+    opened.require_joined()
+    require_tensors(opened)
 
 
 def _keys(report: InspectReport) -> list[str]:

@@ -17,6 +17,7 @@ from ckptool.core.tensor import TensorInfo
 from ckptool.errors import FormatError, UnsupportedError
 
 Saved = Callable[..., Path]
+Refused = Callable[..., str]
 HEAD = "# ckptool lock 1\n"
 """Of a lock that does not say how many keys it has, as they were once written."""
 
@@ -262,6 +263,29 @@ def test_where_the_sources_fill_all_of_a_lock_the_output_is_whole(run: Run, save
     loaded = torch.load("out.pth", weights_only=True)
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("option", ["--lock", "--schema"])
+def test_what_its_own_checkpoint_would_not_meet_is_not_written(option: str, refused: Refused, saved: Saved) -> None:
+    empty = saved({"epoch": 3, "model": {}})
+    whole = saved({"optimizer": {"state": {0: torch.ones(2)}, "param_groups": []}}, "whole.pth")
+    for path, why in {
+        empty: "no tensors at the top",
+        whole: "no tensors at the top",
+        FIXTURES / "consolidated": "--tp-rules FILE joins them",
+    }.items():
+        assert why in refused("inspect", path, option, "made")
+
+
+def test_a_lock_is_no_source_of_values(refused: Refused, saved: Saved) -> None:
+    into = saved({"a": torch.ones(2)})
+    Path("x.lock").write_text(f"{HEAD}a\tfloat32\t2\n")
+    for args in (
+        ["filter", "x.lock", "--match", into],
+        ["filter", into, "x.lock", "--match", into],
+        ["load-partial", "x.lock", "--into", into],
+    ):
+        assert "lock file, which holds no values: it cannot be a source: a" in refused(*args, "-o", "out.pth")
 
 
 def test_a_lock_of_missing_shards_is_not_written(run: Run) -> None:
