@@ -321,7 +321,10 @@ def test_an_error_of_the_users_code_is_one_line_with_file_and_line(
         assert f"(train.py:{line_of('nn.Linear(2, -1)')})" in line
 
 
-def test_mistakes_in_the_file_and_its_imports_are_shown_where_they_are(refused: Refused, saved: Saved) -> None:
+def test_mistakes_in_the_file_and_its_imports_are_shown_where_they_are(
+    refused: Refused, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of modules; that of a file is never written
     path = saved(Net().state_dict())
     Path("model_syntax.py").write_text("x = 1\ndef build(:\n")
     Path("model_import.py").write_text("\n\nimport no_such_package_\n")
