@@ -404,10 +404,16 @@ def beside_file(path: str) -> list[str]:
     own = parse(name)
     if own is None or not own.loader:
         return []
-    there = [found for found in sets_in(names_in(directory or ".")) if found.name != name]
+    names = names_in(directory or ".")
+    there = [found for found in sets_in(names) if found.name != name]
     same = [found for found in there if found.loader == own.loader and found.variant == own.variant]
     first = min([own, *same], key=lambda found: found.rank)
-    return [f"beside {listed(found.name for found in same)}: {own.loader} reads {first.name} only"] if same else []
+    notes = [f"beside {listed(found.name for found in same)}: {own.loader} reads {first.name} only"] if same else []
+    if parts := sorted(filter(METADATA.fullmatch, names)):
+        notes.append(
+            f"beside a distributed checkpoint: of the directory, {first.name} is read; name {parts[0]} for that"
+        )
+    return notes
 
 
 def _pattern(name: str) -> str:

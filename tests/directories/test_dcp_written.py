@@ -280,6 +280,16 @@ def test_a_directory_with_one_gets_another_one_with_force_and_an_empty_one_shard
     assert os.listdir("empty") == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.pth"])
+def test_a_file_that_takes_its_place_in_the_directory_is_said(name: str, run: Run) -> None:
+    ours({"a": torch.ones(1)})
+    code, out, _ = run("remap", "ours", "--rename", "a=b", "-o", f"ours/{name}")
+    taken = ckptool.open("ours").format != "dcp"
+    said = f"beside a distributed checkpoint: of the directory, {name} is read; name .metadata for that"
+    assert (code, said in " ".join(out.split()), taken) == (0, name != "model.pth", name != "model.pth")
+    assert list(ckptool.open("ours/.metadata").state_dict()) == ["a"]
+
+
 # --- where another checkpoint lies -----------------------------------------------------------------------------------
 
 
