@@ -332,6 +332,9 @@ def test_a_flipped_bit_of_a_part_is_found_and_nothing_where_none_is(tmp_path: Pa
 def test_what_is_saved_in_its_place_replaces_it(tmp_path: Path) -> None:
     directory, whole = grid(tmp_path / "d")
     ckptool.save(ckptool.open(directory), directory, in_place=True)
+    assert sorted(path.name for path in directory.iterdir()) == [".metadata", "__0_0.distcp"]
+    assert torch.equal(ckptool.open(directory).to_torch()["w"], whole)
+    ckptool.save(ckptool.open(directory), directory, to="sharded", in_place=True)
     assert [path.name for path in directory.iterdir()] == ["model.safetensors"]
     assert torch.equal(ckptool.open(directory).to_torch()["w"], whole)
 
