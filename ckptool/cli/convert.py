@@ -59,7 +59,7 @@ def command(
         formats.named(to)  # an unknown format is reported before anything else
     limit = options.shard_size(max_shard_size)
     tags = options.tags(map_location)
-    save_options = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, publish, shard_name, with_files)
+    save_options = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, False, shard_name, with_files)
     outputs = Outputs("convert", save_options, report_file, dry_run, as_json)
     failed = render.Failures(len(inputs))
     jobs: list[Job] = []
@@ -68,9 +68,12 @@ def command(
             jobs.append(Job.of(source, ckptool.open(source, root=root, tp_rules=tp_rules), to, output))
     if len({os.path.realpath(job.path) for job in jobs}) < len(jobs):
         raise UsageError("two inputs would be written to one name")
+
+    def options_of(job: Job) -> saving.SaveOptions:
+        return replace(save_options, to=job.to.name, hash_in_name=publish and not job.to.is_directory)
+
     for job in jobs:
-        how = replace(save_options, to=job.to.name, hash_in_name=publish and not job.to.is_directory)
-        replace(outputs, options=how).check([job.path], [one.checkpoint for one in jobs])
+        replace(outputs, options=options_of(job)).check([job.path], [one.checkpoint for one in jobs])
 
     def converted(job: Job, **how: Any) -> ConvertReport:
         return ckptool.convert(
@@ -81,7 +84,7 @@ def command(
 
     def total() -> int:
         sizes = [converted(job, force=True, in_place=True, dry_run=True).nbytes for job in jobs]
-        return saving.work(sum(sizes), save_options)
+        return sum(saving.work(nbytes, options_of(job)) for nbytes, job in zip(sizes, jobs, strict=True))
 
     if len(inputs) > 1:  # refuse before the first file is written
         planned, jobs = jobs, []

@@ -455,5 +455,5 @@ def test_a_root_of_absent_keys_is_refused_when_it_is_opened(saved: Saved) -> Non
     path = saved({"a": {"b": torch.ones(1)}, 0: {"c": torch.ones(1)}})
     assert list(ckptool.open(path, root=(0,)).state_dict()) == ["c"]
     for root in (("x",), ("a", "x"), ("0",), [True], ("a", "b", "c")):
-        with pytest.raises(UsageError, match="in the checkpoint's tree"):
+        with pytest.raises(UsageError, match="; there is: "):
             ckptool.open(path, root=root)
