@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from ckptool.core import pickled_names
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import TensorInfo, is_countable
 from ckptool.core.tree import Global, PyObject, brief
@@ -76,7 +77,8 @@ class Saved:
             pickled = file.read(0, file.size)
         pickles.scan(pickled)
         tree, names = pickles.load(pickled, builders=torch_calls.builders)
-        self.names.update(dict.fromkeys(names))
+        # those that every such file has are no news
+        self.names.update((name, None) for name in names if pickled_names.kind(*name) != "ordinary")
         fields = _fields(tree, "Metadata")
         for key, node in _mapping(fields, "state_dict_metadata").items():
             self._entry(_text(key), node)

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 import ckptool
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import BY_SAFETENSORS
+from ckptool.core.pickled_names import beyond_tensors
 from ckptool.core.tensor import Storage
 from ckptool.errors import FormatError, IncompleteError, UnsupportedError
 from ckptool.formats import read
@@ -69,6 +70,7 @@ def test_a_training_checkpoint_is_the_tree_that_was_saved(options: dict[str, Any
     expected = training()
     found = read(str(write(tmp_path / "d", expected, **options)))
     assert found.format == "dcp"
+    assert beyond_tensors(found.names) == {}  # the classes of every such checkpoint's metadata are no news
     tree_equal(found.tree, {**expected, "model": dict(expected["model"])})
     assert list(found.tree["optim"]["state"]) == [0, 1, 2, 3]
     assert list(ckptool.open(tmp_path / "d").state_dict()) == list(expected["model"])
@@ -93,7 +95,7 @@ def test_a_training_checkpoint_is_the_tree_that_was_saved(options: dict[str, Any
         b"bytes",
         None,
     ],
-    ids=lambda value: str(value)[:20],
+    ids=lambda value: f"{value.dtype} {[*value.shape]}" if isinstance(value, torch.Tensor) else str(value)[:20],
 )
 def test_any_value_is_what_torch_makes_of_it(value: Any, tmp_path: Path) -> None:
     tree_equal(read(str(write(tmp_path / "d", {"x": value, "y": 1}))).tree, from_dcp(tmp_path / "d"))
