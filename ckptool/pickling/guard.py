@@ -11,7 +11,7 @@ is in two others. Only where that proves nothing does `check` simulate every opc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ckptool.limits import MAX_TUPLE_ITEMS, MAX_TUPLE_KEYS, MAX_TUPLES
 
@@ -52,7 +52,7 @@ def check(opcodes: Iterable[tuple[int, int]], alike: bool = False) -> None:
     deepest, most = MAX_TUPLES.now(), MAX_TUPLE_ITEMS.now()
     try:
         for opcode, index in opcodes:
-            keys: list[Size] = []
+            keys: Sequence[Size] = ()
             if opcode in b"qrp":
                 memo[index] = stack[-1]
             elif opcode in b"hjg":
@@ -70,7 +70,7 @@ def check(opcodes: Iterable[tuple[int, int]], alike: bool = False) -> None:
                 items, stack = stack, marked.pop()
                 if opcode in b"tlod\x91":
                     stack.append(_tuple_of(items, deepest, most) if opcode in b"t\x91" else _ATOM)
-                keys = items[::2] if opcode in b"du" else items if opcode in b"\x90\x91" else []
+                keys = items[::2] if opcode in b"du" else items if opcode in b"\x90\x91" else ()
             elif opcode == ord("i"):
                 stack = [*marked.pop(), _ATOM]
             elif opcode == ord("s"):
@@ -90,6 +90,8 @@ def check(opcodes: Iterable[tuple[int, int]], alike: bool = False) -> None:
                 stack += [_ATOM] * pushes
             elif opcode not in _NOTHING:
                 stack.append(_ATOM)
+            if not keys:
+                continue
             hashed += sum(size for size, _ in keys)
             tuples += sum(depth > 0 for _, depth in keys)
             if alike and tuples > fewest:
