@@ -16,7 +16,7 @@ from ckptool.core.pickled_names import beyond_tensors
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
 from ckptool.core.tree import Global, key_text, nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
-from ckptool.io.output import EXISTS, Output, is_stream, write_stream
+from ckptool.io.output import EXISTS, Output, SetOptions, is_stream, write_stream
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
 from ckptool.text import plural
 from ckptool.values.blocks import changed_values, same_bytes
@@ -58,12 +58,11 @@ class SaveOptions:
     def overwrites(self) -> bool:
         return self.force or self.in_place
 
-    def of_files(self, row: formats.Format) -> dict[str, Any]:
-        """Returns the arguments that a format of directories takes for `write` and `check`."""
-        return {
-            "kind": row.kind, "max_shard_size": self.max_shard_size, "shard_name": self.shard_name,
-            "with_files": self.with_files, "force": self.overwrites, "in_place": self.in_place,
-        }  # fmt: skip
+    def of_files(self, row: formats.Format) -> SetOptions:
+        """Returns what a format of directories takes for `write` and `check`."""
+        return SetOptions(
+            row.kind, self.max_shard_size, self.shard_name, self.with_files, self.overwrites, self.in_place, self.fsync
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
     try:
         row, tags = _refuse(checkpoint, url, options)
         if row.is_directory:
-            left_out, nbytes, notes = row.directory_writer().check(checkpoint, url, tags, **options.of_files(row))
+            left_out, nbytes, notes = row.directory_writer().check(checkpoint, url, tags, options.of_files(row))
         else:
             left_out, nbytes, notes = *row.writer().check(checkpoint, tags), ()
         left_out += _lost(checkpoint, row)
@@ -246,7 +245,7 @@ def _save_directory(
         _compare(meant, written, files.beside(progress))
 
     left_out, nbytes, notes = row.directory_writer().write(
-        checkpoint, url, files, tags, formats.read, **options.of_files(row), fsync=options.fsync,
+        checkpoint, url, files, tags, formats.read, options.of_files(row),
         compare=compare if options.verify else None, progress=progress,
     )  # fmt: skip
     return Saved(url, nbytes, left_out, notes=notes)

@@ -41,7 +41,7 @@ from ckptool.limits import MAX_LEVELS, MAX_PICKLE
 # Needed only to write, so imported by the functions that do.
 if TYPE_CHECKING:
     from ckptool.formats.layout import MapLocation
-    from ckptool.io.output import Output
+    from ckptool.io.output import Output, SetOptions
 
 LABEL = "dcp"
 
@@ -449,34 +449,28 @@ def write(
     files: Files,
     map_location: MapLocation | None,
     open_: Callable[..., Checkpoint],
+    options: SetOptions,
     *,
-    kind: str,
-    max_shard_size: int,
-    shard_name: str | None,
-    with_files: bool,
-    force: bool,
-    in_place: bool,
-    fsync: bool,
     compare: Callable[[Mapping[Any, TensorInfo], Mapping[Any, TensorInfo]], None] | None,
     progress: Callable[[int], None] | None,
 ) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
     """Writes the whole tree as one process would save it, streaming; ``.metadata`` gets its name last.
 
     Returns what was left out, the bytes of all files, and notes. Each tensor is one item, tied ones too. What torch has
-    no box for (a sparse or quantised tensor) is an item as a Python value is. ``max_shard_size`` counts the bytes of
-    tensors in a ``.distcp`` file. The other arguments are as in `sharded.write`.
+    no box for (a sparse or quantised tensor) is an item as a Python value is. The other arguments are as in
+    `sharded.write`.
 
     Raises: LossError for what torch cannot hold, CollisionError for two values of one flattened name, OutputError.
     """
     from ckptool.directories.place import Place, recover
     from ckptool.formats import torch_file
 
-    meant = _Meant(checkpoint, max_shard_size)
+    meant = _Meant(checkpoint, options.max_shard_size)
     torch_file.check(meant.values, map_location)
-    names = names_for(checkpoint, shard_name, kind)
+    names = names_for(checkpoint, options.shard_name, options.kind)
     recover(directory)
     new = [*meant.files, names.index]
-    place = Place(checkpoint, directory, names, new, force=force, in_place=in_place, with_files=with_files)
+    place = Place(checkpoint, directory, names, new, options)
     rows: list[Row] = []
 
     def written(name: str) -> Callable[[Output], None]:
@@ -495,9 +489,8 @@ def write(
             compare(dict(Checkpoint(meant.tree).tensors()), dict(found.tensors()))
 
     nbytes = place.write(
-        {name: written(name) for name in meant.files}, lambda: pickled(rows), files,
-        fsync=fsync, check=check, progress=progress,
-    )  # fmt: skip
+        {name: written(name) for name in meant.files}, lambda: pickled(rows), files, check=check, progress=progress
+    )
     return tuple(meant.left), nbytes, (*meant.notes, *place.notes())
 
 
@@ -505,21 +498,15 @@ def check(
     checkpoint: Checkpoint,
     directory: str,
     map_location: MapLocation | None,
-    *,
-    kind: str,
-    max_shard_size: int,
-    shard_name: str | None,
-    with_files: bool,
-    force: bool,
-    in_place: bool,
+    options: SetOptions,
 ) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
     """Returns what `write` would leave out, about how many bytes it would write, and its notes. Raises: as it."""
     from ckptool.directories.place import Place
     from ckptool.formats import torch_file
 
-    meant = _Meant(checkpoint, max_shard_size)
-    names = names_for(checkpoint, shard_name, kind)
+    meant = _Meant(checkpoint, options.max_shard_size)
+    names = names_for(checkpoint, options.shard_name, options.kind)
     new = [*meant.files, names.index]
-    place = Place(checkpoint, directory, names, new, force=force, in_place=in_place, with_files=with_files)
+    place = Place(checkpoint, directory, names, new, options)
     nbytes = max(torch_file.check(meant.values, map_location), meant.nbytes) + 1500 * len(meant.values)
     return tuple(meant.left), nbytes, (*meant.notes, *place.notes())

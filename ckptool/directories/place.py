@@ -17,7 +17,7 @@ from ckptool.directories import sets
 from ckptool.directories.names import DCP, Distributed, Names, beside_it, is_part, parse, reader, sets_in
 from ckptool.errors import CkptoolError, OutputError, explain, listed
 from ckptool.io.leftovers import locked, sweep
-from ckptool.io.output import EXISTS, Output, commit_set
+from ckptool.io.output import EXISTS, Output, SetOptions, commit_set
 from ckptool.io.source import Files, LocalFile, names_in, same_file
 
 
@@ -28,21 +28,20 @@ class Place:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, directory: str, names: Names | Distributed, new: list[str], *,
-        force: bool, in_place: bool, with_files: bool,
+        self, checkpoint: Checkpoint, directory: str, names: Names | Distributed, new: list[str],
+        options: SetOptions,
     ) -> None:  # fmt: skip
         self.directory = directory
         self.names = names
         self.new = new
-        self.force = force
+        self.force, self.with_files, self.fsync = options.force, options.with_files, options.fsync
         self.origin, self.source = os.path.split(checkpoint.url)
         self.within = same_file(self.origin or ".", directory)
-        self.in_place = in_place and self.within
+        self.in_place = options.in_place and self.within
         small = sets.small_files(self.origin or ".") if parse(self.source) and not self.within else []
-        self.small = small if with_files else [name for name in small if not os.path.lexists(self._path(name))]
-        self.with_files = with_files
+        self.small = small if self.with_files else [name for name in small if not os.path.lexists(self._path(name))]
         self.look()
-        if with_files:
+        if self.with_files:
             self._refuse_other_files()
 
     def _path(self, name: str) -> str:
@@ -86,7 +85,6 @@ class Place:
         last: Callable[[], bytes] | None,
         files: Files,
         *,
-        fsync: bool,
         check: Callable[[dict[str, str]], None] | None,
         progress: Callable[[int], None] | None,
     ) -> int:
@@ -99,7 +97,7 @@ class Place:
         with _made(self.directory), ExitStack() as stack:
 
             def opened(name: str, run: str | None) -> Output:
-                return stack.enter_context(Output(self._path(name), force=self.force, fsync=fsync, run=run))
+                return stack.enter_context(Output(self._path(name), force=self.force, fsync=self.fsync, run=run))
 
             ending = None if last is None else opened(self.new[-1], None)  # its lock covers all files
             outputs: list[Output] = []
@@ -123,7 +121,7 @@ class Place:
                 self.look()
                 commit_set(outputs, self.force)
                 self._clear()
-            self._copy(fsync)
+            self._copy()
         return sum(output.position for output in outputs)
 
     def _clear(self) -> None:
@@ -155,10 +153,10 @@ class Place:
         except OSError:
             return False
 
-    def _copy(self, fsync: bool) -> None:
+    def _copy(self) -> None:
         """Copies the small files. Raises: OutputError, UnreadableError."""
         for name in self.small if self.with_files else ():
-            output = Output(self._path(name), force=self.force, fsync=fsync)
+            output = Output(self._path(name), force=self.force, fsync=self.fsync)
             with LocalFile(os.path.join(self.origin, name)) as file, output:
                 output.readers = file.mode
                 output.write(file.read(0, file.size))

@@ -30,7 +30,7 @@ from ckptool.io.source import Files, Source
 if TYPE_CHECKING:
     from ckptool.directories.place import Place
     from ckptool.formats.layout import MapLocation
-    from ckptool.io.output import Output
+    from ckptool.io.output import Output, SetOptions
 
 LABEL = "hf-sharded"
 
@@ -222,14 +222,8 @@ def write(
     files: Files,
     map_location: MapLocation | None,
     open_: Open,
+    options: SetOptions,
     *,
-    kind: str = "safetensors",
-    max_shard_size: int,
-    shard_name: str | None = None,
-    with_files: bool = False,
-    force: bool = False,
-    in_place: bool = False,
-    fsync: bool = True,
     compare: Compare | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
@@ -237,10 +231,9 @@ def write(
 
     Returns what was left out, the bytes of all files of weights, and notes.
 
-    ``kind`` is that of the files: safetensors, or bin, which torch.save writes. ``max_shard_size`` counts bytes of
-    tensors. ``force`` replaces a set of the same names as a whole, ``in_place`` the input's. ``with_files`` copies the
-    small files beside the input. Other files are not touched. ``compare`` is called with the tensors meant and those
-    that ``open_`` reads in the finished staging files, and may raise; ``progress`` with numbers of bytes written.
+    ``options.kind`` is safetensors, or bin, which torch.save writes. Files of no set are not touched. ``compare`` is
+    called with the tensors meant and those that ``open_`` reads in the finished staging files, and may raise;
+    ``progress`` with numbers of bytes written.
 
     Raises: LossError naming every tensor that the files cannot hold; OutputError if a file exists (without
     ``force``), or if the directory has a set that would hide the new one from loaders, or be hidden by it.
@@ -248,14 +241,14 @@ def write(
     from ckptool.directories.place import recover
     from ckptool.formats import torch_file
 
-    names = names_for(checkpoint, shard_name, kind)
-    shards, said = _contents(checkpoint, max_shard_size, names)
+    names = names_for(checkpoint, options.shard_name, options.kind)
+    shards, said = _contents(checkpoint, options.max_shard_size, names)
     recover(directory)
-    where = _place(checkpoint, directory, names, shards, force, in_place, with_files)
+    where = _place(checkpoint, directory, names, shards, options)
 
     def written(name: str) -> Callable[[Output], None]:
         shard, metadata = shards[name]
-        if kind == "bin":
+        if options.kind == "bin":
             return lambda output: torch_file.write(shard, output, files, map_location)
         return lambda output: safetensors_file.write(shard, metadata, output, files)
 
@@ -271,43 +264,34 @@ def write(
             found |= open_(paths[name]).state_dict()
         dropped = aliases.record(meant).keys() - found.keys()  # ties are in the index
         compare({key: tensor for key, tensor in meant.items() if key not in dropped}, found)
-        for name in shards if kind == "safetensors" else ():
+        for name in shards if options.kind == "safetensors" else ():
             safetensors_file.prove(paths[name])
 
     nbytes = where.write(
         {name: written(name) for name in shards}, None if names.whole in shards else index, files,
-        fsync=fsync, check=check, progress=progress,
+        check=check, progress=progress,
     )  # fmt: skip
     return checkpoint.left_out(), nbytes, where.notes()
 
 
-def _place(
-    checkpoint: Checkpoint, directory: str, names: Names, shards: Iterable[str],
-    force: bool, in_place: bool, with_files: bool,
-) -> Place:  # fmt: skip
+def _place(checkpoint: Checkpoint, directory: str, names: Names, shards: Iterable[str], options: SetOptions) -> Place:
     from ckptool.directories.place import Place
 
     new = [*shards, *([] if names.whole in shards else [names.index])]
-    return Place(checkpoint, directory, names, new, force=force, in_place=in_place, with_files=with_files)
+    return Place(checkpoint, directory, names, new, options)
 
 
 def check(
     checkpoint: Checkpoint,
     directory: str,
-    map_location: MapLocation | None = None,
-    *,
-    kind: str = "safetensors",
-    max_shard_size: int,
-    shard_name: str | None = None,
-    with_files: bool = False,
-    force: bool = False,
-    in_place: bool = False,
+    map_location: MapLocation | None,
+    options: SetOptions,
 ) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
     """Returns what `write` would leave out, how many bytes of shards it would write, and its notes. Raises: as it."""
-    names = names_for(checkpoint, shard_name, kind)
-    shards, _ = _contents(checkpoint, max_shard_size, names)
-    notes = _place(checkpoint, directory, names, shards, force, in_place, with_files).notes()
-    if kind == "bin":
+    names = names_for(checkpoint, options.shard_name, options.kind)
+    shards, _ = _contents(checkpoint, options.max_shard_size, names)
+    notes = _place(checkpoint, directory, names, shards, options).notes()
+    if options.kind == "bin":
         from ckptool.formats import torch_file
 
         return checkpoint.left_out(), sum(torch_file.check(shard, map_location) for shard, _ in shards.values()), notes

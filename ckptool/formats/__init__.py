@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from ckptool.core.tensor import TensorInfo
-    from ckptool.io.output import Output
+    from ckptool.io.output import Output, SetOptions
     from ckptool.io.source import Files
 
     class Open(Protocol):
@@ -66,14 +66,8 @@ if TYPE_CHECKING:
             files: Files,
             map_location: MapLocation | None,
             open_: Open,
+            options: SetOptions,
             *,
-            kind: str,
-            max_shard_size: int,
-            shard_name: str | None,
-            with_files: bool,
-            force: bool,
-            in_place: bool,
-            fsync: bool,
             compare: Callable[[Mapping[Any, TensorInfo], Mapping[Any, TensorInfo]], None] | None,
             progress: Callable[[int], None] | None,
         ) -> tuple[tuple[str, ...], int, tuple[str, ...]]: ...
@@ -82,13 +76,7 @@ if TYPE_CHECKING:
             checkpoint: Checkpoint,
             directory: str,
             map_location: MapLocation | None,
-            *,
-            kind: str,
-            max_shard_size: int,
-            shard_name: str | None,
-            with_files: bool,
-            force: bool,
-            in_place: bool,
+            options: SetOptions,
         ) -> tuple[tuple[str, ...], int, tuple[str, ...]]: ...
         def names_for(self, checkpoint: Checkpoint, shard_name: str | None, kind: str) -> Any: ...
 

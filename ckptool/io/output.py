@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.core.tensor import Span
 from ckptool.errors import OutputError, explain
@@ -366,6 +366,23 @@ class Output:
             return
         if not self._linked:
             os.unlink(self._temporary)
+
+
+class SetOptions(NamedTuple):
+    """How the files of one checkpoint are put into a directory.
+
+    ``kind``: that of the files, where a format has several. ``max_shard_size``: bytes of tensors in one. ``shard_name``
+    begins their names instead of the input's family. ``with_files`` copies the small files beside the input.
+    ``force`` replaces a set of the same names as a whole, ``in_place`` the input's. ``fsync`` waits for the disk.
+    """
+
+    kind: str
+    max_shard_size: int
+    shard_name: str | None = None
+    with_files: bool = False
+    force: bool = False
+    in_place: bool = False
+    fsync: bool = True
 
 
 def commit_set(outputs: Sequence[Output], force: bool) -> None:

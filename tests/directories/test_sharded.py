@@ -33,7 +33,7 @@ from ckptool.errors import (
     UsageError,
 )
 from ckptool.formats import read
-from ckptool.io.output import Output
+from ckptool.io.output import Output, SetOptions
 from ckptool.io.source import Files
 
 INDEX = "model.safetensors.index.json"
@@ -266,9 +266,10 @@ def test_a_variant_of_diffusers_is_found_inside_its_pipeline(tmp_path: Path) -> 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write(checkpoint: Checkpoint, directory: Path, limit: int, **options: Any) -> tuple[str, ...]:
+def write(checkpoint: Checkpoint, directory: Path, limit: int, compare: Any = None, **options: Any) -> tuple[str, ...]:
     with Files() as files:
-        return sharded.write(checkpoint, str(directory), files, None, read, max_shard_size=limit, **options)[0]
+        how = SetOptions("safetensors", limit, **options)
+        return sharded.write(checkpoint, str(directory), files, None, read, how, compare=compare, progress=None)[0]
 
 
 def digests(directory: Path) -> dict[str, str]:
