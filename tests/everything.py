@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from oracles import FIXTURES, numbers, torch_load
 from safetensors.torch import load_file
@@ -49,6 +50,27 @@ NOT_IN_SAFETENSORS = {
     "composite.pth": {"quantized", "quantized_channel", "coo", "csr", "nested", "jagged", "meta"},
     "conj_neg.pth": {"conj128"},
 }
+
+
+def others(*formats: str) -> list[Any]:
+    """Returns the (path, expected content) of the samples of tools other than torch.save in formats that begin so."""
+    places = [folder for folder in (SAMPLES, GENUINE) if (folder / "expected.json").exists()]
+    return [
+        pytest.param(folder / name, sample, id=name)
+        for folder in places
+        for name, sample in json.loads((folder / "expected.json").read_text())["samples"].items()
+        if sample["format"].startswith(formats)
+    ]
+
+
+def training() -> dict[str, Any]:
+    """Returns a model's state_dict, that of an optimizer after a step, and a number."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    return {"model": model.state_dict(), "optim": optimizer.state_dict(), "epoch": 3}
 
 
 def at_root(loaded: Any, root: tuple[Any, ...]) -> Any:

@@ -171,8 +171,10 @@ def _place(state: Any, stream: _Reader) -> _Place:
         begin += 1 + file.read(begin, 1)[0]
     if size > 0:  # a type of ml_dtypes, or one with fields
         itemsize: int = size
+    elif isinstance(kind, str) and (found := re.fullmatch(r"[a-zA-Z](\d{1,9})", kind)):
+        itemsize = int(found[1]) * (4 if kind[0] == "U" else 1)
     else:
-        itemsize = int(re.fullmatch(r"[a-zA-Z](\d{1,9})", kind)[1]) * (4 if kind[0] == "U" else 1)  # type: ignore[index]
+        raise FormatError(f"an array has the dtype {brief(kind)}", file.path)
     nbytes = prod(shape) * itemsize
     if begin + nbytes > file.size:
         what = f"an array of {nbytes} bytes begins at byte {begin} of a file of {file.size}"

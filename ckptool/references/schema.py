@@ -357,8 +357,12 @@ def _wanted(rule: Rule) -> Iterator[str] | None:
     if not captures or len(rule.numbers) < len(captures) or re.search(r"[*]|^re:", rule.pattern):
         return None
     numbers = ([one for first, last in rule.numbers[name] for one in range(first, last + 1)] for name in captures)
-    rows = (dict(zip(captures, values, strict=True)) for values in product(*numbers))
-    return (_CAPTURE.sub(lambda match, row=row: str(row[match[1]]), rule.pattern) for row in rows)  # type: ignore[misc]
+
+    def key(values: tuple[int, ...]) -> str:
+        row = dict(zip(captures, values, strict=True))
+        return _CAPTURE.sub(lambda match: str(row[match[1]]), rule.pattern)
+
+    return map(key, product(*numbers))
 
 
 def _sizes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import make
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from everything import SAMPLES, from_dcp
+from everything import from_dcp, others, training
 from oracles import tree_equal
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -30,15 +29,6 @@ from ckptool.io.source import Files, LocalFile
 from ckptool.values.blocks import read_bytes
 
 EDITS = Callable[[Any], None]
-
-
-def training() -> dict[str, Any]:
-    torch.manual_seed(3)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
-    model(torch.randn(5, 3)).sum().backward()
-    optimizer.step()
-    return {"model": model.state_dict(), "optim": optimizer.state_dict(), "epoch": 3}
 
 
 def write(directory: Path, tree: dict[str, Any], **options: Any) -> Path:
@@ -341,17 +331,7 @@ def test_what_is_saved_in_its_place_replaces_it(tmp_path: Path) -> None:
     assert torch.equal(ckptool.open(directory).to_torch()["w"], whole)
 
 
-def _samples() -> list[Any]:
-    places = [folder for folder in (SAMPLES, SAMPLES.parent / "genuine") if (folder / "expected.json").exists()]
-    return [
-        pytest.param(folder / name, sample, id=name)
-        for folder in places
-        for name, sample in json.loads((folder / "expected.json").read_text())["samples"].items()
-        if sample["format"] in ("dcp", "dcp-hf", "accelerate-fsdp", "megatron-dist")
-    ]
-
-
-@pytest.mark.parametrize(("path", "sample"), _samples())
+@pytest.mark.parametrize(("path", "sample"), others("dcp", "accelerate-fsdp", "megatron-dist"))
 def test_others_checkpoints_hold_what_was_saved(path: Path, sample: dict[str, Any]) -> None:
     found = {".".join(map(str, key)): tensor for key, tensor in read(str(path)).tensors()}
     with Files() as files:

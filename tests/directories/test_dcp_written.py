@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from everything import from_dcp
+from everything import from_dcp, training
 from oracles import Run, assert_identical, content, tree_equal
 from safetensors.torch import save_file
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -25,15 +25,6 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.directories import place
 from ckptool.errors import CollisionError, LossError, OutputError, UsageError
 from ckptool.formats import read
-
-
-def training() -> dict[str, Any]:
-    torch.manual_seed(3)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
-    model(torch.randn(5, 3)).sum().backward()
-    optimizer.step()
-    return {"model": model.state_dict(), "optim": optimizer.state_dict(), "epoch": 3}
 
 
 def ours(tree: Any, **how: Any) -> Path:

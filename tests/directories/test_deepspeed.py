@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import make
 import pytest
 import torch
-from everything import SAMPLES, zero_to_fp32
+from everything import others, zero_to_fp32
 from oracles import Run, assert_same_tensors
 
 import ckptool
@@ -839,17 +838,7 @@ def test_a_weight_of_a_universal_checkpoint_that_does_not_fit_is_refused(value: 
         ckptool.open(target)
 
 
-def _samples() -> list[Any]:
-    places = [folder for folder in (SAMPLES, SAMPLES.parent / "genuine") if (folder / "expected.json").exists()]
-    return [
-        pytest.param(folder / name, sample, id=name)
-        for folder in places
-        for name, sample in json.loads((folder / "expected.json").read_text())["samples"].items()
-        if sample["format"].startswith("deepspeed")
-    ]
-
-
-@pytest.mark.parametrize(("path", "sample"), _samples())
+@pytest.mark.parametrize(("path", "sample"), others("deepspeed"))
 def test_others_checkpoints_hold_what_the_library_reads_in_them(path: Path, sample: dict[str, Any]) -> None:
     found = ckptool.open(path).state_dict()
     lost = {*sample.get("missing_live_keys", ()), *sample.get("not_in_zero_folder", ())}
