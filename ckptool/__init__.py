@@ -11,20 +11,10 @@ TYPE_CHECKING = False  # type checkers know this name; importing typing would do
 if TYPE_CHECKING:
     from typing import Any
 
-    from ckptool.api import (
-        check_schema,
-        convert,
-        diff,
-        filter,
-        inspect,
-        invert,
-        limited,
-        load_partial,
-        open,
-        plan_partial,
-        remap,
-        save,
-    )
+    from ckptool.api.loading import load_partial, plan_partial
+    from ckptool.api.reading import check_schema, diff, inspect
+    from ckptool.api.sources import open
+    from ckptool.api.writing import convert, filter, invert, remap, save
     from ckptool.core.checkpoint import Checkpoint
     from ckptool.core.findings import Check, Finding, PrefixStats, Stats
     from ckptool.core.tensor import TensorInfo
@@ -43,6 +33,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from ckptool.limits import limited
     from ckptool.ops.convert import ConvertReport
     from ckptool.ops.diff import Changed, DiffReport, ValuesChanged
     from ckptool.ops.inspect import Beside, InspectReport, TensorRow
@@ -109,8 +100,9 @@ __all__ = [
 
 
 _MODULES = (
-    "errors", "core.tensor", "api", "ops.rules", "ops.inspect", "core.findings", "ops.diff", "ops.rows", "ops.remap",
-    "ops.convert", "partial.plan", "partial.handover", "saving", "references.schema",
+    "errors", "core.tensor", "api.sources", "api.reading", "api.writing", "api.loading", "limits", "ops.rules",
+    "ops.inspect", "core.findings", "ops.diff", "ops.rows", "ops.remap", "ops.convert", "partial.plan",
+    "partial.handover", "saving", "references.schema",
 )  # fmt: skip
 """Where the public names are defined, those first that are used most."""
 

@@ -11,7 +11,7 @@ import record
 import torch
 from oracles import bits
 
-from ckptool.api import open as open_checkpoint
+from ckptool import open as open_checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.io.source import Files
 from ckptool.partial.adapt import Adapted, Adapting

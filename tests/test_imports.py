@@ -75,21 +75,22 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 BEGIN = "cli cli.app cli.render errors typer contextlib dataclasses re signal typing"
 CORE = (
     f"{BEGIN} limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
-    "core.tensor core.tree core.versions cli.output text fnmatch math"
+    "core.tensor core.tree core.versions text fnmatch math"
 )
 READ = (
-    f"{CORE} api core.pickled_names core.roots formats io io.probe io.source io.zip_read pickling pickling.guard "
-    "pickling.load pickling.torch_calls array bisect errno struct zlib _pickle _compat_pickle"
+    f"{CORE} api api.sources core.pickled_names core.roots formats io io.probe io.source io.zip_read "
+    "pickling pickling.guard pickling.load pickling.torch_calls array bisect errno struct zlib _pickle _compat_pickle"
 )
 WRITE = (
-    f"{READ} cli.options core.aliases formats.layout formats.torch_file io.leftovers io.output io.zip_write "
+    f"{READ} api.reading api.writing cli.options cli.output cli.progress core.aliases formats.layout "
+    "formats.torch_file io.leftovers io.output io.zip_write "
     "pickling.dump saving values values.blocks values.streams fcntl json mmap references"
 )
 SAFETENSORS = "core.aliases formats.safetensors formats.safetensors_file json"
 TORCH = "formats.pytorch formats.pytorch.zip pickling.archives"
 MERGE = "ops ops.filter ops.notes ops.rows ops.scales ops.segments ops.steps"
-REFERENCES = "cli.options references"
-INSPECT = f"{REFERENCES} cli.inspect ops ops.inspect ops.notes"
+REFERENCES = "api.reading cli.options cli.progress references"
+INSPECT = f"{REFERENCES} cli.inspect cli.screens cli.screens.inspect ops ops.inspect ops.notes"
 PARTIAL = (
     "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "
     "partial.layers partial.plan partial.presets partial.resume partial.vocabulary values.adapt tempfile"
@@ -106,14 +107,17 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
         f"{READ} {INSPECT} pickling.streams formats.pytorch formats.pytorch.legacy",
     ),
     "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} {INSPECT}"),
-    "diff": (["diff", OLD, FULL], f"{READ} {TORCH} {REFERENCES} cli.diff ops ops.diff ops.notes"),
+    "diff": (
+        ["diff", OLD, FULL],
+        f"{READ} {TORCH} {REFERENCES} cli.diff cli.screens cli.screens.diff ops ops.diff ops.notes",
+    ),
     "diff safetensors": (
         ["diff", SAFE, FULL],
-        f"{READ} {TORCH} {SAFETENSORS} {REFERENCES} cli.diff ops ops.diff ops.notes",
+        f"{READ} {TORCH} {SAFETENSORS} {REFERENCES} cli.diff cli.screens cli.screens.diff ops ops.diff ops.notes",
     ),
     "filter": (
         ["filter", "--match", FULL, OLD, "-o", "out.pth"],
-        f"{WRITE} {TORCH} {MERGE} cli.filter cli.plans shlex",
+        f"{WRITE} {TORCH} {MERGE} cli.filter cli.screens cli.screens.plans shlex",
     ),
     "convert": (
         ["convert", SAFE, "-o", "out.pth"],
@@ -122,7 +126,7 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "remap": (["remap", OLD, "--add-prefix", "x.", "-o", "out.pth"], f"{WRITE} {TORCH} {RULES} cli.remap"),
     "load-partial": (
         ["load-partial", OLD, "--into", FULL, "-o", "out.pth"],
-        f"{WRITE} {TORCH} {MERGE} {PARTIAL} cli.load_partial cli.plans",
+        f"{WRITE} {TORCH} {MERGE} {PARTIAL} api.loading cli.load_partial cli.screens cli.screens.plans",
     ),
 }
 """Command lines, and what they may import: our modules without ``ckptool.``, and others with all that those import."""

@@ -10,7 +10,8 @@ import typer
 import ckptool
 from ckptool import formats, saving
 from ckptool.cli import options, render
-from ckptool.cli.output import Outputs, bar
+from ckptool.cli.output import Outputs
+from ckptool.cli.progress import bar
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError, listed
 from ckptool.ops.convert import ConvertReport

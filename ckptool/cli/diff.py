@@ -1,23 +1,18 @@
 """ckptool diff."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import ckptool
 from ckptool import references
 from ckptool.cli import options, render
-from ckptool.cli.output import bar
-from ckptool.core import keys
+from ckptool.cli.progress import bar
+from ckptool.cli.screens import diff as screen
 from ckptool.errors import UsageError
-from ckptool.ops.diff import KINDS, DiffReport, ValuesChanged, volume
-from ckptool.text import dims, plural
-
-if TYPE_CHECKING:
-    from ckptool.references.schema import SchemaReport
+from ckptool.ops.diff import KINDS, volume
 
 
 def command(
@@ -92,7 +87,7 @@ def command(
     if as_json:
         render.print_json(render.document("diff", report, report.notes))
     else:
-        render.show(_lines(report, b, values or quick, quick))
+        render.show(screen.lines(report, b, values or quick, quick))
     found = report.found()
     return int(any(found[kind] for kind in wanted) and not exit_zero)
 
@@ -114,28 +109,8 @@ def _schema(
     if as_json:
         render.print_json(render.document("diff", report, report.notes))
     else:
-        render.show(_schema_lines(report))
+        render.show(screen.schema_lines(report))
     return int(not report.same and not exit_zero)
-
-
-def _schema_lines(report: "SchemaReport") -> list[str]:
-    counts = Counter(failure.kind for failure in report.failures)
-    several = {"shape", "dtype", "count"}
-    found = ", ".join(f"{number:,} {kind}{'s' * (number > 1 and kind in several)}" for kind, number in counts.items())
-    meet = f"{plural(report.equal, 'key')} as the schema has it"
-    rows = []
-    for one in report.failures:
-        said = {"unlisted": one.found, "missing": "", "forbidden": one.found}
-        rule = f"  rule {one.rule}" if one.rule not in ("", one.key) and one.key is not None else ""
-        rows.append(
-            (one.kind, one.key or one.rule, said.get(one.kind, f"expected {one.expected}, found {one.found}") + rule)
-        )
-    lines = [[kind, name, text.strip()] for kind, name, text in _folded(rows)]
-    notes = [["bookkeeping", f"{len(report.bookkeeping)} x num_batches_tracked"]] if report.bookkeeping else []
-    notes += [["sizes", ", ".join(f"{name} = {size}" for name, size in report.sizes.items())]] if report.sizes else []
-    notes += [["note", text] for text in report.notes]
-    head = f"same: {meet}" if report.same else f"differ: {found}; {meet}"
-    return [head, *render.aligned(lines), *render.aligned(notes)]
 
 
 def _kinds(fail_on: list[str] | None) -> set[str]:
@@ -146,69 +121,3 @@ def _kinds(fail_on: list[str] | None) -> set[str]:
     if unknown:
         raise UsageError(f"--fail-on knows {', '.join(KINDS)}; not {', '.join(sorted(unknown))}")
     return kinds
-
-
-def _lines(report: DiffReport, b: str, compared: bool, quick: bool) -> list[str]:
-    rows = [("shape", row.key, f"{dims(row.a)} -> {dims(row.b)}") for row in report.shape]
-    rows += [("dtype", row.key, f"{row.a} -> {row.b}") for row in report.dtype]
-    rows += [("device", row.key, f"{row.a} -> {row.b}") for row in report.devices]
-    rows += [("uncompared", key, "its values, as a lock file has no hash of it") for key in report.uncompared]
-    rows += [("only in A", key, _tensor(report, key)) for key in report.only_in_a]
-    rows += [("only in B", key, _tensor(report, key)) for key in report.only_in_b]
-    lines = [[kind, name, text] for kind, name, text in _folded(rows)]
-    for values in report.values:
-        status = "differs" if values.status == "differ" else values.status
-        text = "another hash" if values.by else "other bytes" if quick else _distance(values)
-        lines.append([status, values.key, text])
-    return [_headline(report, b, compared), *render.aligned(lines), *_notes(report)]
-
-
-def _folded(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    folded = []
-    for name, members in keys.fold([(key, (kind, text)) for kind, key, text in rows]):
-        kind, _, text = rows[members[0]]
-        folded.append((kind, name, text + (f"  ({len(members)} keys)" if len(members) > 1 else "")))
-    return folded
-
-
-def _headline(report: DiffReport, b: str, compared: bool) -> str:
-    found = report.found()
-    parts = [
-        (found["shape"], "shape", "shapes"),
-        (found["dtype"], "dtype", "dtypes"),
-        (found["values"], "tensor with other values", "tensors with other values"),
-        (found["devices"], "device tag", "device tags"),
-        (found["only-in-a"], "only in A", "only in A"),
-        (found["only-in-b"], "only in B", "only in B"),
-    ]
-    counted = [f"{number:,} {one if number == 1 else many}" for number, one, many in parts if number]
-    close = sum(row.status == "close" for row in report.values)
-    equal = f"{report.equal:,} equal"
-    if close:
-        equal += f", {close:,} close"
-    if report.uncompared:
-        equal += f", {len(report.uncompared):,} of them but for their values"
-    if not compared:
-        equal += " (values not compared, --values does)"
-    if counted:
-        return f"differ: {', '.join(counted)}; {equal}"
-    but = " but for bookkeeping" if report.bookkeeping else ""
-    return f"same{but}: {equal}"
-
-
-def _notes(report: DiffReport) -> list[str]:
-    sides = {"A": report.counters.get("a"), "B": report.counters.get("b")}
-    lines = [["bookkeeping", f"{count} x num_batches_tracked only in {side}"] for side, count in sides.items() if count]
-    lines += [["note", text] for text in report.notes]
-    return render.aligned(lines)
-
-
-def _tensor(report: DiffReport, key: str) -> str:
-    return f"{dims(report.shapes[key])}  {report.dtypes[key]}"
-
-
-def _distance(row: ValuesChanged) -> str:
-    largest = "not finite" if row.max_abs is None else f"{row.max_abs:.3g}"
-    undefined = "not finite" if row.max_abs is None else "undefined (A is zero)"
-    relative = undefined if row.rel_l2 is None else f"{row.rel_l2:.3g}"
-    return f"max abs {largest}, relative L2 {relative}"

@@ -7,8 +7,9 @@ import typer
 
 import ckptool
 from ckptool import references
-from ckptool.cli import options, plans
+from ckptool.cli import options
 from ckptool.cli.output import Outputs, heading
+from ckptool.cli.screens import plans
 from ckptool.errors import UsageError
 from ckptool.ops.rows import FilterReport
 from ckptool.saving import SaveOptions

@@ -5,21 +5,18 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import ckptool
 from ckptool.cli import options, render
-from ckptool.cli.output import bar
+from ckptool.cli.progress import bar
+from ckptool.cli.screens import inspect as screen
 from ckptool.core import keys
 from ckptool.errors import OutputError, UsageError
 from ckptool.ops.inspect import InspectReport, TensorRow, volume
 from ckptool.ops.notes import require_tensors
-from ckptool.text import count, dims, plural, size
-
-if TYPE_CHECKING:
-    from ckptool.core.findings import Check, PrefixStats, Stats
 
 
 class Order(StrEnum):
@@ -135,18 +132,18 @@ def command(
                 render.note(text)
             render.show(render.safe(row.key) for row in rows)
             continue
-        lines = [*([""] if number else []), *_summary(report), ""]
+        lines = [*([""] if number else []), *screen.summary(report), ""]
         prefix = keys.common_prefix([row.key for row in rows])
         if report.check:
-            lines += _checked(report.check)
+            lines += screen.checked(report.check)
         if depth:
-            lines += ([render.safe(prefix)] if prefix else []) + _summed(rows, depth, prefix, report.prefixes)
+            lines += ([render.safe(prefix)] if prefix else []) + screen.summed(rows, depth, prefix, report.prefixes)
         elif stats or hashes:
-            lines += _valued(rows + [row for row in report.inside if row.hash], stats)
+            lines += screen.valued(rows + [row for row in report.inside if row.hash], stats)
         elif flat or sort:
-            lines += _flat(rows)
+            lines += screen.flat(rows)
         elif not check:
-            lines += ([render.safe(prefix)] if prefix else []) + _folded(rows, prefix)
+            lines += ([render.safe(prefix)] if prefix else []) + screen.folded(rows, prefix)
         render.show(lines if lines[-1] else lines[:-1])
     return failed.end() or int(any(report.check and report.check.fails for report in reports))
 
@@ -215,162 +212,3 @@ def _chosen(report: InspectReport, include: list[str], exclude: list[str], sort:
         Order.nbytes: lambda row: (-row.nbytes, row.key),
     }
     return sorted(rows, key=orders[sort]) if sort else rows
-
-
-def _summary(report: InspectReport) -> list[str]:
-    """Returns the lines above the keys: the file, its weights, other content, metadata, notes."""
-    foreign = [tag for tag in dict.fromkeys((*report.devices, *report.device_tags)) if tag not in ("cpu", "meta")]
-    origin = f", written from {', '.join(foreign)}" if foreign else ""
-    head = f"{render.safe(report.path)}   {report.format}, {size(report.nbytes)}{origin}"
-    lines = [["weights", _weights(report)], *([["hash", report.hash]] if report.hash else [])]
-    beside = [
-        f"{item.path or 'the top'}: {item.text}" + ("" if item.nbytes is None else f", {size(item.nbytes)}")
-        for item in report.beside
-    ]
-    for label, texts in (
-        ("beside them", beside),
-        ("metadata", [f"{name}: {value}" for name, value in report.metadata.items()]),
-        ("notes", _notes(report)),
-    ):
-        lines += [["" if number else label, text] for number, text in enumerate(texts)]
-    return [head, *render.aligned(lines, indent=0)]
-
-
-def _weights(report: InspectReport) -> str:
-    if not report.tensors:
-        return f"{report.root or 'the top'}: no tensors"
-    if len(report.dtypes) == 1:
-        sizes = f"{size(report.tensor_nbytes)} {next(iter(report.dtypes))}"
-    else:
-        sizes = " + ".join(f"{size(nbytes)} {dtype} ({number})" for dtype, (number, nbytes) in report.dtypes.items())
-    return (
-        f"{report.root or 'the top'}: {plural(len(report.tensors), 'tensor')}, "
-        f"{count(report.parameters)} parameters, {sizes}"
-        + (f", every key under {report.prefix}" if report.prefix else "")
-    )
-
-
-def _notes(report: InspectReport) -> list[str]:
-    found = [*report.problems]
-    if report.wrapper and report.wrapper != report.prefix:
-        found.append(f"wrapped: {report.wrapper}")
-    elif report.wrapper:
-        found.append(f"{report.wrapper} is a wrapper's prefix; diff and filter look through it")
-    if report.other_roots:
-        found.append(f"other places with weights (--root): {', '.join(report.other_roots)}")
-    if report.ema:
-        found.append(f"averaged copies (EMA), taken only with --root: {', '.join(report.ema)}")
-    found += [f"tied: {' = '.join(group)}" for group in report.tied[:20]]
-    if len(report.tied) > 20:
-        found.append(f"tied: {len(report.tied) - 20} more groups (--json has all)")
-    if report.stored_nbytes > report.used_nbytes:
-        found.append(f"storages take {size(report.stored_nbytes)}, tensors use {size(report.used_nbytes)}")
-    if len(report.devices) > 1:
-        found.append("devices: " + ", ".join(f"{tag} {number}" for tag, number in report.devices.items()))
-    if report.empty:
-        found.append(f"empty (zero-size): {', '.join(report.empty[:20])}" + (" ..." if len(report.empty) > 20 else ""))
-    if any(report.counters.values()):
-        present, absent = report.counters["present"], report.counters["absent"]
-        text = f"num_batches_tracked: {present} present" if present else "num_batches_tracked: none"
-        found.append(text + (f", absent in {plural(absent, 'BatchNorm layer')}" if absent else ""))
-    if report.loose:
-        found.append(f"not in the state_dict: {', '.join(report.loose)}")
-    return found + _foreign_names(report) + list(report.notes)
-
-
-def _foreign_names(report: InspectReport) -> list[str]:
-    """Returns a line with the pickled names that tensors do not need, by kind; classes of torch.nn are only counted."""
-    groups = []
-    for kind in ("acting", "unknown", "ordinary"):
-        names = [name for name, one in report.kinds.items() if one == kind]
-        layers = [name for name in names if kind == "ordinary" and name.startswith("torch.nn.modules.")]
-        names = [name for name in names if name not in layers]
-        if layers:
-            names.append(f"{len(layers)} class{'es' if len(layers) > 1 else ''} of torch.nn")
-        groups += [f"{', '.join(names)} ({kind})"] if names else []
-    return [f"names beyond tensors, none imported or run: {'; '.join(groups)}"] if groups else []
-
-
-def _folded(rows: list[TensorRow], prefix: str) -> list[str]:
-    same = [(row.key[len(prefix) :], (tuple(row.shape or ()), row.dtype, row.kind, row.device)) for row in rows]
-    lines = []
-    for name, members in keys.fold(same):
-        row = rows[members[0]]
-        times = f"{len(members)} x " if len(members) > 1 else ""
-        total = sum(rows[member].nbytes for member in members)
-        lines.append([name, times + dims(row.shape), _dtype(row), size(total)])
-    return render.aligned(lines)
-
-
-def _dtype(row: TensorRow) -> str:
-    return f"{row.dtype} {row.kind}" if row.kind else row.dtype
-
-
-def _flat(rows: list[TensorRow]) -> list[str]:
-    return render.aligned(
-        [row.key, dims(row.shape), _dtype(row), size(row.nbytes), f"= {row.tied_to}" if row.tied_to else ""]
-        for row in rows
-    )
-
-
-def _valued(rows: list[TensorRow], stats: bool) -> list[str]:
-    """Returns one line per tensor with its statistics and hash."""
-    lines = [[row.key, dims(row.shape), _dtype(row)] for row in rows]
-    if stats:
-        head = ["", "", "", *_HEADS]
-        lines = [head, *([*line, *_figures(row.stats)] for line, row in zip(lines, rows, strict=True))]
-    if any(row.hash for row in rows):
-        hashes = [*(["sha256"] if stats else []), *(row.hash or "" for row in rows)]
-        lines = [[*line, digest] for line, digest in zip(lines, hashes, strict=True)]
-    return render.aligned(lines)
-
-
-_HEADS = ["mean", "std", "min", "max", "abs max", "zeros", "NaN", "inf"]
-
-
-def _figures(stats: "Stats | None") -> list[str]:
-    """Returns the columns of one tensor's statistics."""
-    if stats is None:
-        return [""] * len(_HEADS)
-    numbers = [stats.mean, stats.std, stats.min, stats.max, stats.abs_max]
-    counts = [stats.zeros, stats.nan, stats.inf]
-    return [*("-" if number is None else f"{number:.5g}" for number in numbers), *(f"{count:,}" for count in counts)]
-
-
-def _checked(check: "Check") -> list[str]:
-    """Returns the lines of --check: the first 20 findings of each kind, and what could not be checked."""
-    from ckptool.core.findings import KINDS
-
-    lines = []
-    for kind in KINDS:
-        found = [finding for finding in check.findings if finding.kind == kind]
-        lines += [[kind, one.key or "", one.text + ", let pass" * bool(one.passes)] for one in found[:20]]
-        if len(found) > 20:
-            lines.append([kind, "", f"{len(found) - 20:,} more (--json has all)"])
-    lines += [["unchecked", "", text] for text in check.unchecked]
-    if not any(line[1] for line in lines):
-        lines = [[line[0], line[2]] for line in lines]
-    head = f"check: {plural(len(check.findings), 'finding')}" if check.findings else "check: nothing found"
-    return [head, *render.aligned(lines)]
-
-
-def _summed(rows: list[TensorRow], depth: int, prefix: str, below: "list[PrefixStats] | None") -> list[str]:
-    groups: dict[str, list[TensorRow]] = {}
-    for row in rows:
-        parts = row.key[len(prefix) :].split(".")
-        name = ".".join(parts) if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
-        groups.setdefault(name, []).append(row)
-    lines = [
-        [name, plural(len(members), "tensor"), f"{count(sum(math.prod(row.shape or ()) for row in members))} elements",
-         size(sum(row.nbytes for row in members))]
-        for name, members in groups.items()
-    ]  # fmt: skip
-    if below is not None:
-        by_prefix = {entry.prefix: entry.stats for entry in below}
-        stats = [
-            members[0].stats if len(members) == 1 else by_prefix.get(prefix + name.removesuffix(".*"))
-            for name, members in groups.items()
-        ]
-        figures = map(_figures, stats)
-        lines = [["", "", "", "", *_HEADS], *([*line, *more] for line, more in zip(lines, figures, strict=True))]
-    return render.aligned(lines)

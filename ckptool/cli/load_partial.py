@@ -8,9 +8,10 @@ import typer
 
 import ckptool
 from ckptool import references
-from ckptool.cli import options, plans, render
+from ckptool.cli import options, render
 from ckptool.cli.options import Texts
 from ckptool.cli.output import Outputs, heading
+from ckptool.cli.screens import plans
 from ckptool.errors import UsageError, listed
 from ckptool.partial import adapters, presets
 from ckptool.partial import init as init_rules

@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracles import FIXTURES, Run, Saved
 
-from ckptool.cli import output as progress
+from ckptool.cli import progress as output as progress
 from ckptool.io.output import Output
 
 SHOW = "\x1b[?25h"
@@ -334,7 +334,7 @@ def test_rich_is_not_imported_where_no_bar_is_shown() -> None:
     import subprocess
 
     script = (
-        "import sys; from ckptool.cli.output import bar\n"
+        "import sys; from ckptool.cli.progress import bar\n"
         "with bar(lambda: 1) as advance: assert advance is None\n"
         "print('rich.progress' in sys.modules)"
     )

@@ -11,8 +11,8 @@ import torch
 from oracles import FIXTURES, assert_same_tensors, torch_load
 from torch import nn
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride
 from ckptool.core.tree import as_mapping, attributes

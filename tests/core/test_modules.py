@@ -14,9 +14,8 @@ import torch
 from oracles import FIXTURES, assert_same_tensors
 from torch import nn
 
-from ckptool import limits
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import limits, save
+from ckptool import open as open_checkpoint
 from ckptool.core import modules
 from ckptool.core.tree import Global, as_mapping, ordered_dict
 from ckptool.errors import LimitError

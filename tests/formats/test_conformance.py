@@ -43,9 +43,8 @@ from oracles import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ckptool import formats, saving
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import formats, save, saving
+from ckptool import open as open_checkpoint
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span, Storage, TensorInfo
@@ -423,7 +422,7 @@ def test_the_order_of_many_ties_costs_no_more_than_their_number(few: int) -> Non
 
 def test_the_bytes_do_not_depend_on_the_process(tmp_path: Path, saved: Any) -> None:
     path = saved({"w": torch.ones(2), "names": {"a", "b", "c", "d"}, "f": frozenset("wxyz")}, pickle_protocol=4)
-    script = "import sys; from ckptool.api import open, save; save(open(sys.argv[1]), sys.argv[2])"
+    script = "import sys; from ckptool import open, save; save(open(sys.argv[1]), sys.argv[2])"
     digests = set()
     for seed in ("1", "2", "3"):
         target = tmp_path / f"{seed}.pth"

@@ -17,7 +17,7 @@ from everything import SAMPLES
 from oracles import FIXTURES, Run
 
 from ckptool import limits
-from ckptool.api import open as open_checkpoint
+from ckptool import open as open_checkpoint
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import FormatError, LimitError, UnsupportedError
 from ckptool.io.source import Files

@@ -15,8 +15,8 @@ import torch
 from oracles import FIXTURES, bits
 from sparse import SparseOutput, ZeroFiles
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Span, Storage, TensorInfo

@@ -16,8 +16,8 @@ import pytest
 import torch
 from oracles import FIXTURES, Run
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import CkptoolError, FormatError, LimitError
 from ckptool.io.source import Files

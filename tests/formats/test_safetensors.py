@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.dtypes import BY_SAFETENSORS
 from ckptool.errors import CkptoolError, FormatError, LimitError, LossError, UnsupportedError
 from ckptool.formats import read

@@ -10,8 +10,8 @@ import pytest
 from everything import BAD, EXPECTED, FOLDERS, GOOD, MALICIOUS, PLACES, SAMPLES, VERSIONS
 from oracles import FIXTURES
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES

@@ -19,8 +19,8 @@ from torch import nn
 from torch._export.serde.serialize import serialize
 from torch.export.pt2_archive._package import load_pt2, package_pt2
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError

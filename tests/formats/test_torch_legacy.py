@@ -13,8 +13,8 @@ import torch
 from oracles import FIXTURES, assert_identical, assert_same_tensors, loads_safely, tree_equal
 from torch import nn
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.tensor import Derived, TensorInfo
 from ckptool.errors import CkptoolError, FormatError, LossError
 from ckptool.formats import read

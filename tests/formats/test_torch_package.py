@@ -16,8 +16,8 @@ from pickled import tensor, text
 from torch import nn
 from torch.package import PackageExporter, PackageImporter, package_exporter
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import walk
 from ckptool.errors import CkptoolError, FormatError, LimitError

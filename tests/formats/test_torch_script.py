@@ -14,8 +14,8 @@ import torch
 from oracles import FIXTURES, Run, assert_identical, assert_same_tensors, tree_equal
 from torch import nn
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 
 

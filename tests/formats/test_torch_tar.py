@@ -9,8 +9,8 @@ import pytest
 import torch
 from oracles import FIXTURES, assert_identical, bits, torch_load
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.cli import main
 from ckptool.errors import CkptoolError, FormatError, UnsupportedError
 from ckptool.formats import read

@@ -13,8 +13,8 @@ import torch
 from oracles import FIXTURES, assert_identical, assert_same_tensors, tree_equal
 from torch.utils.serialization import config
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.errors import CkptoolError, FormatError, UnsupportedError

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import remap, save
+from ckptool import open as open_checkpoint
+from ckptool import remap, save
 from ckptool.io import output as outputs
 from ckptool.io import source
 from ckptool.io.output import CLONED, Output

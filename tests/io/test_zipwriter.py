@@ -14,8 +14,8 @@ from oracles import FIXTURES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.serialization import config as serialization
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError

@@ -19,8 +19,8 @@ from adapting import numbers, plan, real, resized, result, same, says_the_same
 from oracles import bits
 from safetensors.torch import load_file
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.tensor import TensorInfo
 from ckptool.errors import DependencyError, FormatError, UnreadableError
 from ckptool.io.source import BLOCK, Files

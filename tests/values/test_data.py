@@ -11,8 +11,8 @@ import pytest
 import torch
 from oracles import FIXTURES, bits, seed_torch
 
-from ckptool.api import open as open_checkpoint
-from ckptool.api import save
+from ckptool import open as open_checkpoint
+from ckptool import save
 from ckptool.core.tensor import Derived, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.errors import FormatError, OutputError, UnsupportedError
 from ckptool.formats import read

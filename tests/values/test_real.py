@@ -13,7 +13,7 @@ import torch
 from oracles import FIXTURES, assert_identical
 from safetensors.torch import load_file
 
-from ckptool.api import open as open_checkpoint
+from ckptool import open as open_checkpoint
 from ckptool.core.tree import PyObject
 from ckptool.errors import UnsupportedError
 

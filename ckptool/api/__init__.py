@@ -1,0 +1,1 @@
+"""The functions of `import ckptool`: the one place where formats, operations and values meet."""

@@ -1,0 +1,139 @@
+"""The functions of `import ckptool` that only read: inspect, diff, check_schema."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ckptool import formats
+from ckptool.api.sources import Patterns, Source, open, open_whole
+from ckptool.core import keys
+from ckptool.core.tensor import TensorInfo
+from ckptool.core.tree import Path
+
+# Operations are imported by the functions that use them: a command needs one or two of them.
+if TYPE_CHECKING:
+    from ckptool.ops.diff import DiffReport
+    from ckptool.ops.inspect import InspectReport
+    from ckptool.references.schema import SchemaReport
+    from ckptool.saving import Progress
+
+
+def inspect(
+    source: Source,
+    *,
+    root: str | Path | None = None,
+    stats: bool = False,
+    hashes: bool = False,
+    check: bool = False,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    fail_on: Patterns | None = None,
+    allow: Patterns = (),
+    progress: Progress | None = None,
+) -> InspectReport:
+    """Returns what a checkpoint holds: its weights, the rest of its tree, metadata, notes.
+
+    Reads headers only, unless one of these options is set. Then it reads every tensor once, in constant memory, on up
+    to four threads: ``stats`` (mean, standard deviation, extremes, zeros, NaN and infinities, of every tensor and of
+    every prefix; see `Stats`), ``hashes`` (sha256 of each tensor and of all; `ckptool.values.contents` defines what
+    is hashed), ``check`` (damage; see `Finding`). ``include`` and ``exclude`` choose the keys to read; the report
+    lists all. ``fail_on`` are the kinds of finding that fail the check (None: all but unknown and ordinary names), and
+    names of the pickle that fit ``allow`` pass. ``progress`` is called with the number of bytes as they are read.
+
+    Raises: what `open` raises; FormatError for unreadable data, which ``check`` reports instead; NoTensorsError if all
+    tensors are elsewhere than at a ``root`` that was given; IncompleteError for ``hashes`` if shards are missing.
+    """
+    from ckptool.ops.inspect import inspect as op
+    from ckptool.ops.notes import require_tensors
+
+    opened = open(source, root)
+    if root is not None and next(opened.tensors(), None):
+        require_tensors(opened)
+    include, exclude, allow = keys.all_texts(include=include, exclude=exclude, allow=allow)
+    report = op(opened, devices=formats.has_devices(opened.format))
+    if not (stats or hashes or check):
+        return report
+    from ckptool.core.findings import check as judge
+    from ckptool.values.contents import look_into
+
+    choose = keys.chooser(include, exclude) if include or exclude else None
+    found = look_into(opened, choose, stats=stats, hashes=hashes, check=check, progress=progress)
+    judged = judge(report.problems, opened.trailing, report.kinds, found.findings, found.unchecked, fail_on, allow)
+    rows, inside = (
+        [replace(row, stats=found.stats.get(row.key), hash=found.hashes.get(row.key)) for row in some]
+        if stats or hashes else some
+        for some in (report.tensors, report.inside)
+    )  # fmt: skip
+    return replace(
+        report, tensors=rows, inside=inside, notes=[*report.notes, *found.missed], hash=found.whole,
+        prefixes=found.prefixes if stats else None, check=judged if check else None,
+    )  # fmt: skip
+
+
+def diff(
+    a: Source,
+    b: Source,
+    *,
+    ignore: Patterns = (),
+    strip_prefix_a: Patterns | None = None,
+    strip_prefix_b: Patterns | None = None,
+    devices: bool = False,
+    values: bool = False,
+    rtol: float = 1e-5,
+    atol: float = 1e-8,
+    quick: bool = False,
+    progress: Progress | None = None,
+) -> DiffReport:
+    """Returns how two checkpoints' weights differ: keys, shapes and dtypes, from headers alone.
+
+    ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
+    integers are exact. ``quick`` only finds whether the bytes are equal, and trusts the CRC-32 that torch's archives
+    record where both sides have one. A lock file's tensors are compared by their hashes, as far as it has them
+    (``uncompared``). ``progress`` is called with the bytes of both sides of each compared pair.
+    Raises: what `open` raises, NoTensorsError.
+    """
+    from ckptool.ops import diff as op
+
+    keys.expect_numbers(0, rtol=rtol, atol=atol)
+    ignore, one, other = keys.all_texts(ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b)
+    both: dict[str, Any] = {"ignore": ignore, "strip_prefix_a": one, "strip_prefix_b": other, "devices": devices}
+    differences = partial(op.diff, open_whole(a), open_whole(b), **both)
+    if not (values or quick):
+        return differences()
+    from ckptool import saving
+    from ckptool.core.findings import Distance
+    from ckptool.io.source import Files
+    from ckptool.values.compare import compare, compare_bytes, compare_hashes
+
+    with Files(progress) as files:
+
+        def compared(one: TensorInfo, other: TensorInfo) -> Distance:
+            with saving.share(files, one.nbytes + other.nbytes):
+                if one.described_in or other.described_in:
+                    return compare_hashes(one, other, files)
+                return compare_bytes(one, other, files) if quick else compare(one, other, files, rtol, atol)
+
+        return differences(compare=compared)
+
+
+def check_schema(
+    source: Source,
+    schema: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    ignore: Patterns = (),
+    strip_prefix: Patterns | None = None,
+) -> SchemaReport:
+    """Returns which rules of a schema of patterns a checkpoint does not meet, with the keys; reads headers only.
+
+    ``schema``: the path of a TOML file, or its table (see `ckptool.references.schema`).
+    Raises: what `open` raises, NoTensorsError; FormatError for what is no schema.
+    """
+    from ckptool.references import schema as op
+
+    ignore, strip_prefix = keys.all_texts(ignore=ignore, strip_prefix=strip_prefix)
+    rules = op.parse(schema) if isinstance(schema, Mapping) else op.read(schema)
+    return op.check(rules, open_whole(source), ignore=ignore, strip_prefix=strip_prefix)

@@ -1,0 +1,83 @@
+"""What the functions of `import ckptool` take: checkpoints, opened from wherever they are, and patterns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptool import formats
+from ckptool.core.checkpoint import Checkpoint, Module, set_realise
+from ckptool.core.tree import Path
+from ckptool.errors import UsageError, kind_of
+
+if TYPE_CHECKING:
+    from ckptool.saving import MapLocation
+
+Source = Checkpoint | str | os.PathLike[str] | Mapping[str, Any] | Module
+"""A checkpoint, the path of one, a state_dict (a dict of torch tensors or numpy arrays, nested as in a file), or a
+torch.nn.Module, whose state_dict it is."""
+
+Patterns = str | Sequence[str]
+"""Key patterns, or a single one."""
+
+Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
+"""{key pattern: adapter or rule for the keys that match}, or such pairs."""
+
+
+def open(source: Source, root: str | Path | None = None, *, tp_rules: Any = None) -> Checkpoint:
+    """Returns the checkpoint at a path (a file, a sharded directory or its index), of a state_dict or of a live model.
+
+    Reads headers only; runs no code of the file and imports none of its classes. ``root`` is the path of the weights
+    in the tree (``"model_state_dict"``, steps separated by "/"), or a directory in it; None looks for them, see
+    `find_root`. ``tp_rules`` joins the ranks of tensor parallelism: a TOML file, its content as a dict, or ``"gpt"``
+    or ``"llama"``, see `JoinRules`; tensors that are replicated on the ranks are read and compared.
+
+    Raises: UnreadableError, FormatError, UnsupportedError; UsageError if there is nothing at ``root``, or for rules
+    that do not fit.
+    """
+    if isinstance(source, Checkpoint):
+        opened = source
+    elif isinstance(source, (str, os.PathLike)):
+        opened, root = formats.read_at(os.fspath(source), root)
+    else:
+        from ckptool.partial import live
+
+        opened = live.opened(source)
+        root = () if root is None and not isinstance(source, Mapping) else root
+    if tp_rules is not None:
+        from ckptool.directories.parallel.joining import joined
+
+        opened = joined(opened, tp_rules)
+    kept = root is None and isinstance(source, Checkpoint) and not source.ranks
+    return opened if kept else opened.rooted(root)
+
+
+def open_whole(source: Source, why: str = "") -> Checkpoint:
+    """Opens a checkpoint; ``why`` it must have values. Raises: what `open` and its own ``require`` methods raise."""
+    opened = open(source)
+    if why:
+        opened.require_values(why)
+    opened.require_whole()
+    opened.require_joined()
+    return opened
+
+
+def tags_of(map_location: MapLocation) -> MapLocation:
+    """Returns ``map_location``. Raises: UsageError if it is none of what maps device tags."""
+    map_location = str(map_location) if type(map_location).__module__ == "torch" else map_location  # a torch.device
+    known = map_location is None or isinstance(map_location, (str, Mapping)) or callable(map_location)
+    if not known or (isinstance(map_location, Mapping) and any(type(tag) is not str for tag in map_location.values())):
+        raise UsageError(f"map_location is a device tag, a dict of tags or a callable, not {kind_of(map_location)}")
+    return map_location
+
+
+def _realise(tree: Any, map_location: Any, module_state_dict: Callable[[Any], Any], arrays: bool) -> Any:
+    from ckptool.io.source import Files
+    from ckptool.values import torch_bridge
+
+    with Files() as files:
+        return torch_bridge.to_torch(tree, files, map_location, module_state_dict, arrays)
+
+
+set_realise(_realise)
