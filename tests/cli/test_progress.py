@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracles import FIXTURES, Run, Saved
 
-from ckptool.cli import progress as output as progress
+from ckptool.cli import progress
 from ckptool.io.output import Output
 
 SHOW = "\x1b[?25h"
