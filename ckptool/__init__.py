@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckptool.api.sources import open
     from ckptool.api.writing import convert, filter, invert, remap, save
     from ckptool.core.checkpoint import Checkpoint
-    from ckptool.core.findings import Check, Finding, PrefixStats, Stats
+    from ckptool.core.findings import Check, Finding, Histogram, PrefixStats, Stats
     from ckptool.core.tensor import TensorInfo
     from ckptool.errors import (
         CkptoolError,
@@ -61,6 +61,7 @@ __all__ = [
     "Finding",
     "FormatError",
     "Group",
+    "Histogram",
     "IncompleteError",
     "InspectReport",
     "LimitError",

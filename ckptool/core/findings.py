@@ -24,12 +24,28 @@ FAIL_ON = KINDS[: KINDS.index("unknown")]
 
 
 @dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many of a tensor's finite values are in each of 32 bins or fewer: from ``start`` + i * ``width`` on.
+
+    ``width`` is a power of two and ``start`` a multiple of it, so the histograms of several tensors can be added
+    exactly. ``below`` and ``above`` count what is outside of the bins: at most one value of 1,000 at each side, and
+    none where all of them fit bins of the same width. Of more than 1,048,576 values, one of eight is counted.
+    """
+
+    start: int | float
+    width: int | float
+    counts: list[int]
+    below: int = 0
+    above: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Statistics of a tensor's values. ``nan`` and ``inf`` are counts; all else is of the finite values.
 
     ``std`` divides by n - 1, as `torch.std` does, and is None for fewer than two values; ``mean``, ``min``, ``max``
     and ``abs_max`` are None where there is none. Integers have exact extremes. Complex numbers count as their
-    absolute values, booleans as 0 and 1.
+    absolute values, booleans as 0 and 1. ``histogram`` is None for sums below a prefix, and where no value is finite.
     """
 
     mean: float | None
@@ -40,6 +56,7 @@ class Stats:
     zeros: int
     nan: int
     inf: int
+    histogram: Histogram | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,8 @@ def look_into(
     if stats:
         moments = {key: job.found_moments for key, job in measured.items() if job.error is None}
         found.stats = {key: one.stats() for key, one in moments.items()}
+        for one in moments.values():
+            one.bins = None  # to add them for every prefix would take longer than to count them
         found.prefixes = _by_prefix({key: (chosen[key].view, one) for key, one in moments.items()})
     if hashes:
         made = {key: _hash(tensor, plan) for key, tensor in hashed.items()}

@@ -163,8 +163,10 @@ class _Worker:
         dtype = job.source.dtype if isinstance(job.source, TensorInfo) else ""
         space: Workspace | None = None
         if job.moments:
+            from ckptool.values.histogram import MANY
             from ckptool.values.stats import Moments, Workspace
 
+            sampled = isinstance(job.source, TensorInfo) and job.source.numel > MANY
             space = self.space = self.space or Workspace()
             piece.moments = Moments()
         digest = None if job.head is None else hashlib.sha256(job.head)
@@ -175,7 +177,7 @@ class _Worker:
             if digest is not None:
                 digest.update(block)
             if space is not None:
-                piece.moments.add(space.moments(dtype, block))
+                piece.moments.add(space.moments(dtype, block, sampled))
             elif job.special:
                 from ckptool.values.codec import count_special
 

@@ -18,6 +18,7 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.findings import Stats
 from ckptool.io.source import Bytes
 from ckptool.values.codec import FOUR_BITS, Array, decode, decode_unordered
+from ckptool.values.histogram import SAMPLE, Bins, of_floats, of_integers
 
 PIECE = 1 << 19
 """Elements processed together: 2 MB as float32. Half as many fit the second-level cache, but then threads wait more."""
@@ -40,7 +41,7 @@ class Moments:
     """Counts, extremes, mean and ``spread`` (the sum of squared distances from the mean) of ``count`` finite numbers.
 
     ``mean`` is in units of 2 ** ``exponent`` and ``spread`` in its square, so that numbers of 1e200 have a spread.
-    ``total`` is the exact sum of integers, None of anything else.
+    ``total`` is the exact sum of integers, None of anything else. ``bins`` is None in sums of several tensors.
     """
 
     count: int = 0
@@ -53,6 +54,7 @@ class Moments:
     inf: int = 0
     total: int | None = None
     exponent: int = 0
+    bins: Bins | None = None
 
     def add(self, other: Moments) -> None:
         """Adds other moments (Chan, Golub and LeVeque 1979, which avoids the cancellation of plain sums of squares)."""
@@ -63,9 +65,10 @@ class Moments:
             return
         if not self.count:
             self.count, self.low, self.high, self.total = other.count, other.low, other.high, other.total
-            self.mean, self.spread, self.exponent = other.mean, other.spread, other.exponent
+            self.mean, self.spread, self.exponent, self.bins = other.mean, other.spread, other.exponent, other.bins
             return
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.bins = self.bins + other.bins if self.bins and other.bins else None
         exponent = max(self.exponent, other.exponent)
         mean, spread = _scaled(self, exponent)
         other_mean, other_spread = _scaled(other, exponent)
@@ -95,7 +98,8 @@ class Moments:
             except OverflowError:  # half of them the largest float, half of them the smallest
                 std = None
         mean = math.ldexp(self.mean, self.exponent) + 0
-        return Stats(mean, std, low, high, max(abs(low), abs(high)), self.zeros, self.nan, self.inf)
+        bins = self.bins.shown(self.total is not None) if self.bins else None
+        return Stats(mean, std, low, high, max(abs(low), abs(high)), self.zeros, self.nan, self.inf, bins)
 
 
 def _scaled(one: Moments, exponent: int) -> tuple[float, float]:
@@ -124,11 +128,17 @@ class Workspace:
         self.floats = np.empty(PIECE, "f4")
         self.more = np.empty(PIECE, "f4")
         self.flags = np.empty(PIECE, "?")
+        self.codes = np.empty(PIECE, "u1")
+        self.sample = 1
         self.ones = np.ones((RUN, 1), "f4")
 
-    def moments(self, dtype: str, block: Bytes) -> Moments:
-        """Returns the moments of a block of whole elements, little-endian, of a dtype that `has_values`."""
+    def moments(self, dtype: str, block: Bytes, sampled: bool = False) -> Moments:
+        """Returns the moments of a block of whole elements, little-endian, of a dtype that `has_values`.
+
+        ``sampled``: not all numbers are counted in bins, as the tensor has too many.
+        """
         found = Moments()
+        self.sample = SAMPLE if sampled else 1
         kind, width = DTYPES[dtype].kind, DTYPES[dtype].bits // 8
         measure: Callable[[str, Bytes], Moments] = {
             "bool": self._booleans, "int": self._integers, "complex": self._complex,
@@ -181,6 +191,15 @@ class Workspace:
         return int(np.count_nonzero(np.equal(values, 0, out=self.flags[: len(values)])))
 
     def _of_finite(self, values: Array, low: float, high: float, zeros: int) -> Moments:
+        found = self._spread(values, low, high, zeros)
+        found.bins = of_floats(self._some(values), low, high, self.more, self.codes)
+        return found
+
+    def _some(self, values: Array) -> Array:
+        """Returns the numbers to count in bins: all, or the first of them."""
+        return values[: -(-len(values) // self.sample)]
+
+    def _spread(self, values: Array, low: float, high: float, zeros: int) -> Moments:
         count = len(values)
         if low == high:
             return Moments(count, low, high, low, 0.0, zeros)
@@ -236,21 +255,23 @@ class Workspace:
         values = np.frombuffer(block, "u1")
         count, ones = len(values), int(np.count_nonzero(values))
         spread = ones * (count - ones) / count
-        return Moments(count, int(ones == count), int(ones > 0), ones / count, spread, count - ones, total=ones)
+        low, high = int(ones == count), int(ones > 0)
+        bins = of_integers(self._some(values), low, high, self.codes)
+        return Moments(count, low, high, ones / count, spread, count - ones, total=ones, bins=bins)
 
     def _integers(self, dtype: str, block: Bytes) -> Moments:
         values: Array = decode(dtype, block)
         count = len(values)
         low, high = int(values.min()), int(values.max())
         zeros = self._zeros(values) if low <= 0 <= high else 0
+        bins = of_integers(self._some(values), low, high, self.codes)
         if values.dtype.itemsize == 1:
             out = self.floats[:count]
             out[:] = values
             sums = self._sums(out)
             total, squares = int(sums[0]), int(sums[1])
-            return Moments(
-                count, low, high, total / count, (count * squares - total * total) / count, zeros, 0, 0, total
-            )
+            spread = (count * squares - total * total) / count
+            return Moments(count, low, high, total / count, spread, zeros, total=total, bins=bins)
         unsigned = values.astype("u8") - np.uint64(low % 2**64)  # distance from the smallest: exact modulo 2**64
         above = (int((unsigned >> np.uint64(32)).sum()) << 32) + int((unsigned & np.uint64(0xFFFFFFFF)).sum())
         wide = unsigned.astype("f8")
@@ -258,4 +279,4 @@ class Workspace:
         rest = float(wide.sum())
         spread = max(float(np.square(wide, out=wide).sum()) - rest * rest / count, 0.0)
         total = above + count * low
-        return Moments(count, low, high, total / count, spread, zeros, 0, 0, total)
+        return Moments(count, low, high, total / count, spread, zeros, total=total, bins=bins)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ INTS = ["int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"
 
 
 def of(dtype: str, raw: bytes) -> Stats:
-    """The statistics of little-endian elements."""
-    return Workspace().moments(dtype, raw).stats()
+    """The statistics of little-endian elements; the histogram has tests of its own."""
+    return replace(Workspace().moments(dtype, raw).stats(), histogram=None)
 
 
 def stats_of(tensor: torch.Tensor) -> Stats:
@@ -287,7 +288,8 @@ def test_moments_do_not_depend_on_how_the_numbers_are_split(seed: int) -> None:
 
 
 def rows(path: Path, **options: Any) -> dict[str, Stats | None]:
-    return {row.key: row.stats for row in ckptool.inspect(path, stats=True, **options).tensors}
+    found = ckptool.inspect(path, stats=True, **options).tensors
+    return {row.key: row.stats and replace(row.stats, histogram=None) for row in found}
 
 
 ELSEWHERE = {torch.uint64, torch.uint32, torch.uint16, torch.int64, torch.complex32, torch.float4_e2m1fn_x2}
@@ -383,6 +385,7 @@ def test_json_has_all_of_it_and_no_nan(saved: Saved, run: Run) -> None:
         "zeros": 0,
         "nan": 1,
         "inf": 1,
+        "histogram": {"start": 1.0, "width": 2**-7, "counts": [1], "below": 0, "above": 0},
     }
     assert by_key["b"]["mean"] is None
     assert result["prefixes"][0]["prefix"] == ""
