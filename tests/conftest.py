@@ -27,7 +27,7 @@ if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:  # a
 # Tests run in directories of their own, where hypothesis would compute its tables of characters anew.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".hypothesis"))
 
-sys.path.insert(0, str(FIXTURES))  # make.py and record.py
+sys.path.insert(0, str(FIXTURES))  # makers/ and record.py
 
 
 def pytest_collection_finish() -> None:

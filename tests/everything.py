@@ -109,9 +109,9 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
     if name == "exported.pt2":
         return dict(torch.export.load(path).state_dict)
     if name == "arrays.joblib":
-        import make
+        from makers.arrays import joblib_arrays
 
-        return {key: numbers(one) for key, one in make.joblib_arrays().items()}
+        return {key: numbers(one) for key, one in joblib_arrays().items()}
     if name == "agent.zip":
         with zipfile.ZipFile(path) as archive:
             return dict(torch.load(io.BytesIO(archive.read("policy.pth"))))
@@ -194,15 +194,15 @@ def tensors_of(loaded: dict[str, Any]) -> dict[str, Any]:
 
 
 def module_truth() -> dict[str, torch.Tensor]:
-    import make
+    from makers.models import resnet
 
-    return make.resnet(4, 20).state_dict()
+    return resnet(4, 20).state_dict()
 
 
 def gguf_truth() -> dict[str, torch.Tensor]:
-    import make
+    from makers.arrays import gguf_tensors
 
-    return make.gguf_tensors()
+    return gguf_tensors()
 
 
 # --- other people's files ---------------------------------------------------------------------------------------------

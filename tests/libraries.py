@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import make
 import numpy as np
 import torch
+from makers import arrays as numpy_files
+from makers import directories, files, zero
 from safetensors.torch import save as safetensors_save
 
 import ckptool
@@ -41,7 +42,7 @@ def halves(tree: Tree) -> tuple[Tree, Tree]:
 def distributed_hf(path: Path, tree: Tree) -> None:
     shard = "shard-0000{}-model-00001-of-00001.safetensors"
     parts = [{key: (one, (0,) * one.ndim) for key, one in half.items()} for half in halves(tree)]
-    make.hugging_face(path, {shard.format(number): part for number, part in enumerate(parts, 1)})
+    directories.hugging_face(path, {shard.format(number): part for number, part in enumerate(parts, 1)})
 
 
 def deepspeed(path: Path, tree: Tree) -> None:
@@ -51,7 +52,7 @@ def deepspeed(path: Path, tree: Tree) -> None:
     weights = {key: value for key, value in own.items() if getattr(value, "dtype", None) in MASTER}
     buffers = {key: value for key, value in own.items() if key not in weights}
     dtype = next(iter(weights.values())).dtype
-    make.zero(path, [weights], stage=2, world=1, dtype=dtype, buffers=buffers, shared=shared)
+    zero.zero(path, [weights], stage=2, world=1, dtype=dtype, buffers=buffers, shared=shared)
 
 
 def tar(path: Path, tree: Tree) -> None:
@@ -117,7 +118,7 @@ def package(path: Path, tree: Tree) -> None:
 def bundle(path: Path, tree: Tree) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in (("policy.pth", tree), ("policy.optimizer.pth", {})):
-            archive.writestr(name, make.saved(content))
+            archive.writestr(name, files.saved(content))
 
 
 def arrays(tree: Tree) -> dict[str, Any]:
@@ -175,11 +176,11 @@ def lock(path: Path, tree: Tree) -> None:
 
 
 WRITERS: dict[str, Callable[[Path, Tree], Any]] = {
-    "dcp": lambda path, tree: make.distributed(path, tree, {}),
+    "dcp": lambda path, tree: directories.distributed(path, tree, {}),
     "dcp-hf": distributed_hf,
     "deepspeed": deepspeed,
     "torch": on_disk,
-    "torch-legacy": lambda path, tree: path.write_bytes(make.legacy(tree)),
+    "torch-legacy": lambda path, tree: path.write_bytes(files.legacy(tree)),
     "safetensors": lambda path, tree: path.write_bytes(safetensors_save(tree)),
     "torch-tar": tar,
     "torchscript": script,
@@ -188,13 +189,13 @@ WRITERS: dict[str, Callable[[Path, Tree], Any]] = {
     "bundle": bundle,
     "npz": npz,
     "npy": npy,
-    "gguf": lambda path, tree: path.write_bytes(make.in_gguf(tree)),
+    "gguf": lambda path, tree: path.write_bytes(numpy_files.in_gguf(tree)),
     "megatron": ranks,
     "consolidated": consolidated,
     "sharded": sharded,
     "sharded-bin": sharded_bin,
     "lock": lock,
-    "joblib": lambda path, tree: path.write_bytes(make.in_joblib(arrays(tree))),
+    "joblib": lambda path, tree: path.write_bytes(numpy_files.in_joblib(arrays(tree))),
     "pickle": lambda path, tree: path.write_bytes(pickle.dumps(tree, 4)),
 }
 """By the name of the format's row."""

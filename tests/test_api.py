@@ -289,7 +289,7 @@ def test_to_torch_of_the_root_is_key_to_tensor() -> None:
 
 
 def test_to_torch_of_a_whole_model_is_its_state_dict() -> None:
-    from make import ResNet
+    from makers.models import ResNet
 
     made = ckptool.open(FIXTURES / "resnet_module.pth").to_torch()
     assert list(made) == list(torch.load(FIXTURES / "resnet_122.pth"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from ckptool import errors, formats
 from ckptool.cli.app import COMMANDS, app
 from ckptool.ops.rows import Reason
 from ckptool.partial import adapters, init, presets
-from tests.transcripts import DOCS, FILES, REPOSITORY, rerun, rerun_file
+from tests.transcripts import DOCS, FILES, REPOSITORY, place, rerun, rerun_file, run
 
 README = (REPOSITORY / "README.md").read_text()
+MANUAL = "\n".join(path.read_text() for path in FILES if DOCS in path.parents)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -48,16 +50,46 @@ def test_a_named_block_is_a_file_that_later_blocks_may_import_and_no_other_page_
     assert "made" not in sys.modules
 
 
-def test_every_page_of_the_cookbook_is_in_its_index_and_every_link_leads_somewhere():
-    index = (DOCS / "README.md").read_text()
-    assert all(f"]({page.name})" in index for page in DOCS.glob("*.md") if page.name != "README.md")
+def test_every_page_is_in_an_index_and_every_link_leads_somewhere():
+    indexes = [path for path in FILES if path.name == "README.md"]
+    listed = {(path.parent / link).resolve() for path in indexes for link, _ in links(path)}
+    assert {path for path in FILES if DOCS in path.parents and path.name != "README.md"} <= listed
     for path in FILES:
-        prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
-        for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", prose):
+        for link, anchor in links(path):
             if "://" not in link:
                 file = path.parent / link if link else path
                 assert file.exists(), f"{path.name}: {link}"
                 assert not anchor or anchor in anchors(file.read_text()), f"{path.name}: {link}#{anchor}"
+
+
+def links(path: Path) -> list[tuple[str, str]]:
+    """Returns (file, anchor) of every link in a page's prose."""
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", prose)
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """Returns the cells of the rows of the first table below a heading, without the table's own head."""
+    table = text.split(f"\n{heading}\n", 1)[1].split("\n|---", 1)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+
+
+def test_the_commands_of_the_readme_work_one_after_another_as_they_stand():
+    jobs = rows(README, "## Jobs")
+    assert len(jobs) <= 12
+    with place(None):
+        for _, command in jobs:
+            said = run(command.strip("`"))
+            assert not re.search(r"^exit \d+$", said, re.MULTILINE), f"{command}: {said}"
+
+
+def test_the_speeds_in_the_readme_are_those_of_the_benchmarks():
+    measured = (DOCS / "benchmarks.md").read_text().splitlines()
+    quoted = rows(README, "## Speed")
+    assert len(quoted) == 4
+    for _, seconds, memory, _, theirs in quoted:
+        figures = [f"| {seconds.split()[0]} [", f"] | {memory.split()[0]} ", f" {theirs.split()[0]} |"]
+        assert any(all(figure in line for figure in figures) and "4,000 MB" in line for line in measured), figures
 
 
 def anchors(text: str) -> set[str]:
@@ -75,39 +107,39 @@ def test_the_list_of_commands_says_what_each_says_of_itself():
         assert command.help.split("\n\n")[0].replace("\n", " ") == COMMANDS[name]
 
 
-def test_every_command_and_option_is_in_the_readme():
+def test_every_command_and_option_is_in_the_manual():
     for name, command in commands().items():
-        assert f"ckptool {name}" in README
+        assert (DOCS / "commands" / f"{name}.md").exists()
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 longest = max(parameter.opts, key=len)
-                assert longest in README or any(opt in README for opt in parameter.opts), f"{name} {longest}"
+                assert longest in MANUAL or any(opt in MANUAL for opt in parameter.opts), f"{name} {longest}"
 
 
-def test_every_error_slug_exit_code_format_and_reason_is_in_the_readme():
+def test_every_error_slug_exit_code_format_and_reason_is_in_the_manual():
     classes = [value for value in vars(errors).values() if isinstance(value, type)]
     slugs = {value.slug for value in classes if issubclass(value, errors.CkptoolError)} - {"error"}
     for slug in slugs:
-        assert f"| `{slug}` |" in README
+        assert f"| `{slug}` |" in MANUAL
     for code in (0, 1, 2, 130):
-        assert f"| {code} |" in README
+        assert f"| {code} |" in MANUAL
     for row in formats.FORMATS:
-        assert f"| `{row.label}`" in README
-        assert all(suffix in README for suffix in row.suffixes)
+        assert f"| `{row.label}`" in MANUAL
+        assert all(suffix in MANUAL for suffix in row.suffixes)
     for reason in Reason.__args__:
-        assert f"| `{reason}` |" in README
+        assert f"| `{reason}` |" in MANUAL
 
 
-def test_every_adapter_init_rule_and_preset_is_in_the_readme():
+def test_every_adapter_init_rule_and_preset_is_in_the_manual():
     for name, options in adapters.ADAPTERS.items():
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+        row = next(line for line in MANUAL.splitlines() if line.startswith(f"| `{name}` |"))
         for option, (takes, _) in options.items():
             said = [f"{option}="] if option else takes.split("|")
             assert all(one in row or f"`{option}`" in row for one in said), f"{name}: {option or takes}"
     for method in init.METHODS:
-        assert init.usage(method) in README or f"`{method}(...)`" in README, method
+        assert init.usage(method) in MANUAL or f"`{method}(...)`" in MANUAL, method
     for name in presets.PRESETS:
-        assert f"`{name}`" in README
+        assert f"`{name}`" in MANUAL
 
 
 def test_no_output_of_help_is_cut_or_empty():

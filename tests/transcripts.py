@@ -1,7 +1,7 @@
-"""Markdown that is run and compared: README.md, the cookbook in docs/, and tests/golden.
+"""Markdown that is run and compared: README.md, the pages in docs/, and tests/golden.
 
-Blocks of one file run in their order, in a fresh directory beside a copy of fixtures/ (and, for the cookbook, of the
-Python files in docs/):
+Blocks of one file run in their order, in a fresh directory beside a copy of fixtures/ (and, for a page in docs/, of the
+Python files beside it):
 
     ```console             every line that begins with "$ " is a command; what follows is what it printed, stdout and
                            stderr together, then "exit N" if N is not 0
@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
 FILES = [
     REPOSITORY / "README.md",
-    *sorted(DOCS.glob("*.md")),
+    *sorted(DOCS.rglob("*.md")),
     *sorted((REPOSITORY / "tests" / "golden").glob("*.md")),
 ]
 BLOCK = re.compile(r"^```(\w+)(?: +([\w.]+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -156,7 +156,7 @@ def place(beside: Path | None) -> Iterator[None]:
 
 def rerun_file(path: Path) -> str:
     """Returns a file's text with every output and value as it is now."""
-    return rerun(path.read_text(), DOCS if path.parent == DOCS else None)
+    return rerun(path.read_text(), path.parent if DOCS in path.parents else None)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def plan_partial(
 
     ``target`` is a source too, or a live torch.nn.Module: then the checkpoint is its state_dict. Keys are matched
     as in `filter`, after ``rules`` (see `remap`); values are cast to the target's dtypes. ``adapt`` {key pattern:
-    adapter} is for shapes that differ (``"rows"``, ``"pos-embed"``, see README), ``init`` {key pattern: rule} for keys
+    adapter} is for shapes that differ (``"rows"``, ``"pos-embed"``, ...), ``init`` {key pattern: rule} for keys
     that are not loaded (``"kaiming_normal(mode=fan_out)"``, the methods of torch.nn.init); the last pattern that
     matches a key takes precedence. ``init_preset`` names recipes for whole models. The same ``seed`` gives the same
     values on one version of numpy. ``freeze``: ``loaded``, ``first:N``, key patterns. ``optimizer``: ``drop``, or

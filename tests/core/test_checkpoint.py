@@ -198,9 +198,9 @@ def test_metadata_of_a_batchnorm_goes_with_its_counter(tmp_path: Path) -> None:
         key.removesuffix(".weight") for key in kept if f"{key.removesuffix('.weight')}.running_var" in kept
     }
     save(new, tmp_path / "out.pth")
-    import make
+    from makers.models import resnet
 
-    make.resnet(9, 6).load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
+    resnet(9, 6).load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
 
 
 def test_metadata_is_untouched_while_its_counters_are_there() -> None:
@@ -221,9 +221,9 @@ def test_a_module_becomes_the_state_dict_it_would_give(tmp_path: Path) -> None:
     opened = open_checkpoint(FIXTURES / "resnet_module.pth")
     save(opened.with_state_dict(opened.state_dict()), tmp_path / "out.pth")
     written = torch.load(tmp_path / "out.pth", weights_only=True)
-    import make
+    from makers.models import resnet
 
-    live = make.resnet(4, 20)
+    live = resnet(4, 20)
     assert type(written) is OrderedDict
     assert list(written) == list(live.state_dict())
     assert written._metadata == live.state_dict()._metadata

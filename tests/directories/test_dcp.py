@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import make
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from everything import from_dcp, others, training
+from makers.directories import distributed
 from oracles import tree_equal
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -51,7 +51,7 @@ def grid(directory: Path) -> tuple[Path, torch.Tensor]:
         for number, (top, left, rows, columns) in enumerate([(4, 0, 2, 2), (0, 0, 4, 2), (0, 2, 4, 3), (4, 2, 2, 3)])
     }
     tree = {**{name: piece for name, (piece, _) in pieces.items()}, "other": torch.ones(2)}
-    make.distributed(directory, tree, {"w": [(name, at) for name, (_, at) in pieces.items()]})
+    distributed(directory, tree, {"w": [(name, at) for name, (_, at) in pieces.items()]})
     return directory, whole
 
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import make
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from everything import from_dcp
+from makers.directories import hugging_face
 from safetensors.torch import load_file, save_file
 
 import ckptool
@@ -41,7 +41,7 @@ def mesh(directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     parts[SHARD.format(1, 2, 2)] = {"rows": (rows[:2].clone(), (0, 0)), "bias": (bias, (0,))}
     parts[SHARD.format(3, 2, 2)] = {"rows": (rows[2:].clone(), (2, 0))}
     parts[SHARD.format(4, 2, 2)] = {"rows": (rows[3:].clone(), (3, 0))}  # empty
-    make.hugging_face(directory, parts)
+    hugging_face(directory, parts)
     return directory, {"grid": grid, "rows": rows, "bias": bias}
 
 
@@ -63,7 +63,7 @@ def test_the_parts_of_all_processes_are_the_tensors_that_torch_reads(tmp_path: P
 def test_headers_are_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.zeros(1_000_000)
     parts: Parts = {SHARD.format(one, 1, 1): {"w": (half, ((one - 1) * 1_000_000,))} for one in (1, 2)}
-    make.hugging_face(tmp_path / "d", parts)
+    hugging_face(tmp_path / "d", parts)
     sizes: list[int] = []
     plain = LocalFile.read
     monkeypatch.setattr(LocalFile, "read", lambda self, at, n: sizes.append(n) or plain(self, at, n))
@@ -102,7 +102,7 @@ def test_what_is_there_is_shown_if_a_file_of_all_processes_is_missing(tmp_path: 
 
 def test_a_process_that_saved_nothing_is_told(tmp_path: Path) -> None:
     w = torch.randn(2, 3)
-    make.hugging_face(
+    hugging_face(
         tmp_path / "d", {SHARD.format(1, 1, 1): {"w": (w[:1], (0, 0))}, SHARD.format(3, 1, 1): {"w": (w[1:], (1, 0))}}
     )
     found = ckptool.open(tmp_path / "d")
@@ -114,21 +114,21 @@ def test_a_process_that_saved_nothing_is_told(tmp_path: Path) -> None:
 def test_the_same_part_twice_is_told_and_overlaps_are_refused(tmp_path: Path) -> None:
     one = torch.ones(2, 3)
     name, other = SHARD.format(1, 1, 1), SHARD.format(2, 1, 1)
-    make.hugging_face(tmp_path / "d", {name: {"w": (one, (0, 0))}, other: {"w": (one * 2, (0, 0))}})
+    hugging_face(tmp_path / "d", {name: {"w": (one, (0, 0))}, other: {"w": (one * 2, (0, 0))}})
     found = ckptool.open(tmp_path / "d")
     same(found.to_torch(), {"w": one})
     assert any("first one's taken: w" in note for note in found.notes)
-    make.hugging_face(tmp_path / "d", {other: {"w": (one, (1, 0))}})
+    hugging_face(tmp_path / "d", {other: {"w": (one, (1, 0))}})
     with pytest.raises(IncompleteError, match=r"w: two parts of a tensor overlap"):
         ckptool.open(tmp_path / "d")
-    make.hugging_face(tmp_path / "d", {other: {"w": (one.half(), (2, 0))}})
+    hugging_face(tmp_path / "d", {other: {"w": (one.half(), (2, 0))}})
     with pytest.raises(IncompleteError, match=r"w: .*float16"):
         ckptool.open(tmp_path / "d")
 
 
 def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
     directory, _ = mesh(tmp_path / "d")
-    make.hugging_face(directory, {SHARD.format(1, 1, 3): {"w": (torch.ones(1), (0,))}})
+    hugging_face(directory, {SHARD.format(1, 1, 3): {"w": (torch.ones(1), (0,))}})
     with pytest.raises(FormatError, match="several saves"):
         ckptool.open(directory)
 

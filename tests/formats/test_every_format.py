@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import make
 import pytest
 import torch
 from libraries import WRITERS, written
-from oracles import CANARY, bits
+from oracles import CANARY, FIXTURES, bits
 
 import ckptool
 from ckptool import formats
@@ -355,7 +354,7 @@ def test_the_headers_of_ten_gigabytes_take_little_memory_and_time(tmp_path: Path
         grow_distributed(path) if name == "dcp" else grow(path)
     disk = sum(file.stat().st_blocks * 512 for file in tmp_path.rglob("*") if file.is_file())
     assert disk < 50_000_000, "holes take space here"
-    script = [sys.executable, "-c", LOOK, str(make.OUT / "tied.pth"), *map(str, paths.values())]
+    script = [sys.executable, "-c", LOOK, str(FIXTURES / "tied.pth"), *map(str, paths.values())]
     out = subprocess.run(script, capture_output=True, text=True, check=True)
     wrong = []
     for name, line in zip(paths, out.stdout.splitlines(), strict=True):

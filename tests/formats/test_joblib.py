@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import make
 import numpy as np
 import pytest
 import torch
+from makers.arrays import in_joblib
 from oracles import Run
 
 import ckptool
@@ -29,7 +29,7 @@ ARRAYS: dict[str, Any] = {
 
 
 def put(value: Any, **options: Any) -> Path:
-    Path("x.joblib").write_bytes(make.in_joblib(value, **options))
+    Path("x.joblib").write_bytes(in_joblib(value, **options))
     return Path("x.joblib")
 
 
@@ -79,7 +79,7 @@ def test_nothing_of_it_is_run_and_what_it_names_is_shown() -> None:
 
 
 def test_a_file_cut_or_changed_anywhere_is_an_answer_or_one_error() -> None:
-    whole = make.in_joblib({"w": np.ones((2, 3), "f4"), "t": np.array(["a"]), "o": np.array([None]), "end": 1})
+    whole = in_joblib({"w": np.ones((2, 3), "f4"), "t": np.array(["a"]), "o": np.array([None]), "end": 1})
     for end in range(2, len(whole), 5):
         Path("x.joblib").write_bytes(whole[:end])
         with pytest.raises(CkptoolError):
@@ -113,7 +113,7 @@ def test_files_of_before_0_10_are_named() -> None:
 
 @pytest.mark.parametrize("kind", ["float32", "f", 4])
 def test_an_array_of_a_dtype_that_numpy_does_not_write_is_named(kind: Any) -> None:
-    whole = make.in_joblib({"w": np.ones(2, "f4")}, protocol=2)
+    whole = in_joblib({"w": np.ones(2, "f4")}, protocol=2)
     new = pickle.dumps(kind, 2)[2:-1]
     pickled = b"X\x02\x00\x00\x00f4"
     assert whole.count(pickled) == 1

@@ -42,7 +42,7 @@ def in_shards(folder: Path, tensors: State, suffix: str) -> Path:
 
 
 def test_102_keys_go_into_122_and_a_real_model_takes_them_strictly(old: Path, run: Run) -> None:
-    from make import ResNet
+    from makers.models import ResNet
 
     code, out, err = run("filter", "--match", FULL, old, "-o", "merged.pth", "--json")
     assert (code, err) == (0, "")
@@ -138,7 +138,7 @@ def test_only_matched_of_a_training_checkpoint_is_a_bare_state_dict(run: Run) ->
 
 
 def test_only_matched_without_counters_still_loads_strictly(run: Run) -> None:
-    from make import ResNet
+    from makers.models import ResNet
 
     assert run("filter", "--match", FULL, OLD, "-o", "part.pth", "--only-matched")[0] == 0
     part = load("part.pth")
@@ -170,7 +170,7 @@ def test_a_selection_without_a_target_keeps_order_metadata_and_what_stands_besid
 
 
 def test_counters_dropped_by_a_selection_take_their_metadata_along_so_that_strict_loads_work(run: Run) -> None:
-    from make import ResNet
+    from makers.models import ResNet
 
     assert run("filter", FULL, "-o", "out.pth", "--exclude", "*.num_batches_tracked")[0] == 0
     written, before = load("out.pth"), load(FULL)

@@ -253,7 +253,7 @@ def test_everything_beside_the_weights_is_the_same(remap: Callable[..., Any]) ->
 
 
 def test_a_whole_model_becomes_its_renamed_state_dict(remap: Callable[..., Any]) -> None:
-    from make import resnet
+    from makers.models import resnet
 
     remap(FIXTURES / "resnet_module.pth", "out.pth", [{"rename": "layer{i}", "to": "stage{i}"}])
     found = torch.load("out.pth", weights_only=True)

@@ -87,9 +87,9 @@ def test_plain_things_are_real_and_a_cycle_is_a_cycle() -> None:
 
 
 def test_a_model_becomes_its_state_dict_and_loads_strictly() -> None:
-    import make
+    from makers.models import resnet
 
-    live = make.resnet(4, 20)
+    live = resnet(4, 20)
     found = open_checkpoint(FIXTURES / "resnet_module.pth").to_torch()
     assert list(found) == list(live.state_dict())
     assert found._metadata == live.state_dict()._metadata
