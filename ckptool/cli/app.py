@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import ckptool
 from ckptool.cli import render
+from ckptool.cli.terminal import colours
 from ckptool.errors import CkptoolError, UsageError
 
 INTERRUPTED = 130
@@ -107,6 +108,11 @@ def _raise_limits(ctx: typer.Context, given: list[str] | None) -> None:
         ctx.with_resource(options.limited(given))
 
 
+def _color(given: str | None) -> None:
+    if given is not None:
+        colours.ask(given)
+
+
 Limit = Annotated[
     list[str] | None,
     typer.Option(
@@ -114,6 +120,10 @@ Limit = Annotated[
         help="Raise a limit that an error named, such as MAX_PICKLE=2GB.",
     ),
 ]  # fmt: skip
+Color = Annotated[
+    str | None,
+    typer.Option(metavar="WHEN", callback=_color, expose_value=False, help="Colours: auto (default), always, never."),
+]
 Version = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
 ]
@@ -125,11 +135,11 @@ Help = Annotated[
 ]
 
 
-def _shared(limit: Limit = None, show_help: Help = False) -> None:
+def _shared(limit: Limit = None, color: Color = None, show_help: Help = False) -> None:
     """Has the options that every command has."""
 
 
-def _group(version: Version = False, show_help: Help = False) -> None:
+def _group(color: Color = None, version: Version = False, show_help: Help = False) -> None:
     """Look into, compare, filter and rewrite checkpoints without loading them."""
 
 
@@ -158,15 +168,16 @@ def _sparing(command: Any, types: dict[str, Any]) -> Any:
     """
     for parameter in command.params:
         parameter.help = types[parameter.name].__metadata__[0].help  # click 8.5 clears the help of arguments
-        is_text = types[parameter.name].__origin__ in TEXT and not parameter.callback
+        is_text = types[parameter.name].__origin__ in TEXT
         parameter.process_value = functools.partial(_value, parameter, is_text, parameter.process_value)
     return command
 
 
 def _value(parameter: Any, is_text: bool, convert: Callable[[Any, Any], Any], ctx: Any, value: Any) -> Any:
     """Returns the value of a parameter, which typer converts only where that changes it."""
-    given = is_text and isinstance(value, str | list | tuple) and value != ()
-    return value if given or (value is parameter.default and not parameter.required) else convert(ctx, value)
+    if is_text and isinstance(value, str | list | tuple) and value != ():
+        return parameter.callback(ctx, parameter, value) if parameter.callback else value
+    return value if value is parameter.default and not parameter.required else convert(ctx, value)
 
 
 main = _typer(name="ckptool", cls=Commands, suggest_commands=False, add_help_option=False)
@@ -181,6 +192,7 @@ def run(args: list[str]) -> int:
     """Runs one command line. Any exception but ckptool's and typer's is a bug and keeps its traceback."""
     command = next((arg for arg in args if arg in COMMANDS), "")
     as_json = "--json" in args
+    colours.ask(colours.asked_by(args))
     try:
         # `app.main` would print a line of its own on Ctrl-C
         with app.make_context("ckptool", list(args) or ["--help"]) as context:
@@ -201,7 +213,7 @@ def run(args: list[str]) -> int:
 def _fail(error: CkptoolError, command: str, as_json: bool) -> int:
     if as_json:
         render.print_json({"schema": 1, "command": command, "error": render.error_json(error)})
-    print(f"ckptool: error: {render.safe(str(error))}", file=sys.stderr)
+    render.note(f"error: {error}")
     return error.exit_code
 
 

@@ -104,9 +104,9 @@ def _lines(report: RemapReport, begin: str) -> list[str]:
     parts += [f"{made:,} computed"] if made else []
     parts += [f"{len(report.dropped):,} dropped"] if report.dropped else []
     lines = [render.safe(begin + ", ".join(parts))]
-    lines += render.aligned(_renamed(report))
+    lines += render.aligned(_renamed(report), keys=True)
     made_rows = [(f"{', '.join(row.old)} -> {row.new}", row.op) for row in report.map if row.op != "rename"]
-    lines += render.aligned([[name, made_rows[members[0]][1]] for name, members in keys.fold(made_rows)])
+    lines += render.aligned([[name, made_rows[members[0]][1]] for name, members in keys.fold(made_rows)], keys=True)
     lines += render.aligned([["dropped", name] for name, _ in keys.fold([(key, None) for key in report.dropped])])
     lines += render.aligned([["note", text] for text in report.notes])
     lines += render.aligned([["unused", text] for text in report.unused_rules])

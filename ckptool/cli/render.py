@@ -1,7 +1,7 @@
 """Text for people and JSON for scripts, from the same reports.
 
 Names from a file are data: `safe` escapes control characters, escape sequences and direction marks, and markup is
-never interpreted. Colour is used only on a terminal, and not with NO_COLOR.
+never interpreted.
 """
 
 from __future__ import annotations
@@ -9,25 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ckptool.cli.terminal import colours
 from ckptool.errors import CkptoolError
 
 Line = Sequence[str]
-
-COLOURS = {
-    "loaded": "green", "cast": "green", "tied": "green", "adapted": "green",
-    "initialised": "cyan", "equal": "green", "same": "bold green",
-    "mismatched": "red", "shape": "red", "values": "red", "differ": "bold red", "differs": "red",
-    "missing": "yellow", "unexpected": "yellow", "only in A": "yellow", "only in B": "yellow", "dtype": "yellow",
-    "device": "yellow", "close": "yellow", "bookkeeping": "dim", "ignored": "dim", "hint": "bold", "notes": "cyan",
-    "note": "cyan",
-}  # fmt: skip
-"""The style of each word that may stand in the first column, on a terminal."""
 
 
 def safe(text: str) -> str:
@@ -59,13 +49,23 @@ def width(text: str) -> int:
     return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me") for char in text)
 
 
-def aligned(lines: Iterable[Line], indent: int = 2) -> list[str]:
-    """Returns lines of text with their columns aligned; the last column is not padded."""
+def aligned(lines: Iterable[Line], indent: int = 2, keys: bool = False) -> list[str]:
+    """Returns lines of text with their columns aligned; the last column is not padded.
+
+    The first column has labels, which are coloured by their meaning, or with ``keys`` names from a file.
+    """
     rows = [line if "".join(line).isprintable() else [safe(cell) for cell in line] for line in lines]
     count = max(map(len, rows), default=1) - 1
     widths = [_widest([row[column] for row in rows if column < len(row) - 1]) for column in range(count)]
     margin = " " * indent
-    return [(margin + "  ".join([*map(_padded, row[:-1], widths), row[-1]])).rstrip() for row in rows]
+    made = [(margin + "  ".join([*map(_padded, row[:-1], widths), row[-1]])).rstrip() for row in rows]
+    return made if keys or not colours.shown_on(sys.stdout) else list(map(_labelled, made, rows))
+
+
+def _labelled(line: str, row: Line) -> str:
+    label = row[0]
+    start = line.find(label)
+    return line[:start] + colours.painted(label, colours.MEANING.get(label, "")) + line[start + len(label) :]
 
 
 def _widest(cells: list[str]) -> int:
@@ -93,27 +93,14 @@ def write(text: str) -> None:
 
 
 def show(lines: Iterable[str]) -> None:
-    """Prints lines on stdout; on a terminal, a first word that is in `COLOURS` is coloured."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        write("".join(f"{line}\n" for line in lines))
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    for line in lines:
-        text = Text(line)
-        start = len(line) - len(line.lstrip())
-        for word, style in COLOURS.items():
-            if line.startswith(word, start) and not line[start + len(word) : start + len(word) + 1].isalnum():
-                text.stylize(style, start, start + len(word))
-                break
-        console.print(text)
+    """Prints lines on stdout."""
+    write("".join(f"{line}\n" for line in lines))
 
 
 def note(text: str) -> None:
-    """Prints a note on stderr."""
-    print(f"ckptool: {safe(text)}", file=sys.stderr)
+    """Prints a note or an error on stderr."""
+    name = colours.painted("ckptool:", colours.QUIET, sys.stderr)
+    print(f"{name} {colours.verdict(safe(text), sys.stderr)}", file=sys.stderr)
 
 
 class Failures:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ckptool.cli import render
+from ckptool.cli.terminal import colours
 from ckptool.core import keys
 from ckptool.ops.inspect import InspectReport, TensorRow
 from ckptool.text import count, dims, plural, size
@@ -97,7 +98,7 @@ def folded(rows: list[TensorRow], prefix: str) -> list[str]:
         times = f"{len(members)} x " if len(members) > 1 else ""
         total = sum(rows[member].nbytes for member in members)
         lines.append([name, times + dims(row.shape), _dtype(row), size(total)])
-    return render.aligned(lines)
+    return render.aligned(lines, keys=True)
 
 
 def _dtype(row: TensorRow) -> str:
@@ -107,8 +108,11 @@ def _dtype(row: TensorRow) -> str:
 def flat(rows: list[TensorRow]) -> list[str]:
     """Returns one line per tensor."""
     return render.aligned(
-        [row.key, dims(row.shape), _dtype(row), size(row.nbytes), f"= {row.tied_to}" if row.tied_to else ""]
-        for row in rows
+        (
+            [row.key, dims(row.shape), _dtype(row), size(row.nbytes), f"= {row.tied_to}" if row.tied_to else ""]
+            for row in rows
+        ),
+        keys=True,
     )
 
 
@@ -121,7 +125,7 @@ def valued(rows: list[TensorRow], stats: bool) -> list[str]:
     if any(row.hash for row in rows):
         hashes = [*(["sha256"] if stats else []), *(row.hash or "" for row in rows)]
         lines = [[*line, digest] for line, digest in zip(lines, hashes, strict=True)]
-    return render.aligned(lines)
+    return render.aligned(lines, keys=True)
 
 
 _HEADS = ["mean", "std", "min", "max", "abs max", "zeros", "NaN", "inf"]
@@ -150,7 +154,7 @@ def checked(check: Check) -> list[str]:
     if not any(line[1] for line in lines):
         lines = [[line[0], line[2]] for line in lines]
     head = f"check: {plural(len(check.findings), 'finding')}" if check.findings else "check: nothing found"
-    return [head, *render.aligned(lines)]
+    return [colours.verdict(head), *render.aligned(lines)]
 
 
 def summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixStats] | None) -> list[str]:
@@ -173,4 +177,4 @@ def summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixSta
         ]
         figures = map(_figures, stats)
         lines = [["", "", "", "", *_HEADS], *([*line, *more] for line, more in zip(lines, figures, strict=True))]
-    return render.aligned(lines)
+    return render.aligned(lines, keys=True)
