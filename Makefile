@@ -56,8 +56,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Rewrites the outputs in README.md, docs and tests/golden; review the difference before committing it.
+# Rewrites the outputs in README.md, docs and tests/golden, and the reference of JSON; review the difference before committing it.
 golden: $(VENV)/.dev
+	$(BIN)/python docs/site/json_reference.py
 	$(BIN)/python -m tests.transcripts --write
 
 # The site of docs/: mkdocs refuses a link or anchor that leads nowhere, and a page that is not in mkdocs.yml.

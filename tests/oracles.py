@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import pickle
 import types
 import zipfile
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import numpy as np
 import pytest
 import torch
@@ -33,6 +36,25 @@ CANARY = "CKPTOOL_CANARY_EXECUTED"
 
 seed_torch = torch.default_generator.manual_seed
 """Seeds the CPU alone: `torch.manual_seed` formats a traceback for each kind of device, some ms under pytest."""
+
+
+def _closed(schema: Any) -> Any:
+    """The schema, of whose objects with named fields no other field is valid."""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(one) for name, one in schema.items()}
+    return closed | {"additionalProperties": False} if isinstance(schema.get("required"), list) else closed
+
+
+@functools.cache
+def published(command: str) -> Any:
+    """A judge of what a command prints with --json: its published schema, and no field that the schema lacks."""
+    path = FIXTURES.parent / "docs" / "reference" / "schemas" / f"{command}.json"
+    schema = json.loads(path.read_text())
+    del schema["anyOf"]  # result or error, without fields of its own: `test_docs` holds it
+    return jsonschema_rs.validator_for(_closed(schema))
 
 
 def compiled(model: torch.nn.Module) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import json_reference
+import jsonschema_rs
 import pytest
 
 from ckptool import errors, formats
@@ -28,6 +31,31 @@ def test_running_the_transcripts_leaves_the_fixtures_as_they_were():
     before = {path: path.read_bytes() for path in (REPOSITORY / "fixtures").rglob("*") if path.is_file()}
     rerun_file(REPOSITORY / "tests" / "golden" / "filter.md")
     assert {path: path.read_bytes() for path in (REPOSITORY / "fixtures").rglob("*") if path.is_file()} == before
+
+
+def test_the_reference_of_json_is_what_the_dataclasses_say_and_describes_every_field():
+    assert {path: path.read_text() for path in json_reference.made()} == json_reference.made(), "run `make golden`"
+    lacking = [
+        f"{kind.__name__}.{name}"
+        for result in json_reference.RESULTS.values()
+        for kind, notes in json_reference.dataclasses_in(result)
+        for name, _, _ in json_reference.contents(kind, notes)
+        if not json_reference.described(kind).get(name)
+    ]
+    assert lacking == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_document_has_a_result_or_an_error(command):
+    schema = json.loads((DOCS / "reference" / "schemas" / f"{command}.json").read_text())
+    judge = jsonschema_rs.validator_for(schema)
+    error = {"kind": "usage", "message": "a", "path": None}
+    head = {"schema": 1, "command": command}
+    assert judge.is_valid({**head, "error": error})
+    assert not judge.is_valid(head)
+    assert not judge.is_valid({**head, "error": {**error, "message": 1}})
+    assert not judge.is_valid({**head, "command": "other", "error": error})
+    assert not judge.is_valid({**head, "result": 1, "notes": []})
 
 
 def test_a_value_in_a_comment_is_held_to_what_the_expression_gives():

@@ -28,44 +28,58 @@ class Histogram:
     """How many of a tensor's finite values are in each of 32 bins or fewer: from ``start`` + i * ``width`` on.
 
     ``width`` is a power of two and ``start`` a multiple of it, so the histograms of several tensors can be added
-    exactly. ``below`` and ``above`` count what is outside of the bins: at most one value of 1,000 at each side, and
-    none where all of them fit bins of the same width. Of more than 1,048,576 values, one of eight is counted.
+    exactly. Of more than 1,048,576 values, one of eight is counted.
     """
 
     start: int | float
+    """Where the first bin begins."""
     width: int | float
+    """The width of each bin."""
     counts: list[int]
+    """How many values are in each bin; a value on the edge of two is in the upper one."""
     below: int = 0
+    """How many are below the first bin: at most one of 1,000, and none where bins of the same width hold all."""
     above: int = 0
+    """How many are above the last bin, likewise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Statistics of a tensor's values. ``nan`` and ``inf`` are counts; all else is of the finite values.
+    """Statistics of a tensor's values. All but ``nan`` and ``inf`` are of the finite values; null where there is none.
 
-    ``std`` divides by n - 1, as `torch.std` does, and is None for fewer than two values; ``mean``, ``min``, ``max``
-    and ``abs_max`` are None where there is none. Integers have exact extremes. Complex numbers count as their
-    absolute values, booleans as 0 and 1. ``histogram`` is None for sums below a prefix, and where no value is finite.
+    Integers have exact extremes. Complex numbers count as their absolute values, booleans as 0 and 1.
     """
 
     mean: float | None
+    """The mean."""
     std: float | None
+    """The standard deviation with n - 1 below, as `torch.std`; null for fewer than two values."""
     min: int | float | None
+    """The smallest value."""
     max: int | float | None
+    """The largest value."""
     abs_max: int | float | None
+    """The largest absolute value."""
     zeros: int
+    """How many are zero."""
     nan: int
+    """How many are NaN."""
     inf: int
+    """How many are infinite."""
     histogram: Histogram | None = None
+    """Of the finite values; absent for sums below a prefix, and where no value is finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixStats:
-    """The statistics of the ``tensors`` below a prefix of whole names, two or more; each tie group counts once."""
+    """The statistics of all tensors below a prefix."""
 
     prefix: str
+    """Whole names, joined with dots."""
     tensors: int
+    """How many are below it, two or more; each tie group counts once."""
     stats: Stats
+    """Of all their values together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +110,25 @@ class Finding:
     """
 
     kind: Kind
+    """See above."""
     text: str
+    """What was found, in words."""
     key: str | None = None
+    """The key below root, or a whole path."""
     count: int | None = None
+    """Of nan and inf: how many elements."""
     passes: bool | None = None
+    """True if it does not fail the check; else absent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The findings, none if the file is sound; and what could not be checked."""
+    """The findings of --check."""
 
     findings: list[Finding] = field(default_factory=list)
+    """None if the file is sound."""
     unchecked: list[str] = field(default_factory=list)
+    """What could not be checked."""
 
     @property
     def fails(self) -> bool:

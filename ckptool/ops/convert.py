@@ -19,26 +19,34 @@ from ckptool.ops.scales import dequantized, of_blocks, outside, scaled_weights, 
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """The result of a conversion. ``nbytes``: the size of the output, in a dry run an estimate.
-
-    ``left_out``: the entries that are not in the output. ``cast``: the keys whose dtype changed. ``dequantized``: the
-    keys multiplied by their scales. ``untied``: the keys that shared memory with another one. ``overflowed``,
-    ``saturated``, ``underflowed``: {key: values that a cast changed in kind}, see `ckptool.core.dtypes.Changed`.
-    """
+    """The result of a conversion."""
 
     input: str
+    """The path that was read."""
     output: str
+    """The path that was written, or would be."""
     tensors: int
+    """How many tensors it holds."""
     nbytes: int
+    """The size of the output; in a dry run an estimate."""
     left_out: list[str]
+    """Entries of the input that are not in the output."""
     verified: bool
+    """Whether the output was read back and compared."""
     cast: list[str] = field(default_factory=list)
+    """Keys whose dtype changed."""
     dequantized: list[str] = field(default_factory=list)
+    """Keys multiplied by their scales."""
     untied: list[str] = field(default_factory=list)
+    """Keys that shared memory with another one, and no longer do."""
     overflowed: dict[str, int] = field(default_factory=dict)
+    """{key: values that a cast made infinite}, known when written."""
     saturated: dict[str, int] = field(default_factory=dict)
+    """{key: values that a cast clamped to the largest finite one}, known when written."""
     underflowed: dict[str, int] = field(default_factory=dict)
+    """{key: values that a cast made zero}, known when written."""
     notes: list[str] = field(default_factory=list)
+    """What else was noticed."""
 
 
 def convert(

@@ -32,54 +32,69 @@ Compare = Callable[[TensorInfo, TensorInfo], Distance]
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A key whose shape, dtype or device differs: ``a`` against ``b``."""
+    """A key whose shape, dtype or device differs."""
 
     key: str
+    """The key, as in A."""
     a: Any
+    """What A has."""
     b: Any
+    """What B has."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValuesChanged:
-    """A key whose values differ, or are ``close``: largest |a - b|, and |a - b| / |a|; None where not finite.
-
-    ``by`` is ``hash`` where only hashes were compared.
-    """
+    """A key whose values differ, or are close."""
 
     key: str
+    """The key, as in A."""
     status: str
+    """``differ``, or ``close``: within the tolerances."""
     max_abs: float | None
+    """The largest abs(a - b); null where not finite."""
     rel_l2: float | None
+    """The L2 norm of a - b, divided by that of a; null where not finite, or where a is all zeros."""
     by: str | None = None
+    """``hash`` where only hashes were compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiffReport:
-    """Keys are spelled as in A, those only in B as in B.
-
-    ``equal`` counts keys without any difference that was looked for. A key may be in both ``shape`` and ``dtype``.
-    ``values`` has close and differing keys; ``compared`` says whether values were compared at all.
-    ``bookkeeping`` are the num_batches_tracked that one side lacks, ``counters`` how many of them A has, and B.
-    ``shapes`` and ``dtypes`` are those of the keys that only one side has. ``uncompared``: keys whose values were to be
-    compared, and are described only, without a hash; they are among the equal ones.
-    """
+    """How the weights of A and B differ. Keys are spelled as in A, those only in B as in B."""
 
     same: bool
+    """Nothing differs, bookkeeping aside."""
     equal: int
+    """Keys without any difference that was looked for."""
     only_in_a: list[str]
+    """Keys that B lacks."""
     only_in_b: list[str]
+    """Keys that A lacks."""
     shape: list[Changed]
+    """Keys whose shapes differ; their dtypes may differ too."""
     dtype: list[Changed]
+    """Keys whose dtypes differ."""
     values: list[ValuesChanged]
+    """Keys whose values are close or differ."""
     devices: list[Changed]
+    """With --devices: keys whose device tags differ."""
     bookkeeping: list[str]
+    """The num_batches_tracked that one side lacks."""
     renamed: list[Changed] = field(default_factory=list)
+    """Keys that have another name in B."""
     counters: dict[str, int] = field(default_factory=dict)
+    """How many num_batches_tracked only A has (``a``), and only B (``b``)."""
     compared: bool = False
+    """Whether values were compared."""
     shapes: dict[str, list[int] | None] = field(default_factory=dict)
+    """The shapes of the keys that one side lacks."""
     dtypes: dict[str, str] = field(default_factory=dict)
+    """The dtypes of the keys that one side lacks."""
     uncompared: list[str] = field(default_factory=list)
+    """Keys whose values were to be compared, of which a side has neither values nor a hash; they are among the equal
+    ones."""
     notes: list[str] = field(default_factory=list)
+    """What else was noticed."""
 
     def found(self) -> dict[str, int]:
         """Returns {kind: number of differences} for each of `KINDS`."""

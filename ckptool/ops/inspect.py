@@ -23,76 +23,106 @@ SHOWN = 120
 
 @dataclass(slots=True)  # not frozen: that takes 1 us more for each of 100,000 rows
 class TensorRow:
-    """One tensor at root. ``tied_to`` is the first key of its tie group; ``kind`` is None for a dense tensor.
-
-    ``stats`` and ``hash`` are None if they were not requested or cannot be computed.
-    """
+    """One tensor at root."""
 
     key: str
+    """The full key, as in the state_dict."""
     shape: list[int] | None
+    """Its sizes; null where it has none of its own, as a list of parts."""
     dtype: str
+    """The name that torch gives, without ``torch.``; what a format calls a type of its own."""
     nbytes: int
+    """Bytes of its elements."""
     tied_to: str | None = None
+    """The first key of its tie group; absent for that key, and for tensors that share nothing."""
     device: str | None = None
+    """The device tag that the file records, where its format has them."""
     kind: str | None = None
+    """Sparse, quantized or nested; absent for a dense tensor."""
     stats: Stats | None = None
+    """With --stats, where they can be computed."""
     hash: str | None = None
+    """With --hash: the sha256 of its dtype, shape and values; absent where it has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A value in the tree beside the weights: its path, and a short description. ``key``: of an object at root."""
+    """A value in the tree beside the weights."""
 
     path: str
+    """Where it is in the tree, steps joined with /."""
     text: str
+    """What it is, in a few words."""
     nbytes: int | None = None
+    """Bytes of the tensors in it."""
     key: str | None = None
+    """Its key, if it is an object at root."""
 
 
 @dataclass(frozen=True, slots=True)
 class InspectReport:
-    """``nbytes`` is the file's size. ``parameters`` counts elements, each tie group once, counters aside.
-
-    ``stored_nbytes`` is the size of all storages in the file, ``used_nbytes`` the part of it that tensors use.
-    ``unsafe``: the names in the pickle that tensors do not need; none was imported or called. ``kinds``: the kind of
-    each: ordinary, unknown or acting (see `ckptool.core.pickled_names`).
-    ``counters``: how many BatchNorm layers have num_batches_tracked, and how many lack it. ``loose``: tensors of an
-    nn.Module that are not in its state_dict. ``inside``: the tensors inside entries that are no tensors, such as packed
-    parameters, with the keys ENTRY/PATH.
-    ``devices`` counts the tensors at root; ``device_tags`` are those of all storages, an optimizer's too.
-    ``prefixes``, ``hash`` (of all chosen tensors) and ``check`` are None if they were not requested.
-    """
+    """What a checkpoint holds."""
 
     path: str
+    """The path that was opened."""
     format: str
+    """The label of its format."""
     root: str
+    """Where the weights are in the tree, steps joined with /; empty: at the top."""
     nbytes: int
+    """The size of the file, or of all files."""
     tensors: list[TensorRow]
+    """All tensors at root, or those that --include and --exclude choose."""
     unsafe: list[str]
+    """Names in the pickle that tensors do not need; none was imported or called."""
     parameters: int
+    """Elements, each tie group once, counters aside."""
     tensor_nbytes: int
+    """Bytes of the tensors at root, each tie group once."""
     dtypes: dict[str, list[int]]
+    """{dtype: [tensors, bytes]}, each tie group once."""
     devices: dict[str, int]
+    """{device tag: tensors at root}."""
     beside: list[Beside] = field(default_factory=list)
+    """What the tree holds beside the weights."""
     wrapper: str = ""
+    """The wrapper that all keys or the whole tree stand in, such as ``module.``."""
     prefix: str = ""
+    """What every key begins with."""
     ema: list[str] = field(default_factory=list)
+    """Places with averaged copies of the weights."""
     other_roots: list[str] = field(default_factory=list)
+    """Other places with weights."""
     tied: list[list[str]] = field(default_factory=list)
+    """Groups of keys whose tensors share memory."""
     stored_nbytes: int = 0
+    """Bytes of all storages in the file."""
     used_nbytes: int = 0
+    """Bytes of them that tensors use."""
     empty: list[str] = field(default_factory=list)
+    """Keys of tensors without elements."""
     counters: dict[str, int] = field(default_factory=dict)
+    """How many BatchNorm layers have num_batches_tracked (``present``), and how many lack it (``absent``)."""
     loose: list[str] = field(default_factory=list)
+    """Tensors of an nn.Module that are not in its state_dict."""
     inside: list[TensorRow] = field(default_factory=list)
+    """Tensors inside entries that are no tensors, such as packed parameters; their keys are ENTRY/PATH."""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    """The text that safetensors and others keep beside the tensors."""
     problems: list[str] = field(default_factory=list)
+    """What is wrong with the file, and did not keep it from being read."""
     notes: list[str] = field(default_factory=list)
+    """What else was noticed."""
     prefixes: list[PrefixStats] | None = None
+    """With --stats: the statistics of every prefix."""
     hash: str | None = None
+    """With --hash: the sha256 of all chosen tensors together."""
     check: Check | None = None
+    """With --check: what it found."""
     kinds: Mapping[str, NameKind] = field(default_factory=dict)
+    """Of each name in ``unsafe``: ordinary, unknown or acting."""
     device_tags: list[str] = field(default_factory=list)
+    """The device tags of all storages, an optimizer's too."""
 
 
 def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:

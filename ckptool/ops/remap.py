@@ -34,20 +34,29 @@ class Mapped:
     """
 
     new: str
+    """The key in the output."""
     old: list[str]
+    """The keys it was made from."""
     op: str
+    """How, see above."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemapReport:
-    """``map`` has one row per key of the output, ``dropped`` the keys left out on purpose, ``saved`` the map file."""
+    """What became of every key."""
 
     map: list[Mapped]
+    """One row per key of the output."""
     dropped: list[str]
+    """Keys left out on purpose."""
     unused_rules: list[str]
+    """Rules that fit no key."""
     output: str | None = None
+    """The path that was written."""
     saved: Mapping[str, Any] | None = None
+    """What --save-map writes; never part of the document."""
     notes: list[str] = field(default_factory=list)
+    """What else was noticed."""
 
 
 Same = Callable[[TensorInfo, TensorInfo], bool]

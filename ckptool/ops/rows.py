@@ -24,46 +24,56 @@ LOADED: tuple[Reason, ...] = ("loaded", "cast", "tied", "adapted")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One key, and what was decided about it. ``source`` is the source's key that it was matched with.
-
-    ``key`` and ``shape`` are the target's; for unexpected and ignored keys of a source they are that source's, and
-    ``file`` is its path where there are several. ``dtype`` is that of the output, ``source_dtype`` the source's if it
-    was converted. ``tensors`` counts those inside an entry that is no tensor: packed parameters, extra state.
-    """
+    """One key, and what was decided about it."""
 
     key: str
+    """The target's key; of unexpected and ignored keys of a source, that source's."""
     reason: Reason
+    """What became of it."""
     shape: list[int] | None
+    """The shape in the output, or of the source's tensor that is not in it; null for what is no tensor."""
     source: str | None = None
+    """The source's key that it was matched with, if another."""
     source_shape: list[int] | None = None
+    """The source's shape, where it differs."""
     dtype: str | None = None
+    """The dtype in the output."""
     source_dtype: str | None = None
+    """The source's dtype, if it was converted."""
     file: str | None = None
+    """Of several sources: the path of the one."""
     detail: str | None = None
+    """Why, or how."""
     tensors: int | None = None
+    """How many tensors are inside an entry that is no tensor, such as packed parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class FilterReport:
-    """``rows``: one per key of the target, then one per key of a source that was not used.
-
-    ``loaded_fraction`` is the share of the target's elements (counters aside) that have the sources' values.
-    ``hint``: the options with which more keys would match. ``output`` is set when it is saved, and so are
-    ``overflowed``, ``saturated`` and ``underflowed``: {key: values that a cast changed in kind} (see
-    `ckptool.core.dtypes.Changed`), None where there are none.
-    """
+    """What of the sources is in the output, key by key."""
 
     rows: list[Row]
+    """One per key of the target, then one per key of a source that was not used."""
     counts: dict[str, int]
+    """{reason: rows}."""
     output: str | None = None
+    """The path that was written."""
     loaded_fraction: float = 0.0
+    """The share of the target's elements, counters aside, that have the sources' values."""
     hint: str | None = None
+    """Options with which more keys would match."""
     target: str | None = None
+    """The path of the target."""
     sources: list[str] = field(default_factory=list)
+    """The paths of the sources."""
     notes: list[str] = field(default_factory=list)
+    """What else was noticed."""
     overflowed: dict[str, int] | None = None
+    """{key: values that a cast made infinite}, known when written."""
     saturated: dict[str, int] | None = None
+    """{key: values that a cast clamped to the largest finite one}, known when written."""
     underflowed: dict[str, int] | None = None
+    """{key: values that a cast made zero}, known when written."""
 
     @property
     def loaded(self) -> int:

@@ -193,12 +193,16 @@ def _moving(paths: Iterable[str], tensors: Collection[str], names: Sequence[str]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parameters with the same hyperparameters. ``lr_mult`` is relative to the learning rate of loaded parameters."""
+    """Parameters with the same hyperparameters."""
 
     name: str
+    """The name of the group."""
     params: list[str]
+    """The keys."""
     lr_mult: float
+    """The learning rate, relative to that of loaded parameters."""
     weight_decay: float
+    """The weight decay."""
 
 
 def groups(

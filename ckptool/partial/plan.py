@@ -36,36 +36,44 @@ from ckptool.text import dims as dims_text
 
 @dataclass(frozen=True, slots=True)
 class LoadPartialReport:
-    """``rows``: one per key of the target, then one per unused key of the source (see `filter.Row`).
-
-    ``loaded_fraction`` is the share of the target's elements (counters aside) that have the source's values.
-    ``frozen``: parameters that are not to be trained; ``moving``: frozen BatchNorm layers whose running statistics
-    are still updated in train mode. ``groups``: the trained parameters, loaded and new ones apart;
-    ``tied``: other names of parameters that are listed under their first. ``unset``: keys of a target on meta that have
-    no values yet, neither the source's nor a rule's: such a plan is not written. ``numpy``: the version with which
-    ``seed`` gives these values, where random numbers were drawn. ``overflowed``, ``saturated``, ``underflowed``: {key:
-    values that a cast changed in kind} (see `ckptool.core.dtypes.Changed`), known when written; None where there are
-    none.
-    """
+    """What of the source is in the target, key by key, and what became of the rest."""
 
     rows: list[Row]
+    """One per key of the target, then one per unused key of the source."""
     counts: dict[str, int]
+    """{reason: rows}."""
     output: str | None = None
+    """The path that was written."""
     loaded_fraction: float = 0.0
+    """The share of the target's elements, counters aside, that have the source's values."""
     hint: str | None = None
+    """Options with which more keys would match."""
     target: str | None = None
+    """The path of the target."""
     sources: list[str] = field(default_factory=list)
+    """The path of the source, if there is one."""
     notes: list[str] = field(default_factory=list)
+    """What else was noticed."""
     seed: int = 0
+    """The seed of what was initialised."""
     numpy: str | None = None
+    """The version of numpy with which the seed gives these values, where random numbers were drawn."""
     frozen: list[str] = field(default_factory=list)
+    """Parameters that are not to be trained."""
     moving: list[str] = field(default_factory=list)
+    """Frozen BatchNorm layers whose running statistics are still updated in train mode."""
     groups: list[Group] = field(default_factory=list)
+    """The trained parameters, loaded and new ones apart."""
     tied: dict[str, str] = field(default_factory=dict)
+    """{another name of a parameter: the first, which is listed}."""
     unset: list[str] = field(default_factory=list)
+    """Keys of a target on meta that have no values: such a plan is not written."""
     overflowed: dict[str, int] | None = None
+    """{key: values that a cast made infinite}, known when written."""
     saturated: dict[str, int] | None = None
+    """{key: values that a cast clamped to the largest finite one}, known when written."""
     underflowed: dict[str, int] | None = None
+    """{key: values that a cast made zero}, known when written."""
 
     def keys(self, *reasons: str) -> list[str]:
         """Returns the keys with one of these reasons."""

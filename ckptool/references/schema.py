@@ -82,31 +82,36 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A rule that a key does not meet: ``kind`` is missing, count, shape, dtype, unlisted, forbidden or metadata.
-
-    ``rule`` is the pattern, or the name of the metadata; "" for an unlisted key. ``key`` is None where none is meant.
-    """
+    """A rule that a key does not meet."""
 
     kind: str
+    """missing, count, shape, dtype, unlisted, forbidden or metadata."""
     rule: str
+    """The rule's pattern, or the name of the metadata; empty for an unlisted key."""
     key: str | None
+    """The key; null where none is meant."""
     expected: str
+    """What the rule wants."""
     found: str
+    """What is there."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchemaReport:
-    """``same``: nothing fails. ``equal`` counts keys that fail no rule, ``sizes`` are the names with their sizes.
-
-    ``bookkeeping``: the num_batches_tracked that are missing or unlisted, which is no failure.
-    """
+    """Which rules of a schema are not met."""
 
     same: bool
+    """Nothing fails."""
     equal: int
+    """Keys that fail no rule."""
     failures: list[Failure]
+    """The rules that are not met, with the keys."""
     sizes: dict[str, int]
+    """{name of a size in the schema: what it is in this file}."""
     bookkeeping: list[str] = field(default_factory=list)
+    """The num_batches_tracked that are missing or unlisted, which is no failure."""
     notes: list[str] = field(default_factory=list)
+    """What else was noticed."""
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

@@ -529,7 +529,7 @@ def test_a_bar_of_bytes_reaches_its_end_on_a_terminal(
         def stop(self) -> None:
             pass
 
-    from ckptool.cli import output as progress
+    from ckptool.cli import progress
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(progress, "PATIENCE", -1)
