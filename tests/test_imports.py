@@ -72,7 +72,10 @@ def test_what_moves_bytes_and_reads_headers_imports_neither_torch_nor_numpy() ->
 FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 """The packages of others that a command line may need: typer, and what it imports. pydantic would take 75 ms."""
 
-BEGIN = "cli cli.app cli.render cli.terminal cli.terminal.colours errors typer contextlib dataclasses re signal typing"
+BEGIN = (
+    "cli cli.app cli.render cli.terminal cli.terminal.colours cli.terminal.tables errors typer contextlib dataclasses "
+    "re signal typing"
+)
 CORE = (
     f"{BEGIN} limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
     "core.tensor core.tree core.versions text fnmatch math"

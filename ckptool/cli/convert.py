@@ -134,7 +134,7 @@ def _lines(report: ConvertReport, dry_run: bool) -> list[str]:
     lines += [["untied", ", ".join(report.untied)]] if report.untied else []
     lines += [["left out", listed(report.left_out, 20)]] if report.left_out else []
     lines += [["note", note] for note in report.notes]
-    return [render.safe(text), *render.aligned(lines)]
+    return [*render.headline(text), *render.aligned(lines)]
 
 
 def _total(reports: list[ConvertReport], dry_run: bool) -> list[str]:

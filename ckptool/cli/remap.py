@@ -103,7 +103,7 @@ def _lines(report: RemapReport, begin: str) -> list[str]:
     parts += [f"{copied:,} copied"] if copied else []
     parts += [f"{made:,} computed"] if made else []
     parts += [f"{len(report.dropped):,} dropped"] if report.dropped else []
-    lines = [render.safe(begin + ", ".join(parts))]
+    lines = render.headline(begin + ", ".join(parts))
     lines += render.aligned(_renamed(report), keys=True)
     made_rows = [(f"{', '.join(row.old)} -> {row.new}", row.op) for row in report.map if row.op != "rename"]
     lines += render.aligned([[name, made_rows[members[0]][1]] for name, members in keys.fold(made_rows)], keys=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ckptool.cli.terminal import colours
+from ckptool.cli.terminal import colours, tables
 from ckptool.errors import CkptoolError
 
 Line = Sequence[str]
@@ -35,47 +35,39 @@ WIDEST = 400
 """Longest cell that widens its column, in characters: one key of a megabyte must not pad all other lines."""
 
 
-def width(text: str) -> int:
-    """Returns the columns that printable text takes on a terminal: two for most East Asian characters.
-
-    >>> width("abc"), width("重み"), width("e\u0301")
-    (3, 4, 1)
-    """
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
-    return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me") for char in text)
-
-
 def aligned(lines: Iterable[Line], indent: int = 2, keys: bool = False) -> list[str]:
     """Returns lines of text with their columns aligned; the last column is not padded.
 
     The first column has labels, which are coloured by their meaning, or with ``keys`` names from a file.
     """
     rows = [line if "".join(line).isprintable() else [safe(cell) for cell in line] for line in lines]
-    count = max(map(len, rows), default=1) - 1
-    widths = [_widest([row[column] for row in rows if column < len(row) - 1]) for column in range(count)]
-    margin = " " * indent
-    made = [(margin + "  ".join([*map(_padded, row[:-1], widths), row[-1]])).rstrip() for row in rows]
-    return made if keys or not colours.shown_on(sys.stdout) else list(map(_labelled, made, rows))
+    limit = tables.columns()
+    if limit is None:
+        count = max(map(len, rows), default=1) - 1
+        widths = [_widest([row[column] for row in rows if column < len(row) - 1]) for column in range(count)]
+        margin = " " * indent
+        made = [(margin + "  ".join([*map(tables.padded, row[:-1], widths), row[-1]])).rstrip() for row in rows]
+    else:
+        made = tables.fitted(rows, indent, limit)
+    return made if keys or not colours.shown_on(sys.stdout) else [_labelled(line, indent) for line in made]
 
 
-def _labelled(line: str, row: Line) -> str:
-    label = row[0]
-    start = line.find(label)
-    return line[:start] + colours.painted(label, colours.MEANING.get(label, "")) + line[start + len(label) :]
+def _labelled(line: str, indent: int) -> str:
+    label = line[indent:].partition("  ")[0]
+    return line[:indent] + colours.painted(label, colours.MEANING.get(label, "")) + line[indent + len(label) :]
+
+
+def headline(text: str, verdict: bool = False) -> list[str]:
+    """Returns the lines of a sentence above a table; with ``verdict``, one that begins with a label."""
+    limit = tables.columns()
+    first, *more = [safe(text)] if limit is None else tables.wrapped(safe(text), limit - 4)
+    return [colours.verdict(first) if verdict else first, *(f"    {line}" for line in more)]
 
 
 def _widest(cells: list[str]) -> int:
     """Returns the width of a table's column."""
-    places = map(len if "".join(cells).isascii() else width, cells)
+    places = map(len if "".join(cells).isascii() else tables.width, cells)
     return max((wide for wide, cell in zip(places, cells, strict=True) if len(cell) <= WIDEST), default=0)
-
-
-def _padded(cell: str, places: int) -> str:
-    return cell.ljust(places if cell.isascii() else places + len(cell) - width(cell)) if len(cell) <= places else cell
 
 
 class ClosedPipe(Exception):

@@ -16,6 +16,7 @@ from pickled import archive, mapping, tensor, text
 from sparse import write_sparse
 
 from ckptool.cli import render
+from ckptool.cli.terminal import tables
 
 Saved = Callable[..., Path]
 
@@ -159,7 +160,7 @@ def test_tables_are_aligned_whatever_the_names(option: str, saved: Saved, run: R
     lines = run("inspect", path, option)[1].splitlines()
     rows = [line for line in lines if "  7x1  " in line]
     assert len(rows) == len(NASTY)
-    assert len({render.width(row[: row.index("  7x1  ")]) for row in rows}) == 1
+    assert len({tables.width(row[: row.index("  7x1  ")]) for row in rows}) == 1
 
 
 LONG_KEYS = ["1." * 199 + "y" * 60_000, "\x1b" * 60_000, "重" * 60_000, "9" * 1_000_000, "1." * 500_000]

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ckptool.cli import render
-from ckptool.cli.terminal import colours
 from ckptool.core import keys
 from ckptool.ops.diff import DiffReport, ValuesChanged
 from ckptool.text import dims, plural
@@ -33,7 +32,7 @@ def schema_lines(report: SchemaReport) -> list[str]:
     notes += [["sizes", ", ".join(f"{name} = {size}" for name, size in report.sizes.items())]] if report.sizes else []
     notes += [["note", text] for text in report.notes]
     head = f"same: {meet}" if report.same else f"differ: {found}; {meet}"
-    return [colours.verdict(head), *render.aligned(lines), *render.aligned(notes)]
+    return [*render.headline(head, verdict=True), *render.aligned(lines), *render.aligned(notes)]
 
 
 def lines(report: DiffReport, b: str, compared: bool, quick: bool) -> list[str]:
@@ -49,7 +48,7 @@ def lines(report: DiffReport, b: str, compared: bool, quick: bool) -> list[str]:
         status = "differs" if values.status == "differ" else values.status
         text = "another hash" if values.by else "other bytes" if quick else _distance(values)
         lines.append([status, values.key, text])
-    return [colours.verdict(_headline(report, b, compared)), *render.aligned(lines), *_notes(report)]
+    return [*render.headline(_headline(report, b, compared), verdict=True), *render.aligned(lines), *_notes(report)]
 
 
 def _folded(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:

@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 from ckptool.cli import render
-from ckptool.cli.terminal import colours
 from ckptool.core import keys
 from ckptool.ops.inspect import InspectReport, TensorRow
 from ckptool.text import count, dims, plural, size
@@ -19,7 +18,7 @@ def summary(report: InspectReport) -> list[str]:
     """Returns the lines above the keys: the file, its weights, other content, metadata, notes."""
     foreign = [tag for tag in dict.fromkeys((*report.devices, *report.device_tags)) if tag not in ("cpu", "meta")]
     origin = f", written from {', '.join(foreign)}" if foreign else ""
-    head = f"{render.safe(report.path)}   {report.format}, {size(report.nbytes)}{origin}"
+    head = f"{report.path}   {report.format}, {size(report.nbytes)}{origin}"
     lines = [["weights", _weights(report)], *([["hash", report.hash]] if report.hash else [])]
     beside = [
         f"{item.path or 'the top'}: {item.text}" + ("" if item.nbytes is None else f", {size(item.nbytes)}")
@@ -31,7 +30,7 @@ def summary(report: InspectReport) -> list[str]:
         ("notes", _notes(report)),
     ):
         lines += [["" if number else label, text] for number, text in enumerate(texts)]
-    return [head, *render.aligned(lines, indent=0)]
+    return [*render.headline(head), *render.aligned(lines, indent=0)]
 
 
 def _weights(report: InspectReport) -> str:
@@ -154,7 +153,7 @@ def checked(check: Check) -> list[str]:
     if not any(line[1] for line in lines):
         lines = [[line[0], line[2]] for line in lines]
     head = f"check: {plural(len(check.findings), 'finding')}" if check.findings else "check: nothing found"
-    return [colours.verdict(head), *render.aligned(lines)]
+    return [*render.headline(head, verdict=True), *render.aligned(lines)]
 
 
 def summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixStats] | None) -> list[str]:

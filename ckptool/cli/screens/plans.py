@@ -65,7 +65,7 @@ def failed(
 def head(report: FilterReport | LoadPartialReport, summary: str, all_rows: bool) -> list[str]:
     """Returns the first lines of a report: its summary, its rows, its hint."""
     hint = [["hint", report.hint]] if report.hint else []
-    return [render.safe(summary), *render.aligned(_rows(report, all_rows)), *render.aligned(hint)]
+    return [*render.headline(summary), *render.aligned(_rows(report, all_rows)), *render.aligned(hint)]
 
 
 def tail(report: FilterReport | LoadPartialReport, failed: list[str]) -> list[str]:
