@@ -19,7 +19,7 @@ Exit code 1 is no error but a negative answer: the checkpoints differ, or a requ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class CkptoolError(Exception):
@@ -120,13 +120,21 @@ def listed(items: Iterable[object], limit: int = 8) -> str:
 def near(name: str, known: Iterable[str]) -> str:
     """Returns `` (did you mean x?)`` for the known name that is most like a wrong one; "" if none is.
 
-    >>> near("convrt", ["convert", "diff"]), near("heaven", ["convert"])
+    >>> near("CONVRT", ["convert", "diff"]), near("heaven", ["convert"])
     (' (did you mean convert?)', '')
     """
     import difflib
 
-    found = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean {found[0]}?)" if found else ""
+    names = {one.casefold(): one for one in known}
+    found = difflib.get_close_matches(name[:200].casefold(), names, 1)
+    return f" (did you mean {names[found[0]]}?)" if found else ""
+
+
+def one_of(known: Collection[str], word: str, what: str) -> str:
+    """Returns a word that is known. Raises: UsageError for another; ``what`` is what takes it, such as an option."""
+    if word not in known:
+        raise UsageError(f"{what} takes {', '.join(known)}; not {word!r}{near(word, known)}")
+    return word
 
 
 def as_options(given: Iterable[tuple[str, str | None]]) -> str:

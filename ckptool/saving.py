@@ -15,7 +15,7 @@ from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.pickled_names import beyond_tensors
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
 from ckptool.core.tree import Global, key_text, nodes, path_text
-from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed
+from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed, near
 from ckptool.io.output import EXISTS, Output, SetOptions, is_stream, write_stream
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
 from ckptool.text import plural
@@ -465,7 +465,8 @@ def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) 
         output.commit()
 
 
-_DEVICE = re.compile(r"(cpu|cuda|meta|mps|xpu|xla|hpu|npu|mtia|ipu|maia|privateuseone)(:\d+)?")
+_DEVICES = "cpu|cuda|meta|mps|xpu|xla|hpu|npu|mtia|ipu|maia|privateuseone"
+_DEVICE = re.compile(rf"({_DEVICES})(:\d+)?")
 
 
 def _tag_map(map_location: MapLocation) -> Callable[[str], str] | None:
@@ -484,7 +485,8 @@ def _tag_map(map_location: MapLocation) -> Callable[[str], str] | None:
 def _known(tag: object) -> str:
     """Returns a device tag. Raises: UsageError."""
     if not isinstance(tag, str) or not _DEVICE.fullmatch(tag):
-        raise UsageError(f"{tag!r} is no device tag such as cpu or cuda:1")
+        like = near(str(tag).partition(":")[0], _DEVICES.split("|"))
+        raise UsageError(f"{tag!r} is no device tag such as cpu or cuda:1{like}")
     return tag
 
 

@@ -1,13 +1,13 @@
 """The table of commands, and the one place where errors become a line and an exit code."""
 
-import difflib
 import functools
 import importlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn
+from enum import EnumType
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 import ckptool
 from ckptool.cli import render
 from ckptool.cli.terminal import colours
-from ckptool.errors import CkptoolError, UsageError
+from ckptool.errors import CkptoolError, UsageError, near, one_of
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C. No command returns it."""
@@ -43,8 +43,7 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
-            near = " or ".join(repr(name) for name in difflib.get_close_matches(cmd_name, COMMANDS, cutoff=0.5))
-            ctx.fail(f"No such command {cmd_name!r}." + (f" Did you mean {near}?" if near else ""))
+            ctx.fail(f"no such command {cmd_name!r}{near(cmd_name, COMMANDS)}")
         if cmd_name not in self.commands:
             module = importlib.import_module(f"ckptool.cli.{cmd_name.replace('-', '_')}")
             self.add_command(_built(cmd_name, module.command), cmd_name)
@@ -168,13 +167,16 @@ def _sparing(command: Any, types: dict[str, Any]) -> Any:
     """
     for parameter in command.params:
         parameter.help = types[parameter.name].__metadata__[0].help  # click 8.5 clears the help of arguments
-        is_text = types[parameter.name].__origin__ in TEXT
-        parameter.process_value = functools.partial(_value, parameter, is_text, parameter.process_value)
+        kind = types[parameter.name].__origin__
+        words = next((one for one in get_args(kind) if isinstance(one, EnumType)), None)
+        parameter.process_value = functools.partial(_value, parameter, kind in TEXT, words, parameter.process_value)
     return command
 
 
-def _value(parameter: Any, is_text: bool, convert: Callable[[Any, Any], Any], ctx: Any, value: Any) -> Any:
-    """Returns the value of a parameter, which typer converts only where that changes it."""
+def _value(parameter: Any, is_text: bool, words: Any, convert: Callable[[Any, Any], Any], ctx: Any, value: Any) -> Any:
+    """Returns the value of a parameter, which typer converts only where that changes it; ``words``: an enum of them."""
+    if words is not None and isinstance(value, str):
+        return words(one_of([*words], value, parameter.opts[0]))
     if is_text and isinstance(value, str | list | tuple) and value != ():
         return parameter.callback(ctx, parameter, value) if parameter.callback else value
     return value if value is parameter.default and not parameter.required else convert(ctx, value)
@@ -203,11 +205,19 @@ def run(args: list[str]) -> int:
         return _fail(error, command, as_json)
     except WrongUsage as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        return _fail(UsageError(f"{error.format_message()}{hint}"), command, as_json)
+        return _fail(UsageError(f"{_wrong(error)}{hint}"), command, as_json)
     except (KeyboardInterrupt, Interrupted, typer.Abort):
         print("ckptool: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _wrong(error: Any) -> str:
+    """Returns what is wrong with a command line; an unknown option comes with one that is like it."""
+    if not hasattr(error, "possibilities"):
+        return str(error.format_message())
+    names = [name for one in error.ctx.command.params for name in (*one.opts, *one.secondary_opts)]
+    return f"no such option {error.option_name}{near(error.option_name, names)}"
 
 
 def _fail(error: CkptoolError, command: str, as_json: bool) -> int:

@@ -16,7 +16,7 @@ from ckptool.cli.screens import inspect as screen
 from ckptool.core import keys
 from ckptool.errors import OutputError, UsageError
 from ckptool.ops.inspect import InspectReport, TensorRow, volume
-from ckptool.ops.notes import require_tensors
+from ckptool.ops.notes import pattern_notes, require_tensors
 
 
 class Order(StrEnum):
@@ -114,9 +114,9 @@ def command(
             if schema is not None:
                 _write_schema(opened, choose, schema)
     notes = [
-        f"{report.path}: {pattern} fits no key"
+        f"{report.path}: {text}"
         for report in reports
-        for pattern in keys.unused_patterns([*(include or []), *(exclude or [])], _keys(report))
+        for text in pattern_notes([*(include or []), *(exclude or [])], _keys(report))
     ]
     names = [name for report in reports for name in report.unsafe]
     notes += [f"--allow {pattern} fits no name" for pattern in keys.unused_patterns(allow or [], names)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from ckptool.errors import UnsupportedError, UsageError
+from ckptool.errors import UnsupportedError, UsageError, near
 
 Kind = Literal["float", "complex", "int", "bool", "quantized", "bits"]
 
@@ -108,7 +108,7 @@ def lookup(name: str) -> DType:
     row = DTYPES.get(bare.lower()) or BY_SAFETENSORS.get(bare.upper())
     row = row or DTYPES.get(_ALIASES.get(bare.lower(), ""))
     if row is None:
-        raise UsageError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {name!r}{near(bare, DTYPES)}; known: {', '.join(DTYPES)}")
     return row
 
 

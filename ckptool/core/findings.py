@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from ckptool.core.keys import fits, texts
 from ckptool.core.pickled_names import NameKind
-from ckptool.errors import UsageError, near
+from ckptool.errors import one_of
 
 Kind = Literal[
     "index", "offsets", "trailing", "crc", "data", "nan", "inf", "acting", "unknown", "ordinary"
@@ -142,8 +142,7 @@ def failing(fail_on: Sequence[str] | None) -> tuple[Kind, ...]:
         return FAIL_ON
     kinds = texts(fail_on, "fail_on")
     for wanted in kinds:
-        if wanted not in KINDS:
-            raise UsageError(f"--fail-on knows {', '.join(KINDS)}; not {wanted!r}{near(wanted, KINDS)}")
+        one_of(KINDS, wanted, "--fail-on")
     return cast("tuple[Kind, ...]", tuple(kinds))
 
 

@@ -11,7 +11,7 @@ from itertools import takewhile
 from math import prod
 from typing import Any
 
-from ckptool.errors import CollisionError, UsageError, kind_of, listed
+from ckptool.errors import CollisionError, UsageError, kind_of, listed, near
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments that torch.compile, FSDP and activation checkpointing put anywhere in a name.
@@ -129,8 +129,10 @@ def unused_patterns(patterns: Iterable[str], keys: Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(fits(pattern, key) for key in listed)]
 
 
-def near_pattern(pattern: str, keys: Iterable[str]) -> str:
+def near_pattern(pattern: str, keys: Iterable[str], part: bool = False) -> str:
     """Returns `` (did you mean head.*?)`` for a pattern that fits no key, if one like it fits some; "" if none does.
+
+    With ``part`` it need not fit the whole key, and ``{i}`` stands for any segment, as in rules.
 
     >>> near_pattern("haed.*", ["head.weight"]), near_pattern("head.*", ["net.head.weight"])
     (' (did you mean head.*?)', ' (did you mean *.head.*?)')
@@ -140,15 +142,20 @@ def near_pattern(pattern: str, keys: Iterable[str]) -> str:
     if pattern.startswith("re:"):
         return ""
     listed = list(keys)
+
+    def any_fits(tried: str) -> bool:
+        whole = "*" + re.sub(r"[{]\w*[}]", "*", tried) + "*" if part else tried
+        return any(fits(whole, key) for key in listed)
+
     words = list(dict.fromkeys(word for key in listed for word in re.split(r"[./]", key)))[:1000]
 
     def like(found: re.Match[str]) -> str:
         close = difflib.get_close_matches(found[0], words, 1)
         return close[0] if close else found[0]
 
-    tried = re.sub(r"[^./*?[\]]+", like, pattern), f"*.{pattern}", pattern.partition(".")[2]
-    for other in tried:
-        if other.strip("*.") and any(fits(other, key) for key in listed):
+    likely = re.sub(r"[^./*?[\]{}]+", like, pattern[:400])
+    for other in (likely, f"{likely.rstrip('.')}.*", f"*.{pattern}", pattern.partition(".")[2]):
+        if other.strip("*.") and any_fits(other):
             return f" (did you mean {other}?)"
     return ""
 
@@ -172,7 +179,7 @@ def renamed(keys: Iterable[str], strip: Sequence[str], add: str | None, where: s
         after = {key: _stripped(name, prefix, plain) for key, name in made.items()}
         wrapper = unwrapped(f"{prefix}_") == "_" and any(prefix in key for key in made)  # looked through already
         if after == made and not wrapper:
-            raise UsageError(f"no key begins with {prefix!r}", where)
+            raise UsageError(f"no key begins with {prefix!r}{near_pattern(prefix, made, part=True)}", where)
         made = after
     found: dict[str, str] = {}
     errors = []
@@ -306,7 +313,9 @@ def expect(fits: bool, name: str, wanted: str, given: object) -> None:
     """Raises UsageError, with what is ``wanted`` and what was given, if the argument ``name`` does not fit."""
     if not fits:
         short = given is None or (isinstance(given, (int, float)) and not abs(given) > 1e9)
-        raise UsageError(f"{name} is {wanted}, not {repr(given) if short else kind_of(given)}")
+        listed = re.fullmatch(r"[\w-]+(, [\w-]+)* or [\w-]+", wanted)  # the very words
+        like = near(given, re.split(", | or ", wanted)) if listed and isinstance(given, str) else ""
+        raise UsageError(f"{name} is {wanted}, not {repr(given) if short else kind_of(given)}{like}")
 
 
 def expect_texts(**given: object) -> None:

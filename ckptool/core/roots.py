@@ -10,7 +10,7 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, attributes, children, key_text, path_text, walk
-from ckptool.errors import UsageError
+from ckptool.errors import UsageError, near
 
 _DEEPEST = 20
 """The longest path to the weights. Real checkpoints have two or three steps."""
@@ -275,5 +275,6 @@ def root_path(tree: Any, root: str | Path) -> Path:
 
 
 def _no_step(step: object, path: Path, known: Mapping[str, object]) -> UsageError:
-    near = ", ".join(list(known)[:20])
-    return UsageError(f"no {step!r} at {path_text(path) or 'the top'}; there is: {near or 'nothing'}")
+    where = path_text(path) or "the top"
+    there = ", ".join(list(known)[:20]) or "nothing"
+    return UsageError(f"no {step!r} at {where}{near(str(step), known)}; there is: {there}")

@@ -12,7 +12,7 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, TensorInfo, computed_as
 from ckptool.core.tree import as_mapping, path_text
 from ckptool.core.versions import versioned
-from ckptool.errors import LossError, NoTensorsError, UsageError, listed
+from ckptool.errors import LossError, NoTensorsError, UsageError, listed, near
 from ckptool.ops.notes import pattern_notes, require_tensors, root_notes
 from ckptool.ops.scales import dequantized, of_blocks, outside, scaled_weights, with_doubtful
 
@@ -211,6 +211,7 @@ def _scalars(checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:
         else:
             wrong.append(name)
     if wrong:
-        quoted = ", ".join(map(repr, wrong))
+        known = [name for mapping in mappings for name in mapping if isinstance(name, str)]
+        quoted = ", ".join(f"{name!r}{near(name, known)}" for name in wrong)
         raise UsageError(f"no text or number {quoted} beside the weights to carry as metadata", checkpoint.url)
     return found

@@ -20,6 +20,7 @@ from ckptool.ops.notes import (
     adapters_for,
     merge_hint,
     module_notes,
+    none_chosen,
     not_taken,
     optimizer_notes,
     pattern_notes,
@@ -123,12 +124,11 @@ def _select(
                 detail = f"an earlier source has {'the same' if equal else 'it'}"
                 rows.append(Row(key, "ignored", shape, dtype=value.dtype, file=file, detail=detail))
     if repeated and not first_wins:
-        what = (
-            f"in two sources, with other values: {len(repeated)} key{'s' * (len(repeated) > 1)}: {listed(repeated, 20)}"
-        )
+        keys = f"{len(repeated)} key{'s' * (len(repeated) > 1)}: {listed(repeated, 20)}"
+        what = f"in two sources, with other values: {keys}"
         raise CollisionError(f"{what}; --first-wins takes those of the first, --match TARGET takes what fits one")
     if not kept:
-        raise NoTensorsError(f"the patterns choose none of {len(tensors)} tensors", base.url)
+        raise NoTensorsError(none_chosen(patterns, [*tensors]), base.url)
     notes = [*root_notes(sources), *pattern_notes(patterns, [row.key for row in rows])]
     notes += [f"the same in two sources, taken once: {listed(equals)}"] if equals else []
     notes += [f"in two sources, taken from the first: {listed(repeated)}"] if repeated else []

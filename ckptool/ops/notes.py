@@ -57,7 +57,14 @@ def root_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def pattern_notes(patterns: Sequence[str], keys: Iterable[str], option: str = "") -> list[str]:
     """Returns a note on each pattern that matches no key: most likely it is misspelled."""
-    return [f"{option}{pattern} fits no key" for pattern in names.unused_patterns(patterns, keys)]
+    listed = list(keys)
+    unused = names.unused_patterns(patterns, listed)
+    return [f"{option}{pattern} fits no key{names.near_pattern(pattern, listed)}" for pattern in unused]
+
+
+def none_chosen(patterns: Sequence[str], keys: Sequence[str]) -> str:
+    """Returns what is wrong where patterns choose no key at all."""
+    return "; ".join([f"the patterns choose none of {len(keys)} tensors", *pattern_notes(patterns, keys)])
 
 
 def wrapper_notes(plain: Callable[[str], str], *sides: tuple[str, Collection[str]]) -> list[str]:
@@ -148,8 +155,7 @@ def with_optimizers(checkpoint: Checkpoint, wish: str | None) -> tuple[Checkpoin
 
     Raises: UsageError for another wish than ``keep`` and ``drop``.
     """
-    if wish not in (None, "keep", "drop"):
-        raise UsageError(f"optimizer is keep or drop, not {wish!r}")
+    names.expect(wish in (None, "keep", "drop"), "optimizer", "keep or drop", wish)
     if wish == "drop":
         checkpoint, paths = without_optimizers(checkpoint)
         return checkpoint, [f"dropped: {path_text(path)}" for path in paths] or ["no optimizer state to drop"]

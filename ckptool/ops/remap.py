@@ -12,7 +12,7 @@ from ckptool.core import modules
 from ckptool.core.aliases import followed
 from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.dtypes import COMMON_FLOATS
-from ckptool.core.keys import is_counter
+from ckptool.core.keys import is_counter, near_pattern
 from ckptool.core.roots import is_flat
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import PyObject, as_mapping, replaced, with_content
@@ -79,7 +79,7 @@ def remap(checkpoint: Checkpoint, rules: Rules, *, allow_unused: bool = False) -
             errors = [*plan.errors, *(f"{text} fits no key" for text in plan.unused if not allow_unused)]
             raise CollisionError(_joined(errors), checkpoint.url)
         if not allow_unused:
-            _refuse_unused(plan.unused, checkpoint.url)
+            _refuse_unused(plan.unused, checkpoint)
         done = _applied(values, plan.batches, plan.after, checkpoint.url)
         versions = versions_of(node)
         follow = None
@@ -100,16 +100,20 @@ def remap_all(
     done = [remap(checkpoint, rules, allow_unused=allow_unused or several) for checkpoint in checkpoints]
     if several and not allow_unused:
         unused = [set(report.unused_rules) for _, report in done]
-        _refuse_unused(sorted(set.intersection(*unused)), checkpoints[0].url)
+        _refuse_unused(sorted(set.intersection(*unused)), checkpoints[0])
     origins = [{row.new: " + ".join(row.old) for row in report.map} for _, report in done]
     urls = [checkpoint.url if several else None for checkpoint in checkpoints]
     return [checkpoint for checkpoint, _ in done], dict(zip(urls, origins, strict=True))
 
 
-def _refuse_unused(rules: Sequence[str], url: str) -> None:
+def _refuse_unused(rules: Sequence[str], checkpoint: Checkpoint) -> None:
     """Raises UsageError if there are rules that fit no key."""
     if rules:
-        raise UsageError(f"rules that fit no key (--allow-unused lets them): {listed(rules)}", url)
+        known = checkpoint.state_dict()
+        texts = [rule + near_pattern([*rule.split(" "), ""][1], known, part=True) for rule in rules[:8]]
+        raise UsageError(
+            f"rules that fit no key (--allow-unused lets them): {listed([*texts, *rules[8:]])}", checkpoint.url
+        )
 
 
 def invert(checkpoint: Checkpoint, saved: Any, *, same: Same | None = None) -> tuple[Checkpoint, RemapReport]:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.keys import fits as fits_key
-from ckptool.core.keys import looking_through, unwrap_all, unwrapped
+from ckptool.core.keys import looking_through, near_pattern, unwrap_all, unwrapped
 from ckptool.core.tensor import TensorInfo
-from ckptool.errors import UsageError, listed
+from ckptool.errors import UsageError, listed, near
 
 When = Literal["always", "a mask", "beside weight_u"]
 
@@ -138,7 +138,9 @@ def frozen(
         if not fits:
             unused.append(spec)
     if unused:
-        raise UsageError(f"--freeze {listed(unused)} fits no parameter")
+        names = [name for several in parameters for name in several]
+        texts = [spec + (near(spec, ["loaded"]) or near_pattern(spec, names)) for spec in unused[:8]]
+        raise UsageError(f"--freeze {listed([*texts, *unused[8:]])} fits no parameter")
     return [name for at, names in enumerate(parameters) if at in chosen for name in names]
 
 

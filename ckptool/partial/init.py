@@ -154,9 +154,10 @@ def parse(text: str) -> Init:
                 raise UsageError(f"{text}: arguments without a name come first: {usage(method)}")
             name, value = signature[position][0], name
         if name in given or name not in [one for one, _, _ in signature]:
-            raise UsageError(
-                f"{text}: {name!r} {'is given twice' if name in given else 'is no argument'}: {usage(method)}"
+            wrong = (
+                "is given twice" if name in given else f"is no argument{near(name, [one for one, _, _ in signature])}"
             )
+            raise UsageError(f"{text}: {name!r} {wrong}: {usage(method)}")
         given[name] = value
     args = []
     for name, kind, default in signature:

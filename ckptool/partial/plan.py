@@ -372,7 +372,7 @@ class _Plan(Merge):
             for pattern in names.unused_patterns(dict.fromkeys(pattern for pattern, _ in pairs), entries):
                 wrong[f"{option} {pattern}"] = names.near_pattern(pattern, entries)
         if options.allow_unused:
-            self.notes += [f"{given} fits no key" for given in wrong]
+            self.notes += [f"{given} fits no key{like}" for given, like in wrong.items()]
         elif wrong:
             texts = [f"{given}{like}" for given, like in wrong.items()]
             self.problems.append(f"patterns that fit no key (--allow-unused lets them): {listed(texts)}")

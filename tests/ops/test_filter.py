@@ -193,7 +193,7 @@ def test_a_selection_from_several_sources_takes_each_key_from_the_first_that_has
 def test_patterns_that_choose_nothing_are_an_error_and_never_an_empty_output(run: Run) -> None:
     code, _, err = run("filter", OLD, "-o", "out.pth", "--include", "nothing.*")
     assert code == 2
-    assert err == f"ckptool: error: {OLD}: the patterns choose none of 102 tensors\n"
+    assert err == f"ckptool: error: {OLD}: the patterns choose none of 102 tensors; nothing.* fits no key\n"
     assert listing() == []
 
 

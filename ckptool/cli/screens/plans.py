@@ -48,7 +48,7 @@ def failed(
         fitting = [key for key in rows if keys.fits(pattern, key)]
         lacking = [key for key in fitting if rows[key].reason not in LOADED]
         if not fitting:
-            found.append(f"--require {pattern} fits no key of the target")
+            found.append(f"--require {pattern} fits no key of the target{keys.near_pattern(pattern, rows)}")
         elif lacking:
             found.append(f"--require {pattern}: not loaded: {', '.join(lacking[:8])}" + (" ..." * (len(lacking) > 8)))
     if strict:

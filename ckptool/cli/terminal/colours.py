@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TextIO
 
-from ckptool.errors import UsageError, near
+from ckptool.errors import one_of
 
 CHOICES = ("auto", "always", "never")
 
@@ -35,9 +35,7 @@ _asked = "auto"
 def ask(text: str, source: str = "--color") -> None:
     """Sets when colours are shown, from now on. Raises: UsageError for a word that is none of `CHOICES`."""
     global _asked
-    if text not in CHOICES:
-        raise UsageError(f"{source} takes {', '.join(CHOICES)}; not {text!r}{near(text, CHOICES)}")
-    _asked = text
+    _asked = one_of(CHOICES, text, source)
 
 
 def asked_by(args: list[str]) -> str:
