@@ -102,7 +102,7 @@ RULES = "ops ops.maps ops.notes ops.remap ops.rules ops.segments ops.steps"
 
 ALLOWED: dict[str, tuple[list[object], str]] = {
     "--version": (["--version"], "cli"),
-    "--help": (["--help"], f"{BEGIN} locale shutil"),
+    "--help": (["--help"], f"{BEGIN} cli.terminal.help"),
     "inspect": (["inspect", FULL], f"{READ} {TORCH} {INSPECT}"),
     "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} {INSPECT} json"),
     "inspect legacy": (

@@ -49,9 +49,10 @@ class Commands(TyperGroup):
             self.add_command(_built(cmd_name, module.command), cmd_name)
         return self.commands[cmd_name]
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+    def get_help(self, ctx: Any) -> str:
+        from ckptool.cli.terminal import help as page
+
+        return page.page(ctx, self, COMMANDS)
 
 
 class Command(TyperCommand):
@@ -63,29 +64,10 @@ class Command(TyperCommand):
         ctx.meta["ckptool.order"] = [parameter.name for parameter in order]
         return super().parse_args(ctx, args)
 
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return ["[OPTIONS]", *(str(one.metavar) for one in self.params if one.param_type_name == "argument")]
+    def get_help(self, ctx: Any) -> str:
+        from ckptool.cli.terminal import help as page
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        self.format_usage(ctx, formatter)
-        self.format_help_text(ctx, formatter)
-        for kind in ("argument", "option"):
-            with formatter.section(f"{kind.capitalize()}s"):
-                formatter.write_dl([_help(one) for one in self.get_params(ctx) if one.param_type_name == kind])
-
-
-def _help(parameter: Any) -> tuple[str, str]:
-    """Returns the line of a parameter in ``--help``: its names and what it takes, and its help."""
-    if parameter.param_type_name == "argument":
-        return parameter.metavar, parameter.help + ("  [required]" if parameter.required else "")
-    default = parameter.default
-    if parameter.secondary_opts:
-        default = (parameter.opts if default else parameter.secondary_opts)[0].removeprefix("--")
-    shown = f"  [default: {default}]" if type(default) in (str, int, float) else ""
-    names = " / ".join(
-        ", ".join(sorted(group, key=len)) for group in (parameter.opts, parameter.secondary_opts) if group
-    )
-    return " ".join(filter(None, (names, parameter.metavar))), parameter.help + shown
+        return page.page(ctx, self)
 
 
 def _print_help(ctx: typer.Context, given: bool) -> None:

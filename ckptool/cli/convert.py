@@ -49,7 +49,12 @@ def command(
     report_file: options.Report = None,
     as_json: options.Json = False,
 ) -> int:
-    """Write checkpoints in another format, and verify every tensor."""
+    """Write checkpoints in another format, and verify every tensor.
+
+    $ ckptool convert model.pth -o weights.safetensors
+    $ ckptool convert model.pth --to safetensors --dtype bf16 -o half.safetensors
+    $ ckptool convert model.pth --to sharded --max-shard-size 5GB -o shards-of-model
+    """
     if to is None and output is None:
         raise UsageError("name the format with --to, or the output with -o")
     if len(inputs) > 1 and output is not None:

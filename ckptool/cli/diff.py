@@ -57,7 +57,12 @@ def command(
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even if they differ.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
-    """Show how two checkpoints differ: exit 0 if they are the same, 1 if they differ."""
+    """Show how two checkpoints differ: exit 0 if they are the same, 1 if they differ.
+
+    $ ckptool diff model.pth new.pth
+    $ ckptool diff model.pth model.safetensors --values  # another format, the same numbers?
+    $ ckptool diff model.pth new.pth --ignore 'fc.*'     # but for the last layer
+    """
     wanted = _kinds(fail_on)
     if "values" in wanted and fail_on and not (values or quick):
         raise UsageError("--fail-on values needs --values or --quick")

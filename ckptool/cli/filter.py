@@ -62,7 +62,12 @@ def command(
     all_rows: options.AllRows = False,
     as_json: options.Json = False,
 ) -> int:
-    """Keep what fits: TARGET, with every tensor that agrees in name and shape taken from SOURCE."""
+    """Keep what fits: TARGET, with every tensor that agrees in name and shape taken from SOURCE.
+
+    $ ckptool filter --match new.pth model.pth -o merged.pth
+    $ ckptool filter --match new.pth model.pth -o merged.pth --dry-run --min-loaded 90%
+    $ ckptool filter model.pth --exclude 'fc.*' -o backbone.pth
+    """
     options.require_output(output, dry_run)
     if match is None and (min_loaded or require or strict):
         raise UsageError("--min-loaded, --require and --strict need --match")

@@ -76,7 +76,12 @@ def command(
     update_lock: Annotated[bool, typer.Option("--update-lock", help="With --lock: replace the lock file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
-    """Show what a checkpoint holds; runs nothing that is in it."""
+    """Show what a checkpoint holds; runs nothing that is in it.
+
+    $ ckptool inspect model.pth
+    $ ckptool inspect shards --depth 2 --sort nbytes     # the largest modules of a directory
+    $ ckptool inspect model.pth --check                  # exit 1 on damage, NaN, or names that act
+    """
     if keys_only and (depth or as_json or stats or hashes or check):
         raise UsageError("--keys goes with none of --depth, --json, --stats, --hash and --check")
     if depth and hashes:

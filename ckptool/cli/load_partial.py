@@ -80,7 +80,12 @@ def command(
     all_rows: options.AllRows = False,
     as_json: options.Json = False,
 ) -> int:
-    """Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest."""
+    """Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest.
+
+    $ ckptool load-partial model.pth --into new.pth --init 'fc.*=normal(std=0.01)' -o start.pth
+    $ ckptool load-partial model.pth --into new.pth --adapt 'fc.*=rows' --freeze loaded -o start.pth
+    $ ckptool load-partial --init-preset list
+    """
     if init_preset and "list" in init_preset:
         if as_json:
             render.print_json(render.document("load-partial", {"presets": presets.PRESETS}))

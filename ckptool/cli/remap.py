@@ -51,7 +51,12 @@ def command(
     report_file: options.Report = None,
     as_json: options.Json = False,
 ) -> int:
-    """Rename keys and reshape tensors by rules, in the order given."""
+    """Rename keys and reshape tensors by rules, in the order given.
+
+    $ ckptool remap model.pth --rename layer1=stage1 -o renamed.pth
+    $ ckptool remap model.pth --add-prefix backbone. -o renamed.pth --save-map map.json
+    $ ckptool remap renamed.pth --invert map.json -o back.pth
+    """
     options.require_output(output, dry_run)
     chosen = options.in_order(
         ctx, strip_prefix=strip_prefix, add_prefix=add_prefix, rename=rename, sub=sub, drop=drop, copy=copy,

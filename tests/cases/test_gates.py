@@ -231,8 +231,8 @@ def test_a_pattern_that_fits_no_key_is_refused(rule: tuple[str, ...], words: str
     code, found = document(run, *call, *rule, "--allow-unused")
     assert code == 0
     for option, text in zip(rule[::2], rule[1::2], strict=True):
-            begin = f"{option} {text.rpartition('=')[0]} fits no key"
-            assert any(note.startswith(begin) for note in found["notes"])
+        begin = f"{option} {text.rpartition('=')[0]} fits no key"
+        assert any(note.startswith(begin) for note in found["notes"])
 
 
 def test_a_pattern_that_fits_only_what_was_loaded_is_noted(saved: Saved, run: Run) -> None:
