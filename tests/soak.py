@@ -1,10 +1,11 @@
 """Runs of ckptool that are killed at every call to the system, at any time, or all at once; `make soak`.
 
-    python tests/soak.py points CASE SIGNAL STEP    one case, ended before each of its calls in turn, or some of them
+    python tests/soak.py points CASE SIGNALS STEP   one case, ended before each of its calls in turn, or some of them
     python tests/soak.py times CASE SECONDS         one case, killed after times drawn at random
     python tests/soak.py meets CASE STEP            one case, in which another run goes to its end before each call
     python tests/soak.py together CASE ROUNDS       one case, by several processes at once
     python tests/soak.py all SECONDS                everything, in about so many seconds (at least a minute)
+    python tests/soak.py serve                      what the lines of stdin say, each as above, in a fork
 
 After each: the old file or the new, whole, and beside it nothing but leftovers by their name, which the next run
 removes. A signal that can be caught leaves none. torch is not imported: every run is a fork of this process.
@@ -222,14 +223,17 @@ def _write_safetensors(path: str, tensors: list[tuple[str, bytes]]) -> None:
     Path(path).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, data in tensors))
 
 
-def points(name: str, number: int, step: int = 1) -> dict[str, int]:
+def points(name: str, numbers: list[int], step: int = 1) -> dict[str, int]:
     """Ends a case before each of its calls to the system in turn (or every so-manieth, from one drawn at random).
+
+    By the signals in turn, so that all must be ones that can be caught, or none.
 
     Returns how often it was old, new and between.
     """
     seen = {"old": 0, "new": 0, "between": 0}
     bench = Bench(CASES[name], 10_000)
     for point in range(random.randint(1, step), 2000, step):
+        number = numbers[point // step % len(numbers)]
         bench.begin()
         code = wait(bench.start(ends_at(point, number)))
         if code == 0 and number == signal.SIGKILL:
@@ -393,7 +397,7 @@ def everything(seconds: float) -> None:
     jobs: list[tuple[str, Callable[[], dict[str, int]]]] = []
     for name in CASES:
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-            jobs.append((f"points {name} {number.name}", lambda name=name, number=number: points(name, number)))  # type: ignore[misc]
+            jobs.append((f"points {name} {number.name}", lambda name=name, number=number: points(name, [number])))  # type: ignore[misc]
         jobs.append((f"meets {name}", lambda name=name: meets(name)))  # type: ignore[misc]
         jobs.append((f"together {name}", lambda name=name: together(name, 30)))  # type: ignore[misc]
     begun = time.monotonic()
@@ -422,16 +426,41 @@ def isolated(job: Callable[[], dict[str, int]]) -> dict[str, int]:
     return found
 
 
+def main_of(args: list[str]) -> None:
+    what = args[0]
+    if what == "points":
+        numbers = [int(signal.Signals[name]) for name in args[2].split(",")]
+        print(isolated(lambda: points(args[1], numbers, int(args[3]))))
+    elif what == "times":
+        print(isolated(lambda: times(args[1], float(args[2]))))
+    elif what == "meets":
+        print(isolated(lambda: meets(args[1], int(args[2]))))
+    elif what == "together":
+        print(isolated(lambda: together(args[1], int(args[2]))))
+    elif what == "serve":
+        serve()
+    else:
+        everything(float(args[1]))
+
+
+def serve() -> None:
+    """Does what each line of stdin says, in a fork, so that Python starts once; ends each answer with its exit code."""
+    isolated(dict)
+    for line in sys.stdin:
+        process = os.fork()
+        if not process:
+            signal.alarm(100)
+            try:
+                main_of(line.split())
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            finally:
+                sys.stdout.flush()
+            os._exit(0)
+        print("end", wait(process), flush=True)
+
+
 if __name__ == "__main__":
     ckptool.open  # noqa: B018  (imports what a command imports, once)
-    what = sys.argv[1]
-    if what == "points":
-        print(isolated(lambda: points(sys.argv[2], signal.Signals[sys.argv[3]], int(sys.argv[4]))))
-    elif what == "times":
-        print(isolated(lambda: times(sys.argv[2], float(sys.argv[3]))))
-    elif what == "meets":
-        print(isolated(lambda: meets(sys.argv[2], int(sys.argv[3]))))
-    elif what == "together":
-        print(isolated(lambda: together(sys.argv[2], int(sys.argv[3]))))
-    else:
-        everything(float(sys.argv[2]))
+    main_of(sys.argv[1:])

@@ -29,6 +29,12 @@ DIRECTORIES = [name for name, out in OUT.items() if out == "out"]
 BESIDE = {"remap": ["--save-map", "map.json"], "load-partial": ["--groups-out", "groups.json"]}
 """The files that a command writes beside its output, on request."""
 COMMANDS = ["filter", "remap", "convert", "load-partial"]
+CASES = [
+    pytest.param((command, name), id=f"{command} {name}",
+                 marks=[] if command == "convert" or name in ("torch", "safetensors", "sharded") else pytest.mark.slow)
+    for command in COMMANDS for name in OUT
+]  # fmt: skip
+"""All commands go one way out: each writes a file of torch's, another one and a directory, and one all formats."""
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -91,7 +97,7 @@ def told(out: str) -> Any:
     }
 
 
-@pytest.fixture(params=[(command, name) for command in COMMANDS for name in OUT], ids=" ".join)
+@pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     torch.save(weights(5), "target.pth")
     return Case(*request.param)

@@ -277,11 +277,13 @@ def every(run: Run) -> Callable[..., list[tuple[int, str, str]]]:
 Every = Callable[..., list[tuple[int, str, str]]]
 
 
+@thinned(3)
 @pytest.mark.parametrize("name", PAYLOADS)
-def test_no_opcode_makes_any_command_run_anything(name: str, every: Every) -> None:
-    results = every(PLACES["a zip's data.pkl"](PAYLOADS[name]))
-    assert results[0][0] == 0
-    assert {code for code, _, _ in results} >= {0, 2} or 2 not in {code for code, _, _ in results[:6]}
+def test_no_opcode_makes_any_command_run_anything(name: str, step: int, run: Run, every: Every) -> None:
+    path = PLACES["a zip's data.pkl"](PAYLOADS[name])
+    assert run("inspect", path)[0] == 0
+    results = every(path, step, list(PAYLOADS).index(name) % step)
+    assert {code for code, _, _ in results} >= {0, 2} or 2 not in {code for code, _, _ in results[: 6 // step]}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -294,7 +296,7 @@ def test_what_no_file_of_tensors_has_is_refused_by_every_command(name: str, ever
 OPCODES = ["REDUCE", "STACK_GLOBAL", "INST", "called and thrown away"]
 
 
-@thinned(4)
+@thinned(8)
 @pytest.mark.parametrize("place", PLACES)
 def test_no_place_makes_any_command_run_anything(place: str, step: int, run: Run, every: Every) -> None:
     """Every command in every place, the opcodes in turn or all of them: each meets each in the places of a format."""
@@ -517,7 +519,7 @@ def test_a_tuple_of_a_million_items_is_no_key_of_an_old_dict(run: Run) -> None:
 
 def test_a_large_key_above_many_tensors_is_said_in_few_words(run: Run) -> None:
     key = b"(" + b"N" * 200_000 + b"t"
-    below = mapping(*(text(f"{i}") + tensor() for i in range(500)))
+    below = mapping(*(text(f"{i}") + tensor() for i in range(150)))
     path = model(mapping(text("w"), tensor(), text("other"), mapping(key, below)))
     for args in (["inspect", path, "--check"], ["diff", path, path], ["convert", path, "-o", "out.safetensors"]):
         code, out, err = run(*args)

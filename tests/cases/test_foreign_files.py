@@ -293,9 +293,9 @@ def test_a_bomb_costs_no_more_than_a_look(tmp_path: Path) -> None:
 
     machine = gzip.GzipFile("bomb.tar.gz", "wb", compresslevel=1)
     machine.write(tar({"first.txt": b"x"})[:1024])
-    for _ in range(400):
+    for _ in range(100):
         machine.write(bytes(1 << 20))
     machine.close()
     begun = time.process_time()
     assert "first.txt" in refusal("bomb.tar.gz")
-    assert time.process_time() - begun < 5
+    assert time.process_time() - begun < 2

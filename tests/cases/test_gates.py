@@ -419,13 +419,13 @@ def test_a_key_that_reads_as_a_pattern_is_named_exactly(saved: Saved, run: Run) 
     assert followed(run, hint, *call) == ["--adapt", "towers[[]0].pos_embed=pos-embed"]
 
 
-def test_hints_of_thousands_of_mismatches_are_few_and_quick(saved: Saved, run: Run) -> None:
-    names = [f"{chr(97 + at % 26)}{chr(97 + at // 26 % 26)}{chr(97 + at // 676)}.embed.weight" for at in range(2000)]
+def test_hints_of_hundreds_of_mismatches_are_few_and_quick(saved: Saved, run: Run) -> None:
+    names = [f"{chr(97 + at % 26)}{chr(97 + at // 26 % 26)}{chr(97 + at // 676)}.embed.weight" for at in range(700)]
     source = saved({name: torch.zeros(at % 50 + 1, 2) for at, name in enumerate(names)}, "source.pth")
     target = saved({name: torch.zeros(at % 50 + 2, 2) for at, name in enumerate(names)}, "target.pth")
     begun = time.perf_counter()
     _, found = document(run, "load-partial", source, "--into", target, "--dry-run")
-    assert time.perf_counter() - begun < 20
+    assert time.perf_counter() - begun < 10
     hint = found["result"]["hint"]
     assert hint.count("--adapt") == 8
     followed(run, hint, "load-partial", source, "--into", target, "-o", "out.pth")

@@ -120,7 +120,7 @@ def loaded(command: str, result: dict[str, Any]) -> int:
     return len(differ) + int(result["equal"])
 
 
-@thinned(40)
+@thinned(80)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_hint_added_to_its_command_gives_the_number_that_it_promised(step: int, saved: Saved, run: Run) -> None:
     given = 0

@@ -112,8 +112,9 @@ def test_json_holds_the_very_name(keys: list[str], saved: Saved, run: Run) -> No
     assert json.loads(run("diff", path, good, "--json")[1])["result"]["only_in_a"] == keys
 
 
+@thinned(4)
 @pytest.mark.parametrize("name", [name for name in NASTY if not {"\0", "\ud800"} & set(NASTY[name]) and NASTY[name]])
-def test_a_file_whose_own_name_is_hostile_is_shown_escaped(name: str, saved: Saved, run: Run) -> None:
+def test_a_file_whose_own_name_is_hostile_is_shown_escaped(name: str, step: int, saved: Saved, run: Run) -> None:
     nasty = NASTY[name].replace("/", "_")
     good = saved({"w": torch.ones(3)}, "good.pth")
     path = saved({"w": torch.ones(2)}).rename(f"{nasty}.pth")  # torch itself refuses some of these
@@ -121,7 +122,7 @@ def test_a_file_whose_own_name_is_hostile_is_shown_escaped(name: str, saved: Sav
     more = [["inspect", path.name, f"empty {nasty}"], ["inspect", f"empty {nasty}"], ["inspect", "--" + nasty], [nasty],
             ["convert", path.name, good, "--to", "safetensors", "--force"],
             ["filter", good, "-o", f"{nasty}.made.pth", "--force"]]  # fmt: skip
-    for args in (*ways(path.name, good), *more):
+    for args in [*ways(path.name, good), *more][list(NASTY).index(name) % step :: step]:
         _, out, err = run(*args)
         assert plain(out), args
         assert plain(err), args
@@ -169,7 +170,7 @@ LONG_KEYS = ["1." * 199 + "y" * 60_000, "\x1b" * 60_000, "重" * 60_000, "9" * 1
 @thinned(3)
 def test_a_long_key_costs_its_own_lines_and_no_others(step: int, saved: Saved, run: Run) -> None:
     for key in LONG_KEYS[::step]:
-        content = {key: torch.ones(2), **{f"layer.{i}.w": torch.ones(3) for i in range(300)}}
+        content = {key: torch.ones(2), **{f"layer.{i}.w": torch.ones(3) for i in range(100)}}
         path, good = saved(content, "given.pth"), saved({"w": torch.ones(2), key: torch.ones(5)}, "good.pth")
         for args in ways(path, good):
             begin = time.process_time()
@@ -227,16 +228,16 @@ def test_a_terabyte_that_is_not_there_is_looked_at_and_never_read(run: Run) -> N
         path.unlink()
 
 
-def test_a_thousand_shards_are_one_checkpoint(run: Run) -> None:
+def test_hundreds_of_shards_are_one_checkpoint(run: Run) -> None:
     Path("given").mkdir()
     entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
     weight_map = {}
-    for number in range(1000):
-        name = f"model-{number:05}-of-01000.safetensors"
+    for number in range(300):
+        name = f"model-{number:05}-of-00300.safetensors"
         header = f'{{"layers.{number}.w":{entry}}}'.encode()
         (Path("given") / name).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
         weight_map[f"layers.{number}.w"] = name
     Path("given/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert "1000 tensors" in run("inspect", "given")[1].replace(",", "")
+    assert "300 tensors" in run("inspect", "given")[1]
     assert run("diff", "given", "given", "--values")[0] == 0
     assert run("filter", "given", "-o", "out.safetensors", "--no-fsync")[0] == 0

@@ -71,7 +71,7 @@ def places(kind: str, data: bytes) -> list[int]:
 # --- cut off ---------------------------------------------------------------------------------------------------------
 
 
-@thinned(5)
+@thinned(11)
 @pytest.mark.parametrize("kind", samples.SAMPLES)
 def test_cut_at_any_byte_it_is_refused_in_one_line(kind: str, step: int, tmp_path: Path) -> None:
     data = samples.SAMPLES[kind]()
@@ -110,7 +110,7 @@ def test_an_archive_cut_at_any_boundary_is_refused(name: str, tmp_path: Path) ->
     path = tmp_path / "cut.pth"
     edges = boundaries(FIXTURES / name)
     assert len(edges) > 20
-    for end in {edge + beside for edge in edges[:: max(1, len(edges) // 40)] for beside in (-1, 0, 1)} | {edges[-1]}:
+    for end in {edge + beside for edge in edges[:: max(1, len(edges) // 15)] for beside in (-1, 0, 1)} | {edges[-1]}:
         if 0 < end < len(data):
             path.write_bytes(data[:end])
             assert judge.answer("inspect", path, "--check")[0] == 2, end
@@ -122,7 +122,7 @@ def test_a_stream_cut_around_any_tensor_is_refused(name: str, tmp_path: Path) ->
     path = tmp_path / "cut.pth"
     spans = [storage.span for _, node in ckptool.open(FIXTURES / name).tensors() for storage in node.storages()]
     assert spans
-    spans = spans[:: max(1, len(spans) // 8)]
+    spans = spans[:: max(1, len(spans) // 4)]
     for end in {edge + beside for span in spans for edge in (span.offset, span.offset + span.nbytes)
                 for beside in (-8, -1, 0)}:  # fmt: skip
         if end < len(data):
@@ -136,7 +136,7 @@ def test_a_shard_cut_anywhere_is_refused_by_its_name(name: str, tmp_path: Path) 
         (tmp_path / source.name).write_bytes(source.read_bytes())
     shard = sorted([*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")])[0]
     data = shard.read_bytes()
-    for end in range(0, len(data), max(1, len(data) // 60)):
+    for end in range(0, len(data), max(1, len(data) // 20)):
         shard.write_bytes(data[:end])
         code, _, err = judge.call("inspect", tmp_path)
         assert code == 2
@@ -146,7 +146,7 @@ def test_a_shard_cut_anywhere_is_refused_by_its_name(name: str, tmp_path: Path) 
 # --- one byte changed ------------------------------------------------------------------------------------------------
 
 
-@thinned(7)
+@thinned(19)
 @pytest.mark.parametrize("kind", samples.SAMPLES)
 def test_any_byte_changed_gives_a_right_answer_or_one_line(kind: str, step: int, tmp_path: Path) -> None:
     """Every 16th is held to commands and torch.load, by ``python -m tests.fuzz --every`` each to all of them."""
@@ -169,7 +169,7 @@ def test_any_byte_changed_gives_a_right_answer_or_one_line(kind: str, step: int,
     assert read
 
 
-@thinned(3)
+@thinned(6)
 @pytest.mark.parametrize("kind", samples.SAMPLES)
 def test_every_command_bears_a_changed_byte(kind: str, step: int, hold: Callable[[bytes], bool]) -> None:
     data = samples.SAMPLES[kind]()
@@ -185,7 +185,7 @@ NUMBERS = [*(struct.pack("<H", value) for value in (0, 1, 0x7FFF, 0xFFFF)),
            *(struct.pack("<Q", value) for value in (0, 1, (1 << 63) - 1, (1 << 64) - 1))]  # fmt: skip
 
 
-@thinned(3)
+@thinned(6)
 @pytest.mark.parametrize("kind", samples.SAMPLES)
 def test_changes_at_random_give_a_right_answer_or_one_line(kind: str, step: int, hold: Callable[[bytes], bool]) -> None:
     data = samples.SAMPLES[kind]()
@@ -239,7 +239,7 @@ TREES = st.recursive(
 )
 
 
-@thinned(3)
+@thinned(5)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_any_tree_reads_as_torch_reads_it(
     legacy: bool, step: int, hold: Callable[[bytes], bool], tmp_path: Path
@@ -326,7 +326,7 @@ def header(draw: Callable[[Any], Any]) -> tuple[bytes, int]:
 def test_we_take_the_headers_that_the_library_takes(tmp_path: Path) -> None:
     answers: list[bool] = []
 
-    @at_random(250)
+    @at_random(120)
     @given(header())
     def same(made: tuple[bytes, int]) -> None:
         text, nbytes = made
@@ -336,7 +336,7 @@ def test_we_take_the_headers_that_the_library_takes(tmp_path: Path) -> None:
         answers.append(library_takes(path))
 
     same()
-    assert 30 < sum(answers) < len(answers) - 30
+    assert 15 < sum(answers) < len(answers) - 15
 
 
 def one_tensor(shape: str = "[1]", offsets: str = "[0,1]", more: str = "") -> bytes:
@@ -391,7 +391,7 @@ def deflates_to_the_same(one: Path, other: Path, name: str) -> bool:
         return False
 
 
-@thinned(3)
+@thinned(6)
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_a_changed_byte_in_any_record_is_found(name: str, step: int, tmp_path: Path, run: Run) -> None:
     data = (FIXTURES / name).read_bytes()
@@ -538,7 +538,7 @@ def local_headers(data: bytes) -> list[range]:
     return [range(at, at + 30 + sum(struct.unpack_from("<HH", data, at + 26))) for at in starts]
 
 
-@thinned(11)
+@thinned(29)
 @pytest.mark.parametrize("kind", ZIPS)
 def test_any_bit_changed_in_a_local_header_gives_the_true_bytes_or_none(kind: str, step: int, tmp_path: Path) -> None:
     """Once a longer name moved a tensor, as it does for torch.load: other bytes, and not a word."""
@@ -571,7 +571,7 @@ def test_a_local_header_of_other_lengths_is_refused_by_every_command(
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         used = [info.header_offset for info in archive.infolist() if "/data/" in info.filename]
     for place in used:
-        for bit in range(0, 8, 3):
+        for bit in (0, 5):
             changed = bytearray(data)
             changed[place + field] ^= 1 << bit
             path.write_bytes(changed)

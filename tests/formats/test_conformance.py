@@ -183,6 +183,15 @@ LIMIT = 4096
 
 WAYS = [row.name for row in ROWS.values() if row.writes]
 
+LIKE_OTHERS = (
+    "resnet_122.pth", "resnet_ddp.pth", "resnet_new.pth", "resnet_nested.pth", "ema.pth", "leaves.pth",
+    "lightning.ckpt", "protocol4.pth", "malicious.pt", "resnet_old.safetensors", "dtypes.safetensors", "sharded_bin",
+    "array.npy",
+)  # fmt: skip
+"""Fixtures whose weights are of the same kinds as another's, from a container of which another is here too."""
+
+OF_EVERY_KIND = [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else []) for name in EVERY]
+
 
 def holds(way: str, tensor: TensorInfo) -> bool:
     """Whether a format can hold a tensor, by what the formats' own documents say."""
@@ -221,7 +230,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OF_EVERY_KIND)
 def test_there_and_back_all_is_equal_for_the_formats_own_library_too(name: str, way: str, tmp_path: Path) -> None:
     opened = weights(name, way)
     target = written(opened, way, tmp_path / "there")

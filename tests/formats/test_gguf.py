@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from everything import SAMPLES
-from oracles import FIXTURES, Run
+from oracles import FIXTURES, Run, thinned
 
 from ckptool import limits
 from ckptool import open as open_checkpoint
@@ -301,10 +301,11 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             opened(tmp_path, data[:end])
 
 
-def test_any_byte_changed_gives_an_answer_or_one_error(tmp_path: Path) -> None:
+@thinned(4)
+def test_any_byte_changed_gives_an_answer_or_one_error(step: int, tmp_path: Path) -> None:
     data = bytearray((FIXTURES / "dense.gguf").read_bytes()[:1024])
     whole = (FIXTURES / "dense.gguf").read_bytes()
-    for position in range(4, len(data)):
+    for position in range(4, len(data), step):
         for flip in (1, 0x80):
             changed = bytearray(whole)
             changed[position] ^= flip
@@ -322,9 +323,9 @@ def test_a_header_over_the_limit_is_refused_and_strings_are_bounded(tmp_path: Pa
     assert opened(tmp_path, data).metadata["tokens"] == "1,000 strings"
 
 
-def test_the_header_of_ten_gigabytes_takes_no_memory(tmp_path: Path) -> None:
-    words = array(STRING, *[text("word")] * 50_000)
-    count = 2000
+def test_the_header_of_four_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    words = array(STRING, *[text("word")] * 20_000)
+    count = 800
     each = 5 << 20
     table = {f"blk.{number}.weight": (Q8_0, (32 * 1024, each // 34816), b"") for number in range(count)}
     head = gguf(table, (entry("tokens", ARRAY, words),), offsets=tuple(each * number for number in range(count)))
@@ -337,7 +338,7 @@ def test_the_header_of_ten_gigabytes_takes_no_memory(tmp_path: Path) -> None:
     taken, peak = time.perf_counter() - begin, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(found.state_dict()) == count
-    assert peak < 40_000_000
+    assert peak < 16_000_000
     assert taken < 10
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import FIXTURES, assert_identical, bits, torch_load
+from oracles import FIXTURES, assert_identical, bits, thinned, torch_load
 
 from ckptool import open as open_checkpoint
 from ckptool import save
@@ -62,19 +62,21 @@ def test_a_missing_member_is_named(member: str, tmp_path: Path) -> None:
         read(str(packed(content, tmp_path / "bad.pth")))
 
 
+@thinned(4)
 @pytest.mark.parametrize("member", ["storages", "tensors", "pickle"])
-def test_a_member_cut_at_any_byte_is_an_error_of_ours(member: str, tmp_path: Path) -> None:
+def test_a_member_cut_at_any_byte_is_an_error_of_ours(member: str, step: int, tmp_path: Path) -> None:
     content = members()
-    for end in range(len(content[member])):
+    for end in range(0, len(content[member]), step):
         with pytest.raises(CkptoolError, match=r"bad\.pth"):
             read(str(packed({**content, member: content[member][:end]}, tmp_path / "bad.pth")))
 
 
+@thinned(4)
 @pytest.mark.parametrize("member", ["storages", "tensors", "pickle"])
-def test_a_member_with_any_byte_changed_is_read_or_an_error_of_ours(member: str, tmp_path: Path) -> None:
+def test_a_member_with_any_byte_changed_is_read_or_an_error_of_ours(member: str, step: int, tmp_path: Path) -> None:
     content = members()
     data = content[member]
-    for at in range(len(data)):
+    for at in range(0, len(data), step):
         changed = data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
         try:
             read(str(packed({**content, member: changed}, tmp_path / "bad.pth")))

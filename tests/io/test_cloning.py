@@ -43,7 +43,7 @@ def states() -> dict[str, State]:
     torch.manual_seed(1)
     return {
         "one large": {"w": torch.randn(300_000)},
-        "many small": {f"layers.{i}.w": torch.randn(i % 50) for i in range(3000)},
+        "many small": {f"layers.{i}.w": torch.randn(i % 50) for i in range(800)},
         "large and small": {f"t{i}": torch.randn(7 + 50_000 * (i % 3 == 0)) for i in range(20)},
         "of two sizes": {"a": torch.randn(70_000).half(), "b": torch.randn(70_001), "c": torch.arange(9)},
         "tiny": {"w": torch.ones(3)},

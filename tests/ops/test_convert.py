@@ -388,9 +388,9 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("number", "code", "said", "options"),
     [
-        *((signal.SIGINT, 130, "ckptool: interrupted\n", options) for options in OUTPUTS),
-        *((signal.SIGTERM, 143, "", options) for options in (OUTPUTS[0], OUTPUTS[-1])),
-        *((signal.SIGHUP, 129, "", options) for options in (OUTPUTS[0], OUTPUTS[-1])),
+        *((signal.SIGINT, 130, "ckptool: interrupted\n", options) for options in (OUTPUTS[0], OUTPUTS[-1])),
+        (signal.SIGTERM, 143, "", OUTPUTS[1]),
+        (signal.SIGHUP, 129, "", OUTPUTS[3]),
     ],
 )
 def test_a_signal_in_the_middle_leaves_nothing(

@@ -426,16 +426,16 @@ def test_values_and_paths_beside_the_weights_are_escaped_too(saved: Saved, run: 
     assert "\x1b" not in err
 
 
-def test_five_thousand_keys_are_all_listed_when_piped(saved: Saved, run: Run) -> None:
-    names = [f"{'abcdefghijklmnopqrst'[i % 20]}.{'lmnopqrst'[i // 625]}.{i % 625:04}" for i in range(5000)]
-    shared = torch.zeros(5000)
+def test_two_thousand_keys_are_all_listed_when_piped(saved: Saved, run: Run) -> None:
+    names = [f"{'abcdefghijklmnopqrst'[i % 20]}.{'lmnopqrst'[i // 625]}.{i % 625:04}" for i in range(2000)]
+    shared = torch.zeros(2000)
     path = saved({name: shared[i] for i, name in enumerate(names)})
     assert run("inspect", path, "--keys")[1].splitlines() == names
     for options in ([], ["--flat"], ["--sort", "key"]):
         out = run("inspect", path, *options)[1]
         names = sorted(names) if "--sort" in options else names
         assert [line.split()[0] for line in out[out.index("\n\n") :].splitlines() if line] == names
-    assert len(result_of(run("inspect", path, "--json")[1])[0]["tensors"]) == 5000
+    assert len(result_of(run("inspect", path, "--json")[1])[0]["tensors"]) == 2000
 
 
 def test_a_name_of_ten_thousand_characters_is_not_cut(saved: Saved, run: Run) -> None:

@@ -76,7 +76,7 @@ def zipfile_finds(path: Path) -> bool:
             return True
 
 
-@thinned(3)
+@thinned(5)
 @pytest.mark.parametrize("name", ["resnet_old.pth", "deflated.pth", "views.pth"])
 def test_a_flipped_byte_in_a_record_is_found_wherever_zipfile_finds_it(name: str, step: int, tmp_path: Path) -> None:
     source = FIXTURES / name
