@@ -102,6 +102,7 @@ def save(
         if checkpoint.format == "model":  # as its `state_dict` has it: no parameters
             checkpoint = checkpoint.with_state_dict(detached(checkpoint.state_dict()))
         write = _save_directory if row.is_directory else _save_file
+        _begin(progress, "copy")
         with Files() as files:
             saved = write(checkpoint, row, url, options, tags, files, progress)
         saved = replace(
@@ -176,9 +177,11 @@ def _notes(checkpoint: Checkpoint, row: formats.Format, url: str) -> list[str]:
     return found
 
 
-def work(nbytes: int, options: SaveOptions) -> int:
-    """Returns the bytes that `save` reports to ``progress`` when it writes ``nbytes``: written, compared, hashed."""
-    return nbytes * (1 + 2 * options.verify + options.hash_in_name)
+def _begin(progress: Progress | None, phase: str, passes: int = 1) -> None:
+    """Names the phase to a progress that has phases; it reports every byte of the output ``passes`` times."""
+    begin = getattr(progress, "begin", None)
+    if begin is not None:
+        begin(phase, passes)
 
 
 def _refuse(
@@ -217,6 +220,7 @@ def _save_file(
         files.check()
         output.readers = files.mode
         if options.verify:
+            _begin(progress, "verify", 2)  # what was meant is read, and what was written
             _verify(checkpoint, row, output.finished(), files.beside(progress))
         if options.hash_in_name:
             output.rename(_with_hash(url, output.finished(), progress))
@@ -242,6 +246,7 @@ def _save_directory(
     progress: Progress | None,
 ) -> Saved:
     def compare(meant: Mapping[Any, TensorInfo], written: Mapping[Any, TensorInfo]) -> None:
+        _begin(progress, "verify", 2)
         _compare(meant, written, files.beside(progress))
 
     left_out, nbytes, notes = row.directory_writer().write(
@@ -340,6 +345,7 @@ def _with_hash(path: str, written: str, progress: Progress | None = None) -> str
     """Returns the path with 8 hex digits of the written file's sha256 appended to the stem, as torchvision does."""
     import hashlib
 
+    _begin(progress, "hash")
     with LocalFile(written) as file:
         digest = hashlib.sha256()
         for block in file.blocks(0, file.size):

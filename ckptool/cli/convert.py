@@ -89,8 +89,7 @@ def command(
         )  # fmt: skip
 
     def total() -> int:
-        sizes = [converted(job, force=True, in_place=True, dry_run=True).nbytes for job in jobs]
-        return sum(saving.work(nbytes, options_of(job)) for nbytes, job in zip(sizes, jobs, strict=True))
+        return sum(converted(job, force=True, in_place=True, dry_run=True).nbytes for job in jobs)
 
     if len(inputs) > 1:  # refuse before the first file is written
         planned, jobs = jobs, []
@@ -99,7 +98,7 @@ def command(
                 converted(job, force=force, in_place=in_place, dry_run=True)
                 jobs.append(job)
     reports = []
-    with bar(total) as progress:
+    with bar(total, "copy") as progress:
         for job in jobs:
             with failed.kept():
                 report = converted(job, force=force, in_place=in_place, progress=progress, dry_run=dry_run)

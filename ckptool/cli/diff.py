@@ -84,7 +84,7 @@ def command(
     chosen: dict[str, Any] = {
         "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
     }  # fmt: skip
-    with bar(lambda: volume(first, second, **chosen)) as progress:
+    with bar(lambda: volume(first, second, **chosen), "compare") as progress:
         report = ckptool.diff(
             first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol, quick=quick,
             progress=progress,

@@ -161,7 +161,7 @@ def _inspected(
         return ckptool.inspect(opened, root=root)
     # numpy's BLAS starts a thread per core, for matrix products that are not needed here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with bar(lambda: volume(opened, keys.chooser(include, exclude), check=bool(gate))) as progress:
+    with bar(lambda: volume(opened, keys.chooser(include, exclude), check=bool(gate)), "read") as progress:
         return ckptool.inspect(
             opened, root=root, stats=stats, hashes=hashes, include=include, exclude=exclude, progress=progress, **gate
         )  # fmt: skip

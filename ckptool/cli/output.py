@@ -71,9 +71,9 @@ class Outputs:
 
         def total() -> int:
             anywhere = replace(self.options, force=True, in_place=True)
-            return saving.work(saving.check(checkpoint, path, anywhere).nbytes, self.options)
+            return saving.check(checkpoint, path, anywhere).nbytes
 
-        with bar(total) as progress:
+        with bar(total, "copy") as progress:
             return saving.save(checkpoint, path, self.options, progress)
 
     def write_beside(self, path: str | None, document: Any) -> None:

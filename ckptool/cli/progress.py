@@ -3,55 +3,88 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ckptool.cli.terminal import colours
+
 PATIENCE = 1.0
 """Seconds before a bar is shown: most jobs are done by then."""
 
 
-@contextlib.contextmanager
-def bar(total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
-    """Yields a function that takes the number of bytes just done; None if stderr is not a terminal.
+class Bar:
+    """A bar of bytes with a phase, such as copy or verify. Called with the number of bytes just done.
 
-    ``total`` returns the expected bytes, and is called only when the bar is shown.
+    Every phase goes through the same ``total``: the bytes of the output, or of what is read. It is asked for when a
+    bar is first shown.
     """
-    if not sys.stderr.isatty():
+
+    def __init__(self, total: Callable[[], int], phase: str) -> None:
+        self.ask = total
+        self.total: int | None = None
+        self.begun = time.monotonic()
+        self.done: dict[str, int] = {}
+        self.shown: Any = None
+        self.due = 0
+        self.begin(phase)
+
+    def begin(self, phase: str, passes: int = 1) -> None:
+        """Goes on with another phase, which reports every byte of the total ``passes`` times."""
+        self.stop()
+        self.phase, self.passes = phase, passes
+        self.done.setdefault(phase, 0)
+        if self.total is not None:
+            self._show()
+
+    def __call__(self, nbytes: int) -> None:
+        done = self.done[self.phase] = self.done[self.phase] + nbytes
+        if self.shown is not None and done >= self.due:  # an update by rich takes longer than a small tensor
+            self._update()
+        elif self.total is None and time.monotonic() - self.begun > PATIENCE:
+            self.total = self.ask()
+            self._show()
+
+    def _show(self) -> None:
+        self.shown = _started(self.phase, max(self.total or 0, 1))
+        self._update()
+
+    def _update(self) -> None:
+        progress, task = self.shown
+        done, total = self.done[self.phase], self.total or 0
+        progress.update(task, completed=min(done // self.passes, total))
+        self.due = done + total * self.passes // 1000
+
+    def stop(self) -> None:
+        """Takes the bar from the terminal."""
+        if self.shown is not None:
+            self._update()
+            self.shown[0].stop()
+            self.shown = None
+
+
+@contextlib.contextmanager
+def bar(total: Callable[[], int], phase: str) -> Iterator[Bar | None]:
+    """Yields a `Bar`, which is gone after the block; None if stderr is not a terminal that can draw one."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield None
         return
-    shown: list[Any] = []
-    begun = time.monotonic()
-    done = due = step = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done, due, step
-        done += nbytes
-        if not shown and time.monotonic() - begun > PATIENCE:
-            expected = total()
-            shown.extend(_started(expected, done))
-            step = expected // 1000
-            due = done + step
-        elif shown and done >= due:  # an update by rich takes longer than a small tensor
-            shown[0].update(shown[1], completed=done)
-            due = done + step
-
+    made = Bar(total, phase)
     try:
-        yield advance
+        yield made
     finally:
-        if shown:
-            shown[0].update(shown[1], completed=done)
-            shown[0].stop()
+        made.stop()
 
 
-def _started(total: int, done: int) -> tuple[Any, Any]:
+def _started(phase: str, total: int) -> tuple[Any, Any]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    progress = Progress(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
-    )
+    console = Console(stderr=True, no_color=not colours.shown_on(sys.stderr))
+    drawn = BarColumn(max(min(console.width - 50, 40), 5))
+    columns = (TextColumn("{task.description}"), drawn, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
     progress.start()
-    return progress, progress.add_task("", total=total, completed=done)
+    return progress, progress.add_task(f"{phase:7}", total=total)

@@ -60,13 +60,23 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorded:
-    """Stands in for rich's bar: what it was told last, of how much."""
+    """Stands in for rich's bars, one for each phase: what each was told, of how much."""
 
     def __init__(self) -> None:
         self.bars: list[dict[str, Any]] = []
 
-    def started(self, total: int, done: int) -> tuple[Any, Any]:
-        bar: dict[str, Any] = {"total": total, "done": [done], "stopped": False}
+    def ended(self, *phases: str) -> bool:
+        """Whether these phases each ran to the end of one total, never back, and were taken away."""
+        assert [bar["phase"] for bar in self.bars] == [*phases]
+        assert len({bar["total"] for bar in self.bars}) == 1
+        for bar in self.bars:
+            assert bar["stopped"]
+            assert bar["done"] == sorted(bar["done"])
+            assert 0.97 < bar["done"][-1] / bar["total"] <= 1, bar
+        return True
+
+    def started(self, phase: str, total: int) -> tuple[Any, Any]:
+        bar: dict[str, Any] = {"phase": phase, "total": total, "done": [], "stopped": False}
         self.bars.append(bar)
 
         class Bar:
@@ -142,31 +152,38 @@ def test_patience_is_about_a_second() -> None:
     assert 0.5 <= progress.PATIENCE <= 2
 
 
+def phases(args: list[str]) -> list[str]:
+    """The phases of a command that writes one checkpoint."""
+    verified = "--no-verify" not in args if args[0] == "convert" else "--verify" in args
+    return ["copy", *["verify"] * verified, *["hash"] * ("--publish" in args)]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_bar_runs_to_its_end_and_never_back(name: str, run: Run, saved: Saved, recorded: Recorded) -> None:
+def test_every_phase_goes_through_the_bytes_of_the_output(
+    name: str, run: Run, saved: Saved, recorded: Recorded
+) -> None:
     large(saved)
     assert run(*COMMANDS[name])[0] == 0
-    (bar,) = recorded.bars
-    assert bar["stopped"]
-    assert bar["done"] == sorted(bar["done"])
-    assert len(bar["done"]) > 3
-    assert 0.97 < bar["done"][-1] / bar["total"] < 1.03
+    assert recorded.ended(*phases(COMMANDS[name]))
+    assert len(recorded.bars[0]["done"]) > 3
+    output = Path(next((one for one in COMMANDS[name] if one in ("o", "o.pth", "o.safetensors", "o.npz")), "large.pth"))
+    files = [*output.iterdir()] if output.is_dir() else [output]
+    written = sum(file.stat().st_size for file in files if not file.name.endswith(".json"))
+    assert 0.97 < recorded.bars[0]["total"] / written < 1.03
 
 
 def test_the_bar_runs_to_its_end_where_much_is_left_out(run: Run, saved: Saved, recorded: Recorded) -> None:
     w = torch.randn(500, 900)
     saved({"state_dict": {"w": w}, "optimizer": {"state": {0: {"m": w * 2, "v": w * 3}}, "param_groups": []}}, "in.pth")
     assert run("convert", "in.pth", "-o", "o.safetensors")[0] == 0
-    (bar,) = recorded.bars
-    assert 0.97 < bar["done"][-1] / bar["total"] < 1.03
+    assert recorded.ended("copy", "verify")
 
 
 def test_the_bar_runs_to_its_end_where_tensors_are_tied(run: Run, saved: Saved, recorded: Recorded) -> None:
     w = torch.randn(500, 900)
     saved({"a": w, "b": w, "c": w}, "in.pth")
     assert run("convert", "in.pth", "-o", "o.pth", "--no-verify")[0] == 0
-    (bar,) = recorded.bars
-    assert 0.97 < bar["done"][-1] / bar["total"] < 1.03
+    assert recorded.ended("copy")
 
 
 @pytest.mark.parametrize(
@@ -189,25 +206,56 @@ def test_the_bar_runs_to_its_end_whatever_is_done(
     }
     saved({"state_dict": state, "optimizer": {"m": w * 2}, "epoch": 3}, "in.pth")
     assert run("convert", "in.pth", *options, *extra)[0] == 0
-    (bar,) = recorded.bars
-    assert bar["done"] == sorted(bar["done"])
-    assert 0.97 < bar["done"][-1] / bar["total"] < 1.03
+    expected = phases(["convert", *extra])
+    assert recorded.ended(*(expected[:2] if "sharded" in options else expected))
+
+
+def test_a_bar_names_its_phase_and_its_bytes(run: Run, saved: Saved, terminal: Terminal, impatient: None) -> None:
+    large(saved)
+    assert run("convert", "large.pth", "-o", "o.safetensors")[0] == 0
+    drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue())
+    for phase in ("copy", "verify"):
+        assert re.search(rf"{phase} +[━╸╺]+ 4.0/4.0 MB", drawn), drawn[-300:]
+
+
+@pytest.mark.parametrize("variables", [{"TERM": "dumb"}])
+def test_a_terminal_that_draws_nothing_gets_no_bar(
+    variables: dict[str, str], run: Run, saved: Saved, terminal: Terminal, impatient: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    large(saved)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run("convert", "large.pth", "-o", "o.safetensors")[0] == 0
+    assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "80", "140"])
+def test_a_bar_takes_one_line_whatever_the_width(
+    columns: str, run: Run, saved: Saved, terminal: Terminal, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large(saved)
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run("convert", "large.pth", "-o", "o.safetensors")[0] == 0
+    for line in re.split(r"\r|\n", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue())):
+        assert len(line) <= int(columns)
 
 
 def test_many_small_tensors_do_not_draw_as_many_bars(run: Run, saved: Saved, recorded: Recorded) -> None:
     saved({f"t{number}": torch.ones(3) for number in range(2000)}, "in.pth")
     assert run("convert", "in.pth", "-o", "o.safetensors")[0] == 0
-    (bar,) = recorded.bars
-    assert 3 < len(bar["done"]) < 1100
+    assert all(3 < len(bar["done"]) < 1100 for bar in recorded.bars)
 
 
-def test_several_inputs_have_one_bar(run: Run, saved: Saved, recorded: Recorded) -> None:
+def test_several_inputs_count_on_in_each_phase(run: Run, saved: Saved, recorded: Recorded) -> None:
     for number in range(3):
         saved({"w": torch.randn(300, 1000)}, f"{number}.pth")
     assert run("convert", "0.pth", "1.pth", "2.pth", "--to", "safetensors")[0] == 0
-    (bar,) = recorded.bars
-    assert bar["done"] == sorted(bar["done"])
-    assert 0.97 < bar["done"][-1] / bar["total"] < 1.03
+    assert [bar["phase"] for bar in recorded.bars] == ["copy", "verify"] * 3
+    for number in (0, 1):
+        done = [figure for bar in recorded.bars[number::2] for figure in bar["done"]]
+        assert done == sorted(done)
+        assert 0.97 < done[-1] / recorded.bars[0]["total"] <= 1
 
 
 @pytest.mark.parametrize("command", [["filter", "--exclude", "a"], ["filter", "--match", "large.pth"]], ids=" ".join)
@@ -292,12 +340,12 @@ def test_the_total_is_asked_for_only_when_a_bar_is_shown(terminal: Terminal, mon
         asked.append(1)
         return 100
 
-    with progress.bar(total) as advance:
+    with progress.bar(total, "copy") as advance:
         assert advance is not None
         advance(50)
     assert asked == []
     monkeypatch.setattr(progress, "PATIENCE", 0)
-    with progress.bar(total) as advance:
+    with progress.bar(total, "copy") as advance:
         assert advance is not None
         advance(30)
         advance(30)
@@ -312,13 +360,13 @@ def test_without_a_terminal_nobody_counts(monkeypatch: pytest.MonkeyPatch) -> No
     def never() -> int:
         raise AssertionError("asked for")
 
-    with progress.bar(never) as advance:
+    with progress.bar(never, "copy") as advance:
         assert advance is None
 
 
 def test_a_bar_is_gone_when_an_error_passes(terminal: Terminal, impatient: None) -> None:
     def fails() -> None:
-        with progress.bar(lambda: 10) as advance:
+        with progress.bar(lambda: 10, "copy") as advance:
             assert advance is not None
             advance(5)
             raise ZeroDivisionError
@@ -335,7 +383,7 @@ def test_rich_is_not_imported_where_no_bar_is_shown() -> None:
 
     script = (
         "import sys; from ckptool.cli.progress import bar\n"
-        "with bar(lambda: 1) as advance: assert advance is None\n"
+        "with bar(lambda: 1, 'read') as advance: assert advance is None\n"
         "print('rich.progress' in sys.modules)"
     )
     root = str(Path(progress.__file__).parents[2])

@@ -533,7 +533,7 @@ def test_a_bar_of_bytes_reaches_its_end_on_a_terminal(
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(progress, "PATIENCE", -1)
-    monkeypatch.setattr(progress, "_started", lambda total, done: (Bar(total), 0))
+    monkeypatch.setattr(progress, "_started", lambda phase, total: (Bar(total), 0))
     weight = torch.randn(3_000_000)
     assert run("inspect", saved({"a": weight, "b": weight, "c": torch.ones(5, dtype=torch.int32)}), option)[0] == 0
     completed, total = seen[-1]
