@@ -16,6 +16,7 @@ from ckptool.core.pickled_names import beyond_tensors
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
 from ckptool.core.tree import Global, key_text, nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed, near
+from ckptool.io import tally
 from ckptool.io.output import EXISTS, Output, SetOptions, is_stream, write_stream
 from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
 from ckptool.text import plural
@@ -103,6 +104,9 @@ def save(
             checkpoint = checkpoint.with_state_dict(detached(checkpoint.state_dict()))
         write = _save_directory if row.is_directory else _save_file
         _begin(progress, "copy")
+        if tally.current is not None:
+            by = "as was asked for" if options.to else "by its name"
+            tally.current.say(f"{url}: written as {row.name}, {by}")
         with Files() as files:
             saved = write(checkpoint, row, url, options, tags, files, progress)
         saved = replace(

@@ -73,8 +73,8 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 """The packages of others that a command line may need: typer, and what it imports. pydantic would take 75 ms."""
 
 BEGIN = (
-    "cli cli.app cli.render cli.terminal cli.terminal.colours cli.terminal.tables errors typer contextlib dataclasses "
-    "re signal typing"
+    "cli cli.app cli.progress cli.render cli.terminal cli.terminal.colours cli.terminal.tables errors io io.tally "
+    "typer contextlib dataclasses re signal typing"
 )
 CORE = (
     f"{BEGIN} limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ckptool import formats
 from ckptool.core.checkpoint import Checkpoint, Module, set_realise
-from ckptool.core.tree import Path
+from ckptool.core.keys import ROOTS
+from ckptool.core.tree import Path, path_text
 from ckptool.errors import UsageError, kind_of
+from ckptool.io import tally
 
 if TYPE_CHECKING:
     from ckptool.saving import MapLocation
@@ -49,8 +51,21 @@ def open(source: Source, root: str | Path | None = None, *, tp_rules: Any = None
         from ckptool.directories.parallel.joining import joined
 
         opened = joined(opened, tp_rules)
-    kept = root is None and isinstance(source, Checkpoint) and not source.ranks
-    return opened if kept else opened.rooted(root)
+    if root is None and isinstance(source, Checkpoint) and not source.ranks:
+        return opened
+    opened = opened.rooted(root)
+    if tally.current is not None:
+        tally.current.say(_choice(opened, root))
+    return opened
+
+
+def _choice(opened: Checkpoint, root: object) -> str:
+    """Returns as what a checkpoint was read, where its weights were taken, and why there."""
+    why = "as was asked for" if root is not None else "the only ones" if opened.root else "which are all of it"
+    if root is None and opened.root and opened.root[-1] in ROOTS:
+        why = "a name that weights have"
+    where = path_text(opened.root) or "the top"
+    return f"{opened.url}: read as {opened.format}, for what it begins with; weights at {where}, {why}"
 
 
 def open_whole(source: Source, why: str = "") -> Checkpoint:

@@ -2,8 +2,10 @@
 
 import functools
 import importlib
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import EnumType
@@ -13,9 +15,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import ckptool
-from ckptool.cli import render
+from ckptool.cli import progress, render
 from ckptool.cli.terminal import colours
 from ckptool.errors import CkptoolError, UsageError, near, one_of
+from ckptool.io import tally
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C. No command returns it."""
@@ -94,6 +97,20 @@ def _color(given: str | None) -> None:
         colours.ask(given)
 
 
+def _quiet(given: bool) -> None:
+    if given:
+        if tally.current is not None:
+            raise UsageError("--quiet and --verbose contradict each other")
+        render.quiet = True
+
+
+def _verbose(given: bool) -> None:
+    if given:
+        if render.quiet:
+            raise UsageError("--quiet and --verbose contradict each other")
+        tally.current = tally.Tally(render.note)
+
+
 Limit = Annotated[
     list[str] | None,
     typer.Option(
@@ -105,6 +122,20 @@ Color = Annotated[
     str | None,
     typer.Option(metavar="WHEN", callback=_color, expose_value=False, help="Colours: auto (default), always, never."),
 ]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "-q", "--quiet", callback=_quiet, expose_value=False,
+        help="No notes, no bar, and nothing on stdout once the output is written; errors and results stay.",
+    ),
+]  # fmt: skip
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "-v", "--verbose", callback=_verbose, expose_value=False,
+        help="Say on stderr what was chosen and why, what was read, and how long it took.",
+    ),
+]  # fmt: skip
 Version = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
 ]
@@ -116,11 +147,16 @@ Help = Annotated[
 ]
 
 
-def _shared(limit: Limit = None, color: Color = None, show_help: Help = False) -> None:
+def _shared(
+    limit: Limit = None, color: Color = None, quiet: Quiet = False, verbose: Verbose = False, show_help: Help = False
+) -> None:
     """Has the options that every command has."""
 
 
-def _group(color: Color = None, version: Version = False, show_help: Help = False) -> None:
+def _group(
+    color: Color = None, quiet: Quiet = False, verbose: Verbose = False, version: Version = False,
+    show_help: Help = False,
+) -> None:  # fmt: skip
     """Look into, compare, filter and rewrite checkpoints without loading them."""
 
 
@@ -172,17 +208,23 @@ WrongUsage: Any = typer.BadParameter.__base__
 """What typer raises for any wrong command line; it exports only this one of its subclasses."""
 
 
+VARIABLES = {
+    "CKPTOOL_COLOR": "what --color says: auto, always, never",
+    "CKPTOOL_LIMIT": "what --limit says, several with commas between them",
+    "CKPTOOL_PROGRESS": "auto, or never: whether a terminal gets a bar",
+}
+"""Variables of the environment, and what each is a default of. An option goes before its variable."""
+
+
 def run(args: list[str]) -> int:
     """Runs one command line. Any exception but ckptool's and typer's is a bug and keeps its traceback."""
     command = next((arg for arg in args if arg in COMMANDS), "")
     as_json = "--json" in args
-    colours.ask(colours.asked_by(args))
+    render.quiet, tally.current = False, None
+    begun = time.perf_counter()
     try:
-        # `app.main` would print a line of its own on Ctrl-C
-        with app.make_context("ckptool", list(args) or ["--help"]) as context:
-            code = app.invoke(context)
-    except typer.Exit as end:
-        code = end.exit_code if args else UsageError.exit_code
+        with _defaults(colours.asked_by(args)):
+            code = _invoked(args)
     except CkptoolError as error:
         return _fail(error, command, as_json)
     except WrongUsage as error:
@@ -191,7 +233,51 @@ def run(args: list[str]) -> int:
     except (KeyboardInterrupt, Interrupted, typer.Abort):
         print("ckptool: interrupted", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        if tally.current is not None:
+            _tell(tally.current, time.perf_counter() - begun)
+            tally.current = None
     return code if isinstance(code, int) else 0
+
+
+def _invoked(args: list[str]) -> Any:
+    try:
+        # `app.main` would print a line of its own on Ctrl-C
+        with app.make_context("ckptool", list(args) or ["--help"]) as context:
+            return app.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code if args else UsageError.exit_code
+
+
+@contextmanager
+def _defaults(color: str | None) -> Iterator[None]:
+    """Sets in the block what variables of the environment say. Raises: UsageError for a wrong one."""
+    colours.ask("auto")
+    if color is not None:
+        colours.ask(color)
+    elif given := os.environ.get("CKPTOOL_COLOR"):
+        colours.ask(given, "CKPTOOL_COLOR")
+    progress.wanted = one_of(progress.CHOICES, os.environ.get("CKPTOOL_PROGRESS") or "auto", "CKPTOOL_PROGRESS")
+    figures = os.environ.get("CKPTOOL_LIMIT")
+    if not figures:
+        yield
+        return
+    from ckptool.cli import options
+
+    with options.limited(figures.split(","), "CKPTOOL_LIMIT"):
+        yield
+
+
+def _tell(told: tally.Tally, seconds: float) -> None:
+    """Says what a run read, the files that it read most of by name, and how long it took."""
+    from ckptool.text import size
+
+    most = sorted(told.read.items(), key=lambda item: -item[1])
+    for path, nbytes in most[:20]:
+        render.note(f"{path}: read {size(nbytes)}")
+    more = f", {len(most) - 20} more than these" if len(most) > 20 else ""
+    files = f"{len(most)} file{'s' * (len(most) != 1)}"
+    render.note(f"read {size(sum(told.read.values()))} of {files}{more}, in {seconds:.2f} s")
 
 
 def _wrong(error: Any) -> str:

@@ -103,7 +103,7 @@ def command(
             with failed.kept():
                 report = converted(job, force=force, in_place=in_place, progress=progress, dry_run=dry_run)
                 reports.append(replace(report, input=job.source))
-                if not as_json:
+                if not as_json and not outputs.said_enough(reports):
                     render.show(_lines(reports[-1], dry_run))
     notes = [note for report in reports for note in report.notes]
     outputs.finish(reports, notes, lambda: _total(reports, dry_run), failed.errors)

@@ -127,13 +127,13 @@ def shard_size(text: str) -> int:
     return nbytes
 
 
-def limited(given: Iterable[str]) -> AbstractContextManager[None]:
-    """Returns a context manager in which the limits of ``--limit`` hold. Raises: UsageError."""
+def limited(given: Iterable[str], what: str = "--limit") -> AbstractContextManager[None]:
+    """Returns a context manager in which the limits hold that ``what`` gives. Raises: UsageError."""
     figures = {}
     for text in given:
         name, _, figure = text.partition("=")
         if not figure:
-            raise UsageError(f"--limit takes NAME=FIGURE, such as MAX_PICKLE=2GB, not {text!r}")
+            raise UsageError(f"{what} takes NAME=FIGURE, such as MAX_PICKLE=2GB, not {text!r}")
         figures[name] = size(figure)
     return ckptool.limited(**figures)
 

@@ -91,8 +91,13 @@ class Outputs:
                 self._write_text(self.report, text)
             if self.as_json:
                 render.write(text)
-        if not self.as_json:
+        if not self.as_json and not self.said_enough(result):
             render.show(lines())
+
+    def said_enough(self, result: Any) -> bool:
+        """Returns whether nothing is to be shown: the run is quiet, and the output is there (``result``: a report)."""
+        written = all(getattr(one, "output", None) for one in (result if isinstance(result, list) else [result]))
+        return render.quiet and written and not self.dry_run
 
     def _write_text(self, path: str, text: str) -> None:
         from ckptool import saving

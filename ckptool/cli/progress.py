@@ -9,10 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ckptool.cli import render
 from ckptool.cli.terminal import colours
 
 PATIENCE = 1.0
 """Seconds before a bar is shown: most jobs are done by then."""
+
+
+CHOICES = ("auto", "never")
+wanted = "auto"
+"""Whether there may be a bar: one of `CHOICES`."""
 
 
 class Bar:
@@ -68,7 +74,7 @@ class Bar:
 @contextlib.contextmanager
 def bar(total: Callable[[], int], phase: str) -> Iterator[Bar | None]:
     """Yields a `Bar`, which is gone after the block; None if stderr is not a terminal that can draw one."""
-    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+    if render.quiet or wanted == "never" or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield None
         return
     made = Bar(total, phase)

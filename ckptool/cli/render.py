@@ -89,8 +89,14 @@ def show(lines: Iterable[str]) -> None:
     write("".join(f"{line}\n" for line in lines))
 
 
+quiet = False
+"""Whether a run says nothing but its result and errors (``--quiet``)."""
+
+
 def note(text: str) -> None:
-    """Prints a note or an error on stderr."""
+    """Prints a note or an error on stderr; when quiet, errors only."""
+    if quiet and not text.startswith("error: "):
+        return
     name = colours.painted("ckptool:", colours.QUIET, sys.stderr)
     print(f"{name} {colours.verdict(safe(text), sys.stderr)}", file=sys.stderr)
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, OutputError, UnreadableError, explain
+from ckptool.io import tally
 
 Bytes = bytes | memoryview
 
@@ -107,6 +108,8 @@ class LocalFile(Source):
         self.size = status.st_size
         self.mode = stat.S_IMODE(status.st_mode)
         self.version: tuple[int, ...] | None = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if tally.current is not None:
+            tally.current.add(path, 0)
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -134,12 +137,16 @@ class LocalFile(Source):
                 data += more
         except OSError as error:
             raise UnreadableError(f"reading at byte {offset}: {explain(error)}", self.path) from error
+        if tally.current is not None:
+            tally.current.add(self.path, nbytes)
         return data
 
     def blocks(self, offset: int, nbytes: int, room: bytearray | None = None) -> Iterator[memoryview]:
         buffer = memoryview(room if room is not None else bytearray(min(BLOCK, nbytes)))
         size = len(buffer)
         end = offset + nbytes
+        if tally.current is not None:
+            tally.current.add(self.path, nbytes)
         if end > self.size:
             raise FormatError(f"bytes {offset}-{end} are wanted of a file of {self.size}", self.path)
         while offset < end:
@@ -159,6 +166,8 @@ class LocalFile(Source):
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         from mmap import ACCESS_READ, ALLOCATIONGRANULARITY, mmap
 
+        if tally.current is not None:
+            tally.current.add(self.path, nbytes)
         ahead = offset % ALLOCATIONGRANULARITY
         return memoryview(mmap(self.fd, ahead + nbytes, access=ACCESS_READ, offset=offset - ahead))[ahead:]
 

@@ -38,10 +38,10 @@ def ask(text: str, source: str = "--color") -> None:
     _asked = one_of(CHOICES, text, source)
 
 
-def asked_by(args: list[str]) -> str:
-    """Returns what a command line says of colours, which errors in the command line itself are to heed."""
+def asked_by(args: list[str]) -> str | None:
+    """Returns what a command line says of colours, which errors in the command line itself are to heed; else None."""
     given = [*args[: args.index("--")]] if "--" in args else args
-    found = "auto"
+    found = None
     for number, arg in enumerate(given):
         name, equals, value = arg.partition("=")
         if name == "--color":
