@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from ckptool.limits import limited
     from ckptool.ops.convert import ConvertReport
-    from ckptool.ops.diff import Changed, DiffReport, ValuesChanged
+    from ckptool.ops.diff import Changed, DiffReport, TiedAway, ValuesChanged
     from ckptool.ops.inspect import Beside, InspectReport, TensorRow
     from ckptool.ops.remap import Mapped, RemapReport
     from ckptool.ops.rows import FilterReport, Row
@@ -80,6 +80,7 @@ __all__ = [
     "StrictError",
     "TensorInfo",
     "TensorRow",
+    "TiedAway",
     "UnreadableError",
     "UnsupportedError",
     "UsageError",

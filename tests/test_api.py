@@ -48,8 +48,8 @@ PUBLIC = """
 Beside Changed Check Checkpoint CkptoolError CollisionError ConvertReport DependencyError DiffReport
 FilterReport Finding FormatError Group Histogram IncompleteError InspectReport LimitError LoadPartialReport LossError
 Mapped NoTensorsError OutputError PrefixStats RemapReport Row Rules Saved SchemaReport Stats StrictError TensorInfo
-TensorRow UnreadableError UnsupportedError UsageError ValuesChanged __version__ check_schema convert diff filter inspect
-invert limited load_partial open plan_partial remap save
+TensorRow TiedAway UnreadableError UnsupportedError UsageError ValuesChanged __version__ check_schema convert diff
+filter inspect invert limited load_partial open plan_partial remap save
 """
 
 

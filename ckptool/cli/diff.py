@@ -12,7 +12,7 @@ from ckptool.cli import options, render
 from ckptool.cli.progress import bar
 from ckptool.cli.screens import diff as screen
 from ckptool.errors import UsageError
-from ckptool.ops.diff import KINDS, volume
+from ckptool.ops.diff import HARMLESS, KINDS, volume
 
 
 def command(
@@ -120,7 +120,7 @@ def _schema(
 
 def _kinds(fail_on: list[str] | None) -> set[str]:
     if not fail_on:
-        return set(KINDS) - {"bookkeeping"}
+        return set(KINDS).difference(HARMLESS)
     kinds = {kind.strip() for text in fail_on for kind in text.split(",")}
     unknown = kinds - set(KINDS)
     if unknown:

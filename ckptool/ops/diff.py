@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +12,11 @@ from ckptool.core.tensor import Described, TensorInfo, quantization
 from ckptool.errors import UnsupportedError
 from ckptool.ops.notes import Common, diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
-KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping")
-"""The kinds of differences; all but bookkeeping make two checkpoints differ by default."""
+KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping", "ties")
+"""The kinds of differences; all but `HARMLESS` make two checkpoints differ by default."""
+
+HARMLESS = ("bookkeeping", "ties")
+"""The kinds after which both sides load the same."""
 
 
 class Distance(Protocol):
@@ -59,11 +62,23 @@ class ValuesChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class TiedAway:
+    """A key that only one side has, tied there to one that both have: no value is lost."""
+
+    key: str
+    """The key, as in the side that has it."""
+    only_in: str
+    """That side: ``a`` or ``b``."""
+    tied_to: str
+    """The key of the same elements, that both have."""
+
+
+@dataclass(frozen=True, slots=True)
 class DiffReport:
     """How the weights of A and B differ. Keys are spelled as in A, those only in B as in B."""
 
     same: bool
-    """Nothing differs, bookkeeping aside."""
+    """Nothing differs, bookkeeping and ties aside."""
     equal: int
     """Keys without any difference that was looked for."""
     only_in_a: list[str]
@@ -93,15 +108,16 @@ class DiffReport:
     uncompared: list[str] = field(default_factory=list)
     """Keys whose values were to be compared, of which a side has neither values nor a hash; they are among the equal
     ones."""
+    tied: list[TiedAway] = field(default_factory=list)
+    """Keys that one side leaves out as they are tied in the other; not in ``only_in_a`` or ``only_in_b``."""
     notes: list[str] = field(default_factory=list)
     """What else was noticed."""
 
     def found(self) -> dict[str, int]:
         """Returns {kind: number of differences} for each of `KINDS`."""
-        differing = sum(row.status == "differ" for row in self.values)
-        counts = (self.only_in_a, self.only_in_b, self.shape, self.dtype, differing, self.devices, self.bookkeeping)
-        numbers = [count if isinstance(count, int) else len(count) for count in counts]
-        return dict(zip(KINDS, numbers, strict=True))
+        differing = [row for row in self.values if row.status == "differ"]
+        keys: list[Sized] = [self.only_in_a, self.only_in_b, self.shape, self.dtype, differing, self.devices]
+        return {kind: len(rows) for kind, rows in zip(KINDS, [*keys, self.bookkeeping, self.tied], strict=True)}
 
 
 def diff(
@@ -142,6 +158,9 @@ def diff(
                 (report.bookkeeping if names.is_counter(key) else lone).append(key)
                 report.shapes[key], report.dtypes[key] = _shape(tensors[key]), tensors[key].dtype
         counters[side] = len(report.bookkeeping) - before
+        tied = _tied(tensors, lone, (key for plain, key in plain_keys.items() if plain in others))
+        report.tied.extend(TiedAway(key, side, other) for key, other in tied.items())
+        lone[:] = [key for key in lone if key not in tied]
     if report.uncompared and equal == len(report.uncompared) and not report.values:
         key = report.uncompared[0]
         sides = (first[key], *second.values())
@@ -155,7 +174,7 @@ def diff(
             return _common(sides, compare is not None)
 
         notes += [hint] if (hint := diff_hint(a, b, common)) else []
-    same = not any(count for kind, count in report.found().items() if kind != "bookkeeping")
+    same = not any(count for kind, count in report.found().items() if kind not in HARMLESS)
     return replace(report, same=same, equal=equal, counters=counters)
 
 
@@ -179,6 +198,16 @@ def _tensors(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, s
         tensors.update((f"{key}/{path}", tensor) for path, tensor in inner.items())
         owners.update((f"{key}/{path}", key) for path in inner)
     return tensors, owners
+
+
+def _tied(tensors: Mapping[str, TensorInfo], lone: Sequence[str], both: Iterable[str]) -> dict[str, str]:
+    """Returns {key of ``lone``: the first key of ``both`` that is the same elements of the same memory}."""
+    views = {tensors[key].view for key in lone if tensors[key].numel}
+    first: dict[object, str] = {}
+    for key in both if views else ():
+        if tensors[key].view in views:
+            first.setdefault(tensors[key].view, key)
+    return {key: first[tensors[key].view] for key in lone if tensors[key].view in first}
 
 
 def _same(

@@ -80,13 +80,17 @@ def _headline(report: DiffReport, b: str, compared: bool) -> str:
         equal += " (values not compared, --values does)"
     if counted:
         return f"differ: {', '.join(counted)}; {equal}"
-    but = " but for bookkeeping" if report.bookkeeping else ""
+    harmless = ["bookkeeping"] * bool(report.bookkeeping) + ["ties"] * bool(report.tied)
+    but = f" but for {' and '.join(harmless)}" if harmless else ""
     return f"same{but}: {equal}"
 
 
 def _notes(report: DiffReport) -> list[str]:
     sides = {"A": report.counters.get("a"), "B": report.counters.get("b")}
     lines = [["bookkeeping", f"{count} x num_batches_tracked only in {side}"] for side, count in sides.items() if count]
+    for row in report.tied:
+        side, other = "AB" if row.only_in == "a" else "BA"
+        lines.append(["tied", row.key, f"tied in {side} to {row.tied_to}, left out in {other}"])
     lines += [["note", text] for text in report.notes]
     return render.aligned(lines)
 
