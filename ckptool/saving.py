@@ -18,7 +18,8 @@ from ckptool.core.tree import Global, key_text, nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed, near
 from ckptool.io import tally
 from ckptool.io.output import EXISTS, Output, SetOptions, is_stream, write_stream
-from ckptool.io.source import Files, LocalFile, identity, names_in, same_file
+from ckptool.io.source import Files, LocalFile, identity, names_in
+from ckptool.io.system import canonical, same_file
 from ckptool.text import plural
 from ckptool.values.blocks import changed_values, same_bytes
 
@@ -228,6 +229,7 @@ def _save_file(
             _verify(checkpoint, row, output.finished(), files.beside(progress))
         if options.hash_in_name:
             output.rename(_with_hash(url, output.finished(), progress))
+        files.close()  # not all systems rename a file that is open, or replace one
         output.commit()
         return Saved(output.path, output.position, left_out)
 
@@ -461,7 +463,7 @@ def _check_place(url: str, force: bool, inputs: Sequence[Checkpoint], refusal: s
 
 def same_place(first: str, second: str) -> bool:
     """Returns whether two paths are of one file, which need not exist."""
-    return same_file(first, second) or os.path.realpath(first) == os.path.realpath(second)
+    return same_file(first, second) or canonical(first) == canonical(second)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:

@@ -18,7 +18,7 @@ import ckptool
 from ckptool.cli import progress, render
 from ckptool.cli.terminal import colours
 from ckptool.errors import CkptoolError, UsageError, near, one_of
-from ckptool.io import tally
+from ckptool.io import system, tally
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C. No command returns it."""
@@ -295,10 +295,6 @@ def _fail(error: CkptoolError, command: str, as_json: bool) -> int:
     return error.exit_code
 
 
-ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Signals that end a process by default: from a scheduler, or from a terminal that is closed."""
-
-
 class Interrupted(BaseException):
     """Ctrl-C. After a KeyboardInterrupt inside exec or eval of text, as namedtuple uses them, CPython ends the process
     by the signal, although it was handled."""
@@ -310,7 +306,7 @@ def terminable() -> Iterator[None]:
 
     Signals that are ignored or handled stay so.
     """
-    defaults = {**dict.fromkeys(ENDS, signal.SIG_DFL), signal.SIGINT: signal.default_int_handler}
+    defaults = {**dict.fromkeys(system.ENDS, signal.SIG_DFL), signal.SIGINT: signal.default_int_handler}
     changed = {number: default for number, default in defaults.items() if signal.getsignal(number) == default}
     try:
         for number in changed:

@@ -14,6 +14,7 @@ from ckptool.cli.output import Outputs
 from ckptool.cli.progress import bar
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError, listed
+from ckptool.io import system
 from ckptool.ops.convert import ConvertReport
 from ckptool.ops.notes import changed_lines
 from ckptool.text import plural, size
@@ -72,7 +73,7 @@ def command(
     for source in inputs:
         with failed.kept():
             jobs.append(Job.of(source, ckptool.open(source, root=root, tp_rules=tp_rules), to, output))
-    if len({os.path.realpath(job.path) for job in jobs}) < len(jobs):
+    if len({system.canonical(job.path) for job in jobs}) < len(jobs):
         raise UsageError("two inputs would be written to one name")
 
     def options_of(job: Job) -> saving.SaveOptions:

@@ -18,7 +18,8 @@ from ckptool.directories.names import DCP, Distributed, Names, beside_it, is_par
 from ckptool.errors import CkptoolError, OutputError, explain, listed
 from ckptool.io.leftovers import locked, sweep
 from ckptool.io.output import EXISTS, Output, SetOptions, commit_set
-from ckptool.io.source import Files, LocalFile, names_in, same_file
+from ckptool.io.source import Files, LocalFile, names_in
+from ckptool.io.system import same_file
 
 
 class Place:
@@ -117,6 +118,7 @@ class Place:
             paths = {os.path.basename(output.path): output.finished() for output in outputs}
             if check is not None:
                 check(paths)
+            files.close()  # not all systems rename a file that is open, or replace one
             with locked(self.directory):  # so that sets of concurrent runs are never mixed
                 self.look()
                 commit_set(outputs, self.force)

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
+from ckptool.io import system
 from ckptool.io.source import identity
 
 PARTIAL = re.compile(r"\.(.+)\.([0-9a-f]{8})\.ckptool-(partial|old)", re.DOTALL)
@@ -25,29 +26,11 @@ def short(name: str) -> str:
     return os.fsdecode(os.fsencode(name)[:200])
 
 
-def lock(fd: int) -> bool | None:
-    """Locks a file until it is closed; returns False if another process has it locked, None without lock support."""
-    try:
-        import fcntl
-
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        return None
-    return True
-
-
 @contextlib.contextmanager
 def locked(directory: str) -> Iterator[None]:
     """Holds the lock of a directory, waiting for it; does nothing where locks are not supported."""
-    fd = -1
+    fd = system.lock_directory(directory)
     try:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fd = os.open(directory, os.O_RDONLY)
-            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         if fd >= 0:
@@ -124,16 +107,17 @@ def held(path: str) -> bool:
 
 def _unlocked(path: str, then: Callable[[str], None] | None = None) -> bool:
     """Returns whether it is a regular file that nobody has locked; if so, calls ``then`` while holding the lock."""
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         try:
-            fd = os.open(path, os.O_RDWR | flags)  # NFS locks only files open for writing
+            fd = os.open(
+                path, system.flags("O_RDWR", "O_NOFOLLOW", "O_NONBLOCK")
+            )  # NFS locks only files open for writing
         except PermissionError:
-            fd = os.open(path, os.O_RDONLY | flags)
+            fd = os.open(path, system.flags("O_NOFOLLOW", "O_NONBLOCK"))
     except OSError:
         return False
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or not lock(fd):
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or not system.lock(fd):
             return False
         if then is not None:
             then(path)

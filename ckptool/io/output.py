@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.core.tensor import Span
 from ckptool.errors import OutputError, explain
-from ckptool.io.leftovers import lock, short, sweep
+from ckptool.io import system
+from ckptool.io.leftovers import short, sweep
 from ckptool.io.source import Files, Source, identity
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Output:
         self._sending: Future[None] | None = None
         self._sender: ThreadPoolExecutor | None = None
         self.progress: Callable[[int], None] | None = None
-        target = os.path.realpath(path)
+        target = system.reachable(os.path.realpath(path))
         self._target = target
         directory, name = os.path.split(target)
         self._force = force
@@ -110,7 +111,7 @@ class Output:
 
     def _create(self, directory: str, name: str, run: str | None) -> None:
         """Creates and locks the staging file. Raises: OSError."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        flags = system.flags("O_RDWR", "O_CREAT", "O_EXCL")
         while True:
             self.run = run or os.urandom(4).hex()
             self._temporary = os.path.join(directory, f".{name}.{self.run}.ckptool-partial")
@@ -120,7 +121,7 @@ class Output:
                 self._temporary = ""  # an existing file of that name must not be removed
                 raise
             # Before it was locked, another process may have removed it as that of a killed one.
-            if run is not None or (lock(self._fd) is not False and os.path.lexists(self._temporary)):
+            if run is not None or (system.lock(self._fd) is not False and os.path.lexists(self._temporary)):
                 return
             self._discard()
 
@@ -128,25 +129,18 @@ class Output:
         """Sets the owner, and permissions for the owner only; returns the final permissions. Raises: OSError."""
         status = os.fstat(self._fd)
         self._new = replaced is None
-        if not hasattr(os, "fchmod"):
-            return stat.S_IMODE(status.st_mode)
-        if replaced is not None and hasattr(os, "fchown"):
-            for owner in ((replaced.st_uid, replaced.st_gid), (-1, replaced.st_gid)):
-                if owner[1] == status.st_gid and owner[0] in (-1, status.st_uid):
-                    break
-                with contextlib.suppress(OSError):  # only root can change the owner
-                    os.fchown(self._fd, *owner)
-                    break
-        with contextlib.suppress(PermissionError):  # a file system without permissions
-            os.fchmod(self._fd, 0o600)
+        for owner in ((replaced.st_uid, replaced.st_gid), (-1, replaced.st_gid)) if replaced else ():
+            if owner[1] == status.st_gid and owner[0] in (-1, status.st_uid):
+                break
+            if system.give(self._fd, *owner):
+                break
+        system.permit(self._fd, 0o600)
         return stat.S_IMODE(status.st_mode if replaced is None else replaced.st_mode) & 0o777
 
     def _permit(self) -> None:
         """Sets the permissions of the finished file; its owner can always read it."""
         mode = self._mode & (self.readers | 0o400) if self._new else self._mode
-        if hasattr(os, "fchmod"):
-            with contextlib.suppress(PermissionError):
-                os.fchmod(self._fd, mode)
+        system.permit(self._fd, mode)
 
     def __del__(self) -> None:
         if self._pending_name:  # interrupted before `with` was entered
@@ -179,10 +173,10 @@ class Output:
 
     def reserve(self, nbytes: int) -> None:
         """Allocates disk space, so that a full disk fails at once; does nothing where this is not supported."""
-        if not nbytes or not hasattr(os, "posix_fallocate"):
+        if not nbytes:
             return
         try:
-            os.posix_fallocate(self._fd, 0, nbytes)
+            system.allocate(self._fd, nbytes)
         except OverflowError as error:
             raise OutputError(f"no room for {nbytes} bytes: no file can be as large", self.path) from error
         except OSError as error:
@@ -247,7 +241,7 @@ class Output:
         try:
             while done < len(view):
                 piece = view[done : done + WRITE - (at + done) % WRITE]
-                done += os.pwrite(self._fd, piece, at + done)
+                done += system.pwrite(self._fd, piece, at + done)
             if self.fsync and at + done - self._sent >= AHEAD:
                 self._send(at + done)
         except OSError as error:
@@ -263,7 +257,7 @@ class Output:
             from concurrent.futures import ThreadPoolExecutor
 
             self._sender = ThreadPoolExecutor(1)
-        self._sending = self._sender.submit(os.fdatasync, self._fd)
+        self._sending = self._sender.submit(system.datasync, self._fd)
         self._sent = end
 
     def _sent_all(self) -> None:
@@ -307,11 +301,13 @@ class Output:
         self.finished()
         try:
             self._identity = identity(self._temporary)
+            if not system.renames_open_files():
+                self._close()
             self._publish()
             self._pending_name = False
             self.close()  # only after the rename: an unlocked staging file is removed by others
             if self.fsync:
-                _sync_directory(os.path.dirname(self._target))
+                system.sync_directory(os.path.dirname(self._target))
         except OSError as error:
             raise self._failed(error) from error
 
@@ -432,16 +428,3 @@ def _undo(outputs: Iterable[Output], error: BaseException) -> None:
             f"{error}; and what was there cannot have its names again ({explain(second)}): "
             "it is kept beside them as .NAME.xxxxxxxx.ckptool-old"
         ) from error
-
-
-def _sync_directory(directory: str) -> None:
-    if os.name != "posix":
-        return
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, OutputError, UnreadableError, explain
-from ckptool.io import tally
+from ckptool.io import system, tally
 
 Bytes = bytes | memoryview
 
@@ -92,7 +92,7 @@ class LocalFile(Source):
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+            self.fd = os.open(system.reachable(path), system.flags("O_NONBLOCK"))
         except FileNotFoundError:
             what = "no such file or directory"
             if os.path.islink(path):
@@ -129,9 +129,9 @@ class LocalFile(Source):
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise FormatError(f"bytes {offset}-{offset + nbytes} are wanted of a file of {self.size}", self.path)
         try:
-            data = os.pread(self.fd, nbytes, offset)
+            data = system.pread(self.fd, nbytes, offset)
             while len(data) < nbytes:
-                more = os.pread(self.fd, nbytes - len(data), offset + len(data))
+                more = system.pread(self.fd, nbytes - len(data), offset + len(data))
                 if not more:
                     raise FormatError(f"it became shorter while it was read (at byte {offset + len(data)})", self.path)
                 data += more
@@ -154,7 +154,7 @@ class LocalFile(Source):
             filled = 0
             while filled < len(piece):
                 try:
-                    got = os.preadv(self.fd, [piece[filled:]], offset + filled)
+                    got = system.pread_into(self.fd, piece[filled:], offset + filled)
                 except OSError as error:
                     raise UnreadableError(f"reading at byte {offset + filled}: {explain(error)}", self.path) from error
                 if not got:
@@ -172,21 +172,10 @@ class LocalFile(Source):
         return memoryview(mmap(self.fd, ahead + nbytes, access=ACCESS_READ, offset=offset - ahead))[ahead:]
 
     def read_ahead(self) -> None:
-        if hasattr(os, "posix_fadvise"):  # doubles the speed of a cold read
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        system.read_ahead(self.fd)
 
     def clone(self, fd: int, offset: int, nbytes: int, to: int) -> bool:
-        try:
-            import fcntl
-
-            fcntl.ioctl(fd, _FICLONERANGE, struct.pack("qQQQ", self.fd, offset, nbytes, to))
-        except (ImportError, OSError):
-            return False
-        return True
-
-
-_FICLONERANGE = 0x4020940D
-"""``_IOW(0x94, 13, struct file_clone_range)`` of ``linux/fs.h``."""
+        return system.clone(self.fd, offset, nbytes, fd, to)
 
 
 class Section(Source):
@@ -485,11 +474,3 @@ def names_in(directory: str) -> list[str]:
         return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def same_file(first: str, second: str) -> bool:
-    """Returns whether two paths name one existing file, through links too."""
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False

@@ -7,7 +7,6 @@ Results do not depend on the number of threads, nor on which of them read what.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptool.core.tensor import Span, TensorInfo, storage_range
 from ckptool.errors import FormatError
+from ckptool.io import system
 from ckptool.io.source import Bytes, Files
 from ckptool.values.blocks import storage_blocks, tensor_blocks
 
@@ -81,7 +81,7 @@ def read(jobs: Sequence[Job], files: Files, threads: int | None = None) -> None:
     """
     units = list(_units(jobs))
     total = sum(job.nbytes for job in jobs)
-    threads = min(threads or min(THREADS, _cores()), len(units)) if total > BATCH else 1
+    threads = min(threads or min(THREADS, system.cores()), len(units)) if total > BATCH else 1
     if threads <= 1:
         worker = _Worker(files)
         for unit in units:
@@ -131,10 +131,6 @@ def _add(piece: _Piece) -> None:
         job.found_moments = piece.moments
     else:
         job.found_moments.add(piece.moments)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Worker:

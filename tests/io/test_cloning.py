@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ckptool import open as open_checkpoint
 from ckptool import remap, save
 from ckptool.io import output as outputs
-from ckptool.io import source
+from ckptool.io import system
 from ckptool.io.output import CLONED, Output
 from ckptool.io.source import LocalFile
 
@@ -87,7 +87,7 @@ def test_where_it_cannot_be_done_the_bytes_are_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Callable[..., Path]
 ) -> None:
     monkeypatch.setattr(outputs, "WORTH_CLONING", CLONED)
-    monkeypatch.setattr(source, "_FICLONERANGE", 0)  # no file system knows this request
+    monkeypatch.setattr(system, "_FICLONERANGE", 0)  # no file system knows this request
     state = states()["one large"]
     save(open_checkpoint(saved(state)), tmp_path / "out.pth")
     assert torch.equal(torch.load(tmp_path / "out.pth")["w"], state["w"])

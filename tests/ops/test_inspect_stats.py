@@ -22,6 +22,7 @@ import ckptool
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.findings import Stats
 from ckptool.errors import FormatError
+from ckptool.io import system
 from ckptool.io.source import Files
 from ckptool.values import scan, stats
 from ckptool.values.codec import count_special, has_values
@@ -405,7 +406,7 @@ def test_the_figures_do_not_depend_on_the_threads(saved: Saved, monkeypatch: pyt
     found = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(scan, "THREADS", threads)
-        monkeypatch.setattr(scan, "_cores", lambda: 8)
+        monkeypatch.setattr(system, "cores", lambda: 8)
         told: list[int] = []
         report = ckptool.inspect(path, stats=True, hashes=True, progress=told.append)
         assert sum(told) == sum(tensor.nbytes for tensor in tensors.values())
@@ -419,7 +420,7 @@ def test_what_fails_in_a_thread_is_raised_where_it_was_asked_for(saved: Saved, m
     path = saved({f"t{number}": torch.randn(200_000) for number in range(10)})
     checkpoint = ckptool.open(path)
     monkeypatch.setattr(scan, "BATCH", 1 << 16)
-    monkeypatch.setattr(scan, "_cores", lambda: 4)
+    monkeypatch.setattr(system, "cores", lambda: 4)
     with path.open("ab") as file:
         file.write(b"x")
     with pytest.raises(FormatError, match="was changed since it was opened"):
@@ -431,7 +432,7 @@ def test_an_interrupt_ends_the_threads(saved: Saved, monkeypatch: pytest.MonkeyP
 
     path = saved({f"t{number}": torch.randn(500_000) for number in range(20)})
     monkeypatch.setattr(scan, "BATCH", 1 << 16)
-    monkeypatch.setattr(scan, "_cores", lambda: 4)
+    monkeypatch.setattr(system, "cores", lambda: 4)
 
     def impatient(nbytes: int) -> None:
         raise KeyboardInterrupt

@@ -15,6 +15,7 @@ from oracles import Run, Saved
 
 import ckptool
 from ckptool.core.findings import Histogram
+from ckptool.io import system
 from ckptool.values import histogram, scan, stats
 from ckptool.values.codec import decode
 from ckptool.values.stats import Moments, Workspace
@@ -172,7 +173,7 @@ def test_of_a_large_tensor_a_sample_is_counted_whatever_the_threads(
         edges = [one.start + number * one.width for number in range(len(one.counts) + 1)]
         share = np.histogram(values.float().numpy(), edges)[0] / 700_000
         assert np.abs(np.array(one.counts) / total - share).max() < 0.005
-    monkeypatch.setattr(scan, "_cores", lambda: 8)
+    monkeypatch.setattr(system, "cores", lambda: 8)
     again = {row.key: row.stats.histogram for row in ckptool.inspect(path, stats=True).tensors if row.stats}
     assert again == found
 
