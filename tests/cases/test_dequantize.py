@@ -140,7 +140,7 @@ def test_layouts_that_shapes_settle(
         monkeypatch.setattr(blocks, "storage_blocks", pieces)
     weight, scale = numbers(*shape), scales(*scaled)
     save_file({"l.weight": weight, "l.weight_scale": scale}, "in.safetensors")
-    for dtype in (torch.float32, BF16, torch.float16):
+    for dtype in (BF16,) if small else (torch.float32, BF16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         ckptool.convert("in.safetensors", "out.pth", dtype=name, dequantize=True, verify=False, force=True)
         found = load("out.pth")
@@ -372,7 +372,7 @@ def told(run: Run, *args: str) -> str:
     """Runs a command for text and for JSON, which must say the same about weights; returns that note, or ""."""
     said = []
     for more in ([], ["--json"]):
-        code, out, err = run(*args, "-o", "out.safetensors", "--force", *more)
+        code, out, err = run(*args, "-o", "out.safetensors", "--dry-run", *more)
         assert code == 0, err
         lines = json.loads(out)["notes"] if more else f"{out}{err}".splitlines()
         found = [re.search("weights (kept|left|whose).*", line) for line in lines]

@@ -455,7 +455,7 @@ def test_a_stride_beyond_counting_of_a_dimension_of_1_is_no_matter(
     assert (found.shape, found.stride) == ((2, 1), (0, 1))
 
 
-@pytest.mark.parametrize("count", [1 << 30, 1 << 40, 1 << 60], ids=hex)
+@pytest.mark.parametrize("count", [pytest.param(1 << 30, marks=pytest.mark.slow), 1 << 40, 1 << 60], ids=hex)
 def test_a_view_that_sees_its_storage_without_end_is_not_read(count: int, hold: Callable[[bytes], bool]) -> None:
     data = view([count], [0])
     assert hold(data)

@@ -205,8 +205,14 @@ def holdable_tensor(tensor: torch.Tensor) -> bool:
     return plain and tensor.dtype not in (torch.complex128, torch.complex32) and "bits" not in str(tensor.dtype)
 
 
-@pytest.mark.parametrize("way", ["safetensors", "sharded"])
-@pytest.mark.parametrize("name", [name for name in GOOD if name not in MALICIOUS])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=[pytest.mark.slow] if at % 2 == (way == "sharded") else [])
+        for at, name in enumerate(name for name in GOOD if name not in MALICIOUS)
+        for way in ("safetensors", "sharded")
+    ],
+)
 def test_a_sample_goes_there_and_comes_back(name: str, way: str, convert: Callable[..., Any], saved: Saved) -> None:
     expected = sample_state(name)
     source = PLACES[name]

@@ -83,7 +83,7 @@ def test_quantised_bytes_have_no_values_of_their_own() -> None:
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", *EIGHT_BITS, "float4_e2m1fn_x2"])
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 3, 8, 1001])
+@pytest.mark.parametrize("count", [1, 3, 1001])
 def test_in_any_order_the_values_are_the_same(name: str, special: bool, count: int) -> None:
     """And two tensors come in the same order, whether they hold NaN and infinities or not."""
     codes = np.random.default_rng(count).integers(0, 256, count * max(DTYPES[name].bits // 8, 1), "u1")
