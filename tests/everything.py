@@ -44,6 +44,15 @@ EVERY = [
     "arrays.joblib",
 ]
 
+LIKE_OTHERS = (
+    "resnet_122.pth", "resnet_ddp.pth", "resnet_new.pth", "resnet_nested.pth", "ema.pth", "leaves.pth",
+    "lightning.ckpt", "protocol4.pth", "malicious.pt", "resnet_old.safetensors", "dtypes.safetensors", "sharded_bin",
+    "array.npy",
+)  # fmt: skip
+"""Fixtures whose weights are of the same kinds as another's, from a container of which another is here too."""
+
+OF_EVERY_KIND = [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else []) for name in EVERY]
+
 # What safetensors has no place for; every other fixture must be writable.
 NOT_IN_SAFETENSORS = {
     "dtypes.pth": {"complex128", "complex32", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2"},

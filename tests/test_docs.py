@@ -34,7 +34,8 @@ def test_running_the_transcripts_leaves_the_fixtures_as_they_were():
 
 
 def test_the_reference_of_json_is_what_the_dataclasses_say_and_describes_every_field():
-    assert {path: path.read_text() for path in json_reference.made()} == json_reference.made(), "run `make golden`"
+    made = json_reference.made()
+    assert {path: path.read_text() for path in made} == made, "run `make golden`"
     lacking = [
         f"{kind.__name__}.{name}"
         for result in json_reference.RESULTS.values()

@@ -88,6 +88,9 @@ def dynamic(net: nn.Module, dtype: torch.dtype = torch.qint8) -> nn.Module:
     return quantization.quantize_dynamic(net, kinds, dtype=dtype)
 
 
+GRAPHS = ("compiled graph", "reference graph")
+"""What takes long to make, and is as other graphs are."""
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "static linear": lambda: static(Added(), 2, 4),
     "static convolutions": static_convolutions,
@@ -106,7 +109,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in GRAPHS else []) for name in MODELS]
+)
 def test_the_keys_are_exactly_those_of_the_live_state_dict(name: str, saved: Saved) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()

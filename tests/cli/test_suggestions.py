@@ -91,10 +91,10 @@ def test_an_option_without_its_value_is_known(run: Run) -> None:
     assert (code, "no such option" in err, "--root" in err) == (2, False, True)
 
 
-def test_a_word_of_a_million_letters_is_answered_at_once() -> None:
+def test_a_word_of_two_hundred_thousand_letters_is_answered_at_once() -> None:
     import time
 
     begin = time.process_time()
-    assert near("x" * 1_000_000, ["inspect", "diff"]) == ""
-    assert keys.near_pattern("x" * 1_000_000, [f"layers.{i}.w" for i in range(100_000)]) == ""
-    assert time.process_time() - begin < 5
+    assert near("x" * 200_000, ["inspect", "diff"]) == ""
+    assert keys.near_pattern("x" * 200_000, [f"layers.{i}.w" for i in range(20_000)]) == ""
+    assert time.process_time() - begin < 2

@@ -123,10 +123,10 @@ def test_an_elided_text_has_the_room_and_both_ends(room: int) -> None:
         assert short == text or (short[0] == text[0] and short[-1] == text[-1] and tables.width(short) >= room - 2)
 
 
-def test_a_key_of_a_million_letters_is_cut_at_once() -> None:
+def test_a_key_of_two_hundred_thousand_letters_is_cut_at_once() -> None:
     import time
 
     begin = time.process_time()
-    for key in ("1." * 500_000, "重" * 1_000_000, "9" * 1_000_000):
+    for key in ("1." * 100_000, "重" * 200_000, "9" * 200_000):
         assert all(tables.width(line) <= 80 for line in tables.fitted([[key, "2", "float32"]] * 3, 2, 80))
-    assert time.process_time() - begin < 3
+    assert time.process_time() - begin < 1

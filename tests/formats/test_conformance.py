@@ -20,6 +20,7 @@ import torch
 from everything import (
     EVERY,
     NOT_IN_SAFETENSORS,
+    OF_EVERY_KIND,
     RANKS,
     SAFETENSORS,
     SAME_MEMORY,
@@ -182,15 +183,6 @@ LIMIT = 4096
 """Bytes of a shard: most fixtures have several then."""
 
 WAYS = [row.name for row in ROWS.values() if row.writes]
-
-LIKE_OTHERS = (
-    "resnet_122.pth", "resnet_ddp.pth", "resnet_new.pth", "resnet_nested.pth", "ema.pth", "leaves.pth",
-    "lightning.ckpt", "protocol4.pth", "malicious.pt", "resnet_old.safetensors", "dtypes.safetensors", "sharded_bin",
-    "array.npy",
-)  # fmt: skip
-"""Fixtures whose weights are of the same kinds as another's, from a container of which another is here too."""
-
-OF_EVERY_KIND = [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else []) for name in EVERY]
 
 
 def holds(way: str, tensor: TensorInfo) -> bool:

@@ -219,7 +219,7 @@ SMALL, BIG = 70_016, 1_250_000_000
 """Elements of a tensor of float64 that a library writes, and of the one that is made of it: 10 GB of zeros, a hole."""
 
 FULL = torch.ones(SMALL, dtype=torch.float64).numpy().tobytes()
-OTHERS = 500
+OTHERS = 150
 """Small tensors whose names come before its, so that they are first in every file."""
 
 Pieces = list[bytes | int]

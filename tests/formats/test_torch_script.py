@@ -14,8 +14,8 @@ import torch
 from oracles import FIXTURES, Run, assert_identical, assert_same_tensors, tree_equal
 from torch import nn
 
+from ckptool import limited, save
 from ckptool import open as open_checkpoint
-from ckptool import save
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 
 
@@ -412,7 +412,7 @@ def test_submodules_shared_at_every_level_stay_bounded(tmp_path: Path) -> None:
         pickled += (
             b"c__torch__\nM\n)\x81}(X\x01\0\0\0ah" + bytes([level]) + b"X\x01\0\0\0bh" + bytes([level]) + b"ubq" + put
         )
-    with pytest.raises(LimitError):
+    with pytest.raises(LimitError), limited(MAX_STEPS=500_000, MAX_SHARED=10_000, MAX_SHARED_PARTS=500):
         open_checkpoint(by_hand(tmp_path / "m.pt", pickled))
 
 

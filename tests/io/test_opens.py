@@ -28,14 +28,16 @@ print(*opened, sep="\\n", file=sys.stderr)
 @pytest.mark.parametrize(
     ("args", "most"),
     [
-        (["filter", "--match", NEW, OLD, "-o", "out.pth"], 2),
+        pytest.param(["filter", "--match", NEW, OLD, "-o", "out.pth"], 2, marks=pytest.mark.slow),
         (["filter", "--match", NEW, OLD, "-o", "out.safetensors", "--verify"], 2),
-        (["convert", NEW, "-o", "out.safetensors"], 2),
+        pytest.param(["convert", NEW, "-o", "out.safetensors"], 2, marks=pytest.mark.slow),
         (["convert", NEW, "-o", "out", "--to", "sharded"], 2),
         (["convert", FIXTURES / "resnet_legacy.pth", "-o", "out.pth"], 2),
-        (["inspect", NEW], 1),
+        pytest.param(["inspect", NEW], 1, marks=pytest.mark.slow),
         (["inspect", "--stats", "--hash", "--check", NEW], 2),
-        (["inspect", "--stats", "--hash", "--check", FIXTURES / "resnet_old.safetensors"], 2),
+        pytest.param(
+            ["inspect", "--stats", "--hash", "--check", FIXTURES / "resnet_old.safetensors"], 2, marks=pytest.mark.slow
+        ),
         (["diff", NEW, OLD], 1),
         (["diff", "--values", NEW, OLD], 2),
     ],

@@ -16,7 +16,7 @@ import pytest
 import record
 import torch
 from converting import assert_same_state
-from everything import EVERY, GOOD, MALICIOUS, NOT_IN_SAFETENSORS, PLACES, TORCH, at_root, truth
+from everything import GOOD, MALICIOUS, NOT_IN_SAFETENSORS, OF_EVERY_KIND, PLACES, TORCH, at_root, truth
 from oracles import (
     FIXTURES,
     Run,
@@ -57,7 +57,7 @@ def holdable(name: str, saved: Saved) -> tuple[Path, State]:
     return saved(kept), kept
 
 
-ROUND = [name for name in EVERY if name not in ("resnet_module.pth", "tar_2016.pth")]
+ROUND = [case for case in OF_EVERY_KIND if case.values[0] not in ("resnet_module.pth", "tar_2016.pth")]
 
 
 def in_file_order(name: str, expected: State) -> State:

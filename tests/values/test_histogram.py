@@ -56,7 +56,7 @@ SHAPES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 100, 5000, stats.PIECE + 7])
+@pytest.mark.parametrize("size", [2, 5000, stats.PIECE + 7])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_counts_of_floats_are_numpys(dtype: str, shape: str, size: int) -> None:
