@@ -146,6 +146,21 @@ def test_we_take_what_the_library_takes_and_no_more(seed: int, tmp_path: Path) -
         assert we_take(path) == library_takes(path), whole
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "nbytes"),
+    [((0, 4), (8, 12), 12), ((4, 8), (8, 12), 12), ((0, 4), (2, 6), 6), ((0, 4), (0, 4), 4), ((0, 4), (4, 8), 12)],
+    ids=["a hole between", "a hole before", "an overlap", "one range twice", "bytes behind"],
+)
+def test_data_that_no_tensor_has_or_two_have_are_refused(
+    first: tuple[int, int], second: tuple[int, int], nbytes: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of({"a": entry("F32", [1], *first), "b": entry("F32", [1], *second)}, bytes(nbytes)))
+    assert not library_takes(path)
+    with pytest.raises(FormatError, match=r"leaves a hole|overlaps|describes 8 bytes of data, the file has 12"):
+        read(str(path))
+
+
 def test_the_differential_test_sees_both_answers(tmp_path: Path) -> None:
     answers = []
     for seed in range(10):
