@@ -72,6 +72,12 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def folding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shows alike keys as one line, as on a terminal."""
+    monkeypatch.setenv("CKPTOOL_FOLD", "1")
+
+
+@pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command line in this process: (exit code, stdout, stderr). JSON must be as its published schema has it."""
 

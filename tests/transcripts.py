@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
 FILES = [
@@ -52,12 +54,18 @@ def ckptool(args: list[str]) -> str:
 
 
 def run(command: str) -> str:
-    """Returns what a command of a transcript prints; ckptool runs in this process, anything else in a shell."""
+    """Returns what a command of a transcript prints; ckptool runs in this process, anything else in a shell.
+
+    Alike keys are one line, as on a terminal, unless a pipe or a file gets them.
+    """
     words = shlex.split(command)
-    if words[0] == "ckptool" and not {"|", ">", "&&", ";"} & set(words):
-        return ckptool(words[1:])
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    piped = {"|", ">"} & set(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CKPTOOL_FOLD", "0" if piped else "1")
+        if words[0] == "ckptool" and not piped and not {"&&", ";"} & set(words):
+            return ckptool(words[1:])
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     return done.stdout + done.stderr + (f"exit {done.returncode}\n" if done.returncode else "")
 
 

@@ -39,7 +39,8 @@ def command(
         str | None, typer.Option(metavar="PATH", help="Where the weights are, steps joined with /.")
     ] = None,
     tp_rules: options.TpRules = None,
-    flat: Annotated[bool, typer.Option("--flat", help="One line per tensor; fold nothing.")] = False,
+    flat: Annotated[bool, typer.Option("--flat", help="One line per tensor, as in a pipe; fold nothing.")] = False,
+    fold: Annotated[bool, typer.Option("--fold", help="One line for alike keys, in a pipe too.")] = False,
     keys_only: Annotated[bool, typer.Option("--keys", help="Only the keys, one per line.")] = False,
     depth: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sum up all keys below N levels.")] = None,
     sort: Annotated[
@@ -86,8 +87,8 @@ def command(
         raise UsageError("--keys goes with none of --depth, --json, --stats, --hash and --check")
     if depth and hashes:
         raise UsageError("--hash is of single tensors: it does not go with --depth")
-    if flat and depth:
-        raise UsageError("--flat and --depth contradict each other")
+    if flat and (depth or fold):
+        raise UsageError(f"--flat and {'--depth' if depth else '--fold'} contradict each other")
     if (fail_on or allow) and not check:
         raise UsageError("--fail-on and --allow go with --check")
     if update_lock and lock is None:
@@ -145,10 +146,12 @@ def command(
             lines += ([render.safe(prefix)] if prefix else []) + screen.summed(rows, depth, prefix, report.prefixes)
         elif stats or hashes:
             lines += screen.valued(rows + [row for row in report.inside if row.hash], stats)
-        elif flat or sort:
+        elif flat or sort or not (fold or check or render.folds()):
             lines += screen.flat(rows)
         elif not check:
             lines += ([render.safe(prefix)] if prefix else []) + screen.folded(rows, prefix)
+        if len(lines) > screen.LONG and render.folds() and not (depth or flat or hashes):
+            lines += screen.shorter(rows, prefix)
         render.show(lines if lines[-1] else lines[:-1])
     return failed.end() or int(any(report.check and report.check.fails for report in reports))
 
@@ -211,9 +214,9 @@ def _keys(report: InspectReport) -> list[str]:
 def _chosen(report: InspectReport, include: list[str], exclude: list[str], sort: Order | None) -> list[TensorRow]:
     choose = keys.chooser(include, exclude)
     rows = [row for row in report.tensors if choose(row.key)] if include or exclude else report.tensors
-    orders: dict[Order, Callable[[TensorRow], tuple[int, str]]] = {
-        Order.key: lambda row: (0, row.key),
-        Order.numel: lambda row: (-math.prod(row.shape or ()), row.key),
-        Order.nbytes: lambda row: (-row.nbytes, row.key),
+    orders: dict[Order, Callable[[TensorRow], tuple[int, list[Any]]]] = {
+        Order.key: lambda row: (0, keys.natural(row.key)),
+        Order.numel: lambda row: (-math.prod(row.shape or ()), keys.natural(row.key)),
+        Order.nbytes: lambda row: (-row.nbytes, keys.natural(row.key)),
     }
     return sorted(rows, key=orders[sort]) if sort else rows

@@ -12,7 +12,6 @@ from ckptool import formats
 from ckptool.cli import options, render
 from ckptool.cli.options import Texts
 from ckptool.cli.output import Outputs, heading
-from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.ops.remap import RemapReport
@@ -111,19 +110,20 @@ def _lines(report: RemapReport, begin: str) -> list[str]:
     lines = render.headline(begin + ", ".join(parts))
     lines += render.aligned(_renamed(report), keys=True)
     made_rows = [(f"{', '.join(row.old)} -> {row.new}", row.op) for row in report.map if row.op != "rename"]
-    lines += render.aligned([[name, made_rows[members[0]][1]] for name, members in keys.fold(made_rows)], keys=True)
-    lines += render.aligned([["dropped", name] for name, _ in keys.fold([(key, None) for key in report.dropped])])
+    lines += render.aligned([[name, made_rows[members[0]][1]] for name, members in render.fold(made_rows)], keys=True)
+    lines += render.aligned([["dropped", name] for name, _ in render.fold([(key, None) for key in report.dropped])])
     lines += render.aligned([["note", text] for text in report.notes])
     lines += render.aligned([["unused", text] for text in report.unused_rules])
     return lines
 
 
 def _renamed(report: RemapReport) -> list[list[str]]:
-    """Returns a line per kind of rename, without equal last segments: ``module.layer1 -> stages.1``."""
+    """Returns a line per kind of rename, ``module.layer1 -> stages.1``, without equal last segments; else per key."""
     counts: Counter[tuple[str, str]] = Counter()
-    for row in report.map:
-        if row.op != "rename" or row.old == [row.new]:
-            continue
+    renamed = [row for row in report.map if row.op == "rename" and row.old != [row.new]]
+    if not render.folds():
+        return [[row.old[0], "->", row.new] for row in renamed]
+    for row in renamed:
         if row.new.endswith(f".{row.old[0]}"):  # a fast path: a prefix is often added to every key
             counts["", row.new[: -len(row.old[0]) - 1]] += 1
             continue

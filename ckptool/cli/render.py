@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,24 @@ def show(lines: Iterable[str]) -> None:
 
 quiet = False
 """Whether a run says nothing but its result and errors (``--quiet``)."""
+
+
+def folds() -> bool:
+    """Returns whether alike keys are shown as one line: as CKPTOOL_FOLD says (0 or 1), else on a terminal.
+
+    Elsewhere every key has a line of its own, so that grep finds it.
+    """
+    given = os.environ.get("CKPTOOL_FOLD")
+    return given != "0" if given else sys.stdout.isatty()
+
+
+def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
+    """Returns (name, positions of the rows it stands for): alike keys as one, if `folds`, else every key."""
+    if not folds():
+        return [(key, [position]) for position, (key, _) in enumerate(rows)]
+    from ckptool.core import keys
+
+    return keys.fold(rows)
 
 
 def note(text: str) -> None:

@@ -81,6 +81,7 @@ class Checkpoint:
     ``problems`` are the contradictions of shards and index; ``broken``: tensors are missing. ``trailing`` says what
     follows the end of the content in the file, if anything does. ``notes`` say by which rule one of several sets in a
     directory was read, and what else lies there. ``ranks``: the parts that a tree of several ranks lists, not joined.
+    ``files``: the names of the files that its tensors were found in, where the format has several.
     """
 
     tree: Any
@@ -95,6 +96,7 @@ class Checkpoint:
     trailing: str = ""
     notes: tuple[str, ...] = ()
     ranks: tuple[Rank, ...] = ()
+    files: tuple[str, ...] = ()
     _cache: dict[Path, dict[str, tuple[Path, Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def rooted(self, root: str | Path | None) -> Checkpoint:

@@ -250,12 +250,67 @@ def number_ranges(numbers: Iterable[int]) -> str:
     return parts[0] if len(ordered) == 1 else "{" + ",".join(parts) + "}"
 
 
-def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
-    """Returns keys that differ only in numbers as one: (``layers.{0..11}.w``, positions of the rows it covers).
+def natural(name: str) -> list[Any]:
+    """Returns a key for natural sorting: numbers by value, that is, by length and then by digits.
 
-    ``rows`` are (key, value): only rows of equal values fold, so the folded line is true of each of its keys.
-    The groups are in the order of their first rows.
+    >>> sorted(["layers.10.w", "layers.2.w", "bias"], key=natural)
+    ['bias', 'layers.2.w', 'layers.10.w']
     """
+    parts = re.split(r"(\d+)", name)
+    digits = [part.lstrip("0") for part in parts[1::2]]
+    return [
+        *parts[:1],
+        *(step for number, text in zip(digits, parts[2::2], strict=True) for step in ((len(number), number), text)),
+    ]
+
+
+def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
+    """Returns alike keys as one: (``layers.{0..11}.norm.{weight,bias}``, positions of the rows it covers).
+
+    Alike are tensors of one module, and keys that differ only in numbers. ``rows`` are (key, value): only rows of
+    equal values fold, so the folded line is true of each of its keys. The groups are in the order of their first rows.
+    """
+    modules = _siblings(rows)
+    folded = _numbered([(name, (equal, len(members))) for name, equal, members in modules])
+    return [(name, sorted(member for at in positions for member in modules[at][2])) for name, positions in folded]
+
+
+def ranges(keys: Iterable[str]) -> list[str]:
+    """Returns keys for a message, those that differ only in numbers as one: ``layers.{0..11}.w``."""
+    return [name for name, _ in _numbered([(key, None) for key in keys])]
+
+
+SIBLINGS = 8
+"""Most tensors of one module that are shown as one: a line of more names is longer than it is clear."""
+
+
+def _siblings(rows: Sequence[tuple[str, object]]) -> list[tuple[str, object, list[int]]]:
+    """Returns (``norm.{weight,bias}``, their value, their positions) of the tensors of a module that have equal values.
+
+    Names with numbers stay, to fold over the modules' numbers with their own.
+    """
+    groups: dict[tuple[str, object], dict[str, int]] = {}
+    alone: list[tuple[str, object, list[int]]] = []
+    for position, (key, equal) in enumerate(rows):
+        parent, dot, leaf = key.rpartition(".")
+        group = groups.setdefault((parent + dot, equal), {})
+        if leaf in group or not _is_word(leaf):
+            alone.append((key, equal, [position]))
+        else:
+            group[leaf] = position
+    for (parent, equal), leaves in groups.items():
+        if 1 < len(leaves) <= SIBLINGS:
+            alone.append((f"{parent}{{{','.join(leaves)}}}", equal, [*leaves.values()]))
+        else:
+            alone += [(parent + leaf, equal, [position]) for leaf, position in leaves.items()]
+    return sorted(alone, key=lambda row: row[2][0])
+
+
+_is_word = re.compile("[A-Za-z_]+").fullmatch
+
+
+def _numbered(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
+    """Returns keys that differ only in numbers as one: (``layers.{0..11}.w``, positions of the rows it covers)."""
     parts = [re.split(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)", key) for key, _ in rows]
     groups: dict[tuple[tuple[str, ...], object], list[int]] = {}
     for position, (pieces, (_, equal)) in enumerate(zip(parts, rows, strict=True)):

@@ -111,7 +111,8 @@ def _opened(
     nbytes += sum(os.path.getsize(staged.get(name) or os.path.join(directory, name)) for name in files)
     url = os.path.join(directory, files[0])
     every = tuple(dict.fromkeys((*saved.names, *reader.names, *(name for one, _ in merged for name in one.names))))
-    return Checkpoint(tree, format=LABEL, url=url, nbytes=nbytes, names=every, notes=notes)
+    held = tuple(sorted(map(os.path.basename, reader.used)))
+    return Checkpoint(tree, format=LABEL, url=url, nbytes=nbytes, names=every, notes=notes, files=held)
 
 
 def _merge(

@@ -105,6 +105,7 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
         problems=(f"there is no file of {listed(absent, 5)}: what was in them is missing",) if absent else (),
         broken=bool(absent),
         notes=tuple(text for text, some in said.items() if some),
+        files=tuple(file.name for file in found),
     )
 
 

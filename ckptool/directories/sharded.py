@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint, plain
+from ckptool.core.keys import natural
 from ckptool.core.tensor import TensorInfo
 from ckptool.directories import deepspeed_files, sets
 from ckptool.directories.names import INDEX, Names, named, output_names
@@ -83,7 +83,7 @@ def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
     twice: dict[str, list[str]] = {}
     trailing: list[str] = []
     nbytes = file.size
-    shards = sorted(set(weight_map.values()), key=_natural)
+    shards = sorted(set(weight_map.values()), key=natural)
     for shard in shards:
         path = os.path.join(directory, shard)
         if not os.path.exists(path):
@@ -115,6 +115,7 @@ def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
         broken=broken,
         trailing="; ".join(trailing),
         notes=(*aliases.doubts(tree, said), *lost),
+        files=tuple(shard for shard in shards if shard not in missing),
     )
     return opened, shards
 
@@ -164,16 +165,6 @@ def _wrong_size(index: dict[str, Any], tree: dict[str, TensorInfo]) -> list[str]
     single = {tensor.view: tensor.nbytes for tensor in tree.values()}
     each, stored = sum(tensor.nbytes for tensor in tree.values()), sum(single.values())
     return [] if total in (each, stored) else [f"total_size says {total}, the tensors have {stored} bytes"]
-
-
-def _natural(name: str) -> list[Any]:
-    """Returns a key for natural sorting: numbers by value, that is, by length and then by digits."""
-    parts = re.split(r"(\d+)", name)
-    digits = [part.lstrip("0") for part in parts[1::2]]
-    return [
-        *parts[:1],
-        *(step for number, text in zip(digits, parts[2::2], strict=True) for step in ((len(number), number), text)),
-    ]
 
 
 def plan(tensors: Mapping[str, TensorInfo], max_shard_size: int, names: Names = MODEL) -> dict[str, Tensors]:

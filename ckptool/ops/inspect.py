@@ -123,6 +123,8 @@ class InspectReport:
     """Of each name in ``unsafe``: ordinary, unknown or acting."""
     device_tags: list[str] = field(default_factory=list)
     """The device tags of all storages, an optimizer's too."""
+    files: list[str] = field(default_factory=list)
+    """The names of the files that the tensors were found in, where the format has several."""
 
 
 def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
@@ -191,6 +193,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
         [*checkpoint.notes, *roots.said_of(checkpoint.tree, checkpoint.root), *_notes(checkpoint, node)],
         kinds=kinds,
         device_tags=tags if devices else [],
+        files=list(checkpoint.files),
     )
 
 

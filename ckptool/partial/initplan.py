@@ -142,11 +142,11 @@ class _Plan:
 
     def all_problems(self) -> list[str]:
         """Returns all problems, a line each, with repeated blocks folded."""
-        found = [f"{key}: {why}" for why, keys in self.refused.items() for key in _folded(keys)]
+        found = [f"{key}: {why}" for why, keys in self.refused.items() for key in names.ranges(keys)]
         found += self.problems
         if self.unknown:
             found.append(
-                f"no default can be read from keys and shapes for {', '.join(_folded(self.unknown))}: "
+                f"no default can be read from keys and shapes for {', '.join(names.ranges(self.unknown))}: "
                 f"name a rule, such as '{self.unknown[0]}=normal(0,0.02)' or '{self.unknown[0]}=keep'"
             )
         return found
@@ -154,7 +154,3 @@ class _Plan:
 
 def _rank(role: Role | None) -> int:
     return 2 if role is None else role.name != "embedding weight"
-
-
-def _folded(keys: Sequence[str]) -> list[str]:
-    return [name for name, _ in names.fold([(key, None) for key in keys])]

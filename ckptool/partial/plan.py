@@ -204,8 +204,7 @@ def refuse_unset(checkpoint: Checkpoint, report: LoadPartialReport) -> None:
 
 
 def _unset_text(keys: Sequence[str]) -> str:
-    folded = [name for name, _ in names.fold([(key, None) for key in keys])]
-    return f"{listed(folded)}: on meta and has no values to keep: name a rule for it (--init)"
+    return f"{listed(names.ranges(keys))}: on meta and has no values to keep: name a rule for it (--init)"
 
 
 def load_partial(

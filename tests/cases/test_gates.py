@@ -356,6 +356,7 @@ def test_what_no_adapter_is_for_in_earnest_has_no_hint(old: State, new: State, s
     assert not any("would fit" in row.get("detail", "") for row in found["result"]["rows"])
 
 
+@pytest.mark.usefixtures("folding")
 def test_one_hint_covers_all_that_adapters_solve_and_like_keys_share_a_pattern(saved: Saved, run: Run) -> None:
     table = "layers.{}.blocks.{}.attn.relative_position_bias_table"
     tables = [table.format(one, other) for one in range(3) for other in range(2)]

@@ -329,6 +329,7 @@ def test_prefixes_are_stripped_in_turn_and_one_without_its_dot_is_refused(saved:
     assert (code, "no key begins with 'teacher.'" in err) == (2, True)
 
 
+@pytest.mark.usefixtures("folding")
 def test_where_nothing_fits_three_examples_of_each_side_are_the_answer(saved: Saved, run: Run) -> None:
     words = [f"{one}{other}.weight" for one in "abcdefghij" for other in "klmnopqrst"]
     target = saved({f"x.{word}": torch.zeros(1) for word in words}, "target.pth")

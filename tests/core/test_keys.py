@@ -158,9 +158,12 @@ def test_number_ranges_read_as_people_write_them() -> None:
 def expanded(folded: str) -> list[str]:
     """Brace expansion, by the rules of a shell."""
     pieces = []
-    for part in re.split(r"(\{[\d.,]+\})", folded):
+    for part in re.split(r"(\{[\w.,]+\})", folded):
         if not part.startswith("{"):
             pieces.append([part])
+            continue
+        if not part[1].isdigit():
+            pieces.append(part[1:-1].split(","))
             continue
         numbers: list[str] = []
         for run in part[1:-1].split(","):

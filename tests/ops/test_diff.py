@@ -127,6 +127,7 @@ def test_no_tensors_on_a_side_is_neither_same_nor_different(saved: Saved, run: R
         ckptool.diff(empty, empty)
 
 
+@pytest.mark.usefixtures("folding")
 def test_equal_rows_fold_only_where_kind_and_text_are_equal(saved: Saved, run: Run) -> None:
     one = {f"layers.{i}.w": torch.zeros(4) for i in range(6)}
     other = {f"layers.{i}.w": torch.zeros(5 if i < 4 else 6) for i in range(6)}
@@ -151,6 +152,7 @@ def test_a_difference_in_kind_can_be_seen_in_its_row(saved: Saved, run: Run) -> 
 # --- bookkeeping -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("folding")
 def test_102_against_122_keys_is_bookkeeping_on_one_line_and_exit_0(run: Run) -> None:
     for a, b, side in ((OLD, FULL, "B"), (FULL, OLD, "A")):
         code, out, err = run("diff", a, b)

@@ -369,6 +369,7 @@ def test_what_safetensors_cannot_hold_is_said_when_left_out_and_refused_when_ten
 # --- how it is shown -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("folding")
 def test_the_first_line_is_the_answer(run: Run) -> None:
     _, out, _ = run("filter", "--match", NEW, OLD, "-o", "merged.pth")
     first = out.splitlines()[0]

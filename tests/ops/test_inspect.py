@@ -281,6 +281,7 @@ def test_flat_has_one_line_per_tensor(run: Run) -> None:
     assert {row[2] for row in rows} == {"float32"}
 
 
+@pytest.mark.usefixtures("folding")
 def test_the_tree_folds_only_what_is_equal(saved: Saved, run: Run) -> None:
     tensors = {f"layers.{i}.{n}.w": torch.zeros(4 if i < 3 else 5) for i in range(4) for n in "ab"}
     out = run("inspect", saved({**tensors, "layers.0.c.w": torch.zeros(4).half()}))[1]

@@ -311,6 +311,7 @@ def test_json_lists_the_findings_and_what_was_not_checked(saved: Saved, run: Run
     assert second["check"] == {"findings": [], "unchecked": []}
 
 
+@pytest.mark.usefixtures("folding")
 def test_many_findings_of_a_kind_are_counted(saved: Saved, run: Run) -> None:
     path = saved({f"k{number}": torch.tensor([math.nan]) for number in range(50)})
     _, out, _ = run("inspect", path, "--check")

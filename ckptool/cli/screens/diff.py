@@ -6,7 +6,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ckptool.cli import render
-from ckptool.core import keys
 from ckptool.ops.diff import DiffReport, ValuesChanged
 from ckptool.text import dims, plural
 
@@ -53,7 +52,7 @@ def lines(report: DiffReport, b: str, compared: bool, quick: bool) -> list[str]:
 
 def _folded(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     folded = []
-    for name, members in keys.fold([(key, (kind, text)) for kind, key, text in rows]):
+    for name, members in render.fold([(key, (kind, text)) for kind, key, text in rows]):
         kind, _, text = rows[members[0]]
         folded.append((kind, name, text + (f"  ({len(members)} keys)" if len(members) > 1 else "")))
     return folded
@@ -86,8 +85,11 @@ def _headline(report: DiffReport, b: str, compared: bool) -> str:
 
 
 def _notes(report: DiffReport) -> list[str]:
-    sides = {"A": report.counters.get("a"), "B": report.counters.get("b")}
-    lines = [["bookkeeping", f"{count} x num_batches_tracked only in {side}"] for side, count in sides.items() if count]
+    lines = []
+    first = report.counters.get("a", 0)
+    for side, counters in (("A", report.bookkeeping[:first]), ("B", report.bookkeeping[first:])):
+        lines += [["bookkeeping", f"{len(counters)} x num_batches_tracked only in {side}"]] if counters else []
+        lines += [["bookkeeping", key, f"only in {side}"] for key in ([] if render.folds() else counters)]
     for row in report.tied:
         side, other = "AB" if row.only_in == "a" else "BA"
         lines.append(["tied", row.key, f"tied in {side} to {row.tied_to}, left out in {other}"])

@@ -18,7 +18,7 @@ def summary(report: InspectReport) -> list[str]:
     """Returns the lines above the keys: the file, its weights, other content, metadata, notes."""
     foreign = [tag for tag in dict.fromkeys((*report.devices, *report.device_tags)) if tag not in ("cpu", "meta")]
     origin = f", written from {', '.join(foreign)}" if foreign else ""
-    head = f"{report.path}   {report.format}, {size(report.nbytes)}{origin}"
+    head = f"{report.path}   {_format(report)}, {size(report.nbytes)}{origin}"
     lines = [["weights", _weights(report)], *([["hash", report.hash]] if report.hash else [])]
     beside = [
         f"{item.path or 'the top'}: {item.text}" + ("" if item.nbytes is None else f", {size(item.nbytes)}")
@@ -31,6 +31,14 @@ def summary(report: InspectReport) -> list[str]:
     ):
         lines += [["" if number else label, text] for number, text in enumerate(texts)]
     return [*render.headline(head), *render.aligned(lines, indent=0)]
+
+
+def _format(report: InspectReport) -> str:
+    """Returns the format, and of how many files."""
+    if not report.files:
+        return report.format
+    kind = " safetensors" * all(name.endswith(".safetensors") for name in report.files)
+    return f"{report.format}{kind}, {plural(len(report.files), 'file')}"
 
 
 def _weights(report: InspectReport) -> str:
@@ -89,7 +97,7 @@ def _foreign_names(report: InspectReport) -> list[str]:
 
 
 def folded(rows: list[TensorRow], prefix: str) -> list[str]:
-    """Returns one line for all keys that differ in their numbers only, without the prefix of all."""
+    """Returns one line for all keys that differ in their numbers or their last name only, without the prefix of all."""
     same = [(row.key[len(prefix) :], (tuple(row.shape or ()), row.dtype, row.kind, row.device)) for row in rows]
     lines = []
     for name, members in keys.fold(same):
@@ -139,16 +147,29 @@ def _figures(stats: Stats | None) -> list[str]:
     return [*("-" if number is None else f"{number:.5g}" for number in numbers), *(f"{count:,}" for count in counts)]
 
 
+LONG = 50
+"""Lines above which a screen on a terminal says how there would be fewer."""
+
+
+def shorter(rows: list[TensorRow], prefix: str) -> list[str]:
+    """Returns the hint for a long list of these keys: the deepest --depth that has at most `LONG` lines."""
+    deepest = max((row.key.count(".") for row in rows), default=0) - prefix.count(".")
+    depths = [(depth, len(_below(rows, depth, prefix))) for depth in range(1, deepest + 1)]
+    fitting = [pair for pair in depths if pair[1] <= LONG] or depths[:1]
+    return render.aligned([["hint", f"--depth {depth}: {plural(number, 'line')}"] for depth, number in fitting[-1:]])
+
+
 def checked(check: Check) -> list[str]:
-    """Returns the lines of --check: the first 20 findings of each kind, and what could not be checked."""
+    """Returns the lines of --check: the findings, on a terminal 20 of each kind, and what could not be checked."""
     from ckptool.core.findings import KINDS
 
     lines = []
+    most = 20 if render.folds() else len(check.findings)
     for kind in KINDS:
         found = [finding for finding in check.findings if finding.kind == kind]
-        lines += [[kind, one.key or "", one.text + ", let pass" * bool(one.passes)] for one in found[:20]]
-        if len(found) > 20:
-            lines.append([kind, "", f"{len(found) - 20:,} more (--json has all)"])
+        lines += [[kind, one.key or "", one.text + ", let pass" * bool(one.passes)] for one in found[:most]]
+        if len(found) > most:
+            lines.append([kind, "", f"{len(found) - most:,} more (--json has all)"])
     lines += [["unchecked", "", text] for text in check.unchecked]
     if not any(line[1] for line in lines):
         lines = [[line[0], line[2]] for line in lines]
@@ -158,11 +179,7 @@ def checked(check: Check) -> list[str]:
 
 def summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixStats] | None) -> list[str]:
     """Returns one line per prefix of ``depth`` levels, with the statistics of what is ``below`` it, if given."""
-    groups: dict[str, list[TensorRow]] = {}
-    for row in rows:
-        parts = row.key[len(prefix) :].split(".")
-        name = ".".join(parts) if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
-        groups.setdefault(name, []).append(row)
+    groups = _below(rows, depth, prefix)
     lines = [
         [name, plural(len(members), "tensor"), f"{count(sum(math.prod(row.shape or ()) for row in members))} elements",
          size(sum(row.nbytes for row in members))]
@@ -177,3 +194,13 @@ def summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixSta
         figures = map(_figures, stats)
         lines = [["", "", "", "", *_HEADS], *([*line, *more] for line, more in zip(lines, figures, strict=True))]
     return render.aligned(lines, keys=True)
+
+
+def _below(rows: list[TensorRow], depth: int, prefix: str) -> dict[str, list[TensorRow]]:
+    """Returns the rows by the first ``depth`` levels of their keys, behind the prefix of all."""
+    groups: dict[str, list[TensorRow]] = {}
+    for row in rows:
+        parts = row.key[len(prefix) :].split(".")
+        name = ".".join(parts) if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
+        groups.setdefault(name, []).append(row)
+    return groups

@@ -91,11 +91,12 @@ def _rows(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[list
             continue
         shown.append((row.reason, row.key, _text(row)))
     lines: list[list[str]] = []
-    plain = [row for row in shown if all_rows or row[0] != "bookkeeping"]
-    few = bool(report.target and report.sources and not report.loaded and not all_rows)
+    every = all_rows or not render.folds()
+    plain = [row for row in shown if every or row[0] != "bookkeeping"]
+    few = bool(report.target and report.sources and not report.loaded and not every)
     count: Counter[str] = Counter()
     more: Counter[str] = Counter()
-    for name, members in keys.fold([(key, (reason, text)) for reason, key, text in plain]):
+    for name, members in render.fold([(key, (reason, text)) for reason, key, text in plain]):
         reason, _, text = plain[members[0]]
         count[reason] += 1
         if few and count[reason] > EXAMPLES:

@@ -17,7 +17,7 @@ PANELS = {
     "Gates": "check min-loaded require strict fail-on allow exit-zero",
     "Output": "output to max-shard-size shard-name with-files publish save-map lock update-lock schema verify fsync "
     "force in-place dry-run",
-    "Report": "flat keys tree depth sort top all json format html report",
+    "Report": "flat fold keys tree depth sort top all json format html report",
     "Every command": "limit color quiet verbose version help",
 }
 """Headings, and the options below each, in this order. Those that stand nowhere are below "Options"."""

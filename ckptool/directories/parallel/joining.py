@@ -223,6 +223,7 @@ def listing(
     return Checkpoint(
         dict(tree), format=label, url=directory, nbytes=sum(file.nbytes for file in files), names=every,
         problems=tuple(problems), broken=bool(problems), trailing="; ".join(trailing), ranks=tuple(ranks),
+        files=tuple(os.path.relpath(file.url, directory) for file in files),
     )  # fmt: skip
 
 
@@ -487,7 +488,7 @@ class _Joining:
 
 
 def _folded(keys: Sequence[str]) -> str:
-    return listed((name for name, _ in names.fold([(key, None) for key in dict.fromkeys(keys)])), 40)
+    return listed(names.ranges(dict.fromkeys(keys)), 40)
 
 
 def _renumbered(path: Path, start: int, end: int, text: str) -> Path:
