@@ -115,6 +115,9 @@ MAX_KEYS = Limit("MAX_KEYS", 1 << 28)
 MAX_LEVELS = Limit("MAX_LEVELS", 200)
 """Levels (dots) of a key. Work per prefix is quadratic in them; real keys have under 20."""
 
+MAX_MATCH = Limit("MAX_MATCH", 2)
+"""Seconds of matching one regular expression (``re:``, ``sub``), of all its slow matches; others take microseconds."""
+
 # --- pickled models --------------------------------------------------------------------------------------------------
 
 MAX_MODULES = Limit("MAX_MODULES", 1_000_000)

@@ -81,6 +81,10 @@ def looked_at(path: str) -> list[str]:
     return ["inspect", path, "--json"]
 
 
+def twice() -> list[str]:
+    return [model(mapping(text("a" * 60 + "c"), tensor()))] * 2
+
+
 NOISE = random.Random(1).randbytes(150_000).hex()
 
 Call = Callable[[], list[str]]
@@ -97,6 +101,8 @@ BOMBS: dict[str, Call] = {
     ),
     "MAX_KEY": lambda: looked_at(model(mapping(text("a" * 70_000), tensor()))),
     "MAX_LEVELS": lambda: looked_at(model(mapping(text("a." * 250), tensor()))),
+    "MAX_MATCH": lambda: ["diff", *twice(), "--json", "--ignore", "re:(a+)+$b"],
+    "MAX_MATCH of a rule": lambda: ["remap", twice()[0], "--json", "--dry-run", "--sub", "s/(a|a)*$b/x/"],
     "MAX_RATIO": lambda: looked_at(deflated(b"\x80\x02" + b"N0" * 4_000_000 + b"}.")),
     "MAX_BYTEORDER": lambda: looked_at(with_byteorder("little" * 20)),
     "MAX_EXPANDED": lambda: ["inspect", a_view_without_end(), "--hash"],
@@ -201,7 +207,7 @@ def test_what_a_limit_refuses_is_read_right_when_it_is_raised_as_the_error_says(
 def test_each_limit_is_tried_and_each_that_can_be_is_raised() -> None:
     raised = {name.split()[0] for name in REACHED}
     raisable = {name for name, limit in limits.ALL.items() if limit.raisable}
-    assert raised | {"MAX_EXPANSION"} == raisable  # see the next test
+    assert raised | {"MAX_EXPANSION", "MAX_MATCH"} == raisable  # see the next test; a time is no size: test_regexes.py
     tried = {name.split()[0] for name in BOMBS} | {"MAX_HEADER"}
     assert limits.ALL.keys() - raisable <= tried
 

@@ -9,9 +9,11 @@ from fnmatch import translate
 from functools import lru_cache, partial
 from itertools import takewhile
 from math import prod
-from typing import Any
+from time import monotonic
+from typing import Any, TypeVar
 
 from ckptool.errors import CollisionError, UsageError, kind_of, listed, near
+from ckptool.limits import MAX_MATCH
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments that torch.compile, FSDP and activation checkpointing put anywhere in a name.
@@ -90,12 +92,69 @@ def common_prefix(keys: Sequence[str]) -> str:
     return "".join(f"{segment}." for segment, other in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+_Found = TypeVar("_Found")
+
+
+class Regex:
+    """A regular expression of a user, or of a file of rules: matching it takes `MAX_MATCH` seconds at most.
+
+    The time that Python's ``re`` takes is bounded by nothing: ``(a+)+$`` takes years for 50 letters. It looks for
+    signals meanwhile, so an alarm ends it. That costs 3 us, and is for patterns with a repeated group or several
+    repetitions, and for long keys. Other threads have no alarm: there a repeated group that may match in many ways is
+    refused. The seconds of slow matches add up, so that many keys do not take many times as long.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.spent = text, 0.0
+        self._regex = re.compile(text)
+        repeats = re.findall(r"[*+{|]", text)
+        self._group = re.search(r"\)[*+{]", text) is not None
+        self._nested = self._group and len(repeats) > 1
+        self._longest = (0 if self._group or len(repeats) > 2 else 150) if repeats else None
+
+    def search(self, key: str) -> re.Match[str] | None:
+        """Returns what `re.Pattern.search` does. Raises: LimitError, UsageError."""
+        if self._longest is None or len(key) < self._longest:
+            return self._regex.search(key)
+        return self._bounded(lambda: self._regex.search(key))
+
+    def sub(self, by: str, key: str) -> str:
+        """Returns what `re.Pattern.sub` does. Raises: LimitError, UsageError."""
+        if self._longest is None or len(key) < self._longest:
+            return self._regex.sub(by, key)
+        return self._bounded(lambda: self._regex.sub(by, key))
+
+    def _bounded(self, job: Callable[[], _Found]) -> _Found:
+        import signal
+        import threading
+
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+            if self._nested:
+                raise UsageError(f"the pattern {self.text!r} repeats a group that may match in many ways: without end")
+            return job()
+        left = MAX_MATCH.now() - self.spent
+
+        def late(*_: object) -> None:
+            self.spent = float(MAX_MATCH.now())
+            what = f"matching the pattern {self.text!r} takes long: a repetition in it may match in many ways"
+            raise MAX_MATCH.passed(what)
+
+        old = signal.signal(signal.SIGALRM, late)
+        begin = monotonic()
+        others, interval = signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
+        try:
+            return job()
+        finally:
+            took = monotonic() - begin
+            signal.setitimer(signal.ITIMER_REAL, max(others - took, 0.001) if others else 0, interval)
+            signal.signal(signal.SIGALRM, old)
+            self.spent += took if took > 0.01 else 0
+
+
 @lru_cache(maxsize=512)
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compiled(pattern: str) -> re.Pattern[str] | Regex:
     try:
-        if pattern.startswith("re:"):
-            return re.compile(pattern[3:])
-        return re.compile(translate(pattern))
+        return Regex(pattern[3:]) if pattern.startswith("re:") else re.compile(translate(pattern))
     except re.error as error:
         raise UsageError(f"the pattern {pattern!r} is no regular expression: {error}") from error
 
@@ -103,7 +162,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def matches(pattern: str, key: str) -> bool:
     """Returns whether a key matches a glob (``layer1.*``: all of it) or contains a match of a regex (``re:...``)."""
     compiled = _compiled(pattern)
-    return bool(compiled.search(key) if pattern.startswith("re:") else compiled.match(key))
+    return bool(compiled.search(key) if isinstance(compiled, Regex) else compiled.match(key))
 
 
 def fits(pattern: str, key: str) -> bool:

@@ -187,7 +187,7 @@ def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
         raise UsageError(f"no preset {name!r}{near(name, PRESETS)}; there are {', '.join(PRESETS)}")
     if kind == "sub":
         try:
-            args["compiled"] = re.compile(args["sub"])
+            args["compiled"] = names.Regex(args["sub"])
             re.sub(args["sub"], args["by"], "")
         except (re.error, IndexError) as error:
             raise UsageError(f"{text}: {error}") from error
