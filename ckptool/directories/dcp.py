@@ -37,6 +37,8 @@ from ckptool.io.leftovers import leftovers
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files, Section, names_in
 from ckptool.limits import MAX_LEVELS, MAX_PICKLE
+from ckptool.pickling.archives import Single, is_saved, unpickled
+from ckptool.pickling.load import with_arrays
 
 # Needed only to write, so imported by the functions that do.
 if TYPE_CHECKING:
@@ -157,6 +159,7 @@ class _Items:
         self.names: dict[tuple[str, str], None] = {}
         self.used: dict[str, None] = {}
         self.blobs: dict[tuple[str, int], Checkpoint] = {}
+        self.single: Single = {}
         self.left = set(saved.items)
         self.raw: list[str] = []
         self.whole: list[str] = []
@@ -220,11 +223,13 @@ class _Items:
             raise
 
     def _saved_by_torch(self, path: str, section: Section) -> Any:
-        found = self.open_(path, lambda _: section)
-        if found.format != "torch-zip":
-            raise FormatError(f"is a file of {found.format}, which torch.save did not write")
-        self.names.update(dict.fromkeys(found.names))
-        return found.tree
+        with Probe(path, lambda _: section) as probe:
+            if not is_saved(probe):
+                other = self.open_(path, lambda _: section).format
+                raise FormatError(f"is a file of {other}, which torch.save did not write")
+            tree, names = unpickled(probe, single=self.single)
+        self.names.update(dict.fromkeys(names))
+        return with_arrays(tree, names, section.span(0, 0))
 
     def _in_safetensors(self, key: str, offset: tuple[int, ...] | None, path: str, begin: int) -> TensorInfo:
         """Returns a tensor of the safetensors file that is the rest of a file: all its tensors have that offset.

@@ -10,17 +10,19 @@ Source: ``metadata.py`` and ``filesystem.py`` of ``torch/distributed/checkpoint`
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ckptool.core import pickled_names
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import TensorInfo, is_countable
-from ckptool.core.tree import Global, PyObject, brief
+from ckptool.core.tree import LONG, Global, PyObject, brief
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.io.source import LocalFile
-from ckptool.limits import MAX_PICKLE
+from ckptool.limits import MAX_PICKLE, MAX_SHARED
 from ckptool.pickling import load as pickles
 from ckptool.pickling import torch_calls
+
+Items = TypeVar("Items", bound=list[Any] | tuple[Any, ...])
 
 
 class Part(NamedTuple):
@@ -51,6 +53,7 @@ class Saved:
 
     ``flat``: the values were saved without flattening. ``twice``: keys of which several processes saved a box.
     ``reshaped``: tensors that Megatron-core did not store in their own shape.
+    ``room``: how many more items of lists and tuples may be looked at in the file that is read.
     """
 
     def __init__(self) -> None:
@@ -61,6 +64,8 @@ class Saved:
         self.twice: dict[str, None] = {}
         self.reshaped: dict[str, None] = {}
         self.flat = True
+        self.files: set[str] = set()
+        self.room = 0
 
     def order(self) -> list[str]:
         """Returns the keys in the order in which they were flattened, then the others."""
@@ -76,7 +81,8 @@ class Saved:
                 raise MAX_PICKLE.passed("the pickle is too long", file.size)
             pickled = file.read(0, file.size)
         pickles.scan(pickled)
-        tree, names = pickles.load(pickled, builders=torch_calls.builders)
+        tree, names = pickles.load(pickled, builders=torch_calls.builders, walked=False)
+        self.room = MAX_SHARED.now() + 4 * len(pickled)
         # those that every such file has are no news
         self.names.update((name, None) for name in names if pickled_names.kind(*name) != "ordinary")
         fields = _fields(tree, "Metadata")
@@ -89,7 +95,11 @@ class Saved:
         if isinstance(planned := fields.get("planner_data"), dict) and planned:
             self.flat = False
             for key, steps in planned.items():
-                if not isinstance(steps, tuple) or not steps or any(type(step) not in (str, int) for step in steps):
+                if (
+                    not isinstance(steps, tuple)
+                    or not steps
+                    or not {str, int}.issuperset(map(type, self._count(steps)))
+                ):
                     raise FormatError(f"the path of {brief(key)} in planner_data is {brief(steps)}")
                 self.paths.setdefault(_text(key), steps)
 
@@ -99,11 +109,11 @@ class Saved:
             entry = Entry(None)
         else:
             fields = _fields(node, "TensorStorageMetadata")
-            boxes = [_fields(box, "ChunkStorageMetadata") for box in _list(fields.get("chunks"))]
-            every = [Part(numbers(box.get("offsets")), numbers(box.get("sizes"))) for box in boxes]
+            boxes = [_fields(box, "ChunkStorageMetadata") for box in self._count(_list(fields.get("chunks")))]
+            every = [Part(self._numbers(box.get("offsets")), self._numbers(box.get("sizes"))) for box in boxes]
             parts = tuple(dict.fromkeys(every))  # old versions of torch let every process save what is replicated
             self.twice.update(dict.fromkeys([key] if len(parts) < len(every) else []))
-            entry = Entry(_dtype(fields.get("properties")), numbers(fields.get("size")), parts)
+            entry = Entry(_dtype(fields.get("properties")), self._numbers(fields.get("size")), parts)
             if not is_countable(entry.shape):
                 raise FormatError(f"{key}: has shape {brief(entry.shape)}: more elements than can be counted")
         old = self.entries.get(key, entry)
@@ -116,13 +126,35 @@ class Saved:
 
     def _item(self, index: dict[str, Any], where: dict[str, Any]) -> None:
         key, name = _text(index.get("fqn")), _text(where.get("relative_path"))
-        offset = None if index.get("offset") is None else numbers(index.get("offset"))
-        if any(step in ("", ".", "..") for step in name.split("/")) or any(odd in name for odd in "\\\0:"):
-            raise FormatError(f"{key}: lies in a file outside the directory: {name!r}")
+        offset = None if index.get("offset") is None else self._numbers(index.get("offset"))
+        if name not in self.files:
+            steps = name.split("/") if len(name) <= LONG else [""]
+            if any(step in ("", ".", "..") for step in steps) or any(odd in name for odd in "\\\0:"):
+                raise FormatError(f"{key}: lies in a file outside the directory: {brief(name)}")
+            self.files.add(name)
         if where.get("transform_descriptors"):
             how = brief(where["transform_descriptors"])
             raise UnsupportedError(f"{key}: is stored transformed ({how}), which is not supported: save it without")
-        self.items.setdefault((key, offset), Item(name, *numbers((where.get("offset"), where.get("length")))))
+        self.items.setdefault((key, offset), Item(name, *self._numbers((where.get("offset"), where.get("length")))))
+
+    def _numbers(self, value: Any) -> tuple[int, ...]:
+        """Returns a tuple or torch.Size of numbers that are not negative."""
+        if isinstance(value, PyObject) and type(value).qualname == "Size" and len(value.args) == 1:
+            value = value.args[0]
+        exact = isinstance(value, (tuple, list)) and _INT.issuperset(map(type, self._count(value)))
+        if exact and min(value, default=0) >= 0:
+            return tuple(value)
+        raise FormatError(f"its metadata have {brief(value)} where sizes or offsets belong")
+
+    def _count(self, items: Items) -> Items:
+        """Returns the items. Raises: LimitError for more than a pickle of this length has without shared ones."""
+        self.room -= len(items)
+        if self.room < 0:
+            raise MAX_SHARED.passed("its metadata meet shared items again too often")
+        return items
+
+
+_INT = frozenset({int})
 
 
 def _said(entry: Entry) -> str:
@@ -154,15 +186,6 @@ def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise FormatError(f"its metadata have {brief(value)} where a list belongs")
     return value
-
-
-def numbers(value: Any) -> tuple[int, ...]:
-    """Returns a tuple or torch.Size of numbers that are not negative."""
-    if isinstance(value, PyObject) and type(value).qualname == "Size" and len(value.args) == 1:
-        value = value.args[0]
-    if not isinstance(value, (tuple, list)) or any(type(number) is not int or number < 0 for number in value):
-        raise FormatError(f"its metadata have {brief(value)} where sizes or offsets belong")
-    return tuple(value)
 
 
 def _dtype(properties: Any) -> str:

@@ -61,7 +61,7 @@ class Probe:
         self.end = archive_end(self.file) - self.file.begin
         return found
 
-    @property
+    @cached_property
     def root(self) -> str:
         """Returns the folder of a zip archive's first member: all records of torch's archives are below it."""
         return next(iter(self.members), "").split("/", 1)[0]

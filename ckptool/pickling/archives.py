@@ -7,12 +7,12 @@ ROOT/byteorder             "little" | "big"
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import Span, Storage
+from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError, listed
 from ckptool.limits import MAX_BYTEORDER, MAX_PICKLE, Limit
@@ -30,19 +30,50 @@ class Archive(Protocol):
     def record(self, name: str, limit: Limit) -> bytes | None: ...
 
 
+def is_saved(archive: Archive) -> bool:
+    """Returns whether torch.save wrote it; an archive with constants.pkl is TorchScript, for torch.load too."""
+    return f"{archive.root}/data.pkl" in archive.members and f"{archive.root}/constants.pkl" not in archive.members
+
+
+Single = dict[bytes, tuple[TensorInfo, tuple[tuple[str, str], ...]]]
+"""{a pickle of one tensor: (the tensor in an archive that has this pickle, its names)}."""
+
+SINGLE = 1024
+"""Bytes of the longest pickle that is kept there; a tensor's has some 200."""
+
+
 def unpickled(
-    archive: Archive, name: str = "data", builders: pickles.Builders = rebuild.builders
+    archive: Archive, name: str = "data", builders: pickles.Builders = rebuild.builders, single: Single | None = None
 ) -> tuple[Any, tuple[tuple[str, str], ...]]:
     """Returns (tree, names) of ``NAME.pkl``; reads the archive's directory and the pickle.
 
-    Raises: FormatError, LimitError.
+    Archives of one tensor each that have the same pickle differ in the tensor's storage only: with the same ``single``
+    the pickle is run once. Raises: FormatError, LimitError.
     """
     prefix = f"{archive.root}/{name}/"
     refuse_ambiguous(archive, prefix)
-    leaf = storages(archive, f"{name}.pkl", prefix)
     pickled = archive.record(f"{name}.pkl", MAX_PICKLE) or b""
+    if single and pickled in single:
+        tensor, names = single[pickled]
+        old: Any = tensor.source
+        span, crc32 = archive.members.get(f"{prefix}{old.key}", (old.span, 0))
+        if span is not old.span and span.nbytes == old.nbytes and byteorder_of(archive) == old.byteorder:
+            summed = crc32 if crc32 or not span.nbytes else None
+            storage = Storage(span, old.dtype, old.location, old.byteorder, summed, old.key)
+            return replace(tensor, source=storage), names
+    leaf = storages(archive, f"{name}.pkl", prefix)
     pickles.scan(pickled)
-    return pickles.load(pickled, builders=builders, persistent_load=leaf, closed=rebuild.makes_closed_leaves)
+    made = pickles.load(pickled, builders=builders, persistent_load=leaf, closed=rebuild.makes_closed_leaves)
+    tree, names = made
+    if (
+        single is not None
+        and len(pickled) <= SINGLE
+        and isinstance(tree, TensorInfo)
+        and tree.storage
+        and not tree.extras
+    ):
+        single[pickled] = made
+    return made
 
 
 def storages(
@@ -108,9 +139,11 @@ def refuse_ambiguous(archive: Archive, data: str) -> None:
     names = {name for name in members if not (name.startswith(data) and name[len(data) :].isdecimal())}
     if any(not name.startswith(f"{root}/") for name in names):
         raise FormatError(f"its members are not all below {root}/: torch.load refuses it too")
-    inner = {name.split("/", 1)[1] for name in names}
-    alike = Counter(name.lower() for name in inner) + Counter(
-        name.lower() for name in inner if name != name.lower() and f"{root}/{name.lower()}" in members
-    )
-    if twice := [name for name, count in alike.items() if count > 1]:  # torch finds names in any case
-        raise FormatError(f"two zip members differ in case only: {listed(twice)}")
+    alike: dict[str, str] = {}
+    twice = []
+    for name in names:
+        lower = name[len(root) + 1 :].lower()
+        if alike.setdefault(lower, name) is not name or (name != (low := f"{root}/{lower}") and low in members):
+            twice.append(lower)
+    if twice:  # torch finds names in any case
+        raise FormatError(f"two zip members differ in case only: {listed(dict.fromkeys(twice))}")

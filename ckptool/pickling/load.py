@@ -82,6 +82,9 @@ Real pickles GET a handful of indices. That pattern takes 8 ms to compile, as lo
 one, and is then 15 times as fast.
 """
 
+MOST = 64
+"""Of more different GETs than these a pattern is slow. Then the scan begins again, with the pattern for every one."""
+
 WIDE = 8
 """Integers of this many bytes may share a hash; a shorter one is its own hash, but for -1, whose hash is that of -2."""
 
@@ -93,6 +96,12 @@ _TUPLE = rb"[\x85-\x87t]"
 _NUMBERS = rb"(?:" + _NUMBER + rb"(?:\x85|" + _NUMBER + rb"(?:\x86|" + _NUMBER + rb"\x87))|\(" + _NUMBER + rb"{1,8}t)"
 _TEXT = rb"X(?:" + rb"|".join(b"\\x%02x\0\0\0.{%d}" % (length, length) for length in range(1, 97)) + rb")"
 """BINUNICODE of up to 96 bytes: the names of nearly all tensors and storages."""
+
+_SHORT_TEXT = rb"\x8c(?:" + rb"|".join(b"\\x%02x.{%d}" % (length, length) for length in range(97)) + rb")"
+_GET = rb"(?:h.|j....)"
+
+LARGE = 1 << 16
+"""A pickle of protocol 4 with this many bytes is scanned with the pattern for every GET and text at once."""
 
 
 def _put(bound: int) -> bytes:
@@ -111,38 +120,44 @@ def _record(put: bytes, get: bytes, made: bytes) -> bytes:
     )  # fmt: skip
 
 
-def _run(put: bytes, gets: Collection[bytes] = ()) -> re.Pattern[bytes]:
+def _run(put: bytes, gets: Collection[bytes] = (), every: bool = False) -> re.Pattern[bytes]:
     """Returns the pattern for a run: opcodes that nest no tuples. With ``gets`` it matches these GETs and texts too.
 
     A tuple in a run has only numbers, or is the arguments of a call, a persistent id, an item or a value, and
     so it is in no other tuple unless a GET fetches it. Every PUT follows the opcode that made its object.
+    ``every``: it matches all GETs and texts, also in a tuple, where they are no tuples unless a GET fetches one.
     """
     put += rb"?+"
-    first = last = b""
-    if gets:
+    first, atom, last = b"", _NUMBER, b""
+    if every:
+        atom = rb"(?:" + _NUMBER + rb"|" + _GET + rb"|(?:" + _TEXT + rb"|" + _SHORT_TEXT + rb")" + put + rb")"
+    elif gets:
         get = rb"(?:" + rb"|".join(map(re.escape, gets)) + rb")"
         first = _record(put, get, put) + rb"|"  # only faster: the other branches match each part of it
         last = rb"|" + _TEXT + put + rb"|" + get
     return re.compile(
         put + rb"(?:" + first
-        + _NUMBER + rb"(?:(?:\x85|" + _NUMBER + rb"(?:\x86|" + _NUMBER + rb"\x87))" + put + rb")?"
+        + atom + rb"(?:(?:\x85|" + atom + rb"(?:\x86|" + atom + rb"\x87))" + put + rb")?"
         rb"|[}\]lRdo\x81\x8f\x92\x93]" + put
-        + rb"|\((?:" + _NUMBER + rb"{1,8}t" + put + rb")?"
+        + rb"|\((?:" + atom + rb"{1,8}t" + put + rb")?"
         rb"|" + _TUPLE + put + rb"(?:[R\x81]" + put + rb"|[Qabs])"
         rb"|[1Qabe)su0\x90]|\x80.|\x95.{8}" + last + rb")*+", re.DOTALL,
     )  # fmt: skip
 
 
-def scan(buffer: bytes, start: int = 0) -> int:
+def scan(buffer: bytes, start: int = 0, every: bool = False) -> int:
     """Returns the offset after the STOP of the pickle that begins at ``start``; reads opcodes, builds nothing.
 
+    ``every`` only sets how: as is best where there are many different GETs.
     Raises: FormatError if it is cut off or has an unknown opcode, UnsupportedError for opcodes that reach
     outside the stream, LimitError if a memo index is too far beyond its length, or tuples are nested too deep.
     """
     size = len(buffer)
     bound = size - start + MAX_MEMO.now()
-    put = _put(bound)
-    match = _run(put).match
+    framed = buffer[start : start + 2] >= b"\x80\x04"
+    every = every or (framed and size - start >= LARGE)
+    put = rb"\x94" if every and framed else _put(bound)
+    match = _run(put, every=every).match
     runs = array("Q")
     fetched: set[bytes] = set()
     met, many, loose, loosened, wide, negative, odd = 0, MANY, 0, 0, 0, 0, False
@@ -164,7 +179,9 @@ def scan(buffer: bytes, start: int = 0) -> int:
             position, met = end, met + 1
             odd = odd or buffer[end : end + 1] in (b"q", b"r")
             if met >= many:
-                match = _run(put, sorted(fetched)[:64]).match
+                if len(fetched) > MOST:
+                    return scan(buffer, start, every=True)
+                match = _run(put, sorted(fetched)).match
                 many = 8 * met
         elif opcode == 0x2E:
             break
@@ -208,7 +225,8 @@ def scan(buffer: bytes, start: int = 0) -> int:
     if wide > MAX_WIDE.now():
         raise MAX_WIDE.passed(f"the pickle has {wide:,} integers of {WIDE} bytes and more", wide)
     alike = wide > 0 or negative > 0 or any(two in buffer for two in _MINUS_TWO)
-    if odd or alike or loose > MAX_TUPLES.now() or _may_share(buffer, runs, fetched, put):
+    sure = not (odd or alike or loose > MAX_TUPLES.now())
+    if not sure or (_brings_back(buffer, runs) if every else _may_share(buffer, runs, fetched, put)):
         nesting.check(_opcodes(buffer, start), alike)
     return position + 1
 
@@ -245,6 +263,27 @@ def _tuple_puts(put: bytes) -> re.Pattern[bytes]:
         rb"|" + _TUPLE + bare + rb"|[(1Qabe)su0\x90]|\x80.|\x95.{8})*+(?:" + _TUPLE + rb"(" + put + rb"))?",
         re.DOTALL,
     )  # fmt: skip
+
+
+def _brings_back(buffer: bytes, runs: array[int]) -> bool:
+    """Returns whether a GET may fetch a tuple. All GETs and PUTs are in ``runs``; MEMOIZE counts those before it."""
+    find = re.compile(
+        rb"(?:" + _NUMBER + rb"|" + _TEXT + rb"|" + _SHORT_TEXT + rb"|[}\]lRdo\x81\x8f\x92\x93(1Qabe)su0\x90]|q.|r...."
+        rb"|" + _TUPLE + rb"(?![\x94qr])|\x80.|\x95.{8})*+"
+        rb"(?:(\x94)|" + _TUPLE + rb"(?:(\x94)|q(.)|r(....))|h(.)|j(....))?", re.DOTALL,
+    ).finditer  # fmt: skip
+    tuples: set[int] = set()
+    count = 0
+    for begin, end in zip(runs[::2], runs[1::2], strict=True):
+        for found in find(buffer, begin, end):
+            kind = found.lastindex or 0
+            if kind > 4:
+                if int.from_bytes(found[kind], "little") in tuples:
+                    return True
+            elif kind > 1:
+                tuples.add(count if kind == 2 else int.from_bytes(found[kind], "little"))
+            count += kind in (1, 2)
+    return False
 
 
 def _opcodes(buffer: bytes, start: int) -> Iterator[tuple[int, int]]:
@@ -427,11 +466,13 @@ def load(
     builders: Builders | None = None,
     persistent_load: Callable[[Any], Any] | None = None,
     closed: Callable[[Iterable[tuple[str, str]]], bool] = lambda _: False,
+    walked: bool = True,
 ) -> tuple[Any, tuple[tuple[str, str], ...]]:
     """Returns (tree, names): the tree of the pickle at ``start``, and every (module, qualname) it names.
 
     `scan` the buffer first. ``persistent_load`` maps a persistent id to a leaf. ``closed`` says, by the names of
-    the pickle, that no leaf can have a tree of its own to check. Costs about 1 us per tensor.
+    the pickle, that no leaf can have a tree of its own to check. ``walked``: False for a caller that never walks the
+    tree, but takes the parts that it knows, and counts them. Costs about 1 us per tensor.
     Raises: FormatError if unpickling fails, LimitError if the tree passes a limit of `walk`, any error of a builder.
     """
     unpickling = _Unpickling(builders or {}, persistent_load)
@@ -448,8 +489,9 @@ def load(
                 raise
         if has_classes:
             made = unpickling.run_in_python(buffer, start)
-        deque(walk(made), maxlen=0)  # raises the LimitError of any later walk here, once
-        if not closed(unpickling.found):
+        if walked:
+            deque(walk(made), maxlen=0)  # raises the LimitError of any later walk here, once
+        if walked and not closed(unpickling.found):
             deque(nodes(made), maxlen=0)
     except CkptoolError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,24 @@ import torch.distributed.checkpoint as dcp
 from everything import from_dcp, others, training
 from makers.directories import distributed
 from oracles import tree_equal
-from torch.distributed.checkpoint.filesystem import SerializationFormat
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 import ckptool
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import BY_SAFETENSORS
 from ckptool.core.pickled_names import beyond_tensors
 from ckptool.core.tensor import Storage
-from ckptool.errors import FormatError, IncompleteError, UnsupportedError
+from ckptool.errors import FormatError, IncompleteError, LimitError, UnsupportedError
 from ckptool.formats import read
 from ckptool.io.source import Files, LocalFile
+from ckptool.pickling import guard
+from ckptool.pickling import load as pickles
 from ckptool.values.blocks import read_bytes
 
 EDITS = Callable[[Any], None]
@@ -118,6 +126,81 @@ def test_a_file_of_it_that_is_named_by_hand_is_the_whole(tmp_path: Path) -> None
     directory, whole = grid(tmp_path / "d")
     for name in (".metadata", "__0_0.distcp"):
         assert torch.equal(ckptool.open(directory / name).to_torch()["w"], whole)
+
+
+def test_tensors_of_one_shape_whose_pickles_are_the_same_have_each_its_values(tmp_path: Path) -> None:
+    """Ties, strides and dtypes too: what differs is in the pickle, but for the bytes and their order."""
+    tree: dict[str, Any] = {f"{dtype}.{i}": torch.full((2, 3), i, dtype=dtype) for i in range(3) for dtype in DTYPES}
+    tree |= {f"t.{i}": torch.arange(6.0).view(3, 2).t() + i for i in range(2)}
+    tree |= {f"long.{'x' * 200}.{i}": torch.full((2, 3), float(i)) for i in range(2)}
+    tree |= {f"value.{i}": [i, i] for i in range(3)}
+    directory = write(tmp_path / "d", tree)
+    found = read(str(directory)).tree
+    tree_equal(
+        found, {key: value.detach() if isinstance(value, torch.Tensor) else value for key, value in tree.items()}
+    )
+    assert len({id(one.source) for one in found.values() if not isinstance(one, list)}) == len(tree) - 3
+    items = pickle.loads((directory / ".metadata").read_bytes()).storage_data
+    place = next(place for index, place in items.items() if index.fqn == "torch.float32.2")
+    with open(directory / place.relative_path, "r+b") as file:
+        data = file.seek(place.offset) and file.read(place.length)
+        file.seek(place.offset + data.index(b"little"))
+        file.write(b"BIGGER")
+    with pytest.raises(FormatError, match=r"torch\.float32\.2.*byteorder"):
+        read(str(directory))
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.uint16, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["torch's", "ours"])
+def test_a_thousand_tensors_are_read_without_following_every_opcode(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {"model": {f"layers.{i}.weight": torch.full((2,), float(i)) for i in range(3000 if own else 1000)}}
+    directory = write(tmp_path / "d", tree)
+    if own:
+        ckptool.save(ckptool.open(directory), tmp_path / "own", to="dcp", fsync=False)
+        directory = tmp_path / "own"
+    monkeypatch.setattr(guard, "check", lambda *_: pytest.fail("every opcode was followed"))
+    run, load = [], pickles.load
+    monkeypatch.setattr(pickles, "load", lambda *given, **named: (run.append(1), load(*given, **named))[1])
+    tree_equal(read(str(directory)).tree, tree)
+    assert len(run) == 2  # the metadata, and one item
+
+
+def nested(metadata: Any) -> None:
+    """One list of chunks is that of every tensor."""
+    chunks = [ChunkStorageMetadata(torch.Size([0] * 8), torch.Size([1] * 8))] * 20_000
+    for number in range(2_000):
+        properties = TensorProperties(dtype=torch.float32)
+        metadata.state_dict_metadata[str(number)] = TensorStorageMetadata(properties, torch.Size([1] * 8), chunks)
+
+
+def long_shapes(metadata: Any) -> None:
+    """One shape, of many dimensions, is that of every box."""
+    size = torch.Size([1] * 100_000)
+    boxes = [ChunkStorageMetadata(size, size) for _ in range(2_000)]
+    metadata.state_dict_metadata["w"] = TensorStorageMetadata(TensorProperties(dtype=torch.float32), size, boxes)
+
+
+def long_paths(metadata: Any) -> None:
+    metadata.planner_data = dict.fromkeys(map(str, range(5_000)), ("x",) * 100_000)
+
+
+def long_names(metadata: Any) -> None:
+    name = "x/" * 500_000
+    metadata.storage_data = {MetadataIndex(str(i)): _StorageInfo(name, 0, 1) for i in range(5_000)}
+
+
+@pytest.mark.parametrize("change", [nested, long_shapes, long_paths, long_names])
+def test_metadata_that_share_what_is_long_are_refused_soon(change: EDITS, tmp_path: Path) -> None:
+    edit(write(tmp_path / "d", {"w": torch.ones(2)}), change)
+    begin = time.process_time()
+    with pytest.raises((LimitError, FormatError)) as caught:
+        read(str(tmp_path / "d"))
+    assert time.process_time() - begin < 4
+    assert len(str(caught.value)) < 600
 
 
 def test_metadata_of_each_process_are_merged(tmp_path: Path) -> None:

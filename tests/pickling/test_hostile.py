@@ -201,9 +201,11 @@ def test_whatever_opcode_hashes_keys_their_items_are_counted(keys: bytes) -> Non
 
 
 @thinned(10)
-@pytest.mark.parametrize("many", [pickles.MANY, 1])
+@pytest.mark.parametrize(
+    ("protocol", "constants"), [(2, {}), (2, {"MANY": 1}), (2, {"MANY": 1, "MOST": 0}), (4, {"LARGE": 0})], ids=str
+)
 def test_what_is_scanned_fast_nests_no_tuples_whatever_the_opcodes(
-    many: int, step: int, soon: Aside, monkeypatch: pytest.MonkeyPatch
+    protocol: int, constants: dict[str, int], step: int, soon: Aside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Programs at random, run by Python's own machine: only where all was followed may a tuple have come back."""
     import io
@@ -239,11 +241,12 @@ def test_what_is_scanned_fast_nests_no_tuples_whatever_the_opcodes(
     followed = nesting.check
     monkeypatch.setattr(nesting, "check", lambda opcodes, _: (seen.update(followed=True), followed(opcodes)))
     monkeypatch.setattr(limits.MAX_TUPLES, "figure", 4)
-    monkeypatch.setattr(pickles, "MANY", many)
+    for name, figure in constants.items():
+        monkeypatch.setattr(pickles, name, figure)
     chance, counts = random.Random(1), collections.Counter[str]()
     for _ in range(4000 // step):
         with soon():
-            data = b"\x80\x02" + program(chance) + b"."
+            data = b"\x80%c" % protocol + program(chance, protocol) + b"."
         seen.update(back=False, depth=0, followed=False)
         try:
             pickles.scan(data)
@@ -262,13 +265,13 @@ def test_what_is_scanned_fast_nests_no_tuples_whatever_the_opcodes(
     assert min(counts["refused"], counts["fast"]) > 10
 
 
-def program(chance: random.Random) -> bytes:
+def program(chance: random.Random, protocol: int) -> bytes:
     """Opcodes at random that leave the stack well-formed more often than not."""
     out, heights = [b"N"], [1]
-    atoms = (b"N", b"K\x01", b"Kt", b")", text("t"), b"]", b"J\x85q\x01t", b"M\x85q")
+    atoms = (b"N", b"K\x01", b"Kt", b")", text("t"), b"]", b"J\x85q\x01t", b"M\x85q", b"\x8c\x02hj")
     for _ in range(chance.randint(3, 40)):
         dice, put = chance.random(), chance.choice((b"", b"q%c", b"r%c\0\0\0", b"q%c"))
-        put = put % chance.randint(0, 3) if put else put
+        put = put and (put % chance.randint(0, 3) if protocol == 2 else b"\x94")
         if dice < 0.05:  # a key and its tensor, as torch.save writes them
             get, made = b"h%c" % chance.randint(0, 3), chance.choice((b"", put))
             out += [text("k"), put, get, b"((", get * 2, text("0"), put, get, b"K\x01t", made, b"Q", b"K\x00"]

@@ -18,7 +18,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tree import as_mapping
 from ckptool.io.probe import Probe
 from ckptool.io.source import Files
-from ckptool.pickling.archives import unpickled
+from ckptool.pickling.archives import is_saved, unpickled
 from ckptool.pickling.load import with_arrays
 
 # Needed only to write, so imported by the functions that do: reading does not wait for these imports.
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 def matches(probe: Probe) -> bool:
-    """Returns whether torch.save wrote it; an archive with constants.pkl is TorchScript, for torch.load too."""
-    return f"{probe.root}/data.pkl" in probe.members and f"{probe.root}/constants.pkl" not in probe.members
+    """Returns whether torch.save wrote it."""
+    return is_saved(probe)
 
 
 def read(probe: Probe) -> Checkpoint:
