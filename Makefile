@@ -89,12 +89,13 @@ bench: $(VENV)/.dev
 bench-full: $(VENV)/.dev
 	$(BIN)/python bench/run.py --full $(BENCH)
 
-# The wheel in an environment of its own, without torch and without anything of development: with the pinned versions,
+# The wheel, built from the sdist, in an environment of its own, without torch and without anything of development: with the pinned versions,
 # with the oldest typer and click that pyproject.toml allows, and with the newest.
 TYPERS := 'typer==0.20.0 click==8.1.8' '--upgrade typer'
 smoke:
 	@rm -rf .smoke && $(PYTHON) -m venv .smoke
-	.smoke/bin/python -m pip --disable-pip-version-check --quiet wheel --no-deps -w .smoke/dist .
+	.smoke/bin/python -m pip --disable-pip-version-check --quiet install build
+	.smoke/bin/python -m build --outdir .smoke/dist . >/dev/null
 	.smoke/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt .smoke/dist/*.whl
 	.smoke/bin/python tests/smoke.py $(FIXTURES)
 	for typer in $(TYPERS); do \

@@ -27,7 +27,10 @@ if importlib.util.find_spec("torch") is not None:
 with tempfile.TemporaryDirectory() as directory:
     merged = Path(directory, "merged.pth")
     old, new = fixtures / "resnet_old.pth", fixtures / "resnet_new.pth"
-    print(run("--version").strip())
+    version = run("--version")
+    print(version.strip())
+    module = subprocess.run([sys.executable, "-m", "ckptool", "--version"], capture_output=True, text=True)
+    assert module.stdout == version == f"ckptool {importlib.metadata.version('ckptool')}\n", module
     run("--help")
     assert json.loads(run("inspect", "--json", old))["result"][0]["tensors"]
     run("diff", old, new, code=1)
