@@ -38,12 +38,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_ran(tmp_path: Path) -> Iterator[None]:
     """Every test runs in an empty directory, and fails if a file's code made the directory it tries to make."""
     from oracles import CANARY
 
-    monkeypatch.chdir(tmp_path)
+    os.chdir(tmp_path)
     yield
+    os.chdir(ROOT)
     assert not (tmp_path / CANARY).exists()
 
 
