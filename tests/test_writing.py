@@ -373,7 +373,7 @@ def open_place(source: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("options", WRITERS, ids=" ".join)
-@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("force", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_directory_without_permission_is_one_line(options: list[str], force: bool, open_place: Path) -> None:
     locked = open_place / "locked"
     locked.mkdir()

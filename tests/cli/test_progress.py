@@ -187,12 +187,16 @@ def test_the_bar_runs_to_its_end_where_tensors_are_tied(run: Run, saved: Saved, 
 
 
 @pytest.mark.parametrize(
-    "options",
-    [["-o", "o.pth"], ["-o", "o.pth", "--to", "torch-legacy"], ["-o", "o.safetensors"], ["-o", "o.npz"],
-     ["--to", "sharded", "-o", "o", "--max-shard-size", "1MB"]],
-    ids=" ".join,
+    ("options", "extra"),
+    [
+        pytest.param(options, extra, id=" ".join([*extra, *options]), marks=[pytest.mark.slow] if at and extra else [])
+        for at, options in enumerate([
+            ["-o", "o.pth"], ["-o", "o.pth", "--to", "torch-legacy"], ["-o", "o.safetensors"], ["-o", "o.npz"],
+            ["--to", "sharded", "-o", "o", "--max-shard-size", "1MB"],
+        ])
+        for extra in ([], ["--dtype", "fp16"], ["--untie"], ["--publish"], ["--no-verify"])
+    ],
 )  # fmt: skip
-@pytest.mark.parametrize("extra", [[], ["--dtype", "fp16"], ["--untie"], ["--publish"], ["--no-verify"]], ids=" ".join)
 def test_the_bar_runs_to_its_end_whatever_is_done(
     options: list[str], extra: list[str], run: Run, saved: Saved, recorded: Recorded
 ) -> None:
