@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -13,9 +14,11 @@ from ckptool.cli.progress import bar
 from ckptool.cli.screens import diff as screen
 from ckptool.errors import UsageError
 from ckptool.ops.diff import HARMLESS, KINDS, volume
+from ckptool.text import plural
 
 
 def command(
+    ctx: typer.Context,
     a: Annotated[
         str,
         typer.Argument(
@@ -44,6 +47,13 @@ def command(
     strip_prefix_b: Annotated[
         list[str] | None, typer.Option(metavar="P", help="Remove a prefix from B's keys.")
     ] = None,
+    rename: Annotated[
+        list[str] | None, typer.Option(metavar="A=B", help="Rename segments of A's keys; {i} and * match one each.")
+    ] = None,
+    rules: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Change A's keys by rules from a TOML or JSON file.")
+    ] = None,
+    allow_unused: options.AllowUnused = False,
     root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are, in both.")] = None,
     root_a: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in A.")] = None,
     root_b: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in B.")] = None,
@@ -74,7 +84,10 @@ def command(
         raise UsageError("--rtol and --atol take numbers")
     options.refuse_arguments(arg, a, b)
     if references.is_schema(a) or references.is_schema(b):
-        of_data = {"--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on}
+        of_data = {
+            "--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on, "--rename": rename,
+            "--rules": rules,
+        }  # fmt: skip
         return _schema(
             a, b, root_a or root, root_b or root, strip_prefix_a, strip_prefix_b, ignore or (), arg, tp_rules,
             [name for name, given in of_data.items() if given], as_json, exit_zero,
@@ -84,11 +97,21 @@ def command(
     chosen: dict[str, Any] = {
         "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
     }  # fmt: skip
+    if rename or rules:
+        first, changed = ckptool.remap(
+            first, options.in_order(ctx, rename=rename, rules=rules), allow_unused=allow_unused
+        )
     with bar(lambda: volume(first, second, **chosen), "compare") as progress:
         report = ckptool.diff(
             first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol, quick=quick,
             progress=progress,
         )  # fmt: skip
+    if rename or rules:
+        moved = sum(row.op != "rename" or row.old != [row.new] for row in changed.map)
+        text = f"rules changed {plural(moved, 'key')} of A" + f", dropped {len(changed.dropped)}" * bool(
+            changed.dropped
+        )
+        report = replace(report, notes=[text, *changed.notes, *changed.unused_rules, *report.notes])
     if as_json:
         render.print_json(render.document("diff", report, report.notes))
     else:

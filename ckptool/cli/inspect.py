@@ -68,7 +68,10 @@ def command(
         list[str] | None, typer.Option(metavar="GLOB", help="With --check: names in a pickle that pass.")
     ] = None,
     lock: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write keys, shapes and dtypes as text that diff can read.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Write keys, shapes and dtypes as text that diff can read; -: print only that."
+        ),
     ] = None,
     schema: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a draft of a schema of patterns, for diff, as TOML.")
@@ -96,6 +99,8 @@ def command(
     for option, path in (("--lock", lock), ("--schema", schema)):
         if path is not None and len(files) > 1:
             raise UsageError(f"{option} is of one checkpoint, not of {len(files)}")
+    if lock == "-" and (as_json or keys_only):
+        raise UsageError("--lock - prints the lock alone: it does not go with --json and --keys")
     options.refuse_arguments(arg, *files)
     gate: dict[str, Any] = {}
     if check:
@@ -132,7 +137,7 @@ def command(
     if as_json:
         documents = [replace(report, tensors=rows) for report, rows in chosen]
         render.print_json(render.document("inspect", documents, notes, failed.errors))
-    for number, (report, rows) in enumerate(() if as_json else chosen):
+    for number, (report, rows) in enumerate(() if as_json or lock == "-" else chosen):
         if keys_only:
             for text in (*report.problems, *report.notes):
                 render.note(text)
@@ -177,14 +182,17 @@ def _write_lock(
     from ckptool import formats, saving
 
     _require_comparable(opened)
+    tensors = {key: one for key, one in (opened.state_dict() | opened.inside()).items() if choose(key)}
+    text = formats.lock_text(opened, tensors, {row.key: row.hash for row in (*report.tensors, *report.inside)})
+    if path == "-":
+        render.write(text)
+        return
     if update:
         formats.refuse_no_lock(path)
     elif os.path.isfile(path):
         raise OutputError("exists already; --update-lock rewrites it", path)
     saving.check_report(path, force=update, inputs=[opened])
-    tensors = {key: one for key, one in (opened.state_dict() | opened.inside()).items() if choose(key)}
-    hashes = {row.key: row.hash for row in (*report.tensors, *report.inside)}
-    saving.write_text(path, formats.lock_text(opened, tensors, hashes), force=update)
+    saving.write_text(path, text, force=update)
 
 
 def _write_schema(opened: ckptool.Checkpoint, choose: Callable[[str], bool], path: str) -> None:

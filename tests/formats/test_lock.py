@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from oracles import FIXTURES, Run
 
 import ckptool
+from ckptool.cli import main
 from ckptool.core.tensor import TensorInfo
 from ckptool.errors import FormatError, UnsupportedError
 
@@ -401,3 +404,27 @@ def test_the_values_of_a_model_in_code_are_held_against_the_hashes_of_a_lock(run
     )
     assert run("diff", lock, "model_of_lock.py:build", "--arg", "value=4.0", "--values")[0] == 0
     assert run("diff", lock, "model_of_lock.py:build", "--arg", "value=5.0", "--values")[0] == 1
+
+
+def test_a_dash_prints_the_lock_and_nothing_else(run: Run, saved: Saved) -> None:
+    path = saved({"b": torch.ones(2), "a": torch.zeros(3, 2, dtype=torch.float16)})
+    run("inspect", path, "--hash", "--lock", "its.lock")
+    assert run("inspect", path, "--hash", "--lock", "-") == (0, Path("its.lock").read_text(), "")
+    for option in ("--json", "--keys"):
+        code, out, err = run("inspect", path, "--lock", "-", option)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--lock" in err
+    code, out, err = run("inspect", "absent.pth", "--lock", "-")
+    assert (code, out) == (2, "")
+
+
+def test_the_hook_for_pre_commit_checks_the_files_that_it_is_given(saved: Saved) -> None:
+    """As pre-commit calls it: the entry, then the files that its pattern fits."""
+    hooks = (FIXTURES.parent / ".pre-commit-hooks.yaml").read_text()
+    entry, files = (re.search(rf"^  {name}: (.*)$", hooks, re.MULTILINE)[1] for name in ("entry", "files"))
+    names = ["a.pth", "dir/b.safetensors", "c.pth.tar", "d.ckpt", "e.py", "pth", "f.pth.md", "g.bin"]
+    assert [name for name in names if re.search(files, name)] == names[:4]
+    sound, broken = saved({"a": torch.ones(2)}, "sound.pth"), saved({"a": torch.tensor([math.nan])}, "nan.pth")
+    command, *options = shlex.split(entry)
+    assert command == "ckptool"
+    assert [main([*options, str(sound)]), main([*options, str(sound), str(broken)])] == [0, 1]

@@ -595,3 +595,24 @@ def test_values_through_every_way_of_storing_them(saved: Saved) -> None:
         plain = saved(OrderedDict((key, value.resolve_conj().resolve_neg().clone()) for key, value in loaded.items()))
         report = ckptool.diff(FIXTURES / name, plain, values=True)
         assert (report.equal, report.same) == (len(loaded), True), name
+
+
+def test_rules_change_the_keys_of_a_before_they_are_compared(run: Run, tmp_path: Path) -> None:
+    moved = {key.replace("layer1", "stage1"): value for key, value in torch_load(NEW).items() if key != "fc.bias"}
+    torch.save(moved, tmp_path / "moved.pth")
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rules]]\nrename = "layer1"\nto = "stage1"\n\n[[rules]]\ndrop = "fc.bias"\n')
+    assert run("inspect", NEW, "--lock", tmp_path / "new.lock")[0] == 0
+    for a in (NEW, tmp_path / "new.lock"):
+        assert run("diff", a, "moved.pth")[0] == 1
+        code, out, err = run("diff", a, "moved.pth", "--rules", rules)
+        assert (code, err) == (0, "")
+        assert "rules changed 24 keys of A, dropped 1" in out
+    code, out, _ = run("diff", NEW, "moved.pth", "--rename", "layer1=stage1", "--values", "--json")
+    assert (code, result_of(out)["only_in_a"], result_of(out)["equal"]) == (1, ["fc.bias"], len(moved))
+    code, out, err = run("diff", NEW, "moved.pth", "--rename", "layer9=stage9")
+    assert (code, out) == (2, "")
+    assert "fit no key" in err
+    code, out, _ = run("diff", NEW, NEW, "--rename", "layer9=stage9", "--allow-unused")
+    assert code == 0
+    assert "layer9" in out
