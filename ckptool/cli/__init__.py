@@ -28,6 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ckptool: interrupted", file=sys.stderr)
         return 130
+    if "_CKPTOOL_COMPLETE" in os.environ:  # a shell wants a word completed
+        from ckptool.cli.terminal import completion
+
+        completion.answer(app.app, list(app.COMMANDS))
+        return 0
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape characters that the encoding lacks: no traceback
             stream.reconfigure(errors="backslashreplace")

@@ -136,6 +136,16 @@ Verbose = Annotated[
         help="Say on stderr what was chosen and why, what was read, and how long it took.",
     ),
 ]  # fmt: skip
+Install = Annotated[
+    bool,
+    typer.Option(
+        "--install-completion", metavar="[SHELL]",
+        help="Have a shell complete commands, options, files and keys: bash, zsh, fish. Comes first.",
+    ),
+]  # fmt: skip
+Show = Annotated[
+    bool, typer.Option("--show-completion", metavar="[SHELL]", help="Print the script that does. Comes first.")
+]
 Version = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
 ]
@@ -154,8 +164,8 @@ def _shared(
 
 
 def _group(
-    color: Color = None, quiet: Quiet = False, verbose: Verbose = False, version: Version = False,
-    show_help: Help = False,
+    color: Color = None, quiet: Quiet = False, verbose: Verbose = False, install: Install = False, show: Show = False,
+    version: Version = False, show_help: Help = False,
 ) -> None:  # fmt: skip
     """Look into, compare, filter and rewrite checkpoints without loading them."""
 
@@ -240,7 +250,21 @@ def run(args: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+COMPLETION = ("--install-completion", "--show-completion")
+
+
+def _complete(name: str, shell: str | None) -> None:
+    """Does what an option of `COMPLETION` asks for. Raises: UsageError, OutputError."""
+    from ckptool.cli.terminal import completion
+
+    shell = completion.shell_of(shell)
+    render.write(completion.SCRIPTS[shell] if name == COMPLETION[1] else f"{completion.install(shell)}\n")
+
+
 def _invoked(args: list[str]) -> Any:
+    name, _, shell = (args or [""])[0].partition("=")
+    if name in COMPLETION:  # before all else, since they take a word or none, which no parser of options knows
+        return _complete(name, shell or "".join(args[1:2]) or None)
     try:
         # `app.main` would print a line of its own on Ctrl-C
         with app.make_context("ckptool", list(args) or ["--help"]) as context:

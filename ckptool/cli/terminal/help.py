@@ -18,7 +18,7 @@ PANELS = {
     "Output": "output to max-shard-size shard-name with-files publish save-map lock update-lock schema verify fsync "
     "force in-place dry-run",
     "Report": "flat fold keys tree depth sort top all json format html report",
-    "Every command": "limit color quiet verbose version help",
+    "Every command": "limit color quiet verbose install-completion show-completion version help",
 }
 """Headings, and the options below each, in this order. Those that stand nowhere are below "Options"."""
 
