@@ -10,8 +10,9 @@ from ckptool import formats
 from ckptool.core.checkpoint import Checkpoint, Module, set_realise
 from ckptool.core.keys import ROOTS
 from ckptool.core.tree import Path, path_text
-from ckptool.errors import UsageError, kind_of
+from ckptool.errors import UnreadableError, UsageError, kind_of
 from ckptool.io import tally
+from ckptool.references import is_code
 
 if TYPE_CHECKING:
     from ckptool.saving import MapLocation
@@ -41,6 +42,9 @@ def open(source: Source, root: str | Path | None = None, *, tp_rules: Any = None
     if isinstance(source, Checkpoint):
         opened = source
     elif isinstance(source, (str, os.PathLike)):
+        if is_code(os.fspath(source)):
+            what = "there is no such file, and a model in code is a reference: for `inspect`, a side of `diff`"
+            raise UnreadableError(f"{what}, `filter --match`, `load-partial --into`", os.fspath(source))
         opened, root = formats.read_at(os.fspath(source), root)
     else:
         from ckptool.partial import live

@@ -13,7 +13,7 @@ Two tensors whose source is the same `Storage` object share memory: tied weights
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
@@ -483,4 +483,15 @@ def refuse_tensors(
         if why:
             refused.append(f"{name if name.isprintable() else repr(name)} ({why})")
     if refused:
-        raise LossError(f"{format_name} cannot hold {listed(refused, 20)}")
+        raise LossError(f"{format_name} cannot hold {listed(refused, 20)}{remedy(tensors.values())}")
+
+
+BLOCKS = ("Q8_0", "Q4_0")
+"""GGUF's types whose values `convert --dequantize` computes, where they are little-endian."""
+
+
+def remedy(tensors: Iterable[TensorInfo]) -> str:
+    """Returns what to do about types that torch lacks, with a semicolon before it; "" where nothing is to be done."""
+    blocks = (tensor for tensor in tensors if tensor.kind in BLOCKS)
+    kinds = {one.kind for one in blocks if all(storage.byteorder == "little" for storage in one.storages())}
+    return f"; `convert --dequantize` gives the values of {' and '.join(sorted(kinds))}" if kinds else ""

@@ -336,7 +336,9 @@ class _Meant:
                 continue
             if key in steps:
                 what = f"two values have the name {brief(key)} in it, those at {brief(steps[key])} and {brief(path)}"
-                raise CollisionError(f"{what}: rename or leave out one")
+                nested = max(steps[key], path, key=len)
+                how = f"`remap --root {path_text(nested[:-1])} --rename {nested[-1]}=NAME --to dcp` renames one"
+                raise CollisionError(f"{what}: rename or leave out one{f'; {how}' if len(nested) > 1 else ''}")
             steps[key], self.paths[key] = path, name
             self.values[key] = self._item(key, value)
         self.tree = _nested(self.values, self.paths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.checkpoint import Checkpoint, remedy
 from ckptool.core.tensor import Span, Storage
 from ckptool.core.tree import path_text
 from ckptool.errors import LossError, UnsupportedError, listed
@@ -25,11 +25,12 @@ def _pickled(tree: Any, layout: Layout) -> tuple[bytes, list[Storage]]:
     try:
         return layout.pickled(str)
     except UnsupportedError as error:  # it names the first only; a walk over the tree finds all
-        found = Checkpoint(tree).tensors()
+        found = [*Checkpoint(tree).tensors()]
         named = [f"{path_text(path)} ({tensor.foreign})" for path, tensor in found if tensor.foreign]
         if not named:
             raise
-        raise LossError(f"torch cannot hold {listed(named, 20)}") from error
+        how = remedy(tensor for _, tensor in found)
+        raise LossError(f"torch cannot hold {listed(named, 20)}{how}") from error
 
 
 def _nbytes(pickled: bytes, used: list[Storage]) -> int:

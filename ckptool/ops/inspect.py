@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptool.core import keys as names
 from ckptool.core import modules, optimizers, roots
 from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.dtypes import DTYPES
 from ckptool.core.pickled_names import NameKind, beyond_tensors
 from ckptool.core.tensor import Storage, TensorInfo
 from ckptool.core.tree import Global, Path, PyObject, as_mapping, attributes, nodes, path_text, walk
@@ -127,6 +128,13 @@ class InspectReport:
     """The names of the files that the tensors were found in, where the format has several."""
 
 
+def _nbytes(tensor: TensorInfo) -> int:
+    """Returns the bytes of a tensor's elements; of one that is only described, those that they would take."""
+    if tensor.described_in and tensor.kind == "meta":
+        return -(-DTYPES[tensor.dtype].bits * tensor.numel // 8)
+    return tensor.nbytes
+
+
 def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
     """Returns the description of a checkpoint; ``devices``: with the tensors' devices, which not every format records.
 
@@ -140,7 +148,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
     rows, inside = (
         [
             TensorRow(
-                key, None if one.shape is None else list(one.shape), one.dtype, one.nbytes, first_of.get(key),
+                key, None if one.shape is None else list(one.shape), one.dtype, _nbytes(one), first_of.get(key),
                 one.location if devices else None, None if one.kind == "dense" else one.kind,
             )
             for key, one in some.items()

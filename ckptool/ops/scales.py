@@ -20,7 +20,7 @@ from itertools import islice
 from math import prod
 from typing import NamedTuple
 
-from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.checkpoint import BLOCKS, Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.optimizers import is_optimizer
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo, computed, computed_as
@@ -328,7 +328,7 @@ def of_blocks(tensor: TensorInfo, dtype: str) -> TensorInfo | None:
 
     A block is a scale (float16) and the 32 integers that it multiplies: of eight bits, or of four, in 16 bytes.
     """
-    memory = tensor.parts[0].source if tensor.kind in ("Q8_0", "Q4_0") else None
+    memory = tensor.parts[0].source if tensor.kind in BLOCKS else None
     if not isinstance(memory, Storage) or memory.byteorder == "big":
         return None
     width = 32 if tensor.kind == "Q8_0" else 16
