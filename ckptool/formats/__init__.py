@@ -7,6 +7,7 @@ reference library read a finished file. The protocols below give the types.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
@@ -240,12 +241,18 @@ SHARD_SIZE = 5_000_000_000
 
 def read(path: str, opener: Callable[[str], Source] = LocalFile) -> Checkpoint:
     """Returns the checkpoint at a path: a file, an index, or a directory; headers only. Raises: CkptoolError."""
-    with Probe(path, opener) as probe:
-        try:
-            return _read(probe)
-        except CkptoolError as error:
-            error.path = error.path or path
-            raise
+    enabled = gc.isenabled()
+    gc.disable()  # the collector would visit all new containers again and again: twice the time at 100,000 keys
+    try:
+        with Probe(path, opener) as probe:
+            try:
+                return _read(probe)
+            except CkptoolError as error:
+                error.path = error.path or path
+                raise
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_at(path: str, root: Any) -> tuple[Checkpoint, Any]:

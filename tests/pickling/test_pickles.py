@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from oracles import CANARY, assert_identical, thinned
 
+import ckptool
 from ckptool import limits
 from ckptool.core.tree import Global, PyObject, as_mapping
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
@@ -371,12 +372,18 @@ def test_any_byte_changed_it_is_read_or_an_error_of_ours(step: int) -> None:
                 continue
 
 
-def test_the_garbage_collector_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled: bool, tmp_path: Path) -> None:
     import gc
 
-    with pytest.raises(FormatError):
-        read(frames(b"NR"))
-    assert gc.isenabled()
+    (tmp_path / "x.pkl").write_bytes(frames(b"NR"))
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(FormatError):
+            ckptool.open(tmp_path / "x.pkl")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 # --- what cannot be written ------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Storage, TensorInfo
-from ckptool.core.tree import Global, as_mapping, brief, refuse_key
+from ckptool.core.tree import Global, as_mapping, brief, least_to_refuse, refuse_key
 from ckptool.errors import CkptoolError, FormatError, UnsupportedError, listed
 from ckptool.io.probe import Probe
 from ckptool.io.source import Section, locate
@@ -153,8 +153,10 @@ class _Archive:
             return self._mapping(f"data/{folder}/{name}.pt")
         record = f"data/{folder}/{name}_{folder}_config.json"
         found: dict[str, Any] = {}
+        least = least_to_refuse()
         for key, entry in _field(self._json(record), "config", dict).items():
-            refuse_key(key)
+            if len(key) >= least:
+                refuse_key(key)
             try:
                 path = _field(entry, "path_name", str)
                 if folder == "constants" and path.startswith(("custom_obj_", "opaque_obj_")):
