@@ -12,6 +12,7 @@ from ckptool import references
 from ckptool.cli import options, render
 from ckptool.cli.progress import bar
 from ckptool.cli.screens import diff as screen
+from ckptool.core import keys
 from ckptool.errors import UsageError
 from ckptool.ops.diff import HARMLESS, KINDS, volume
 from ckptool.text import plural
@@ -64,6 +65,8 @@ def command(
         list[str] | None,
         typer.Option(metavar="KIND", help=f"What makes the exit code 1 (comma-separated): {', '.join(KINDS)}."),
     ] = None,
+    html: options.Html = None,
+    force: options.Force = False,
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even if they differ.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
@@ -82,11 +85,13 @@ def command(
         devices = True
     if math.isnan(rtol) or math.isnan(atol):
         raise UsageError("--rtol and --atol take numbers")
+    if force and html is None:
+        raise UsageError("--force goes with --html FILE")
     options.refuse_arguments(arg, a, b)
     if references.is_schema(a) or references.is_schema(b):
         of_data = {
             "--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on, "--rename": rename,
-            "--rules": rules,
+            "--rules": rules, "--html": html,
         }  # fmt: skip
         return _schema(
             a, b, root_a or root, root_b or root, strip_prefix_a, strip_prefix_b, ignore or (), arg, tp_rules,
@@ -97,6 +102,10 @@ def command(
     chosen: dict[str, Any] = {
         "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
     }  # fmt: skip
+    if html is not None:
+        from ckptool.reports import html as pages
+
+        pages.check(html, [first, second], force)
     if rename or rules:
         first, changed = ckptool.remap(
             first, options.in_order(ctx, rename=rename, rules=rules), allow_unused=allow_unused
@@ -112,12 +121,23 @@ def command(
             changed.dropped
         )
         report = replace(report, notes=[text, *changed.notes, *changed.unused_rules, *report.notes])
+    if html is not None:
+        document = render.document("diff", report, report.notes)
+        made = {"a": _rows(first, ignore), "b": _rows(second, ignore), "version": ckptool.__version__}
+        pages.write(html, document, force, [a, b], **made)
     if as_json:
         render.print_json(render.document("diff", report, report.notes))
     else:
         render.show(screen.lines(report, b, values or quick, quick))
     found = report.found()
     return int(any(found[kind] for kind in wanted) and not exit_zero)
+
+
+def _rows(side: ckptool.Checkpoint, ignore: Sequence[str] | None) -> Any:
+    """Returns the rows of `inspect` of the keys that are not ignored, as JSON's own types."""
+    choose = keys.chooser((), ignore or ())
+    found = ckptool.inspect(side)
+    return render.to_json([row for row in (*found.tensors, *found.inside) if choose(row.key)])
 
 
 def _schema(

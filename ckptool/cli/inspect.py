@@ -76,6 +76,8 @@ def command(
     schema: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a draft of a schema of patterns, for diff, as TOML.")
     ] = None,
+    html: options.Html = None,
+    force: options.Force = False,
     arg: options.Arg = None,
     update_lock: Annotated[bool, typer.Option("--update-lock", help="With --lock: replace the lock file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -96,7 +98,9 @@ def command(
         raise UsageError("--fail-on and --allow go with --check")
     if update_lock and lock is None:
         raise UsageError("--update-lock goes with --lock FILE")
-    for option, path in (("--lock", lock), ("--schema", schema)):
+    if force and html is None:
+        raise UsageError("--force goes with --html FILE")
+    for option, path in (("--lock", lock), ("--schema", schema), ("--html", html)):
         if path is not None and len(files) > 1:
             raise UsageError(f"{option} is of one checkpoint, not of {len(files)}")
     if lock == "-" and (as_json or keys_only):
@@ -108,11 +112,15 @@ def command(
 
         kinds = None if not fail_on else [kind.strip() for text in fail_on for kind in text.split(",")]
         gate = {"check": True, "fail_on": failing(kinds), "allow": allow or []}
+    if html is not None:
+        from ckptool.reports import html as pages
     reports = []
     failed = render.Failures(len(files))
     for path in files:
         with failed.kept():
             opened = options.reference(path, root, arg, tp_rules, values=stats or hashes or check)
+            if html is not None:
+                pages.check(html, [opened], force, lock, schema)
             at = None if root is None else opened.root
             report = _inspected(opened, at, include or [], exclude or [], stats, hashes, gate)
             reports.append(replace(report, path=path))
@@ -124,6 +132,10 @@ def command(
                 _write_lock(opened, report, choose, lock, update_lock)
             if schema is not None:
                 _write_schema(opened, choose, schema)
+            if html is not None:
+                shown = replace(reports[-1], tensors=_chosen(report, include or [], exclude or [], sort))
+                made = {"tree": pages.outline(opened.beside()), "version": ckptool.__version__}
+                pages.write(html, render.document("inspect", [shown]), force, [path], **made)
     notes = [
         f"{report.path}: {text}"
         for report in reports

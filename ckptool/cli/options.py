@@ -60,6 +60,7 @@ MapLocation = Annotated[
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result back and compare every byte.")]
 Fsync = Annotated[bool, typer.Option("--fsync/--no-fsync", help="Wait until the result is on disk.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
+Html = Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write pictures and tables as one HTML file.")]
 InPlace = Annotated[bool, typer.Option("--in-place", help="Allow the output to be one of the inputs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would happen; write no output.")]
 Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report to FILE too.")]

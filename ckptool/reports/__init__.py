@@ -1,0 +1,1 @@
+"""Reports in other people's formats, made from the dataclasses of operations."""
