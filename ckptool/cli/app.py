@@ -220,6 +220,7 @@ WrongUsage: Any = typer.BadParameter.__base__
 
 VARIABLES = {
     "CKPTOOL_COLOR": "what --color says: auto, always, never",
+    "CKPTOOL_FOLD": "1 or 0: whether alike keys are one line",
     "CKPTOOL_LIMIT": "what --limit says, several with commas between them",
     "CKPTOOL_PROGRESS": "auto, or never: whether a terminal gets a bar",
 }
@@ -282,6 +283,7 @@ def _defaults(color: str | None) -> Iterator[None]:
     elif given := os.environ.get("CKPTOOL_COLOR"):
         colours.ask(given, "CKPTOOL_COLOR")
     progress.wanted = one_of(progress.CHOICES, os.environ.get("CKPTOOL_PROGRESS") or "auto", "CKPTOOL_PROGRESS")
+    one_of(("1", "0"), os.environ.get("CKPTOOL_FOLD") or "0", "CKPTOOL_FOLD")
     figures = os.environ.get("CKPTOOL_LIMIT")
     if not figures:
         yield

@@ -139,6 +139,7 @@ def test_limits_of_the_environment_hold_and_an_option_raises_them(run: Run, monk
 
 WRONG = {
     "CKPTOOL_COLOR": ("alway", "CKPTOOL_COLOR takes auto, always, never; not 'alway' (did you mean always?)"),
+    "CKPTOOL_FOLD": ("yes", "CKPTOOL_FOLD takes 1, 0; not 'yes'"),
     "CKPTOOL_PROGRESS": ("nevr", "CKPTOOL_PROGRESS takes auto, never; not 'nevr' (did you mean never?)"),
     "CKPTOOL_LIMIT": ("MAX_PICKLE", "CKPTOOL_LIMIT takes NAME=FIGURE, such as MAX_PICKLE=2GB, not 'MAX_PICKLE'"),
 }
