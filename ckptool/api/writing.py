@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,8 @@ def convert(
     untie: bool = False,
     publish: bool = False,
     metadata: Patterns = (),
+    set_metadata: Mapping[str, str] | None = None,
+    unset_metadata: Patterns = (),
     max_shard_size: int = formats.SHARD_SIZE,
     shard_name: str | None = None,
     with_files: bool = False,
@@ -110,8 +113,9 @@ def convert(
     ``keep``. ``dequantize`` multiplies weights of few bits (float8, int8) by their scales, which it drops; to
     ``dtype``, by default float32. ``untie`` stores tied tensors separately. ``publish`` writes the weights alone and
     puts the first 8 hex digits of the sha256 in the name. ``metadata`` names scalars of the tree to carry into
-    safetensors' metadata. ``verify`` reads the result back before it gets its name. ``dry_run`` writes nothing,
-    estimates the bytes, and raises what the conversion would.
+    safetensors' metadata; ``set_metadata`` sets entries of it, ``unset_metadata`` leaves some out. ``verify`` reads the
+    result back before it gets its name. ``dry_run`` writes nothing, estimates the bytes, and raises what the conversion
+    would.
 
     Raises: what `open` and `save` raise.
     """
@@ -121,6 +125,7 @@ def convert(
     from ckptool.core.dtypes import COMMON_FLOATS, Changed, lookup
     from ckptool.errors import needs_torch
     from ckptool.ops.convert import convert as op
+    from ckptool.ops.convert import edited
 
     url = keys.file_path(path)
     keys.expect_texts(dtype=dtype, shard_name=shard_name)
@@ -133,8 +138,11 @@ def convert(
     )  # fmt: skip
     directory = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
     row = formats.writable(url, to, opened.format if directory else "")
-    if metadata and not row.holds.metadata:
-        raise UsageError("--metadata goes into safetensors and shards only")
+    given, gone = keys.pairs(set_metadata or {}, "set_metadata", "text"), keys.texts(unset_metadata, "unset_metadata")
+    if (metadata or given or gone) and not row.holds.metadata:
+        option = "--metadata" if metadata else "--set-metadata" if given else "--unset-metadata"
+        raise UsageError(f"{option} goes into safetensors and shards only, not into {row.name}", url)
+    prepared = edited(prepared, dict(given), gone)
     if dtype is not None and (report.cast or report.dequantized):
         dtypes = {lookup(dtype).name, *(one.dtype for one in map(opened.state_dict().__getitem__, report.cast))}
         if not dtypes <= {*COMMON_FLOATS} and importlib.util.find_spec("torch") is None:

@@ -39,6 +39,12 @@ def command(
     metadata: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Scalars to carry into safetensors: epoch,arch.")
     ] = None,
+    set_metadata: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=TEXT", help="Set an entry of safetensors' metadata (repeatable).")
+    ] = None,
+    unset_metadata: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Leave out an entry of its metadata (repeatable).")
+    ] = None,
     root: options.Root = None,
     tp_rules: options.TpRules = None,
     map_location: options.MapLocation = None,
@@ -64,6 +70,7 @@ def command(
         raise UsageError("--keep goes with --dtype")
     if to is not None:
         formats.named(to)  # an unknown format is reported before anything else
+    entries = dict(options.entry(text) for text in set_metadata or ())
     limit = options.shard_size(max_shard_size)
     tags = options.tags(map_location)
     save_options = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, False, shard_name, with_files)
@@ -85,7 +92,8 @@ def command(
     def converted(job: Job, **how: Any) -> ConvertReport:
         return ckptool.convert(
             job.checkpoint, job.path, to=job.to.name, dtype=dtype, keep=keep or (), dequantize=dequantize, untie=untie,
-            publish=publish, metadata=[name for name in (metadata or "").split(",") if name], max_shard_size=limit,
+            publish=publish, metadata=[name for name in (metadata or "").split(",") if name],
+            set_metadata=entries, unset_metadata=unset_metadata or (), max_shard_size=limit,
             shard_name=shard_name, with_files=with_files, map_location=tags, verify=verify, fsync=fsync, **how,
         )  # fmt: skip
 

@@ -120,6 +120,14 @@ def size(text: str) -> int:
     return int(match[1]) * unit if match[1].isdecimal() else int(float(match[1]) * unit)
 
 
+def entry(text: str) -> tuple[str, str]:
+    """Returns the name and the text that ``NAME=TEXT`` of ``--set-metadata`` means. Raises: UsageError."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise UsageError(f"--set-metadata takes NAME=TEXT, not {text!r}")
+    return name, value
+
+
 def shard_size(text: str) -> int:
     """Returns the bytes that ``--max-shard-size`` means. Raises: UsageError."""
     nbytes = size(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptool.core import aliases
@@ -194,6 +194,27 @@ def _weights_only(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tup
     left = [path_text(path) if key is None else key for path, key, _ in checkpoint.beside()]
     node = checkpoint.at(checkpoint.root)
     return replace(checkpoint, tree=versioned(detached(tensors), node), root=()), left
+
+
+def edited(checkpoint: Checkpoint, given: Mapping[str, str], gone: Sequence[str]) -> Checkpoint:
+    """Returns the checkpoint with metadata entries set, and others left out.
+
+    Raises: UsageError for an entry that is not there, that has a meaning of its own, or that is both set and left out.
+    """
+    reserved = sorted(aliases.RESERVED & {*given, *gone} - {"format"})
+    if reserved:
+        raise UsageError(
+            f"metadata {', '.join(reserved)}: is computed for each file, and cannot be set", checkpoint.url
+        )
+    for name in gone:
+        if name in given:
+            raise UsageError(f"metadata {name!r} is both set and unset", checkpoint.url)
+        if name == "format":
+            raise UsageError("metadata 'format' stays: transformers loads no file without it", checkpoint.url)
+        if name not in checkpoint.metadata:
+            raise UsageError(f"no metadata {name!r} to unset{near(name, checkpoint.metadata)}", checkpoint.url)
+    kept = {name: text for name, text in checkpoint.metadata.items() if name not in gone}
+    return replace(checkpoint, metadata={**kept, **given})
 
 
 def _scalars(checkpoint: Checkpoint, wanted: Sequence[str]) -> dict[str, str]:

@@ -444,3 +444,48 @@ def test_lists_in_the_metadata_of_an_index_stay_json() -> None:
     assert {name: json.loads(metadata[name]) for name in ("stages", "exact", "by")} == {
         name: said[name] for name in ("stages", "exact", "by")
     }
+
+
+@pytest.mark.parametrize("to", ["safetensors", "sharded"])
+def test_metadata_is_set_and_unset_and_the_rest_stays(run: Run, tmp_path: Path, to: str) -> None:
+    save_file({"a": torch.ones(2), "b": torch.zeros(3)}, "in.safetensors", {"format": "pt", "old": "1", "kept": "=x"})
+    args = ("--set-metadata", "licence=MIT", "--set-metadata", "note=a=b", "--unset-metadata", "old")
+    out = "out.safetensors" if to == "safetensors" else "out"
+    code, shown, error = run("convert", "in.safetensors", "--to", to, "-o", out, *args, "--max-shard-size", "12")
+    assert code == 0, shown + error
+    files = [tmp_path / out] if to == "safetensors" else sorted((tmp_path / out).glob("*.safetensors"))
+    assert len(files) == (1 if to == "safetensors" else 2)
+    for file in files:
+        assert metadata_of(str(file)) == {"format": "pt", "kept": "=x", "licence": "MIT", "note": "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--unset-metadata", "lisence"), "no metadata 'lisence' to unset (did you mean licence?)"),
+        (("--unset-metadata", "format"), "'format' stays"),
+        (("--set-metadata", "total_size=3"), "total_size: is computed"),
+        (("--set-metadata", "licence=x", "--unset-metadata", "licence"), "both set and unset"),
+        (("--set-metadata", "licence"), "takes NAME=TEXT, not 'licence'"),
+        (("--set-metadata", "=x"), "takes NAME=TEXT, not '=x'"),
+        (("--to", "torch", "--set-metadata", "a=b"), "--set-metadata goes into safetensors and shards only"),
+        (("--to", "npz", "--unset-metadata", "licence"), "--unset-metadata goes into safetensors and shards only"),
+    ],
+)
+def test_metadata_that_cannot_be_set_is_refused_in_one_line(run: Run, args: tuple[str, ...], said: str) -> None:
+    save_file({"a": torch.ones(2)}, "in.safetensors", {"licence": "MIT"})
+    to = () if "--to" in args else ("--to", "safetensors")
+    code, shown, error = run("convert", "in.safetensors", *to, "-o", "out", *args)
+    assert (code, shown, error.count("\n")) == (2, "", 1)
+    assert said in error
+    assert not Path("out").exists()
+
+
+def test_the_library_sets_metadata_of_a_torch_file_that_becomes_safetensors() -> None:
+    torch.save({"w": torch.ones(2)}, "in.pth")
+    ckptool.convert("in.pth", "out.safetensors", set_metadata={"format": "np", "step": "3"})
+    assert metadata_of("out.safetensors") == {"format": "np", "step": "3"}
+    ckptool.convert("out.safetensors", "again.safetensors", set_metadata={"step": "4"}, unset_metadata=["step"][:0])
+    assert metadata_of("again.safetensors") == {"format": "np", "step": "4"}
+    with pytest.raises(ckptool.UsageError):
+        ckptool.convert("in.pth", "other.safetensors", set_metadata={"step": 3})  # type: ignore[dict-item]
