@@ -139,7 +139,8 @@ def frozen(
             unused.append(spec)
     if unused:
         names = [name for several in parameters for name in several]
-        texts = [spec + (near(spec, ["loaded"]) or near_pattern(spec, names)) for spec in unused[:8]]
+        meant = {spec: near(spec, ["loaded"]) or near_pattern(spec, names) for spec in unused[:8] if spec != "loaded"}
+        texts = [spec + meant.get(spec, "") for spec in unused[:8]]
         raise UsageError(f"--freeze {listed([*texts, *unused[8:]])} fits no parameter")
     return [name for at, names in enumerate(parameters) if at in chosen for name in names]
 
