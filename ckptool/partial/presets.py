@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """``rows``: (a `layers.Role.name` or a key pattern, rule, reason); of the rows that fit a tensor, the last wins.
+    """A recipe for a whole model; of the rows that fit a tensor, the last wins.
 
     A tensor that no row fits gets torch's default. Integer tensors (indices, masks) other than counters are kept.
     """
 
     source: str
+    """Whose recipe it is, and where it stands."""
     rows: tuple[tuple[str, str, str], ...]
+    """[what a tensor is (`linear weight`) or a key pattern, the rule, the reason or ""]."""
 
 
 _RELU = "mode=fan_out,nonlinearity=relu"

@@ -20,7 +20,7 @@ from ckptool import errors
 from ckptool.core import findings, pickled_names
 from ckptool.ops import convert, diff, remap, rows
 from ckptool.ops.inspect import InspectReport
-from ckptool.partial import handover, plan
+from ckptool.partial import handover, plan, presets
 from ckptool.references import schema
 
 HERE = Path(__file__).parents[1] / "reference"
@@ -31,7 +31,7 @@ RESULTS: dict[str, Any] = {
     "filter": rows.FilterReport,
     "remap": remap.RemapReport,
     "convert": list[convert.ConvertReport],
-    "load-partial": plan.LoadPartialReport | dict[Literal["presets"], dict[str, dict[str, str]]],
+    "load-partial": plan.LoadPartialReport | dict[Literal["presets"], dict[str, presets.Preset]],
 }
 """What stands under ``result``, by command."""
 
