@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ckptool.partial.handover import Group
     from ckptool.partial.plan import LoadPartialReport
     from ckptool.references.schema import SchemaReport
+    from ckptool.reports import render
     from ckptool.saving import Saved
 
 __version__ = "0.1.0"
@@ -97,6 +98,7 @@ __all__ = [
     "open",
     "plan_partial",
     "remap",
+    "render",
     "save",
 ]
 
@@ -105,6 +107,7 @@ _MODULES = (
     "errors", "core.tensor", "api.sources", "api.reading", "api.writing", "api.loading", "limits", "ops.rules",
     "ops.inspect", "core.findings", "ops.diff", "ops.rows", "ops.remap", "ops.convert", "partial.plan",
     "partial.handover", "saving", "references.schema",
+    "reports",
 )  # fmt: skip
 """Where the public names are defined, those first that are used most."""
 

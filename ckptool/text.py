@@ -1,4 +1,4 @@
-"""Formats sizes, shapes and counts for display."""
+"""Formats sizes, shapes, counts and names for display."""
 
 from __future__ import annotations
 
@@ -43,3 +43,14 @@ def percent(fraction: float) -> str:
     if text == "100.0" and fraction < 1:
         text = "99.9"
     return f"{text.removesuffix('.0') if fraction in (0, 1) else text} %"
+
+
+def safe(text: str) -> str:
+    """Returns text with every character that is not printable escaped.
+
+    >>> print(safe("a\\x1b[31mb\\u202ec"))
+    a\\x1b[31mb\\u202ec
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

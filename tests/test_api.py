@@ -49,7 +49,7 @@ Beside Changed Check Checkpoint CkptoolError CollisionError ConvertReport Depend
 FilterReport Finding FormatError Group Histogram IncompleteError InspectReport LimitError LoadPartialReport LossError
 Mapped NoTensorsError OutputError PrefixStats RemapReport Row Rules Saved SchemaReport Stats StrictError TensorInfo
 TensorRow TiedAway UnreadableError UnsupportedError UsageError ValuesChanged __version__ check_schema convert diff
-filter inspect invert limited load_partial open plan_partial remap save
+filter inspect invert limited load_partial open plan_partial remap render save
 """
 
 

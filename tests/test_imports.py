@@ -74,7 +74,7 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 
 BEGIN = (
     "cli cli.app cli.progress cli.render cli.terminal cli.terminal.colours cli.terminal.tables errors io io.system "
-    "io.tally errno typer contextlib dataclasses re signal typing"
+    "io.tally errno typer contextlib dataclasses re reports signal text typing"
 )
 CORE = (
     f"{BEGIN} limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
@@ -87,7 +87,7 @@ READ = (
 WRITE = (
     f"{READ} api.reading api.writing cli.options cli.output cli.progress core.aliases formats.layout "
     "formats.torch_file io.leftovers io.output io.zip_write "
-    "pickling.dump saving values values.blocks values.streams fcntl json mmap references"
+    "pickling.dump reports.document saving values values.blocks values.streams fcntl json mmap references"
 )
 SAFETENSORS = "core.aliases formats.safetensors formats.safetensors_file json"
 TORCH = "formats.pytorch formats.pytorch.zip pickling.archives"
@@ -104,7 +104,7 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "--version": (["--version"], "cli"),
     "--help": (["--help"], f"{BEGIN} cli.terminal.help"),
     "inspect": (["inspect", FULL], f"{READ} {TORCH} {INSPECT}"),
-    "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} {INSPECT} json"),
+    "inspect --json": (["inspect", FULL, "--json"], f"{READ} {TORCH} {INSPECT} json reports.document"),
     "inspect legacy": (
         ["inspect", FIXTURES / "resnet_legacy.pth"],
         f"{READ} {INSPECT} pickling.streams formats.pytorch formats.pytorch.legacy",
@@ -112,15 +112,16 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} {INSPECT}"),
     "diff": (
         ["diff", OLD, FULL],
-        f"{READ} {TORCH} {REFERENCES} cli.diff cli.screens cli.screens.diff ops ops.diff ops.notes",
+        f"{READ} {TORCH} {REFERENCES} cli.diff cli.screens cli.screens.diff reports.wording ops ops.diff ops.notes",
     ),
     "diff safetensors": (
         ["diff", SAFE, FULL],
-        f"{READ} {TORCH} {SAFETENSORS} {REFERENCES} cli.diff cli.screens cli.screens.diff ops ops.diff ops.notes",
+        f"{READ} {TORCH} {SAFETENSORS} {REFERENCES} cli.diff cli.screens cli.screens.diff reports.wording "
+        "ops ops.diff ops.notes",
     ),
     "filter": (
         ["filter", "--match", FULL, OLD, "-o", "out.pth"],
-        f"{WRITE} {TORCH} {MERGE} cli.filter cli.screens cli.screens.plans shlex",
+        f"{WRITE} {TORCH} {MERGE} cli.filter cli.screens cli.screens.plans reports.gates reports.wording shlex",
     ),
     "convert": (
         ["convert", SAFE, "-o", "out.pth"],
@@ -129,7 +130,8 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "remap": (["remap", OLD, "--add-prefix", "x.", "-o", "out.pth"], f"{WRITE} {TORCH} {RULES} cli.remap"),
     "load-partial": (
         ["load-partial", OLD, "--into", FULL, "-o", "out.pth"],
-        f"{WRITE} {TORCH} {MERGE} {PARTIAL} api.loading cli.load_partial cli.screens cli.screens.plans",
+        f"{WRITE} {TORCH} {MERGE} {PARTIAL} api.loading cli.load_partial cli.screens cli.screens.plans "
+        "reports.gates reports.wording",
     ),
 }
 """Command lines, and what they may import: our modules without ``ckptool.``, and others with all that those import."""

@@ -86,6 +86,7 @@ def diff(
     rtol: float = 1e-5,
     atol: float = 1e-8,
     quick: bool = False,
+    fail_on: Patterns | None = None,
     progress: Progress | None = None,
 ) -> DiffReport:
     """Returns how two checkpoints' weights differ: keys, shapes and dtypes, from headers alone.
@@ -93,7 +94,8 @@ def diff(
     ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
     integers are exact. ``quick`` only finds whether the bytes are equal, and trusts the CRC-32 that torch's archives
     record where both sides have one. A lock file's tensors are compared by their hashes, as far as it has them
-    (``uncompared``). ``progress`` is called with the bytes of both sides of each compared pair.
+    (``uncompared``). ``fail_on``: the kinds of differences that ``fails`` names (None: all but bookkeeping).
+    ``progress`` is called with the bytes of both sides of each compared pair.
     Raises: what `open` raises, NoTensorsError.
     """
     from ckptool.ops import diff as op
@@ -101,6 +103,7 @@ def diff(
     keys.expect_numbers(0, rtol=rtol, atol=atol)
     ignore, one, other = keys.all_texts(ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b)
     both: dict[str, Any] = {"ignore": ignore, "strip_prefix_a": one, "strip_prefix_b": other, "devices": devices}
+    both["fail_on"] = None if fail_on is None else keys.texts(fail_on, "fail_on")
     differences = partial(op.diff, open_whole(a), open_whole(b), **both)
     if not (values or quick):
         return differences()
@@ -117,7 +120,7 @@ def diff(
                     return compare_hashes(one, other, files)
                 return compare_bytes(one, other, files) if quick else compare(one, other, files, rtol, atol)
 
-        return differences(compare=compared)
+        return differences(compare=compared, by="bytes" if quick else None)
 
 
 def check_schema(
@@ -136,4 +139,5 @@ def check_schema(
 
     ignore, strip_prefix = keys.all_texts(ignore=ignore, strip_prefix=strip_prefix)
     rules = op.parse(schema) if isinstance(schema, Mapping) else op.read(schema)
-    return op.check(rules, open_whole(source), ignore=ignore, strip_prefix=strip_prefix)
+    report = op.check(rules, open_whole(source), ignore=ignore, strip_prefix=strip_prefix)
+    return report if isinstance(schema, Mapping) else replace(report, rules=os.fspath(schema))

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import EnumType
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 import ckptool
+from ckptool import reports
 from ckptool.cli import progress, render
 from ckptool.cli.terminal import colours
 from ckptool.errors import CkptoolError, UsageError, near, one_of
@@ -230,17 +232,17 @@ VARIABLES = {
 def run(args: list[str]) -> int:
     """Runs one command line. Any exception but ckptool's and typer's is a bug and keeps its traceback."""
     command = next((arg for arg in args if arg in COMMANDS), "")
-    as_json = "--json" in args
+    form = _form(args)
     render.quiet, tally.current = False, None
     begun = time.perf_counter()
     try:
         with _defaults(colours.asked_by(args)):
             code = _invoked(args)
     except CkptoolError as error:
-        return _fail(error, command, as_json)
+        return _fail(error, command, form)
     except WrongUsage as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        return _fail(UsageError(f"{_wrong(error)}{hint}"), command, as_json)
+        return _fail(UsageError(f"{_wrong(error)}{hint}"), command, form)
     except (KeyboardInterrupt, Interrupted, typer.Abort):
         print("ckptool: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -314,9 +316,22 @@ def _wrong(error: Any) -> str:
     return f"no such option {error.option_name}{near(error.option_name, names)}"
 
 
-def _fail(error: CkptoolError, command: str, as_json: bool) -> int:
-    if as_json:
-        render.print_json({"schema": 1, "command": command, "error": render.error_json(error)})
+def _form(args: list[str]) -> str:
+    """Returns the form that a command line asks for, which may be a wrong one otherwise."""
+    given = [after for arg, after in pairwise([*args, ""]) if arg == "--format"]
+    given += [arg.partition("=")[2] for arg in args if arg.startswith("--format=")]
+    return "json" if "--json" in args else given[-1] if given else "text"
+
+
+def _fail(error: CkptoolError, command: str, form: str) -> int:
+    if form == "json":
+        from ckptool.reports import document
+
+        render.write(document.text({"schema": 1, "command": command, "error": document.error(error)}))
+    elif form in reports.FORMS and form != "text":
+        from ckptool.reports.outcome import failure
+
+        render.write(reports.rendered([failure(error, command)], form))
     render.note(f"error: {error}")
     return error.exit_code
 

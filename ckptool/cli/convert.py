@@ -74,7 +74,7 @@ def command(
     limit = options.shard_size(max_shard_size)
     tags = options.tags(map_location)
     save_options = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, False, shard_name, with_files)
-    outputs = Outputs("convert", save_options, report_file, dry_run, as_json)
+    outputs = Outputs("convert", save_options, report_file, dry_run, options.form(None, as_json))
     failed = render.Failures(len(inputs))
     jobs: list[Job] = []
     for source in inputs:

@@ -1,9 +1,9 @@
 """ckptool diff."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,9 +13,12 @@ from ckptool.cli import options, render
 from ckptool.cli.progress import bar
 from ckptool.cli.screens import diff as screen
 from ckptool.core import keys
-from ckptool.errors import UsageError
-from ckptool.ops.diff import HARMLESS, KINDS, volume
+from ckptool.errors import CkptoolError, UsageError
+from ckptool.ops.diff import KINDS, failing, volume
 from ckptool.text import plural
+
+if TYPE_CHECKING:
+    from ckptool import DiffReport, SchemaReport
 
 
 def command(
@@ -27,7 +30,9 @@ def command(
             help="A checkpoint, a schema (.toml), or a model in code, PKG.MOD:NAME or FILE.py:NAME, which is run.",
         ),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one, in any format.")],
+    b: Annotated[
+        list[str], typer.Argument(metavar="B...", help="Another one, in any format; several are compared with A each.")
+    ],
     values: Annotated[bool, typer.Option("--values", help="Compare values too, not only keys and shapes.")] = False,
     quick: Annotated[
         bool,
@@ -68,7 +73,8 @@ def command(
     html: options.Html = None,
     force: options.Force = False,
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even if they differ.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: options.Format = None,
+    as_json: options.Json = False,
 ) -> int:
     """Show how two checkpoints differ: exit 0 if they are the same, 1 if they differ.
 
@@ -76,96 +82,121 @@ def command(
     $ ckptool diff model.pth model.safetensors --values  # another format, the same numbers?
     $ ckptool diff model.pth new.pth --ignore 'fc.*'     # but for the last layer
     """
-    wanted = _kinds(fail_on)
-    if "values" in wanted and fail_on and not (values or quick):
+    shown = options.form(form, as_json)
+    kinds = None if not fail_on else [kind.strip() for text in fail_on for kind in text.split(",")]
+    wanted = set(failing(kinds))
+    if kinds and "values" in wanted and not (values or quick):
         raise UsageError("--fail-on values needs --values or --quick")
     if values and quick:
         raise UsageError("--values measures how far tensors differ, --quick only finds whether: choose one")
-    if "devices" in wanted and fail_on:
-        devices = True
     if math.isnan(rtol) or math.isnan(atol):
         raise UsageError("--rtol and --atol take numbers")
     if force and html is None:
         raise UsageError("--force goes with --html FILE")
-    options.refuse_arguments(arg, a, b)
-    if references.is_schema(a) or references.is_schema(b):
+    if html is not None and len(b) > 1:
+        raise UsageError(f"--html is of two checkpoints, not of {len(b) + 1}")
+    options.refuse_arguments(arg, a, *b)
+    chosen: dict[str, Any] = {
+        "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
+    }  # fmt: skip
+    compared: Callable[[str], DiffReport | SchemaReport]
+    if any(map(references.is_schema, (a, *b))):
         of_data = {
             "--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on, "--rename": rename,
             "--rules": rules, "--html": html,
         }  # fmt: skip
-        return _schema(
-            a, b, root_a or root, root_b or root, strip_prefix_a, strip_prefix_b, ignore or (), arg, tp_rules,
-            [name for name, given in of_data.items() if given], as_json, exit_zero,
-        )  # fmt: skip
-    first = options.reference(a, root_a or root, arg, tp_rules, values=values or quick)
-    second = options.reference(b, root_b or root, arg, tp_rules, values=values or quick)
-    chosen: dict[str, Any] = {
-        "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
-    }  # fmt: skip
-    if html is not None:
-        from ckptool.reports import html as pages
-
-        pages.check(html, [first, second], force)
-    if rename or rules:
-        first, changed = ckptool.remap(
-            first, options.in_order(ctx, rename=rename, rules=rules), allow_unused=allow_unused
-        )
-    with bar(lambda: volume(first, second, **chosen), "compare") as progress:
-        report = ckptool.diff(
-            first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol, quick=quick,
-            progress=progress,
-        )  # fmt: skip
-    if rename or rules:
-        moved = sum(row.op != "rename" or row.old != [row.new] for row in changed.map)
-        text = f"rules changed {plural(moved, 'key')} of A" + f", dropped {len(changed.dropped)}" * bool(
-            changed.dropped
-        )
-        report = replace(report, notes=[text, *changed.notes, *changed.unused_rules, *report.notes])
-    if html is not None:
-        document = render.document("diff", report, report.notes)
-        made = {"a": _rows(first, ignore), "b": _rows(second, ignore), "version": ckptool.__version__}
-        pages.write(html, document, force, [a, b], **made)
-    if as_json:
-        render.print_json(render.document("diff", report, report.notes))
+        senseless = [name for name, given in of_data.items() if given]
+        compared = _against_schema(a, b, root_a or root, root_b or root, chosen, arg, tp_rules, senseless)
     else:
-        render.show(screen.lines(report, b, values or quick, quick))
-    found = report.found()
-    return int(any(found[kind] for kind in wanted) and not exit_zero)
+        devices = devices or (kinds is not None and "devices" in wanted)
+        opened = first = options.reference(a, root_a or root, arg, tp_rules, values=values or quick)
+        said = []
+        if rename or rules:
+            changes = options.in_order(ctx, rename=rename, rules=rules)
+            first, changed = ckptool.remap(first, changes, allow_unused=allow_unused)
+            moved = sum(row.op != "rename" or row.old != [row.new] for row in changed.map)
+            dropped = f", dropped {len(changed.dropped)}" * bool(changed.dropped)
+            said = [f"rules changed {plural(moved, 'key')} of A{dropped}", *changed.notes, *changed.unused_rules]
+
+        def compared(path: str) -> "DiffReport":
+            second = options.reference(path, root_b or root, arg, tp_rules, values=values or quick)
+            if html is not None:
+                from ckptool.reports import html as pages
+
+                pages.check(html, [opened, second], force)
+            with bar(lambda: volume(first, second, **chosen), "compare") as progress:
+                report = ckptool.diff(
+                    first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol,
+                    quick=quick, fail_on=kinds, progress=progress,
+                )  # fmt: skip
+            report = replace(report, a=a, b=path, notes=[*said, *report.notes])
+            if html is not None:
+                from ckptool.reports import document
+
+                sides = {"a": _rows(first, ignore), "b": _rows(second, ignore), "version": ckptool.__version__}
+                pages.write(html, document.of("diff", report, report.notes), force, [a, path], **sides)
+            return report
+
+    failed = render.Failures(len(b))
+    found: list[DiffReport | SchemaReport | CkptoolError] = []
+    for path in b:
+        before = len(found)
+        with failed.kept():
+            found.append(compared(path))
+        found += failed.errors[-1:] if len(found) == before else []
+    done = [one for one in found if not isinstance(one, CkptoolError)]
+    if shown == "json":
+        from ckptool.reports import document
+
+        if len(b) == 1:
+            made = document.of("diff", done[0], done[0].notes)
+        else:
+            notes = [
+                f"{path}: {note}" for path, one in zip(b, found, strict=True) for note in getattr(one, "notes", ())
+            ]
+            made = document.of("diff", done, notes, failed.errors)
+            for content in made["result"]:
+                del content["notes"]
+        render.write(document.text(made))
+    elif shown == "text":
+        render.show(screen.table(a, [*zip(b, found, strict=True)]) if len(b) > 1 else screen.lines(done[0]))
+    else:
+        from ckptool.reports import outcome, rendered
+
+        render.write(rendered([outcome.outcome(one, "diff") for one in found], shown))
+    return failed.end() or int(any(report.fails for report in done) and not exit_zero)
 
 
 def _rows(side: ckptool.Checkpoint, ignore: Sequence[str] | None) -> Any:
     """Returns the rows of `inspect` of the keys that are not ignored, as JSON's own types."""
+    from ckptool.reports import document
+
     choose = keys.chooser((), ignore or ())
     found = ckptool.inspect(side)
-    return render.to_json([row for row in (*found.tensors, *found.inside) if choose(row.key)])
+    return document.plain([row for row in (*found.tensors, *found.inside) if choose(row.key)])
 
 
-def _schema(
-    a: str, b: str, root_a: str | None, root_b: str | None, strip_a: Sequence[str] | None,
-    strip_b: Sequence[str] | None, ignore: Sequence[str], arg: list[str] | None, tp_rules: str | None,
-    senseless: list[str], as_json: bool, exit_zero: bool,
-) -> int:  # fmt: skip
-    """Shows which rules of a schema a checkpoint does not meet."""
-    if references.is_schema(a) and references.is_schema(b):
+def _against_schema(
+    a: str, b: list[str], root_a: str | None, root_b: str | None, chosen: dict[str, Any], arg: list[str] | None,
+    tp_rules: str | None, senseless: list[str],
+) -> "Callable[[str], SchemaReport]":  # fmt: skip
+    """Returns the function that checks one of ``b`` against a schema, which is A; or it is the only B."""
+    strip_a, strip_b = chosen["strip_prefix_a"], chosen["strip_prefix_b"]
+    schema, *more = [path for path in (a, *b) if references.is_schema(path)]
+    if more:
         raise UsageError("both are schemas of patterns: name a schema and a checkpoint")
-    if references.is_schema(b):
-        a, b, root_b, strip_a, strip_b = b, a, root_a, strip_b, strip_a
+    swapped = schema != a
+    if swapped and len(b) > 1:
+        raise UsageError("of several files a schema comes first", schema)
+    if swapped:
+        root_b, strip_a, strip_b = root_a, strip_b, strip_a
     if senseless or strip_a:
-        raise UsageError(f"{', '.join(senseless) or '--strip-prefix of its side'} does not go with a schema", a)
-    opened = options.reference(b, root_b, arg, tp_rules)
-    report = ckptool.check_schema(opened, a, ignore=ignore, strip_prefix=strip_b)
-    if as_json:
-        render.print_json(render.document("diff", report, report.notes))
-    else:
-        render.show(screen.schema_lines(report))
-    return int(not report.same and not exit_zero)
+        raise UsageError(f"{', '.join(senseless) or '--strip-prefix of its side'} does not go with a schema", schema)
 
+    def checked(path: str) -> "SchemaReport":
+        path = a if swapped else path
+        opened = options.reference(path, root_b, arg, tp_rules)
+        report = ckptool.check_schema(opened, schema, ignore=chosen["ignore"], strip_prefix=strip_b)
+        return replace(report, path=path)
 
-def _kinds(fail_on: list[str] | None) -> set[str]:
-    if not fail_on:
-        return set(KINDS).difference(HARMLESS)
-    kinds = {kind.strip() for text in fail_on for kind in text.split(",")}
-    unknown = kinds - set(KINDS)
-    if unknown:
-        raise UsageError(f"--fail-on knows {', '.join(KINDS)}; not {', '.join(sorted(unknown))}")
-    return kinds
+    return checked

@@ -1,5 +1,6 @@
 """ckptool filter."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from ckptool.cli.output import Outputs, heading
 from ckptool.cli.screens import plans
 from ckptool.errors import UsageError
 from ckptool.ops.rows import FilterReport
+from ckptool.reports import gates
 from ckptool.saving import SaveOptions
 from ckptool.text import percent
 
@@ -60,6 +62,7 @@ def command(
     dry_run: options.DryRun = False,
     report_file: options.Report = None,
     all_rows: options.AllRows = False,
+    form: options.Format = None,
     as_json: options.Json = False,
 ) -> int:
     """Keep what fits: TARGET, with every tensor that agrees in name and shape taken from SOURCE.
@@ -76,7 +79,7 @@ def command(
         to, force, in_place, options.tags(map_location), options.shard_size(max_shard_size), verify, fsync, False,
         shard_name, with_files,
     )  # fmt: skip
-    outputs = Outputs("filter", save_options, report_file, dry_run, as_json)
+    outputs = Outputs("filter", save_options, report_file, dry_run, options.form(form, as_json))
     opened = [ckptool.open(source, root=root, tp_rules=tp_rules) for source in sources]
     options.refuse_arguments(arg, match)
     target = options.reference(match, match_root, arg, tp_rules) if match is not None else None
@@ -87,18 +90,19 @@ def command(
         rules=options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None, allow_unused=allow_unused,
     )  # fmt: skip
     checkpoint, report = merge(match=target)
-    failed = plans.failed(report, least, require or [], strict)
+    failed = gates.failed(report, least, require or [], strict)
     empty = any(one.kind == "meta" for one in (*checkpoint.state_dict().values(), *checkpoint.inside().values()))
     if match is not None and references.is_code(match) and empty and not failed:  # values of the model stay
         checkpoint, report = merge(match=options.reference(match, match_root, arg, tp_rules, values=True))
+    report = replace(report, failed=failed)
     if not failed:
         report = outputs.write(checkpoint, output, report)
-    begin = heading(dry_run, output, failed)
-    outputs.finish(report, [*report.notes, *failed], lambda: _lines(report, begin, failed, all_rows))
+    begin = heading(dry_run, output, bool(failed))
+    outputs.finish(report, [*report.notes, *(gate.text for gate in failed)], lambda: _lines(report, begin, all_rows))
     return int(bool(failed))
 
 
-def _lines(report: FilterReport, begin: str, failed: list[str], all_rows: bool) -> list[str]:
+def _lines(report: FilterReport, begin: str, all_rows: bool) -> list[str]:
     counts = report.counts
     total = sum(1 for row in report.rows if row.reason != "unexpected" and row.shape is not None)
     if report.target:
@@ -112,4 +116,4 @@ def _lines(report: FilterReport, begin: str, failed: list[str], all_rows: bool) 
     parts += [f"{counts[reason]} {reason}" for reason in ("unexpected", "bookkeeping") if counts.get(reason)]
     if report.target and counts.get("ignored"):
         parts.append(f"{counts['ignored']} ignored")
-    return [*plans.head(report, begin + ", ".join(parts), all_rows), *plans.tail(report, failed)]
+    return [*plans.head(report, begin + ", ".join(parts), all_rows), *plans.tail(report)]

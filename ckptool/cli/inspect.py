@@ -80,7 +80,8 @@ def command(
     force: options.Force = False,
     arg: options.Arg = None,
     update_lock: Annotated[bool, typer.Option("--update-lock", help="With --lock: replace the lock file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    form: options.Format = None,
+    as_json: options.Json = False,
 ) -> int:
     """Show what a checkpoint holds; runs nothing that is in it.
 
@@ -88,8 +89,11 @@ def command(
     $ ckptool inspect shards --depth 2 --sort nbytes     # the largest modules of a directory
     $ ckptool inspect model.pth --check                  # exit 1 on damage, NaN, or names that act
     """
-    if keys_only and (depth or as_json or stats or hashes or check):
-        raise UsageError("--keys goes with none of --depth, --json, --stats, --hash and --check")
+    shown = options.form(form, as_json)
+    if keys_only and (depth or shown != "text" or stats or hashes or check):
+        raise UsageError("--keys goes with none of --depth, --json, --format, --stats, --hash and --check")
+    if shown in ("github", "junit", "sarif") and not check:
+        raise UsageError(f"--format {shown} shows what --check finds: it goes with --check")
     if depth and hashes:
         raise UsageError("--hash is of single tensors: it does not go with --depth")
     if flat and (depth or fold):
@@ -103,7 +107,7 @@ def command(
     for option, path in (("--lock", lock), ("--schema", schema), ("--html", html)):
         if path is not None and len(files) > 1:
             raise UsageError(f"{option} is of one checkpoint, not of {len(files)}")
-    if lock == "-" and (as_json or keys_only):
+    if lock == "-" and (shown != "text" or keys_only):
         raise UsageError("--lock - prints the lock alone: it does not go with --json and --keys")
     options.refuse_arguments(arg, *files)
     gate: dict[str, Any] = {}
@@ -112,6 +116,8 @@ def command(
 
         kinds = None if not fail_on else [kind.strip() for text in fail_on for kind in text.split(",")]
         gate = {"check": True, "fail_on": failing(kinds), "allow": allow or []}
+    if html is not None or shown == "json":
+        from ckptool.reports import document
     if html is not None:
         from ckptool.reports import html as pages
     reports = []
@@ -133,9 +139,9 @@ def command(
             if schema is not None:
                 _write_schema(opened, choose, schema)
             if html is not None:
-                shown = replace(reports[-1], tensors=_chosen(report, include or [], exclude or [], sort))
+                page = replace(reports[-1], tensors=_chosen(report, include or [], exclude or [], sort))
                 made = {"tree": pages.outline(opened.beside()), "version": ckptool.__version__}
-                pages.write(html, render.document("inspect", [shown]), force, [path], **made)
+                pages.write(html, document.of("inspect", [page]), force, [path], **made)
     notes = [
         f"{report.path}: {text}"
         for report in reports
@@ -144,12 +150,18 @@ def command(
     names = [name for report in reports for name in report.unsafe]
     notes += [f"--allow {pattern} fits no name" for pattern in keys.unused_patterns(allow or [], names)]
     chosen = [(report, _chosen(report, include or [], exclude or [], sort)) for report in reports]
-    for text in () if as_json else notes:
+    for text in () if shown == "json" else notes:
         render.note(text)
-    if as_json:
+    if shown == "json":
         documents = [replace(report, tensors=rows) for report, rows in chosen]
-        render.print_json(render.document("inspect", documents, notes, failed.errors))
-    for number, (report, rows) in enumerate(() if as_json or lock == "-" else chosen):
+        render.write(document.text(document.of("inspect", documents, notes, failed.errors)))
+    elif shown != "text":
+        from ckptool.reports import rendered
+        from ckptool.reports.outcome import outcome
+
+        judged = [replace(report, tensors=rows) for report, rows in chosen]
+        render.write(rendered([outcome(one, "inspect") for one in (*judged, *failed.errors)], shown))
+    for number, (report, rows) in enumerate(chosen if shown == "text" and lock != "-" else ()):
         if keys_only:
             for text in (*report.problems, *report.notes):
                 render.note(text)

@@ -16,6 +16,7 @@ from ckptool.errors import UsageError, listed
 from ckptool.partial import adapters, presets
 from ckptool.partial import init as init_rules
 from ckptool.partial.plan import LoadPartialReport, UnsetError, refuse_unset
+from ckptool.reports import document, gates
 from ckptool.saving import SaveOptions
 from ckptool.text import percent, plural
 
@@ -78,6 +79,7 @@ def command(
     dry_run: options.DryRun = False,
     report_file: options.Report = None,
     all_rows: options.AllRows = False,
+    form: options.Format = None,
     as_json: options.Json = False,
 ) -> int:
     """Load what fits of SOURCE into a changed model, adapt shapes, initialise the rest.
@@ -87,8 +89,8 @@ def command(
     $ ckptool load-partial --init-preset list
     """
     if init_preset and "list" in init_preset:
-        if as_json:
-            render.print_json(render.document("load-partial", {"presets": presets.PRESETS}))
+        if options.form(form, as_json) == "json":
+            render.write(document.text(document.of("load-partial", {"presets": presets.PRESETS})))
         else:
             render.show([render.safe(line) for line in presets.described()])
         return 0
@@ -108,7 +110,7 @@ def command(
         to, force, in_place, options.tags(map_location), options.shard_size(max_shard_size), verify, fsync, False,
         shard_name, with_files,
     )  # fmt: skip
-    outputs = Outputs("load-partial", save_options, report_file, dry_run, as_json)
+    outputs = Outputs("load-partial", save_options, report_file, dry_run, options.form(form, as_json))
     opened = ckptool.open(source, root=root, tp_rules=tp_rules) if source is not None else None
     target: Any = ckptool.open(into, root=into_root, tp_rules=tp_rules) if into is not None else None
     inputs = [checkpoint for checkpoint in (opened, target) if checkpoint is not None]
@@ -131,7 +133,8 @@ def command(
         checkpoint, report = error.planned
     if model is not None:
         report = replace(report, notes=[f"imported and ran {model}, your own code, to build the model", *report.notes])
-    failed = plans.failed(report, least, require or [], strict)
+    failed = gates.failed(report, least, require or [], strict)
+    report = replace(report, failed=failed)
     refused = render.Failures(1)
     if not failed:
         if output or not (least is not None or require or strict):
@@ -139,10 +142,9 @@ def command(
                 refuse_unset(checkpoint, report)
         report = outputs.write(checkpoint, output, report)
         outputs.write_beside(groups_out, groups_document(report))
-    begin = heading(dry_run, output, failed)
-    groups = bool(groups_out or freeze)
-    lines = partial(_lines, report, begin, failed, all_rows, groups)
-    outputs.finish(report, [*report.notes, *failed], lines, refused.errors)
+    begin = heading(dry_run, output, bool(failed))
+    lines = partial(_lines, report, begin, all_rows, bool(groups_out or freeze))
+    outputs.finish(report, [*report.notes, *(gate.text for gate in failed)], lines, refused.errors)
     return int(bool(failed)) or refused.end()
 
 
@@ -152,7 +154,7 @@ def groups_document(report: LoadPartialReport) -> dict[str, Any]:
     return {"schema": 1, "groups": groups, "frozen": report.frozen, "tied": report.tied}
 
 
-def _lines(report: LoadPartialReport, begin: str, failed: list[str], all_rows: bool, groups: bool) -> list[str]:
+def _lines(report: LoadPartialReport, begin: str, all_rows: bool, groups: bool) -> list[str]:
     counts = report.counts
     total = sum(1 for row in report.rows if row.reason != "unexpected" and row.shape is not None)
     parts = [f"{total} tensors"]
@@ -177,4 +179,4 @@ def _lines(report: LoadPartialReport, begin: str, failed: list[str], all_rows: b
             [["group", group.name, f"{plural(len(group.params), 'parameter')}, learning rate "
               f"x{group.lr_mult:g}, weight decay {group.weight_decay:g}"] for group in report.groups]
         )  # fmt: skip
-    return [*lines, *plans.tail(report, failed)]
+    return [*lines, *plans.tail(report)]

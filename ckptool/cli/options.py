@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import ckptool
-from ckptool import formats, references
+from ckptool import formats, references, reports
 from ckptool.errors import FormatError, UnreadableError, UsageError, explain
 
 if TYPE_CHECKING:
@@ -65,6 +65,16 @@ InPlace = Annotated[bool, typer.Option("--in-place", help="Allow the output to b
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would happen; write no output.")]
 Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report to FILE too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Format = Annotated[
+    str | None, typer.Option("--format", metavar="FORM", help=f"What to print: {', '.join(reports.FORMS)}.")
+]
+
+
+def form(given: str | None, as_json: bool) -> str:
+    """Returns the form that --format and --json ask for. Raises: UsageError."""
+    if as_json and given not in (None, "json"):
+        raise UsageError(f"--json and --format {given} contradict each other")
+    return "json" if as_json else reports.form_of(given or "text")
 
 
 def in_order(ctx: typer.Context, **given: Texts) -> Rules:

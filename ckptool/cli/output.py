@@ -10,6 +10,7 @@ from ckptool.cli import render
 from ckptool.cli.progress import bar
 from ckptool.core.dtypes import Changed
 from ckptool.errors import CkptoolError, UsageError
+from ckptool.reports import document
 
 if TYPE_CHECKING:  # `inspect` and `diff` need the bar only, and must not import what writes
     from ckptool.core.checkpoint import Checkpoint
@@ -25,14 +26,14 @@ if TYPE_CHECKING:  # `inspect` and `diff` need the bar only, and must not import
 class Outputs:
     """How a command writes: checkpoints by ``options``, and its JSON document to the path ``report``, if given.
 
-    A dry run writes the report only.
+    A dry run writes the report only. ``form`` is what it prints: one of `reports.FORMS`.
     """
 
     command: str
     options: SaveOptions
     report: str | None
     dry_run: bool
-    as_json: bool
+    form: str
 
     def check(self, paths: Sequence[str], inputs: Sequence[Checkpoint], *beside: str | None) -> None:
         """Checks the paths of the checkpoints, of other files ``beside`` them, and of the report.
@@ -76,23 +77,28 @@ class Outputs:
         with bar(total, "copy") as progress:
             return saving.save(checkpoint, path, self.options, progress)
 
-    def write_beside(self, path: str | None, document: Any) -> None:
+    def write_beside(self, path: str | None, content: Any) -> None:
         """Writes another JSON document, if a path is given and it is not a dry run."""
         if path is not None and not self.dry_run:
-            self._write_text(path, render.json_text(document))
+            self._write_text(path, document.text(content))
 
     def finish(
         self, result: Any, notes: Sequence[str], lines: Callable[[], Iterable[str]], errors: Sequence[CkptoolError] = ()
     ) -> None:
-        """Writes the report if --report names a path; prints the JSON document or the lines."""
-        if self.report is not None or self.as_json:
-            text = render.json_text(render.document(self.command, result, notes, errors))
+        """Writes the report if --report names a path; prints the JSON document, the outcome or the lines."""
+        if self.report is not None or self.form == "json":
+            made = document.text(document.of(self.command, result, notes, errors))
             if self.report is not None:
-                self._write_text(self.report, text)
-            if self.as_json:
-                render.write(text)
-        if not self.as_json and not self.said_enough(result):
+                self._write_text(self.report, made)
+        if self.form == "json":
+            render.write(made)
+        elif self.form == "text" and not self.said_enough(result):
             render.show(lines())
+        elif self.form != "text":
+            from ckptool.reports import rendered
+            from ckptool.reports.outcome import outcome
+
+            render.write(rendered([outcome(one, self.command) for one in (result, *errors)], self.form))
 
     def said_enough(self, result: Any) -> bool:
         """Returns whether nothing is to be shown: the run is quiet, and the output is there (``result``: a report)."""
@@ -105,7 +111,7 @@ class Outputs:
         saving.write_text(path, text, force=self.options.force)
 
 
-def heading(dry_run: bool, path: str | None, failed: Sequence[str] = ()) -> str:
+def heading(dry_run: bool, path: str | None, failed: bool = False) -> str:
     """Returns the start of the first line: the output's path, and whether it was not written."""
     state = " (dry run)" if dry_run and path else " (not written)" if failed else ""
     return f"{path or '(dry run)'}{state}: "

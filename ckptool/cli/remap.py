@@ -71,7 +71,7 @@ def command(
         to, force, in_place, options.tags(map_location), options.shard_size(max_shard_size), verify, fsync, False,
         shard_name, with_files,
     )  # fmt: skip
-    outputs = Outputs("remap", save_options, report_file, dry_run, as_json)
+    outputs = Outputs("remap", save_options, report_file, dry_run, options.form(None, as_json))
     outputs.check([] if output is None else [output], [opened], save_map)
     if invert is not None:
         checkpoint, report = ckptool.invert(opened, options.read_data(invert))

@@ -1,4 +1,4 @@
-"""Text for people and JSON for scripts, from the same reports.
+"""Text on the terminal, and the one way to stdout and stderr.
 
 Names from a file are data: `safe` escapes control characters, escape sequences and direction marks, and markup is
 never interpreted.
@@ -6,30 +6,16 @@ never interpreted.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from ckptool.cli.terminal import colours, tables
 from ckptool.errors import CkptoolError
+from ckptool.text import safe as safe
 
 Line = Sequence[str]
-
-
-def safe(text: str) -> str:
-    """Returns text with every character that is not printable escaped.
-
-    >>> print(safe("a\\x1b[31mb\\u202ec"))
-    a\\x1b[31mb\\u202ec
-    """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 WIDEST = 400
@@ -144,73 +130,3 @@ class Failures:
         if self.errors and not self.several:
             note(f"error: {self.errors[0]}")
         return self.errors[0].exit_code if self.errors else 0
-
-
-def to_json(value: Any) -> Any:
-    """Returns a report as JSON's own types. Fields whose default is None are left out where they are None."""
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return value if _PLAIN.issuperset(map(type, value)) else [to_json(item) for item in value]
-    kind: Any = type(value)
-    if (fields := _fields(kind)) is not None:
-        names, optional, contents = fields
-        return {
-            name: content if type(content) in _PLAIN else to_json(content)
-            for name, content in zip(names, contents(value), strict=True)
-            if content is not None or name not in optional
-        }
-    return {str(key): to_json(content) for key, content in value.items()}
-
-
-_PLAIN = {str, int, float, bool}
-
-MANY_ROWS = 5_000
-"""Above so many rows, JSON is printed without indentation: ten times as fast, and too long to be read anyway."""
-
-
-@functools.cache
-def _fields(kind: Any) -> tuple[list[str], set[str], Callable[[Any], tuple[Any, ...]]] | None:
-    """Returns a dataclass's field names, those left out when None, and a getter of all values; None for other types."""
-    if not dataclasses.is_dataclass(kind):
-        return None
-    fields = dataclasses.fields(kind)
-    names = [field.name for field in fields]
-    get = operator.attrgetter(*names)
-    found = get if len(names) > 1 else lambda report: (get(report),)
-    return names, {field.name for field in fields if field.default is None}, found
-
-
-def json_text(document: Any) -> str:
-    """Returns a JSON document as text with a final newline; indented, unless it has over `MANY_ROWS` rows."""
-    import json
-
-    return json.dumps(document, indent=None if _has_many(document) else 1, allow_nan=False) + "\n"
-
-
-def _has_many(value: Any) -> bool:
-    """Returns whether a list near the top of a document has over `MANY_ROWS` items."""
-    if isinstance(value, list):
-        return len(value) > MANY_ROWS or (len(value) < 100 and any(map(_has_many, value)))
-    return isinstance(value, dict) and len(value) < 100 and any(map(_has_many, value.values()))
-
-
-def print_json(document: Any) -> None:
-    """Prints one JSON document on stdout."""
-    write(json_text(document))
-
-
-def document(
-    command: str, result: Any, notes: Sequence[str] = (), errors: Sequence[CkptoolError] = ()
-) -> dict[str, Any]:
-    """Returns the document that every command prints with --json; ``errors``: of what the result lacks."""
-    content = to_json(result)
-    if isinstance(content, dict):
-        content.pop("notes", None)
-    made = {"schema": 1, "command": command, "result": content, "notes": list(notes)}
-    return {**made, "errors": [*map(error_json, errors)], "error": error_json(errors[0])} if errors else made
-
-
-def error_json(error: CkptoolError) -> dict[str, Any]:
-    """Returns an error as JSON's own types."""
-    return {"kind": error.slug, "message": error.message, "path": error.path}

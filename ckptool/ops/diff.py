@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from ckptool.core import keys as names
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Described, TensorInfo, quantization
-from ckptool.errors import UnsupportedError
+from ckptool.errors import UnsupportedError, one_of
 from ckptool.ops.notes import Common, diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping", "ties")
@@ -17,6 +17,13 @@ KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookk
 
 HARMLESS = ("bookkeeping", "ties")
 """The kinds after which both sides load the same."""
+
+
+def failing(fail_on: Sequence[str] | None) -> list[str]:
+    """Returns the kinds that fail, by default those that make two checkpoints differ. Raises: UsageError."""
+    if fail_on is None:
+        return [kind for kind in KINDS if kind not in HARMLESS]
+    return [one_of(KINDS, kind, "--fail-on") for kind in fail_on]
 
 
 class Distance(Protocol):
@@ -58,7 +65,7 @@ class ValuesChanged:
     rel_l2: float | None
     """The L2 norm of a - b, divided by that of a; null where not finite, or where a is all zeros."""
     by: str | None = None
-    """``hash`` where only hashes were compared."""
+    """``hash`` or ``bytes`` where only these were compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,12 @@ class DiffReport:
     """Keys that one side leaves out as they are tied in the other; not in ``only_in_a`` or ``only_in_b``."""
     notes: list[str] = field(default_factory=list)
     """What else was noticed."""
+    a: str = ""
+    """The path of A."""
+    b: str = ""
+    """The path of B."""
+    fails: list[str] = field(default_factory=list)
+    """The kinds of differences found that were to fail."""
 
     def found(self) -> dict[str, int]:
         """Returns {kind: number of differences} for each of `KINDS`."""
@@ -129,17 +142,23 @@ def diff(
     strip_prefix_b: Sequence[str] = (),
     devices: bool = False,
     compare: Compare | None = None,
+    by: str | None = None,
+    fail_on: Sequence[str] | None = None,
 ) -> DiffReport:
     """Returns how the weights of two checkpoints differ; ``compare`` compares the values of two tensors of one shape.
 
+    ``by``: of what ``compare`` compares, if not the numbers (see `ValuesChanged`). ``fail_on``: see `failing`.
     Raises: NoTensorsError if a side has none, CollisionError if two keys are equal without their prefixes.
     """
+    wanted = failing(fail_on)
     (first, second), (plain_a, plain_b), owners, unwrapped, chosen = _sides(
         a, b, strip_prefix_a, strip_prefix_b, ignore
     )
     notes = [*root_notes([a, b]), *wrapper_notes(unwrapped, (a.url, first), (b.url, second))]
     notes += pattern_notes(ignore, [*plain_a, *plain_b, *first, *second, *owners.values()], "--ignore ")
-    report = DiffReport(False, 0, [], [], [], [], [], [], [], compared=compare is not None, notes=notes)
+    report = DiffReport(
+        False, 0, [], [], [], [], [], [], [], compared=compare is not None, notes=notes, a=a.url, b=b.url
+    )
     equal = ignored = 0
     counters = {}
     for side, plain_keys, others, tensors, lone in (
@@ -153,7 +172,7 @@ def diff(
             if not chosen(plain, key):
                 ignored += 1
             elif plain in others:
-                equal += _same(report, key, first[key], second[plain_b[plain]], devices, compare)
+                equal += _same(report, key, first[key], second[plain_b[plain]], devices, compare, by)
             else:
                 (report.bookkeeping if names.is_counter(key) else lone).append(key)
                 report.shapes[key], report.dtypes[key] = _shape(tensors[key]), tensors[key].dtype
@@ -174,8 +193,10 @@ def diff(
             return _common(sides, compare is not None)
 
         notes += [hint] if (hint := diff_hint(a, b, common)) else []
-    same = not any(count for kind, count in report.found().items() if kind not in HARMLESS)
-    return replace(report, same=same, equal=equal, counters=counters)
+    found = report.found()
+    same = not any(found[kind] for kind in failing(None))
+    fails = [kind for kind in wanted if found[kind]]
+    return replace(report, same=same, equal=equal, counters=counters, fails=fails)
 
 
 def volume(a: Checkpoint, b: Checkpoint, **options: Any) -> int:
@@ -211,8 +232,9 @@ def _tied(tensors: Mapping[str, TensorInfo], lone: Sequence[str], both: Iterable
 
 
 def _same(
-    report: DiffReport, key: str, one: TensorInfo, other: TensorInfo, devices: bool, compare: Compare | None
-) -> bool:
+    report: DiffReport, key: str, one: TensorInfo, other: TensorInfo, devices: bool, compare: Compare | None,
+    by: str | None,
+) -> bool:  # fmt: skip
     """Adds the differences between two tensors of one key to the report; returns whether there are none."""
     plain = one.storage and other.storage and one.dtype == other.dtype and one.shape == other.shape
     if plain and not devices and compare is None:
@@ -246,7 +268,7 @@ def _same(
     if compare is not None and (values or counters):
         distance = compare(one, other)
         if distance.status != "equal":
-            report.values.append(ValuesChanged(key, distance.status, distance.max_abs, distance.rel_l2))
+            report.values.append(ValuesChanged(key, distance.status, distance.max_abs, distance.rel_l2, by))
             same = False
     return same
 

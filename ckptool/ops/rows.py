@@ -49,6 +49,18 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """A condition of the command line that does not hold; then nothing is written."""
+
+    gate: str
+    """``loaded`` (any key at all), ``min-loaded``, ``require`` or ``strict``."""
+    text: str
+    """What is wrong."""
+    keys: list[str] = field(default_factory=list)
+    """The keys for which it does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
 class FilterReport:
     """What of the sources is in the output, key by key."""
 
@@ -74,6 +86,8 @@ class FilterReport:
     """{key: values that a cast clamped to the largest finite one}, known when written."""
     underflowed: dict[str, int] | None = None
     """{key: values that a cast made zero}, known when written."""
+    failed: list[Gate] = field(default_factory=list)
+    """The conditions of the command line that do not hold."""
 
     @property
     def loaded(self) -> int:

@@ -26,7 +26,7 @@ from ckptool.ops.notes import (
     require_tensors,
     without_optimizers,
 )
-from ckptool.ops.rows import LOADED, Row, counts_of, dims, sourced
+from ckptool.ops.rows import LOADED, Gate, Row, counts_of, dims, sourced
 from ckptool.partial import handover, initplan, resume
 from ckptool.partial.adapt import COMPUTED, Adapting
 from ckptool.partial.adapters import Adapter, parse
@@ -74,6 +74,8 @@ class LoadPartialReport:
     """{key: values that a cast clamped to the largest finite one}, known when written."""
     underflowed: dict[str, int] | None = None
     """{key: values that a cast made zero}, known when written."""
+    failed: list[Gate] = field(default_factory=list)
+    """The conditions of the command line that do not hold."""
 
     def keys(self, *reasons: str) -> list[str]:
         """Returns the keys with one of these reasons."""

@@ -112,6 +112,15 @@ class SchemaReport:
     """The num_batches_tracked that are missing or unlisted, which is no failure."""
     notes: list[str] = field(default_factory=list)
     """What else was noticed."""
+    path: str = ""
+    """The path of the checkpoint."""
+    rules: str = ""
+    """The path of the schema."""
+
+    @property
+    def fails(self) -> list[str]:
+        """Returns the kinds of failures, as of `DiffReport`."""
+        return list(dict.fromkeys(failure.kind for failure in self.failures))
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -333,6 +342,7 @@ def check(
     return SchemaReport(
         not failures, sum(key not in failing for key in named), failures,
         {name: size for name, (size, _) in sizes.items()}, [one.key or one.rule for one in lenient], notes,
+        checkpoint.url,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ HERE = Path(__file__).parents[1] / "reference"
 
 RESULTS: dict[str, Any] = {
     "inspect": list[InspectReport],
-    "diff": diff.DiffReport | schema.SchemaReport,
+    "diff": diff.DiffReport | schema.SchemaReport | list[diff.DiffReport | schema.SchemaReport],
     "filter": rows.FilterReport,
     "remap": remap.RemapReport,
     "convert": list[convert.ConvertReport],
@@ -68,7 +68,7 @@ def described(kind: Any) -> dict[str, str]:
 
 
 def contents(kind: Any, notes: bool = True) -> list[tuple[str, Any, bool]]:
-    """Returns (field, type, whether it is always there) of a dataclass, as `ckptool.cli.render.to_json` writes it.
+    """Returns (field, type, whether it is always there) of a dataclass, as `ckptool.reports.document` writes it.
 
     The ``notes`` of a result that is one report stand beside it; what a remap saves is a file of its own.
     """

@@ -1,0 +1,124 @@
+"""What a report's rows and its headline say as text, on a screen and in every other form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptool.text import dims
+
+if TYPE_CHECKING:
+    from ckptool.ops.diff import DiffReport, ValuesChanged
+    from ckptool.ops.rows import Row
+    from ckptool.references.schema import SchemaReport
+
+
+class Difference(NamedTuple):
+    """What differs at one key. ``kind`` is one of `ckptool.ops.diff.KINDS`, or ``close`` or ``uncompared``."""
+
+    kind: str
+    key: str
+    text: str
+
+
+def differences(report: DiffReport) -> Iterator[Difference]:
+    """Yields the differences by kind, those of values last; bookkeeping aside."""
+    for row in report.shape:
+        yield Difference("shape", row.key, f"{dims(row.a)} -> {dims(row.b)}")
+    for kind, changed in (("dtype", report.dtype), ("devices", report.devices)):
+        yield from (Difference(kind, row.key, f"{row.a} -> {row.b}") for row in changed)
+    for key in report.uncompared:
+        yield Difference("uncompared", key, "its values, as a lock file has no hash of it")
+    for kind, lone in (("only-in-a", report.only_in_a), ("only-in-b", report.only_in_b)):
+        yield from (Difference(kind, key, f"{dims(report.shapes[key])}  {report.dtypes[key]}") for key in lone)
+    for values in report.values:
+        yield Difference("values" if values.status == "differ" else values.status, values.key, _distance(values))
+
+
+def _distance(row: ValuesChanged) -> str:
+    if row.by:
+        return "another hash" if row.by == "hash" else "other bytes"
+    largest = "not finite" if row.max_abs is None else f"{row.max_abs:.3g}"
+    undefined = "not finite" if row.max_abs is None else "undefined (A is zero)"
+    relative = undefined if row.rel_l2 is None else f"{row.rel_l2:.3g}"
+    return f"max abs {largest}, relative L2 {relative}"
+
+
+def headline(report: DiffReport) -> str:
+    """Returns whether two checkpoints differ, and the number of differences of each kind."""
+    found = report.found()
+    parts = [
+        (found["shape"], "shape", "shapes"),
+        (found["dtype"], "dtype", "dtypes"),
+        (found["values"], "tensor with other values", "tensors with other values"),
+        (found["devices"], "device tag", "device tags"),
+        (found["only-in-a"], "only in A", "only in A"),
+        (found["only-in-b"], "only in B", "only in B"),
+    ]
+    counted = [f"{number:,} {one if number == 1 else many}" for number, one, many in parts if number]
+    close = sum(row.status == "close" for row in report.values)
+    equal = f"{report.equal:,} equal"
+    if close:
+        equal += f", {close:,} close"
+    if report.uncompared:
+        equal += f", {len(report.uncompared):,} of them but for their values"
+    if not report.compared:
+        equal += " (values not compared, --values does)"
+    if counted:
+        return f"differ: {', '.join(counted)}; {equal}"
+    harmless = ["bookkeeping"] * bool(report.bookkeeping) + ["ties"] * bool(report.tied)
+    but = f" but for {' and '.join(harmless)}" if harmless else ""
+    return f"same{but}: {equal}"
+
+
+def harmless(report: DiffReport) -> Iterator[Difference]:
+    """Yields what differs and makes no difference: num_batches_tracked, all of a side in one, and ties."""
+    for side, count in report.counters.items():
+        if count:
+            yield Difference("bookkeeping", "", f"{count} x num_batches_tracked only in {side.upper()}")
+    for row in report.tied:
+        side, other = "AB" if row.only_in == "a" else "BA"
+        yield Difference("ties", row.key, f"tied in {side} to {row.tied_to}, left out in {other}")
+
+
+def schema_headline(report: SchemaReport) -> str:
+    """Returns whether a checkpoint meets a schema, and the number of failures of each kind."""
+    counts = Counter(failure.kind for failure in report.failures)
+    several = {"shape", "dtype", "count"}
+    found = ", ".join(f"{number:,} {kind}{'s' * (number > 1 and kind in several)}" for kind, number in counts.items())
+    meet = f"{report.equal:,} key{'s' * (report.equal != 1)} as the schema has it"
+    return f"same: {meet}" if report.same else f"differ: {found}; {meet}"
+
+
+def schema_failures(report: SchemaReport) -> Iterator[Difference]:
+    """Yields the rules that are not met, with the key of each, or the rule where no key is meant."""
+    for one in report.failures:
+        said = {"unlisted": one.found, "missing": "", "forbidden": one.found}
+        rule = f"  rule {one.rule}" if one.rule not in ("", one.key) and one.key is not None else ""
+        text = said.get(one.kind, f"expected {one.expected}, found {one.found}") + rule
+        yield Difference(one.kind, one.key or one.rule, text.strip())
+
+
+def row_text(row: Row) -> str:
+    """Returns shapes, dtypes and details of a row of `filter` or `load-partial`."""
+    if row.shape is None and row.dtype is None:
+        theirs = f"source {dims(row.source_shape)}  " if row.source_shape is not None else ""
+        return theirs + (row.detail or "")
+    shape = dims(row.shape)
+    where = f"  in {row.file}" if row.file else ""
+    detail = f"  {row.detail}" if row.detail else ""
+    if row.reason == "mismatched":
+        return f"target {shape}, source {dims(row.source_shape)}{detail}{where}"
+    if row.reason == "adapted":
+        before = f"{row.source_dtype} -> {row.dtype}  " if row.source_dtype else ""
+        return f"{dims(row.source_shape)} -> {shape}  {before}{row.detail}{where}"
+    if row.reason == "cast":
+        before = f"{row.source_dtype} -> " if row.source_dtype else ""
+        return f"{shape}  {before}{row.dtype}{detail}{where}"
+    if row.reason in ("missing", "unexpected", "bookkeeping"):
+        return f"{shape}  {row.dtype}{where}"
+    if row.reason == "initialised":
+        return f"{shape}  {row.dtype}  {row.detail}"
+    renamed = f"  from {row.source}" if row.source and row.source != row.key else ""
+    return f"{shape}{renamed}{detail}{where}"
