@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -546,3 +547,15 @@ def test_a_bar_of_bytes_reaches_its_end_on_a_terminal(
     completed, total = seen[-1]
     assert completed == pytest.approx(total, rel=0.01)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_statistics_show_a_histogram_as_a_line_of_characters(
+    run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckptool.cli.screens.inspect import sparkline
+
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    assert sparkline([4, 4, 0, 0, 1, 0, 2, 2]) == "█ ▁▄"
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert sparkline([4, 4, 0, 0, 1, 0, 2, 2]) == "@ .="
+    assert sparkline([]) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING
 
 from ckptool.cli import render
@@ -129,10 +130,22 @@ def valued(rows: list[TensorRow], stats: bool) -> list[str]:
     if stats:
         head = ["", "", "", *_HEADS]
         lines = [head, *([*line, *_figures(row.stats)] for line, row in zip(lines, rows, strict=True))]
+        if any(row.stats and row.stats.histogram for row in rows):
+            bars = ["histogram", *(sparkline(row.stats.histogram.counts if row.stats and row.stats.histogram else [])
+                                   for row in rows)]  # fmt: skip
+            lines = [[*line, bar] for line, bar in zip(lines, bars, strict=True)]
     if any(row.hash for row in rows):
         hashes = [*(["sha256"] if stats else []), *(row.hash or "" for row in rows)]
         lines = [[*line, digest] for line, digest in zip(lines, hashes, strict=True)]
     return render.aligned(lines, keys=True)
+
+
+def sparkline(counts: list[int]) -> str:
+    """Returns a histogram as a character for every two bins: as high as the most, and never empty where a value is."""
+    full = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
+    marks = " ▁▂▃▄▅▆▇█" if full else " .:-=+*#@"
+    pairs = [sum(counts[at : at + 2]) for at in range(0, len(counts), 2)]
+    return "".join(marks[math.ceil(8 * number / max(pairs))] if number else marks[0] for number in pairs)
 
 
 _HEADS = ["mean", "std", "min", "max", "abs max", "zeros", "NaN", "inf"]
