@@ -100,8 +100,9 @@ class Regex:
 
     The time that Python's ``re`` takes is bounded by nothing: ``(a+)+$`` takes years for 50 letters. It looks for
     signals meanwhile, so an alarm ends it. That costs 3 us, and is for patterns with a repeated group or several
-    repetitions, and for long keys. Other threads have no alarm: there a repeated group that may match in many ways is
-    refused. The seconds of slow matches add up, so that many keys do not take many times as long.
+    repetitions, and for long keys. Other threads have no alarm: there a repeated group that may match in many ways,
+    and twenty repetitions, are refused. The seconds of slow matches add up, so that many keys do not take many times
+    as long. An alarm that was set before is late by as much.
     """
 
     def __init__(self, text: str) -> None:
@@ -109,8 +110,10 @@ class Regex:
         self._regex = re.compile(text)
         repeats = re.findall(r"[*+{|]", text)
         self._group = re.search(r"\)[*+{]", text) is not None
-        self._nested = self._group and len(repeats) > 1
-        self._longest = (0 if self._group or len(repeats) > 2 else 150) if repeats else None
+        optional = len(re.findall(r"(?<![(*+?}])[?]", text))  # each doubles the ways, and `(?:` and `*?` are none
+        self._nested = (self._group and len(repeats) > 1) or optional + len(repeats) - repeats.count("|") > 20
+        often = self._group or len(repeats) > 2 or optional > 8
+        self._longest = 0 if often else 150 if repeats else None
 
     def search(self, key: str) -> re.Match[str] | None:
         """Returns what `re.Pattern.search` does. Raises: LimitError, UsageError."""
@@ -128,9 +131,11 @@ class Regex:
         import signal
         import threading
 
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        here = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+        if not here or signal.getsignal(signal.SIGALRM) is None:  # None: another language's, which cannot be put back
             if self._nested:
-                raise UsageError(f"the pattern {self.text!r} repeats a group that may match in many ways: without end")
+                what = "repeats what may match in many ways, and no alarm could end that here"
+                raise UsageError(f"the pattern {self.text!r} {what}: repeat less in it, or call from the main thread")
             return job()
         left = MAX_MATCH.now() - self.spent
 
@@ -145,9 +150,10 @@ class Regex:
         try:
             return job()
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # neither handler gets the other's alarm
             took = monotonic() - begin
-            signal.setitimer(signal.ITIMER_REAL, max(others - took, 0.001) if others else 0, interval)
             signal.signal(signal.SIGALRM, old)
+            signal.setitimer(signal.ITIMER_REAL, max(others - took, 0.001) if others else 0, interval)
             self.spent += took if took > 0.01 else 0
 
 

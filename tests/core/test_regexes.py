@@ -17,7 +17,8 @@ from ckptool.core import keys
 from ckptool.errors import LimitError, UsageError
 
 FOREVER = ["(a+)+$b", "(a|a)*$b", "(a|aa)+$b", "([a-z]+)*\\d$", "(?:a?){40}a{40}b", "(.*)*x$b", "((a+)b?)+$c",
-           "(?:a*a*)*$b", "a*a*a*a*a*a*a*a*$b", "(?P<n>a+)+$b"]  # fmt: skip
+           "(?:a*a*)*$b", "a*a*a*a*a*a*a*a*$b", "(?P<n>a+)+$b",
+           "a?" * 40 + "[ab]{180}b", "[ab]??" * 40 + "$", "(?:a)?" * 40 + "[ab]{180}b"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", FOREVER)
@@ -86,11 +87,25 @@ def test_in_another_thread_what_nothing_could_end_is_refused_and_the_rest_matche
         except UsageError as error:
             found.append(error.message)
 
-    thread = threading.Thread(target=work)
+        try:
+            keys.Regex("a?" * 40 + "[ab]{40}$").search("a" * 39)
+        except UsageError as error:
+            found.append(error.message)
+
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(20)
     assert found[:2] == [True, True]
-    assert "repeats a group" in str(found[2])
+    assert len(found) == 4
+    assert all("repeats what may match in many ways" in str(said) for said in found[2:])
+
+
+def test_where_the_alarm_belongs_to_another_language_none_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("the handler could not be put back"))
+    assert keys.Regex("(module\\.)*x").search("module.x")
+    with pytest.raises(UsageError, match="call from the main thread"):
+        keys.Regex("(a+)+$b").search("aaa")
 
 
 def test_every_way_in_is_bounded(run: Run, saved: Saved) -> None:
