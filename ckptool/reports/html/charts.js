@@ -126,7 +126,7 @@ function matrix(name, find) {
     const lone = found.every((row) => row.status === "a" || row.status === "b" || row.status === "shape");
     if (name === "status" || lone) shown.classList.add(`is-${classOf(part, "status")}`);
     else heat(shown, colour.share(value));
-    const words = name === "status" || lone ? KIND[classOf(part, "status")] : value === null ? "not finite" : figure(value);
+    const words = name === "status" || lone ? KIND[classOf(part, "status")] : value === null ? (found.every(fromZero) ? "A is zero" : "not finite") : figure(value);
     const says = `${safe(layer)} ${safe(kind)}: ${words}${found.length > 1 ? `, the largest of ${found.length}` : ""}`;
     shown.append(make("button", { type: "button", title: says, "aria-label": says, tabindex: -1, onclick: () => find(layer, kind) }));
     return shown;

@@ -60,6 +60,12 @@ const KIND = { equal: "equal", close: "close", differ: "values differ", shape: "
   a: "only in A", b: "only in B", bookkeeping: "counter of one side", tied: "tied in one side", unknown: "not compared" };
 const WORST = ["equal", "bookkeeping", "tied", "close", "unknown", "device", "differ", "dtype", "b", "a", "shape"];
 
+/** Returns whether a relative change is undefined for a row, as A is all zeros there. */
+const fromZero = (row) => row.rel_l2 === null && row.max_abs !== null;
+
+/** Returns the text of a distance that may be null. */
+const distance = (row, name) => (row[name] === undefined ? "" : row[name] !== null ? figure(row[name]) : fromZero(row) ? "A is zero" : "not finite");
+
 /** Returns the rows of the page: of `inspect`, or of both sides of `diff`. */
 function rowsOf() {
   if (!DIFF) return [...REPORT.tensors, ...(REPORT.inside || [])];

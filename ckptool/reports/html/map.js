@@ -67,13 +67,14 @@ function prepare(colour) {
   };
 }
 
-/** Returns the value of a row, or the largest of a module's rows. */
+/** Returns the value of a row, or the largest of a module's rows: of those that have one, null where one is not finite. */
 function valueOf(part, colour) {
   if (!isModule(part)) return colour.of(part);
   part.values = part.values || new Map();
   if (!part.values.has(colour)) {
     let found;
-    for (const row of part.all()) {
+    const rows = [...part.all()];
+    for (const row of rows.every(fromZero) ? rows : rows.filter((one) => !fromZero(one))) {
       const value = colour.of(row);
       if (value === null) { found = null; break; }
       if (value !== undefined && (found === undefined || value > found)) found = value;
@@ -248,7 +249,7 @@ function legend(name, hues) {
   });
   const low = colour.low === 0 ? "0" : figure(colour.low);
   const others = name !== "change" ? [] : [...["shape", "a", "b"].filter((kind) => ROWS.some((row) => row.status === kind)).map((kind) => entry(`is-${kind}`, KIND[kind])),
-    ROWS.some((row) => row.rel_l2 === null && row.status === "differ") ? entry("no-value", "not finite") : null].filter(Boolean);
+    ROWS.some((row) => row.rel_l2 === null && row.status === "differ") ? entry("no-value", ROWS.some(fromZero) ? "not finite, or A is zero" : "not finite") : null].filter(Boolean);
   return [...others, make("span", { class: "entry" }, low, make("span", { class: "ramp" }, steps), figure(colour.high)), colour.log ? "logarithmic; of a module, the largest" : "of a module, the largest"];
 }
 

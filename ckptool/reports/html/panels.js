@@ -60,7 +60,7 @@ function detail(row, open, close) {
       ["Shape", row.other === undefined ? dims(row.shape) : `${dims(row.shape)} → ${dims(row.other)}`], ["Dtype", `${safe(row.dtype)}${row.kind ? ` ${safe(row.kind)}` : ""}`],
       ["Parameters", whole(row.elements)], ["Bytes", `${bytes(row.bytes)}`], ["Device", row.device && row.device !== "cpu" ? safe(row.device) : ""], ["Devices", row.devices && safe(row.devices)],
       ["Tied to", row.tied_to ? keyButton(row.tied_to, open) : ""],
-      ...(changed && HAS.values ? [["Relative L2", row.rel_l2 === undefined ? "" : row.rel_l2 === null ? "not finite" : figure(row.rel_l2)], ["Max abs", row.max_abs === undefined ? "" : row.max_abs === null ? "not finite" : figure(row.max_abs)],
+      ...(changed && HAS.values ? [["Relative L2", distance(row, "rel_l2")], ["Max abs", distance(row, "max_abs")],
         ["Mean abs", row.mean_abs === undefined ? "" : figure(row.mean_abs)], ["Cosine", row.cosine === undefined ? "" : figure(row.cosine)]] : []),
       ...(stats ? [["Mean", figure(stats.mean)], ["Std", figure(stats.std)], ["Min", figure(stats.min)], ["Max", figure(stats.max)], ["Zeros", whole(stats.zeros)], ["NaN", stats.nan ? whole(stats.nan) : ""], ["Infinite", stats.inf ? whole(stats.inf) : ""]] : []),
       ["sha256", row.hash ? make("span", { class: "key wrap" }, row.hash) : ""],

@@ -10,7 +10,7 @@ const number = (name, of, text = figure) => ({ name, of, text, numeric: true });
 function columnsOf() {
   const shape = (row) => (row.other === undefined ? dims(row.shape) : `${dims(row.shape)} → ${dims(row.other)}`);
   const stat = (label, name) => number(label, (row) => row.stats?.[name]);
-  const value = (label, name) => number(label, (row) => row[name], (found) => (found === null ? "not finite" : figure(found)));
+  const value = (label, name) => number(label, (row) => row[name], (found, row) => distance(row, name));
   const known = (name) => DIFF && REPORT.values.some((row) => row[name] !== undefined);
   return [
     { name: "Key", id: "key", wide: Math.min(innerWidth < 600 ? 190 : 470, Math.max(180, 28 + 7.3 * ROWS.reduce((most, row) => Math.max(most, row.key.length), 0))), of: (row) => row.key },
