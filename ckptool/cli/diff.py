@@ -84,9 +84,10 @@ def command(
     """
     shown = options.form(form, as_json)
     kinds = None if not fail_on else [kind.strip() for text in fail_on for kind in text.split(",")]
-    wanted = set(failing(kinds))
-    if kinds and "values" in wanted and not (values or quick):
-        raise UsageError("--fail-on values needs --values or --quick")
+    failing(kinds)
+    for kind in kinds or ():
+        if kind in ("values", "uncompared") and not (values or quick):
+            raise UsageError(f"--fail-on {kind} needs --values or --quick")
     if values and quick:
         raise UsageError("--values measures how far tensors differ, --quick only finds whether: choose one")
     if math.isnan(rtol) or math.isnan(atol):
@@ -108,7 +109,7 @@ def command(
         senseless = [name for name, given in of_data.items() if given]
         compared = _against_schema(a, b, root_a or root, root_b or root, chosen, arg, tp_rules, senseless)
     else:
-        devices = devices or (kinds is not None and "devices" in wanted)
+        devices = devices or ("devices" in (kinds or ()))
         opened = first = options.reference(a, root_a or root, arg, tp_rules, values=values or quick)
         said = []
         if rename or rules:

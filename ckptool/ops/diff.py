@@ -12,11 +12,11 @@ from ckptool.core.tensor import Described, TensorInfo, quantization
 from ckptool.errors import UnsupportedError, one_of
 from ckptool.ops.notes import Common, diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
-KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping", "ties")
+KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping", "ties", "uncompared")
 """The kinds of differences; all but `HARMLESS` make two checkpoints differ by default."""
 
-HARMLESS = ("bookkeeping", "ties")
-"""The kinds after which both sides load the same."""
+HARMLESS = ("bookkeeping", "ties", "uncompared")
+"""The kinds after which both sides load the same, as far as is known."""
 
 
 def failing(fail_on: Sequence[str] | None) -> list[str]:
@@ -130,7 +130,8 @@ class DiffReport:
         """Returns {kind: number of differences} for each of `KINDS`."""
         differing = [row for row in self.values if row.status == "differ"]
         keys: list[Sized] = [self.only_in_a, self.only_in_b, self.shape, self.dtype, differing, self.devices]
-        return {kind: len(rows) for kind, rows in zip(KINDS, [*keys, self.bookkeeping, self.tied], strict=True)}
+        rest: list[Sized] = [self.bookkeeping, self.tied, self.uncompared]
+        return {kind: len(rows) for kind, rows in zip(KINDS, [*keys, *rest], strict=True)}
 
 
 def diff(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Difference(NamedTuple):
-    """What differs at one key. ``kind`` is one of `ckptool.ops.diff.KINDS`, or ``close`` or ``uncompared``."""
+    """What differs at one key. ``kind`` is one of `ckptool.ops.diff.KINDS`, or ``close``."""
 
     kind: str
     key: str

@@ -383,6 +383,10 @@ def test_what_has_no_hash_is_named_and_not_passed_off_as_compared(run: Run, save
     assert "uncompared b its values, as a lock file has no hash of it" in lines
     result = json.loads(run("diff", path, lock, "--values", "--json")[1])["result"]
     assert (result["same"], result["uncompared"]) == (True, ["b"])
+    assert run("diff", path, lock, "--quick", "--fail-on", "uncompared")[0] == 1
+    assert run("diff", path, lock, "--values", "--fail-on", "uncompared", "--ignore", "b")[0] == 0
+    assert run("diff", path, lock, "--values", "--fail-on", "values")[0] == 0
+    assert ckptool.diff(path, lock, values=True, fail_on="uncompared").fails == ["uncompared"]
     assert run("diff", lock, saved({"a": torch.ones(3), "b": torch.ones(4)}, "less.pth"), "--values")[0] == 1
     meta = saved({"a": torch.ones(3, device="meta"), "b": torch.ones(4, device="meta")}, "meta.pth")
     code, _, err = run("diff", lock, meta, "--values")

@@ -304,10 +304,10 @@ def test_an_unknown_kind_is_refused_with_those_known(run: Run) -> None:
     assert "only-in-a, only-in-b, shape, dtype, values, devices, bookkeeping" in err
 
 
-def test_fail_on_values_without_comparing_them_is_refused(run: Run) -> None:
-    code, _, err = run("diff", NEW, OLD, "--fail-on", "values")
-    assert code == 2
-    assert "--values" in err
+@pytest.mark.parametrize("kind", ["values", "uncompared"])
+def test_fail_on_values_without_comparing_them_is_refused(kind: str, run: Run) -> None:
+    code, _, err = run("diff", NEW, OLD, "--fail-on", kind)
+    assert (code, f"--fail-on {kind} needs --values or --quick" in err) == (2, True)
 
 
 def test_device_tags_are_compared_only_when_asked_for(monkeypatch: pytest.MonkeyPatch, saved: Saved, run: Run) -> None:
