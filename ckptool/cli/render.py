@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 from ckptool.cli.terminal import colours, tables
-from ckptool.errors import CkptoolError
+from ckptool.errors import CkptoolError, explain
 from ckptool.text import safe as safe
 
 Line = Sequence[str]
@@ -61,14 +62,25 @@ class ClosedPipe(Exception):
     """The reader of stdout has closed it. Not an OSError: click would turn that into an exit code of its own."""
 
 
+class Unwritable(Exception):
+    """stdout cannot be written. No answer was given, so the exit code is not that of one."""
+
+
+def abandon(stream: TextIO) -> None:
+    """Sends what a stream still has to nowhere: Python flushes it at exit, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def write(text: str) -> None:
-    """Writes to stdout. Raises: ClosedPipe."""
+    """Writes to stdout. Raises: ClosedPipe, Unwritable."""
     try:
         for start in range(0, len(text), 1 << 16):  # an unbuffered stdout may silently cut off a long write
             sys.stdout.write(text[start : start + (1 << 16)])
         sys.stdout.flush()
     except BrokenPipeError:
         raise ClosedPipe from None
+    except OSError as error:
+        raise Unwritable(f"stdout: cannot be written: {explain(error)}") from None
 
 
 def show(lines: Iterable[str]) -> None:
@@ -99,11 +111,14 @@ def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
 
 
 def note(text: str) -> None:
-    """Prints a note or an error on stderr; when quiet, errors only."""
+    """Prints a note or an error on stderr; when quiet, errors only. Where stderr fails, the exit code says it alone."""
     if quiet and not text.startswith("error: "):
         return
     name = colours.painted("ckptool:", colours.QUIET, sys.stderr)
-    print(f"{name} {colours.verdict(safe(text), sys.stderr)}", file=sys.stderr)
+    try:
+        print(f"{name} {colours.verdict(safe(text), sys.stderr)}", file=sys.stderr, flush=True)
+    except OSError:
+        abandon(sys.stderr)
 
 
 class Failures:

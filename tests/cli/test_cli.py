@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,15 +165,6 @@ def test_an_output_that_cannot_be_is_one_line_and_exit_2(output: str, words: str
     assert err.count("\n") == 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_said_for_stdout_and_no_success(tmp_path: Path) -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "ckptool", "inspect", str(OLD)], stdout=full, stderr=subprocess.PIPE, timeout=60
-        )
-    assert done.returncode != 0
-
-
 def test_a_report_to_a_place_that_is_not_there_is_exit_2(run: Run) -> None:
     code, _, err = run("filter", "--match", FULL, OLD, "--dry-run", "--report", "nowhere/report.json")
     assert (code, err.count("\n"), os.listdir()) == (2, 1, [])
@@ -183,7 +175,7 @@ def test_a_report_to_a_place_that_is_not_there_is_exit_2(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [["inspect"], ["diff", "one"], ["filter"], ["inspect", "x", "--nope"], ["nope"], ["diff", "a", "b", "c"],
+    [["inspect"], ["diff", "one"], ["filter"], ["inspect", "x", "--nope"], ["nope"],
      ["inspect", "x", "--sort", "colour"], ["diff", "a", "b", "--rtol", "much"], ["diff", "a", "b", "--atol", "-1"],
      ["inspect", "x", "--depth", "few"], ["--nope"]],
 )  # fmt: skip
@@ -268,6 +260,43 @@ def test_a_pipe_that_is_closed_early_is_quiet(saved: Saved) -> None:
 
 def test_a_closed_pipe_is_not_the_exit_code_of_an_answer(saved: Saved) -> None:
     assert listing_into_a_closed_pipe(saved)[0] == 141
+
+
+ASKED = [
+    ["inspect", OLD], ["inspect", OLD, "--json"], ["diff", OLD, FIXTURES / "resnet_new.pth"],
+    ["diff", OLD, OLD, "--format", "github"], ["inspect", OLD, "--lock", "-"], ["inspect", "absent.pth", "--json"],
+    ["--help"], ["diff", "--help"], ["--version"], ["--show-completion", "bash"],
+]  # fmt: skip
+
+
+def redirected(arguments: list[Any], redirection: str) -> subprocess.CompletedProcess[str]:
+    """Runs ckptool in a shell that redirects its streams, such as >&-."""
+    command = ["sh", "-c", f'exec "$0" -m ckptool "$@" {redirection}', sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", ASKED, ids=lambda arguments: " ".join(str(one) for one in arguments[::2]))
+def test_an_answer_that_cannot_be_written_is_an_error_and_no_answer(arguments: list[Any]) -> None:
+    done = redirected(arguments, "> /dev/full")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "ckptool: error: stdout: cannot be written: no space left on device"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stream", ["1>&-", "2>&-", "2> /dev/full"])
+def test_the_exit_code_is_the_same_where_a_stream_is_closed_or_nothing_can_be_said(stream: str, tmp_path: Path) -> None:
+    if "full" in stream and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    new = FIXTURES / "resnet_new.pth"
+    for arguments, code in (
+        (["inspect", OLD], 0), (["diff", OLD, new], 1), (["diff", OLD, new, "-v"], 1), (["inspect", "absent.pth"], 2),
+        (["filter", OLD, "--match", new, "-o", tmp_path / "out.pth"], 0), (["--help"], 0),
+        (["inspect", OLD, "--no"], 2),
+    ):  # fmt: skip
+        done = redirected(arguments, stream)
+        assert done.returncode == code, arguments
+        assert "error: " not in done.stdout, "an error is not printed as an answer"
 
 
 def test_names_that_the_terminals_encoding_lacks_are_no_traceback(saved: Saved) -> None:
