@@ -13,6 +13,8 @@ import torch
 import yaml
 from oracles import FIXTURES
 
+from ckptool.cli import main
+
 ACTION = yaml.safe_load((FIXTURES.parent / "action.yml").read_text())
 STEP = next(step for step in ACTION["runs"]["steps"] if step.get("id") == "run")
 
@@ -56,6 +58,51 @@ def test_what_is_found_may_be_let_pass_but_an_error_may_not(pair: tuple[Path, Pa
     assert (code, outputs["exit-code"]) == (2, "2")
     assert "absent.pth" in log
     assert "no such file" in summary
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "filter new.pth --match 'a b.pth' -o out.pth",
+        "diff 'a b.pth' new.pth --html out.html",
+        "load-partial new.pth --into 'a b.pth' -o out.pth",
+        "inspect --check new.pth --lock out.lock",
+    ],
+)
+def test_a_command_that_writes_is_run_once_and_its_comment_says_what_the_log_says(
+    output: str, pair: tuple[Path, Path]
+) -> None:
+    code, log, outputs, summary = run_step(output)
+    assert code == int(output.startswith("diff"))
+    assert outputs["exit-code"] == str(code)
+    assert list(Path.cwd().glob("out.*"))
+    assert "exists already" not in log + summary
+    assert summary.startswith(f"**ckptool {output.split()[0]}: ")
+    code, log, _, summary = run_step(output)
+    assert code == 2
+    assert "exists already" in log
+    assert "exists already" in summary
+
+
+@pytest.mark.parametrize(
+    "command", ["diff 'a b.pth new.pth", "diff 'a b.pth' new.pth --json", "convert new.pth -o x.npz"]
+)
+def test_a_command_line_that_is_wrong_fails_the_step_and_has_a_comment_or_none(
+    command: str, pair: tuple[Path, Path]
+) -> None:
+    code, log, outputs, summary = run_step(command)
+    assert code == 2
+    assert summary == (Path(outputs["comment"]).read_text() if outputs else "")
+    assert "passed" not in summary
+    assert log
+
+
+def test_a_comment_that_cannot_be_written_is_an_error(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CKPTOOL_COMMENT", "absent/comment.md")
+    assert main(["diff", "new.pth", "new.pth", "--format", "github"]) == 2
+    assert "absent/comment.md" in capsys.readouterr().err
 
 
 def test_words_of_a_pull_request_are_data(pair: tuple[Path, Path]) -> None:

@@ -19,7 +19,7 @@ import ckptool
 from ckptool import reports
 from ckptool.cli import progress, render
 from ckptool.cli.terminal import colours
-from ckptool.errors import CkptoolError, UsageError, near, one_of
+from ckptool.errors import CkptoolError, OutputError, UsageError, near, one_of
 from ckptool.io import system, tally
 
 INTERRUPTED = 130
@@ -331,7 +331,10 @@ def _fail(error: CkptoolError, command: str, form: str) -> int:
     elif form in reports.FORMS and form != "text":
         from ckptool.reports.outcome import failure
 
-        render.write(reports.rendered([failure(error, command)], form))
+        try:
+            render.outcomes([failure(error, command)], form)
+        except OutputError as other:  # the comment, which is not what failed first
+            render.note(f"error: {other}")
     render.note(f"error: {error}")
     return error.exit_code
 

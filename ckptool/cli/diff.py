@@ -162,9 +162,9 @@ def command(
     elif shown == "text":
         render.show(screen.table(a, [*zip(b, found, strict=True)]) if len(b) > 1 else screen.lines(done[0]))
     else:
-        from ckptool.reports import outcome, rendered
+        from ckptool.reports import outcome
 
-        render.write(rendered([outcome.outcome(one, "diff") for one in found], shown))
+        render.outcomes([outcome.outcome(one, "diff") for one in found], shown)
     return failed.end() or int(any(report.fails for report in done) and not exit_zero)
 
 

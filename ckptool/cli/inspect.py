@@ -156,11 +156,10 @@ def command(
         documents = [replace(report, tensors=rows) for report, rows in chosen]
         render.write(document.text(document.of("inspect", documents, notes, failed.errors)))
     elif shown != "text":
-        from ckptool.reports import rendered
         from ckptool.reports.outcome import outcome
 
         judged = [replace(report, tensors=rows) for report, rows in chosen]
-        render.write(rendered([outcome(one, "inspect") for one in (*judged, *failed.errors)], shown))
+        render.outcomes([outcome(one, "inspect") for one in (*judged, *failed.errors)], shown)
     for number, (report, rows) in enumerate(chosen if shown == "text" and lock != "-" else ()):
         if keys_only:
             for text in (*report.problems, *report.notes):

@@ -95,10 +95,9 @@ class Outputs:
         elif self.form == "text" and not self.said_enough(result):
             render.show(lines())
         elif self.form != "text":
-            from ckptool.reports import rendered
             from ckptool.reports.outcome import outcome
 
-            render.write(rendered([outcome(one, self.command) for one in (result, *errors)], self.form))
+            render.outcomes([outcome(one, self.command) for one in (result, *errors)], self.form)
 
     def said_enough(self, result: Any) -> bool:
         """Returns whether nothing is to be shown: the run is quiet, and the output is there (``result``: a report)."""

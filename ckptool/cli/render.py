@@ -10,11 +10,14 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ckptool.cli.terminal import colours, tables
 from ckptool.errors import CkptoolError, explain
 from ckptool.text import safe as safe
+
+if TYPE_CHECKING:
+    from ckptool.reports.outcome import Outcome
 
 Line = Sequence[str]
 
@@ -86,6 +89,20 @@ def write(text: str) -> None:
 def show(lines: Iterable[str]) -> None:
     """Prints lines on stdout."""
     write("".join(f"{line}\n" for line in lines))
+
+
+def outcomes(found: Sequence[Outcome], form: str) -> None:
+    """Prints outcomes in a form of --format; as Markdown they go into the file of CKPTOOL_COMMENT besides, a new one.
+
+    Raises: OutputError where that file cannot be written.
+    """
+    from ckptool.reports import rendered
+
+    if path := os.environ.get("CKPTOOL_COMMENT"):
+        from ckptool import saving
+
+        saving.write_text(path, rendered(found, "markdown"), force=False)
+    write(rendered(found, form))
 
 
 quiet = False
