@@ -24,6 +24,7 @@ SAME_MEMORY = [name for name in TORCH if name != "tar_2016.pth"]
 SAFETENSORS = sorted(path.name for path in FIXTURES.glob("*.safetensors"))
 DISTRIBUTED = ["dcp", "dcp_hf"]
 PARTITIONED = ["deepspeed"]
+JOINED = ["fsdp_ranks"]
 SHARDED = ["sharded", "sharded_bin"]
 RANKS = ["megatron", "consolidated"]  # listed only: without rules nothing is written
 NUMPY = ["array.npy", "arrays.npz"]
@@ -37,6 +38,7 @@ EVERY = [
     *SHARDED,
     *DISTRIBUTED,
     *PARTITIONED,
+    *JOINED,
     *NUMPY,
     "dense.gguf",
     "detectron2.pkl",
@@ -102,6 +104,10 @@ def _truth(name: str) -> dict[str, torch.Tensor]:
         return dict(from_dcp(path))
     if name in PARTITIONED:
         return zero_to_fp32(path)
+    if name in JOINED:
+        from makers.directories import fsdp_tensors
+
+        return fsdp_tensors()
     if name in SHARDED:
         tensors: dict[str, torch.Tensor] = {}
         for shard in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):

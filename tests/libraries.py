@@ -192,6 +192,7 @@ WRITERS: dict[str, Callable[[Path, Tree], Any]] = {
     "gguf": lambda path, tree: path.write_bytes(numpy_files.in_gguf(tree)),
     "megatron": ranks,
     "consolidated": consolidated,
+    "fsdp-ranks": directories.files_of_ranks,
     "sharded": sharded,
     "sharded-bin": sharded_bin,
     "lock": lock,

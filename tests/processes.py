@@ -32,7 +32,7 @@ Tree = dict[str, Any]
 Layout = Callable[[str], Tree]
 
 LAYOUTS: dict[str, Layout] = {}
-SLOW = ("fsdp2", "ddp", "tensor_parallel", "later", "two_threads", "lowest_rank")
+SLOW = ("fsdp2", "ddp", "tensor_parallel", "later", "two_threads", "lowest_rank", "ranks_of_fsdp2")
 """Layouts that take longer than others, most by what they import."""
 
 
@@ -255,6 +255,25 @@ def by_torch_save(path: str) -> Tree:
     tree = {**local_shards(1), "d": distribute_tensor(torch.arange(35.0).view(7, 5), meshes()[0], [Shard(0)])}
     torch.save(tree, f"{path}/rank{dist.get_rank()}.pth")
     return {"w": tree["whole"]}
+
+
+def in_files_of_ranks(path: str, tree: Tree) -> None:
+    """A file of each process, named as verl names them."""
+    os.makedirs(path, exist_ok=True)
+    torch.save(tree, f"{path}/model_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt")
+
+
+@layout
+def files_of_ranks(path: str) -> Tree:
+    sharded, tree = local_shards(2), uneven()
+    in_files_of_ranks(path, {**tree, **sharded})
+    return {**full(tree), "w": sharded["whole"], "whole": sharded["whole"]}
+
+
+@layout
+def ranks_of_fsdp2(path: str) -> Tree:
+    in_files_of_ranks(path, tree := trained(sharded))
+    return full(tree)
 
 
 @layout

@@ -222,6 +222,10 @@ FORMATS = (
         family="torch",
     ),
     Format(
+        "fsdp-ranks", "fsdp-ranks", "ckptool.directories.parallel.fsdp_ranks", (), is_directory=True, holds=WHOLE,
+        family="torch",
+    ),
+    Format(
         "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=(".index",), is_directory=True,
         ending="-sharded", holds=Holds(ties=True, metadata=True), kind="safetensors",
     ),

@@ -64,7 +64,7 @@ def test_names_stand_in_the_order_of_the_file(name: str, tmp_path: Path) -> None
 
 
 TIED = ("torch", "torch-legacy", "torch-tar", "torchscript", "pt2", "torch.package", "bundle", "sharded-bin",
-        "deepspeed", "pickle", "megatron", "consolidated")  # fmt: skip
+        "deepspeed", "pickle", "megatron", "consolidated", "fsdp-ranks")  # fmt: skip
 
 
 def test_the_formats_that_can_hold_ties_are_listed() -> None:
@@ -167,7 +167,7 @@ class Evil:
 
 
 OBJECTS = ("dcp", "deepspeed", "torch", "torch-legacy", "torch-tar", "torch.package", "bundle", "sharded-bin", "joblib",
-           "pickle", "megatron", "consolidated")  # fmt: skip
+           "pickle", "megatron", "consolidated", "fsdp-ranks")  # fmt: skip
 """Formats in whose tree any object may stand."""
 
 
