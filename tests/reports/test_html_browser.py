@@ -362,6 +362,24 @@ def test_names_with_markup_are_text(chromium: Browser, pages: Pages) -> None:
     assert chromium.run("return document.querySelectorAll('img, iframe, object').length") == 0
 
 
+def test_a_long_name_leaves_the_matrix_in_sight_and_no_tensor_is_open_because_its_name_is_empty(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    shapes = {f"{'L' * 3000}.weight": 3, "short.weight": 3, "": 3}
+    for name, extra in (("a", 0), ("b", 1)):
+        torch.save({key: torch.ones(number + extra) for key, number in shapes.items()}, tmp_path / f"{name}.pth")
+    page = tmp_path / "page.html"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["diff", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--html", str(page)]) == 1
+    for width in (400, 1440):
+        chromium.size(width, 900)
+        chromium.open(page)
+        place = "return document.querySelector('.matrix td button').getBoundingClientRect().right"
+        assert chromium.run(place) < width
+    assert chromium.run("return document.querySelector('.matrix tbody th').title").startswith("LLL")
+    assert "All modules" in chromium.run("return document.body.innerText")
+
+
 def test_the_policy_stops_what_is_no_part_of_the_page(session: Browser, pages: Pages) -> None:
     session.open(pages["plain"])
     session.requests()

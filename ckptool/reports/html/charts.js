@@ -131,8 +131,8 @@ function matrix(name, find) {
     shown.append(make("button", { type: "button", title: says, "aria-label": says, tabindex: -1, onclick: () => find(layer, kind) }));
     return shown;
   };
-  const head = (kind) => make("th", { scope: "col" }, make("span", {}, safe(kind)));
-  const body = lines.map(([layer, cells]) => make("tr", {}, make("th", { scope: "row", class: "key" }, safe(layer)), cell(layer, "", [...cells.values()].flat()), columns.map((kind) => cell(layer, kind, cells.get(kind) || []))));
+  const head = (kind) => make("th", { scope: "col" }, make("span", { title: safe(kind) }, safe(kind)));
+  const body = lines.map(([layer, cells]) => make("tr", {}, make("th", { scope: "row", class: "key", title: safe(layer) }, safe(layer)), cell(layer, "", [...cells.values()].flat()), columns.map((kind) => cell(layer, kind, cells.get(kind) || []))));
   const table = make("table", { class: "matrix", onkeydown: walked }, make("caption", { class: "unseen" }, `${colour.label} by layer and kind of weight`),
     make("thead", {}, make("tr", {}, make("td", {}), make("th", { scope: "col", class: "all" }, make("span", {}, "all")), columns.map(head))), make("tbody", {}, body));
   const first = table.querySelector("button");

@@ -74,7 +74,7 @@ function show(before) {
     [sizes.lastChild.value, colours.lastChild.value] = [state.size, state.colour];
   }
   if (search.value !== state.search) search.value = state.search;
-  const row = BY_KEY.get(state.tensor);
+  const row = state.tensor ? BY_KEY.get(state.tensor) : undefined;
   if (moved || before.search !== state.search || before.sort !== state.sort) {
     table.show(module, state.search, state.sort, row);
     const text = table.rows.length === ROWS.length ? plural(ROWS.length, "tensor") : `${whole(table.rows.length)} of ${plural(ROWS.length, "tensor")}`;
