@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from ckptool.core import keys as names
+from ckptool.core import modules
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Described, TensorInfo, quantization
+from ckptool.core.tree import as_mapping
+from ckptool.core.versions import versions_of
 from ckptool.errors import UnsupportedError, one_of
 from ckptool.ops.notes import Common, diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
-KINDS = ("only-in-a", "only-in-b", "shape", "dtype", "values", "devices", "bookkeeping", "ties", "uncompared")
+KINDS = (
+    "only-in-a",
+    "only-in-b",
+    "shape",
+    "dtype",
+    "values",
+    "devices",
+    "bookkeeping",
+    "ties",
+    "uncompared",
+    "loadability",
+)
 """The kinds of differences; all but `HARMLESS` make two checkpoints differ by default."""
 
-HARMLESS = ("bookkeeping", "ties", "uncompared")
-"""The kinds after which both sides load the same, as far as is known."""
+HARMLESS = ("bookkeeping", "ties", "uncompared", "loadability")
+"""The kinds that make no difference unless --fail-on names them."""
 
 
 def failing(fail_on: Sequence[str] | None) -> list[str]:
@@ -81,6 +96,16 @@ class TiedAway:
 
 
 @dataclass(frozen=True, slots=True)
+class Unloadable:
+    """A key for which A's model would refuse B."""
+
+    key: str
+    """The key that the model looks for, or does not know."""
+    why: str
+    """What is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
 class DiffReport:
     """How the weights of A and B differ. Keys are spelled as in A, those only in B as in B."""
 
@@ -117,6 +142,8 @@ class DiffReport:
     ones."""
     tied: list[TiedAway] = field(default_factory=list)
     """Keys that one side leaves out as they are tied in the other; not in ``only_in_a`` or ``only_in_b``."""
+    loadability: list[Unloadable] = field(default_factory=list)
+    """With --fail-on loadability: the keys for which ``load_state_dict(strict=True)`` of A's model would refuse B."""
     notes: list[str] = field(default_factory=list)
     """What else was noticed."""
     a: str = ""
@@ -130,7 +157,7 @@ class DiffReport:
         """Returns {kind: number of differences} for each of `KINDS`."""
         differing = [row for row in self.values if row.status == "differ"]
         keys: list[Sized] = [self.only_in_a, self.only_in_b, self.shape, self.dtype, differing, self.devices]
-        rest: list[Sized] = [self.bookkeeping, self.tied, self.uncompared]
+        rest: list[Sized] = [self.bookkeeping, self.tied, self.uncompared, self.loadability]
         return {kind: len(rows) for kind, rows in zip(KINDS, [*keys, *rest], strict=True)}
 
 
@@ -185,6 +212,9 @@ def diff(
         key = report.uncompared[0]
         sides = (first[key], *second.values())
         raise _no_values(key, next((one.described_in for one in sides if one.described_in), None))
+    if "loadability" in wanted:
+        strict = partial(_unloadable, a, b, strip_prefix_a, strip_prefix_b)
+        report.loadability.extend(strict(lambda name, key: chosen(unwrapped(name), key)))
     if ignored:
         notes.append(f"ignored: {ignored} keys")
     if report.only_in_a and report.only_in_b:
@@ -198,6 +228,58 @@ def diff(
     same = not any(found[kind] for kind in failing(None))
     fails = [kind for kind in wanted if found[kind]]
     return replace(report, same=same, equal=equal, counters=counters, fails=fails)
+
+
+def _unloadable(
+    a: Checkpoint, b: Checkpoint, strip_a: Sequence[str], strip_b: Sequence[str], chosen: Callable[[str, str], bool]
+) -> Iterator[Unloadable]:
+    """Yields why a model whose state_dict is A would refuse B: A's keys in order, then those that only B has.
+
+    Wrappers are not looked through: `load_state_dict` does not. Dtypes do not matter: it casts.
+    """
+    first, second = ({key: value for key, (_, value) in one.entries().items()} for one in (a, b))
+    one, other = names.renamed(first, strip_a, None, a.url), names.renamed(second, strip_b, None, b.url)
+    versions = _versions(b)
+    # what only describes tensors does not list what is no tensor
+    bare = any(isinstance(value, TensorInfo) and value.described_in for value in (*first.values(), *second.values()))
+    for name, key in one.items():
+        wanted = first[key]
+        if not chosen(name, key) or (bare and not isinstance(wanted, TensorInfo)):
+            continue
+        if name in other:
+            if isinstance(wanted, TensorInfo) and name.rpartition(".")[2] != "_extra_state":
+                why = _refusal(wanted, second[other[name]])
+                yield from [Unloadable(name, why)] if why else []
+        elif not names.is_counter(name):
+            yield Unloadable(name, "missing in B")
+        else:  # its module makes one, if B is of a version that had none
+            beside = other.get(f"{name.rpartition('.')[0]}.running_mean", name)
+            version = (as_mapping(versions.get(beside.rpartition(".")[0])) or {}).get("version")
+            if isinstance(version, int) and version >= 2:
+                yield Unloadable(name, f"missing in B, whose _metadata says version {version}")
+    for name, key in other.items():
+        if name not in one and chosen(name, key) and not (bare and not isinstance(second[key], TensorInfo)):
+            yield Unloadable(name, "unexpected: A lacks it")
+
+
+def _versions(checkpoint: Checkpoint) -> Mapping[Any, Any]:
+    """Returns the ``_metadata`` of a checkpoint's state_dict; empty for none."""
+    node = checkpoint.at(checkpoint.root)
+    return (as_mapping(modules.metadata(node)) if modules.is_module(node) else versions_of(node)) or {}
+
+
+def _refusal(wanted: TensorInfo, found: Any) -> str:
+    """Returns why a parameter or buffer cannot be copied from what a checkpoint has; "" if it can."""
+    if not isinstance(found, TensorInfo):
+        return "no tensor in B"
+    if found.shape != wanted.shape and not (wanted.shape == () and found.shape == (1,)):
+        return f"shape {_shape(wanted)}, in B {_shape(found)}"
+    if found.foreign:
+        return f"{found.foreign} in B, which torch cannot copy"
+    casts = (wanted.kind, found.kind) == ("quantized", "dense")
+    if found.kind != wanted.kind and not (casts or found.described_in or wanted.kind == "meta"):
+        return f"{wanted.kind}, in B {found.kind}"
+    return ""
 
 
 def volume(a: Checkpoint, b: Checkpoint, **options: Any) -> int:

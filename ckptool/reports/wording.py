@@ -32,6 +32,8 @@ def differences(report: DiffReport) -> Iterator[Difference]:
         yield Difference("uncompared", key, "its values, as a lock file has no hash of it")
     for kind, lone in (("only-in-a", report.only_in_a), ("only-in-b", report.only_in_b)):
         yield from (Difference(kind, key, f"{dims(report.shapes[key])}  {report.dtypes[key]}") for key in lone)
+    for refused in report.loadability:
+        yield Difference("loadability", refused.key, refused.why)
     for values in report.values:
         yield Difference("values" if values.status == "differ" else values.status, values.key, _distance(values))
 
@@ -65,6 +67,8 @@ def headline(report: DiffReport) -> str:
         equal += f", {len(report.uncompared):,} of them but for their values"
     if not report.compared:
         equal += " (values not compared, --values does)"
+    if report.loadability:
+        equal += f"; load_state_dict(strict=True) of A's model would refuse {len(report.loadability):,} keys of B"
     if counted:
         return f"differ: {', '.join(counted)}; {equal}"
     harmless = ["bookkeeping"] * bool(report.bookkeeping) + ["ties"] * bool(report.tied)

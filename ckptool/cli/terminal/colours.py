@@ -20,7 +20,7 @@ MEANING = {
     **dict.fromkeys(("same", "same but for bookkeeping", "check: nothing found"), f"{STRONG};{GOOD}"),
     **dict.fromkeys(("missing", "unexpected", "only in A", "only in B", "dtype", "device", "close", "dropped"), CARE),
     **dict.fromkeys(("unused", "left out", "unlisted", "unchecked", "uncompared"), CARE),
-    **dict.fromkeys(("mismatched", "shape", "values", "differs", "count", "forbidden", "metadata"), BAD),
+    **dict.fromkeys(("mismatched", "shape", "values", "differs", "count", "forbidden", "metadata", "loadability"), BAD),
     **dict.fromkeys(("index", "offsets", "trailing", "crc", "data", "nan", "inf", "acting", "unknown", "failed"), BAD),
     **dict.fromkeys(("differ", "check", "error"), f"{STRONG};{BAD}"),
     **dict.fromkeys(("initialised", "note", "notes"), NEWS),
