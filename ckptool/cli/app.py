@@ -63,11 +63,18 @@ class Commands(TyperGroup):
 class Command(TyperCommand):
     """A command that keeps the order of its options, and whose help is the same with every version of typer."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parses as any command does, and puts the names of the options in their order into ``ctx.meta``."""
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta["ckptool.order"] = [parameter.name for parameter in order]
-        return super().parse_args(ctx, args)
+    def make_parser(self, ctx: Any) -> Any:
+        """Makes a parser that puts the names of the options in their order into ``ctx.meta``."""
+        parser: Any = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parsed(args: list[str]) -> Any:
+            found = parse(args)
+            ctx.meta["ckptool.order"] = [parameter.name for parameter in found[2]]
+            return found
+
+        parser.parse_args = parsed
+        return parser
 
     def get_help(self, ctx: Any) -> str:
         from ckptool.cli.terminal import help as page
