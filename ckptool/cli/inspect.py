@@ -1,6 +1,5 @@
 """ckptool inspect."""
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,9 +119,11 @@ def command(
         from ckptool.reports import document
     if html is not None:
         from ckptool.reports import html as pages
-    reports = []
+    reports: list[InspectReport] = []
     failed = render.Failures(len(files))
+    met = []  # of each path: its report, if it has one, and its errors
     for path in files:
+        before, said = len(reports), len(failed.errors)
         with failed.kept():
             opened = options.reference(path, root, arg, tp_rules, values=stats or hashes or check)
             if html is not None:
@@ -142,6 +143,7 @@ def command(
                 page = replace(reports[-1], tensors=_chosen(report, include or [], exclude or [], sort))
                 made = {"tree": pages.outline(opened.beside()), "version": ckptool.__version__}
                 pages.write(html, document.of("inspect", [page]), force, [path], **made)
+        met.append((path, reports[before:], failed.errors[said:]))
     notes = [
         f"{report.path}: {text}"
         for report in reports
@@ -160,7 +162,15 @@ def command(
 
         judged = [replace(report, tensors=rows) for report, rows in chosen]
         render.outcomes([outcome(one, "inspect") for one in (*judged, *failed.errors)], shown)
-    for number, (report, rows) in enumerate(chosen if shown == "text" and lock != "-" else ()):
+    detailed = len(files) == 1 or keys_only or flat or fold or depth or stats or hashes
+    if shown == "text" and not detailed:
+        from ckptool.cli.screens import table
+
+        rest = iter(chosen)
+        pairs = [(path, next(rest) if found else (None, []), errors) for path, found, errors in met]
+        entries = [table.Entry(path, report, rows, errors) for path, (report, rows), errors in pairs]
+        render.show(table.lines(entries, sort))
+    for number, (report, rows) in enumerate(chosen if shown == "text" and detailed and lock != "-" else ()):
         if keys_only:
             for text in (*report.problems, *report.notes):
                 render.note(text)
@@ -247,7 +257,7 @@ def _chosen(report: InspectReport, include: list[str], exclude: list[str], sort:
     rows = [row for row in report.tensors if choose(row.key)] if include or exclude else report.tensors
     orders: dict[Order, Callable[[TensorRow], tuple[int, list[Any]]]] = {
         Order.key: lambda row: (0, keys.natural(row.key)),
-        Order.numel: lambda row: (-math.prod(row.shape or ()), keys.natural(row.key)),
+        Order.numel: lambda row: (-row.numel(), keys.natural(row.key)),
         Order.nbytes: lambda row: (-row.nbytes, keys.natural(row.key)),
     }
     return sorted(rows, key=orders[sort]) if sort else rows

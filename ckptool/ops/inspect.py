@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ckptool.core import keys as names
@@ -44,6 +45,12 @@ class TensorRow:
     """With --stats, where they can be computed."""
     hash: str | None = None
     """With --hash: the sha256 of its dtype, shape and values; absent where it has none."""
+    elements: int | None = None
+    """How many there are in all parts; absent where the shape says it."""
+
+    def numel(self) -> int:
+        """Returns how many elements it has."""
+        return prod(self.shape) if self.shape is not None else self.elements or 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +142,16 @@ def _nbytes(tensor: TensorInfo) -> int:
     return tensor.nbytes
 
 
+def once(rows: Iterable[TensorRow]) -> Iterator[TensorRow]:
+    """Yields the first row of each tie group, and all rows that are in none."""
+    seen = set()
+    for row in rows:
+        first = row.tied_to or row.key
+        if first not in seen:
+            seen.add(first)
+            yield row
+
+
 def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
     """Returns the description of a checkpoint; ``devices``: with the tensors' devices, which not every format records.
 
@@ -150,6 +167,7 @@ def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:
             TensorRow(
                 key, None if one.shape is None else list(one.shape), one.dtype, _nbytes(one), first_of.get(key),
                 one.location if devices else None, None if one.kind == "dense" else one.kind,
+                elements=one.numel if one.shape is None else None,
             )
             for key, one in some.items()
         ]

@@ -194,7 +194,7 @@ def summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixSta
     """Returns one line per prefix of ``depth`` levels, with the statistics of what is ``below`` it, if given."""
     groups = _below(rows, depth, prefix)
     lines = [
-        [name, plural(len(members), "tensor"), f"{count(sum(math.prod(row.shape or ()) for row in members))} elements",
+        [name, plural(len(members), "tensor"), f"{count(sum(row.numel() for row in members))} elements",
          size(sum(row.nbytes for row in members))]
         for name, members in groups.items()
     ]  # fmt: skip
