@@ -14,7 +14,7 @@ from ckptool.cli.progress import bar
 from ckptool.cli.screens import diff as screen
 from ckptool.core import keys
 from ckptool.errors import CkptoolError, UsageError
-from ckptool.ops.diff import KINDS, failing, volume
+from ckptool.ops.diff import KINDS, ORDERS, by_change, failing, volume
 from ckptool.text import plural
 
 if TYPE_CHECKING:
@@ -44,6 +44,14 @@ def command(
     atol: Annotated[
         float, typer.Option(min=0, metavar="X", help="With --values: absolute tolerance for floats.")
     ] = 1e-8,
+    sort: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(ORDERS), help="With --values: sort what differs, the largest change first."),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --values: show the N largest changes, by --sort (rel-l2)."),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Leave out keys that match (or re:REGEX).")
     ] = None,
@@ -80,6 +88,7 @@ def command(
 
     $ ckptool diff model.pth new.pth
     $ ckptool diff model.pth model.safetensors --values  # another format, the same numbers?
+    $ ckptool diff base.pth tuned.pth --values --top 5    # which weights moved most?
     $ ckptool diff model.pth new.pth --ignore 'fc.*'     # but for the last layer
     """
     shown = options.form(form, as_json)
@@ -92,6 +101,11 @@ def command(
         raise UsageError("--values measures how far tensors differ, --quick only finds whether: choose one")
     if math.isnan(rtol) or math.isnan(atol):
         raise UsageError("--rtol and --atol take numbers")
+    sort = sort or ("rel-l2" if top else None)
+    if sort and not values:
+        raise UsageError("--sort and --top go with --values")
+    if sort:
+        by_change([], sort)
     if force and html is None:
         raise UsageError("--force goes with --html FILE")
     if html is not None and len(b) > 1:
@@ -104,7 +118,7 @@ def command(
     if any(map(references.is_schema, (a, *b))):
         of_data = {
             "--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on, "--rename": rename,
-            "--rules": rules, "--html": html,
+            "--rules": rules, "--html": html, "--sort": sort, "--top": top,
         }  # fmt: skip
         senseless = [name for name, given in of_data.items() if given]
         compared = _against_schema(a, b, root_a or root, root_b or root, chosen, arg, tp_rules, senseless)
@@ -130,6 +144,8 @@ def command(
                     first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol,
                     quick=quick, fail_on=kinds, progress=progress,
                 )  # fmt: skip
+            if sort:
+                report = replace(report, values=by_change(report.values, sort))
             report = replace(report, a=a, b=path, notes=[*said, *report.notes])
             if html is not None:
                 from ckptool.reports import document
@@ -160,7 +176,7 @@ def command(
                 del content["notes"]
         render.write(document.text(made))
     elif shown == "text":
-        render.show(screen.table(a, [*zip(b, found, strict=True)]) if len(b) > 1 else screen.lines(done[0]))
+        render.show(screen.table(a, [*zip(b, found, strict=True)], top) if len(b) > 1 else screen.lines(done[0], top))
     else:
         from ckptool.reports import outcome
 

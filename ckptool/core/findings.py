@@ -88,13 +88,17 @@ class Distance:
 
     ``status``: ``equal`` (every element, NaN equal to NaN), ``close`` (within the tolerance) or ``differ``; ``unknown``
     where one side has neither values nor a hash.
-    ``max_abs`` is the largest |a - b|, ``rel_l2`` is |a - b| / |a| over all elements; None where an element is
-    NaN or infinite on one side only, or where a is all zeros and b is not.
+    ``max_abs`` is the largest |a - b|, ``mean_abs`` their mean, ``rel_l2`` is |a - b| / |a| over all elements and
+    ``cosine`` a.b / (|a| |b|), of complex numbers the real part. All are None where an element is NaN or infinite on
+    one side only (where it is so on both, its gap is 0); ``rel_l2`` is None where a is all zeros and b is not,
+    ``cosine`` where either is.
     """
 
     status: Literal["equal", "close", "differ", "unknown"]
     max_abs: float | None = 0.0
     rel_l2: float | None = 0.0
+    mean_abs: float | None = 0.0
+    cosine: float | None = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptool.core import keys as names
 from ckptool.core import modules
@@ -15,6 +15,9 @@ from ckptool.core.tree import as_mapping
 from ckptool.core.versions import versions_of
 from ckptool.errors import UnsupportedError, one_of
 from ckptool.ops.notes import Common, diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
+
+if TYPE_CHECKING:
+    from ckptool.core.findings import Distance
 
 KINDS = (
     "only-in-a",
@@ -34,6 +37,16 @@ HARMLESS = ("bookkeeping", "ties", "uncompared", "loadability")
 """The kinds that make no difference unless --fail-on names them."""
 
 
+ORDERS: dict[str, Callable[[ValuesChanged], float | None]] = {
+    "rel-l2": lambda row: None if row.rel_l2 is None else -row.rel_l2,
+    "max-abs": lambda row: None if row.max_abs is None else -row.max_abs,
+    "cosine": lambda row: row.cosine,
+    "mean-abs": lambda row: None if row.mean_abs is None else -row.mean_abs,
+    "key": lambda row: 0,
+}
+"""What rows of values may be sorted by, ascending."""
+
+
 def failing(fail_on: Sequence[str] | None) -> list[str]:
     """Returns the kinds that fail, by default those that make two checkpoints differ. Raises: UsageError."""
     if fail_on is None:
@@ -41,18 +54,7 @@ def failing(fail_on: Sequence[str] | None) -> list[str]:
     return [one_of(KINDS, kind, "--fail-on") for kind in fail_on]
 
 
-class Distance(Protocol):
-    """The result of a comparison of values (see `ckptool.core.findings.Distance`)."""
-
-    @property
-    def status(self) -> str: ...
-    @property
-    def max_abs(self) -> float | None: ...
-    @property
-    def rel_l2(self) -> float | None: ...
-
-
-Compare = Callable[[TensorInfo, TensorInfo], Distance]
+Compare = Callable[[TensorInfo, TensorInfo], "Distance"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,10 @@ class ValuesChanged:
     """The largest abs(a - b); null where not finite."""
     rel_l2: float | None
     """The L2 norm of a - b, divided by that of a; null where not finite, or where a is all zeros."""
+    mean_abs: float | None
+    """The mean of abs(a - b) over all elements; null where not finite."""
+    cosine: float | None
+    """The cosine of the angle between a and b, -1 to 1; null where not finite, or where either is all zeros."""
     by: str | None = None
     """``hash`` or ``bytes`` where only these were compared."""
 
@@ -230,6 +236,18 @@ def diff(
     return replace(report, same=same, equal=equal, counters=counters, fails=fails)
 
 
+def by_change(rows: Iterable[ValuesChanged], order: str) -> list[ValuesChanged]:
+    """Returns rows in one of `ORDERS`, the largest change first: what has no number, then by the order, then by key.
+
+    Raises: UsageError for an order that is none.
+    """
+    number = ORDERS[one_of(ORDERS, order, "--sort")]
+
+    def place(row: ValuesChanged) -> Any:
+        found = number(row)
+        return found is not None, found or 0, names.natural(row.key)
+
+    return sorted(rows, key=place)
 def _unloadable(
     a: Checkpoint, b: Checkpoint, strip_a: Sequence[str], strip_b: Sequence[str], chosen: Callable[[str, str], bool]
 ) -> Iterator[Unloadable]:
@@ -284,11 +302,13 @@ def _refusal(wanted: TensorInfo, found: Any) -> str:
 
 def volume(a: Checkpoint, b: Checkpoint, **options: Any) -> int:
     """Returns how many bytes, of both sides, `diff` with these options compares; reads none of them."""
+    from ckptool.core.findings import Distance
+
     sizes: list[int] = []
 
-    def measure(one: TensorInfo, other: TensorInfo) -> ValuesChanged:
+    def measure(one: TensorInfo, other: TensorInfo) -> Distance:
         sizes.append(one.nbytes + other.nbytes)
-        return ValuesChanged("", "equal", 0.0, 0.0)
+        return Distance("equal")
 
     diff(a, b, **options, compare=measure)
     return sum(sizes)
@@ -344,14 +364,15 @@ def _same(
         if status == "unknown":
             report.uncompared.append(key)
         elif status != "equal":
-            report.values.append(ValuesChanged(key, status, None, None, "hash"))
+            report.values.append(ValuesChanged(key, status, None, None, None, None, "hash"))
             same = False
         return same
     values = one.form == other.form or (one.shape == other.shape and {one.kind, other.kind} == {"dense", "quantized"})
     if compare is not None and (values or counters):
         distance = compare(one, other)
         if distance.status != "equal":
-            report.values.append(ValuesChanged(key, distance.status, distance.max_abs, distance.rel_l2, by))
+            found = distance.max_abs, distance.rel_l2, distance.mean_abs, distance.cosine
+            report.values.append(ValuesChanged(key, distance.status, *found, by))
             same = False
     return same
 

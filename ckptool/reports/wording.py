@@ -44,7 +44,9 @@ def _distance(row: ValuesChanged) -> str:
     largest = "not finite" if row.max_abs is None else f"{row.max_abs:.3g}"
     undefined = "not finite" if row.max_abs is None else "undefined (A is zero)"
     relative = undefined if row.rel_l2 is None else f"{row.rel_l2:.3g}"
-    return f"max abs {largest}, relative L2 {relative}"
+    mean = "" if row.mean_abs is None else f", mean abs {row.mean_abs:.3g}"
+    cosine = "" if row.cosine is None else f", cosine {row.cosine:.4f}"
+    return f"max abs {largest}, relative L2 {relative}{mean}{cosine}"
 
 
 def headline(report: DiffReport) -> str:

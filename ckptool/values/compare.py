@@ -13,6 +13,10 @@ from ckptool.core.tree import Global, PyObject
 from ckptool.io.source import Files
 from ckptool.values.blocks import same_bytes
 
+DIFFER = Distance("differ", None, None, None, None)
+"""Of tensors that differ by an unknown distance."""
+UNKNOWN = Distance("unknown", None, None, None, None)
+
 
 def compare_bytes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
     """Returns whether two tensors of one shape have the same bytes: by their recorded CRC-32, else by reading both.
@@ -21,10 +25,10 @@ def compare_bytes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
     """
     sums = _recorded(a), _recorded(b)
     if None not in sums and a.dtype == b.dtype:
-        return Distance("equal") if sums[0] == sums[1] else Distance("differ", None, None)
+        return Distance("equal") if sums[0] == sums[1] else DIFFER
     if isinstance(a.source, Opaque) or isinstance(b.source, Opaque):
         return _compare_parts(a, b, files, 0.0, 0.0)
-    return Distance("equal") if same_bytes(a, b, files) else Distance("differ", None, None)
+    return Distance("equal") if same_bytes(a, b, files) else DIFFER
 
 
 def compare_hashes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
@@ -35,12 +39,12 @@ def compare_hashes(a: TensorInfo, b: TensorInfo, files: Files) -> Distance:
     from ckptool.values.contents import digest
 
     if any(one.described_in and not one.described_in.hash for one in (a, b)):
-        return Distance("unknown", None, None)
+        return UNKNOWN
     first, second = (one.described_in.hash if one.described_in else digest(one, files) for one in (a, b))
     if first == second:
         return Distance("equal")
     empty = any(one.kind == "meta" and not one.described_in for one in (a, b))
-    return Distance("unknown" if empty else "differ", None, None)
+    return UNKNOWN if empty else DIFFER
 
 
 def _recorded(tensor: TensorInfo) -> int | None:
@@ -65,7 +69,7 @@ def compare(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float
     from ckptool.values.distance import distance, has_numbers
 
     if not (has_numbers(a) and has_numbers(b)):
-        return Distance("differ", None, None)
+        return DIFFER
     return distance(a, b, files, rtol, atol)
 
 
@@ -81,9 +85,9 @@ def _compare_opaque(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, ato
 def _compare_parts(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
     """Compares sparse, quantised and nested tensors part by part; all other arguments of their rebuild call exactly."""
     if not (isinstance(a.source, Opaque) and isinstance(b.source, Opaque)) or a.form != b.form:
-        return Distance("differ", None, None)
+        return DIFFER
     if len(a.parts) != len(b.parts) or _plain(a.source.node.args) != _plain(b.source.node.args):
-        return Distance("differ", None, None)
+        return DIFFER
     found = [compare(one, other, files, rtol, atol) for one, other in zip(a.parts, b.parts, strict=True)]
     return max(found, key=lambda part: ("equal", "close", "differ").index(part.status), default=Distance("equal"))
 

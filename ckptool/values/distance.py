@@ -20,7 +20,7 @@ from ckptool.errors import UnsupportedError
 from ckptool.io.source import Bytes, Files
 from ckptool.values.blocks import tensor_blocks
 from ckptool.values.codec import FOUR_BITS, Array, decode, decode_unordered, has_values
-from ckptool.values.stats import LARGE, TINY, squares
+from ckptool.values.stats import HUGE, LARGE, TINY, dot
 from ckptool.values.streams import in_step
 
 SMALL = 1 << 14
@@ -111,19 +111,14 @@ def _dequantized(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
         yield made.astype("<f4").tobytes()
 
 
-class Norm:
-    """A running L2 norm as scale * sqrt(total), so that squares of 1e200 do not overflow (LAPACK's dlassq)."""
+class Products:
+    """A running sum of products as scale**2 * total, so that squares of 1e200 do not overflow (LAPACK's dlassq)."""
 
     def __init__(self) -> None:
         self.scale = self.total = 0.0
 
-    def add(self, values: Array) -> None:
-        largest = float(values.max(initial=0.0))
-        if largest:
-            self.add_squares(float(np.square(values / largest).sum()), largest)
-
-    def add_squares(self, total: float, scale: float = 1.0) -> None:
-        """Adds ``scale**2 * total``, a sum of squares computed by the caller."""
+    def add(self, total: float, scale: float = 1.0) -> None:
+        """Adds ``scale**2 * total``, computed by the caller."""
         if not total or not scale:
             return
         if scale > self.scale:
@@ -131,8 +126,8 @@ class Norm:
             self.scale, scale = scale, self.scale
         self.total += total * (scale / self.scale) ** 2
 
-    def over(self, other: Norm) -> float | None:
-        """Returns this norm over another; None if that is zero, or the ratio overflows float64."""
+    def over(self, other: Products) -> float | None:
+        """Returns the root of this sum over that of another; None if that is zero, or the ratio overflows float64."""
         if not self.scale:
             return 0.0
         if not other.scale:
@@ -142,16 +137,18 @@ class Norm:
 
 
 class Sums:
-    """Running totals over blocks, in float64."""
+    """Running totals over blocks, in float64: of |a - b|, and of the products of a - b, a, b, and of a and b."""
 
     def __init__(self, rtol: float, atol: float) -> None:
         self.rtol, self.atol = rtol, atol
         self.equal = self.close = self.bounded = True
-        self.largest = 0.0
-        self.difference, self.norm = Norm(), Norm()
+        self.count = 0
+        self.largest = self.apart = 0.0
+        self.gap, self.a, self.b, self.dot = Products(), Products(), Products(), Products()
 
     def add(self, a: Array, b: Array) -> None:
         exact = a.dtype.kind in "iu" and b.dtype.kind in "iu"
+        self.count += len(a)
         if exact:
             apart, gap = _integer_gaps(a, b)
         else:
@@ -166,16 +163,51 @@ class Sums:
                 near = finite & (gap <= (0 if exact else self.atol + self.rtol * np.abs(b)))
             self.close &= bool(near[apart].all())
             self.bounded &= bool(finite.all())
-            self.largest = max(self.largest, float(gap[finite].max(initial=0.0)))
-            self.difference.add(gap[finite])
-        size = np.abs(a if a.dtype.kind == "c" else a.astype("f8"))
-        self.norm.add(size[np.isfinite(size)])
+            gap = gap if self.bounded else gap[finite]
+            self.largest = max(self.largest, float(gap.max(initial=0.0)))
+            with np.errstate(over="ignore"):
+                self.apart += float(gap.sum())
+            gap, scale = _scaled(gap)
+            self.gap.add(float(np.vdot(gap, gap)), scale)
+        finite = np.isfinite(a) & np.isfinite(b)
+        a, b = (part if finite.all() else part[finite] for part in (a, b))
+        (a, scale), (b, other) = (
+            _scaled(part.astype("c16" if part.dtype.kind == "c" else "f8", copy=False)) for part in (a, b)
+        )
+        self.a.add(float(np.vdot(a, a).real), scale)
+        self.b.add(float(np.vdot(b, b).real), other)
+        self.dot.add(float(np.vdot(a, b).real), math.sqrt(scale) * math.sqrt(other))
 
     def distance(self) -> Distance:
-        status: Literal["equal", "close", "differ"] = "equal" if self.equal else "close" if self.close else "differ"
+        if self.equal:
+            return Distance("equal")
+        status: Literal["close", "differ"] = "close" if self.close else "differ"
         if not self.bounded:
-            return Distance(status, None, None)
-        return Distance(status, self.largest, self.difference.over(self.norm))
+            return Distance(status, None, None, None, None)
+        mean = self.apart / max(self.count, 1) if math.isfinite(self.apart) else None
+        return Distance(status, self.largest, self.gap.over(self.a), mean, self.cosine())
+
+    def cosine(self) -> float | None:
+        """Returns a.b / (|a| |b|), between -1 and 1; None where either is zero.
+
+        Near 1 that quotient has lost what tells it from 1, so where the norms are alike it is computed as
+        1 - (|a - b|^2 - (|a| - |b|)^2) / (2 |a| |b|).
+        """
+        ratio, gap = self.b.over(self.a), self.gap.over(self.a)
+        if not (self.a.scale and self.b.scale):
+            return None
+        if ratio is not None and gap is not None and 1 / ALIKE < ratio < ALIKE:
+            found = 1 - (gap - 1 + ratio) * (gap + 1 - ratio) / (2 * ratio)
+        else:
+            found = self.dot.scale / self.a.scale * (self.dot.scale / self.b.scale) * self.dot.total
+            found /= math.sqrt(self.a.total) * math.sqrt(self.b.total)
+        return min(max(found, -1.0), 1.0)
+
+
+def _scaled(values: Array) -> tuple[Array, float]:
+    """Returns finite numbers whose squares neither overflow nor vanish, and what they were divided by."""
+    largest = float(np.abs(values).max(initial=0.0))
+    return (values, 1.0) if 1 / HUGE < largest < HUGE or not largest else (values / largest, largest)
 
 
 def _integer_gaps(a: Array, b: Array) -> tuple[Any, Any]:
@@ -198,6 +230,9 @@ FAST = ("bfloat16", "float16", "float32")
 
 PIECE = 1 << 17
 """Elements processed together. A second thread gains little: after each of these calls it waits for the GIL."""
+
+ALIKE = 8.0
+"""Ratio of two norms up to which a.b is (|a|^2 + |b|^2 - |a - b|^2) / 2; beyond it that loses too many digits."""
 
 NEAR = 1e-5
 """Relative distance from the tolerance within which a float32 result is recomputed in float64."""
@@ -235,17 +270,25 @@ class _Kernel:
             np.subtract(a, b, out=gap)
             np.abs(gap, out=gap)
             largest = float(gap.max())
-            total = squares(a)
-        fits = TINY**2 < total < LARGE**2 or total == 0
+            total = dot(a, a)
+            other_total = dot(b, b) if largest else total
+        fits = all(TINY**2 < one < LARGE**2 or one == 0 for one in (total, other_total))
         if not (fits and (largest == 0 or TINY < largest < LARGE)):
             self.sums.add(decode(self.dtype, one), decode(self.dtype, other))
             return
         sums = self.sums
-        sums.norm.add_squares(total)
+        sums.count += len(a)
+        sums.a.add(total)
+        sums.b.add(other_total)
         if largest == 0:
+            sums.dot.add(total)
             return
         sums.equal = False
-        sums.difference.add_squares(squares(gap))
+        apart = dot(gap, gap)
+        sums.gap.add(apart)
+        sums.apart += float(gap.sum())
+        alike = total < ALIKE**2 * other_total < ALIKE**4 * total
+        sums.dot.add((total + other_total - apart) / 2 if alike else dot(a, b))
         if largest > sums.largest * (1 - NEAR):
             at = gap >= largest * (1 - NEAR)
             sums.largest = max(sums.largest, float(np.abs(a[at].astype("f8") - b[at].astype("f8")).max()))

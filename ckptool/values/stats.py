@@ -108,16 +108,16 @@ def _scaled(one: Moments, exponent: int) -> tuple[float, float]:
     return (one.mean, one.spread) if not down else (math.ldexp(one.mean, down), math.ldexp(one.spread, 2 * down))
 
 
-def squares(values: Array) -> float:
-    """Returns the sum of squares of float32 numbers; infinite where it overflows or is NaN."""
-    whole = len(values) - len(values) % RUN
+def dot(one: Array, other: Array) -> float:
+    """Returns the sum of products of float32 numbers; infinite where it overflows or is NaN."""
+    whole = len(one) - len(one) % RUN
     total = 0.0
     if whole:
         # A batch of products of one row by one column: BLAS's dot, on one thread.
-        runs = values[:whole].reshape(-1, 1, RUN)
-        total = float(np.matmul(runs, runs.reshape(-1, RUN, 1)).sum(dtype="f8"))
-    if whole < len(values):
-        total += float(np.square(values[whole:].astype("f8")).sum())
+        runs = one[:whole].reshape(-1, 1, RUN)
+        total = float(np.matmul(runs, other[:whole].reshape(-1, RUN, 1)).sum(dtype="f8"))
+    if whole < len(one):
+        total += float((one[whole:].astype("f8") * other[whole:]).sum())
     return total if math.isfinite(total) else math.inf
 
 
@@ -221,7 +221,7 @@ class Workspace:
         """Returns the sum and the sum of squares of float32 numbers."""
         whole = len(values) - len(values) % RUN
         total = float(np.matmul(values[:whole].reshape(-1, 1, RUN), self.ones).sum(dtype="f8")) if whole else 0.0
-        return total + float(values[whole:].sum(dtype="f8")), squares(values)
+        return total + float(values[whole:].sum(dtype="f8")), dot(values, values)
 
     def _of_doubles(self, values: Array, low: float, high: float, zeros: int) -> Moments:
         """Returns the moments of finite numbers, computed in float64 and for any magnitude."""

@@ -182,7 +182,8 @@ def test_counters_that_both_sides_have_are_compared_like_any_key(saved: Saved, r
     assert run("diff", *paths)[0] == 0
     code, out, _ = run("diff", *paths, "--values", "--json")
     assert code == 1
-    assert result_of(out)["values"] == [{"key": key, "status": "differ", "max_abs": 1.0, "rel_l2": 1 / 3}]
+    row = {"key": key, "status": "differ", "max_abs": 1.0, "rel_l2": 1 / 3, "mean_abs": 1.0, "cosine": 1.0}
+    assert result_of(out)["values"] == [row]
 
 
 # --- wrapper and other prefixes --------------------------------------------------------------------------------------
@@ -473,7 +474,8 @@ def test_not_finite_on_one_side_only_differs_whatever_the_tolerance(one: float, 
 def test_distances_of_huge_numbers_are_finite(saved: Saved, run: Run) -> None:
     a, b = torch.tensor([1e200], dtype=torch.float64), torch.tensor([3e200], dtype=torch.float64)
     code, out, _ = run("diff", *pair(saved, {"w": a}, {"w": b}), "--values", "--json")
-    assert (code, result_of(out)["values"]) == (1, [{"key": "w", "status": "differ", "max_abs": 2e200, "rel_l2": 2.0}])
+    row = {"key": "w", "status": "differ", "max_abs": 2e200, "rel_l2": 2.0, "mean_abs": 2e200, "cosine": 1.0}
+    assert (code, result_of(out)["values"]) == (1, [row])
 
 
 def test_a_tensor_of_zeros_has_no_relative_distance(saved: Saved, run: Run) -> None:

@@ -18,12 +18,14 @@ LABELS = {"devices": "device", "only-in-a": "only in A", "only-in-b": "only in B
 """How a kind of difference is named in a line, if not by its own name."""
 
 
-def lines(report: DiffReport | SchemaReport) -> list[str]:
-    """Returns the headline, a line per difference (alike keys folded), and the notes."""
-    return [*render.headline(_headline(report), verdict=True), *_details(report)]
+def lines(report: DiffReport | SchemaReport, top: int | None = None) -> list[str]:
+    """Returns the headline, a line per difference (alike keys folded; of values the first ``top``), and the notes."""
+    return [*render.headline(_headline(report), verdict=True), *_details(report, top)]
 
 
-def table(a: str, found: Sequence[tuple[str, DiffReport | SchemaReport | CkptoolError]]) -> list[str]:
+def table(
+    a: str, found: Sequence[tuple[str, DiffReport | SchemaReport | CkptoolError]], top: int | None = None
+) -> list[str]:
     """Returns a line for each (path, what came of it) that was compared with ``a``, then the details of each."""
     rows, details = [], []
     for path, one in found:
@@ -32,7 +34,7 @@ def table(a: str, found: Sequence[tuple[str, DiffReport | SchemaReport | Ckptool
             continue
         verdict, _, counts = _headline(one).partition(": ")
         rows.append([verdict, path, counts])
-        if below := _details(one):
+        if below := _details(one, top):
             details += ["", render.safe(path), *below]
     return [*render.headline(f"{plural(len(found), 'file')} compared with {a}"), *render.aligned(rows), *details]
 
@@ -41,12 +43,13 @@ def _headline(report: DiffReport | SchemaReport) -> str:
     return wording.headline(report) if isinstance(report, DiffReport) else wording.schema_headline(report)
 
 
-def _details(report: DiffReport | SchemaReport) -> list[str]:
+def _details(report: DiffReport | SchemaReport, top: int | None) -> list[str]:
     if isinstance(report, DiffReport):
         rows = [*wording.differences(report)]
         values = [row for row in rows if row.kind in ("values", "close")]  # never folded: each has a distance
-        lines = [*_folded(rows[: len(rows) - len(values)]), *map(_line, values)]
-        notes = []
+        lines = [*_folded(rows[: len(rows) - len(values)]), *map(_line, values[:top])]
+        more = len(values[top:]) if top else 0
+        notes = [["more", f"{plural(more, 'tensor')} with other or close values: leave out --top"]] if more else []
         first = report.counters.get("a", 0)
         sides = {"A": report.bookkeeping[:first], "B": report.bookkeeping[first:]}
         for row in wording.harmless(report):
