@@ -168,15 +168,16 @@ class Sums:
             with np.errstate(over="ignore"):
                 self.apart += float(gap.sum())
             gap, scale = _scaled(gap)
-            self.gap.add(float(np.vdot(gap, gap)), scale)
+            self.gap.add(dot(gap, gap), scale)
+        wide = "c16" if "c" in (a.dtype.kind, b.dtype.kind) else "f8"
+        a, b = (part.astype(wide, copy=False) for part in (a, b))
         finite = np.isfinite(a) & np.isfinite(b)
-        a, b = (part if finite.all() else part[finite] for part in (a, b))
         (a, scale), (b, other) = (
-            _scaled(part.astype("c16" if part.dtype.kind == "c" else "f8", copy=False)) for part in (a, b)
-        )
-        self.a.add(float(np.vdot(a, a).real), scale)
-        self.b.add(float(np.vdot(b, b).real), other)
-        self.dot.add(float(np.vdot(a, b).real), math.sqrt(scale) * math.sqrt(other))
+            _scaled((part if finite.all() else part[finite]).view("f8")) for part in (a, b)
+        )  # of complex numbers the real and imaginary parts
+        self.a.add(dot(a, a), scale)
+        self.b.add(dot(b, b), other)
+        self.dot.add(dot(a, b), math.sqrt(scale) * math.sqrt(other))
 
     def distance(self) -> Distance:
         if self.equal:
@@ -206,7 +207,7 @@ class Sums:
 
 def _scaled(values: Array) -> tuple[Array, float]:
     """Returns finite numbers whose squares neither overflow nor vanish, and what they were divided by."""
-    largest = float(np.abs(values).max(initial=0.0))
+    largest = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
     return (values, 1.0) if 1 / HUGE < largest < HUGE or not largest else (values / largest, largest)
 
 
@@ -230,6 +231,9 @@ FAST = ("bfloat16", "float16", "float32")
 
 PIECE = 1 << 17
 """Elements processed together. A second thread gains little: after each of these calls it waits for the GIL."""
+
+LONG = 1 << 11
+"""Elements whose products are added in float32: with fewer, the calls cost more than the sums."""
 
 ALIKE = 8.0
 """Ratio of two norms up to which a.b is (|a|^2 + |b|^2 - |a - b|^2) / 2; beyond it that loses too many digits."""
@@ -270,8 +274,8 @@ class _Kernel:
             np.subtract(a, b, out=gap)
             np.abs(gap, out=gap)
             largest = float(gap.max())
-            total = dot(a, a)
-            other_total = dot(b, b) if largest else total
+            total = dot(a, a, LONG)
+            other_total = dot(b, b, LONG) if largest else total
         fits = all(TINY**2 < one < LARGE**2 or one == 0 for one in (total, other_total))
         if not (fits and (largest == 0 or TINY < largest < LARGE)):
             self.sums.add(decode(self.dtype, one), decode(self.dtype, other))
@@ -284,11 +288,11 @@ class _Kernel:
             sums.dot.add(total)
             return
         sums.equal = False
-        apart = dot(gap, gap)
+        apart = dot(gap, gap, LONG)
         sums.gap.add(apart)
-        sums.apart += float(gap.sum())
+        sums.apart += dot(gap, run=LONG)
         alike = total < ALIKE**2 * other_total < ALIKE**4 * total
-        sums.dot.add((total + other_total - apart) / 2 if alike else dot(a, b))
+        sums.dot.add((total + other_total - apart) / 2 if alike else dot(a, b, LONG))
         if largest > sums.largest * (1 - NEAR):
             at = gap >= largest * (1 - NEAR)
             sums.largest = max(sums.largest, float(np.abs(a[at].astype("f8") - b[at].astype("f8")).max()))

@@ -108,16 +108,19 @@ def _scaled(one: Moments, exponent: int) -> tuple[float, float]:
     return (one.mean, one.spread) if not down else (math.ldexp(one.mean, down), math.ldexp(one.spread, 2 * down))
 
 
-def dot(one: Array, other: Array) -> float:
-    """Returns the sum of products of float32 numbers; infinite where it overflows or is NaN."""
-    whole = len(one) - len(one) % RUN
+def dot(one: Array, other: Array | None = None, run: int = RUN) -> float:
+    """Returns the sum of products of floating-point numbers, of ``run`` each in their dtype and then in float64.
+
+    Without ``other`` it is the sum of numbers. Infinite where it overflows or is NaN.
+    """
+    whole = len(one) - len(one) % run
     total = 0.0
     if whole:
         # A batch of products of one row by one column: BLAS's dot, on one thread.
-        runs = one[:whole].reshape(-1, 1, RUN)
-        total = float(np.matmul(runs, other[:whole].reshape(-1, RUN, 1)).sum(dtype="f8"))
+        columns = np.ones((run, 1), one.dtype) if other is None else other[:whole].reshape(-1, run, 1)
+        total = float(np.matmul(one[:whole].reshape(-1, 1, run), columns).sum(dtype="f8"))
     if whole < len(one):
-        total += float((one[whole:].astype("f8") * other[whole:]).sum())
+        total += float((one[whole:].astype("f8") * (1 if other is None else other[whole:])).sum())
     return total if math.isfinite(total) else math.inf
 
 
@@ -130,7 +133,6 @@ class Workspace:
         self.flags = np.empty(PIECE, "?")
         self.codes = np.empty(PIECE, "u1")
         self.sample = 1
-        self.ones = np.ones((RUN, 1), "f4")
 
     def moments(self, dtype: str, block: Bytes, sampled: bool = False) -> Moments:
         """Returns the moments of a block of whole elements, little-endian, of a dtype that `has_values`.
@@ -219,9 +221,7 @@ class Workspace:
 
     def _sums(self, values: Array) -> tuple[float, float]:
         """Returns the sum and the sum of squares of float32 numbers."""
-        whole = len(values) - len(values) % RUN
-        total = float(np.matmul(values[:whole].reshape(-1, 1, RUN), self.ones).sum(dtype="f8")) if whole else 0.0
-        return total + float(values[whole:].sum(dtype="f8")), dot(values, values)
+        return dot(values), dot(values, values)
 
     def _of_doubles(self, values: Array, low: float, high: float, zeros: int) -> Moments:
         """Returns the moments of finite numbers, computed in float64 and for any magnitude."""
