@@ -248,6 +248,8 @@ def by_change(rows: Iterable[ValuesChanged], order: str) -> list[ValuesChanged]:
         return found is not None, found or 0, names.natural(row.key)
 
     return sorted(rows, key=place)
+
+
 def _unloadable(
     a: Checkpoint, b: Checkpoint, strip_a: Sequence[str], strip_b: Sequence[str], chosen: Callable[[str, str], bool]
 ) -> Iterator[Unloadable]:
