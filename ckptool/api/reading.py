@@ -18,6 +18,7 @@ from ckptool.core.tree import Path
 if TYPE_CHECKING:
     from ckptool.ops.diff import DiffReport
     from ckptool.ops.inspect import InspectReport
+    from ckptool.references.allowed import Planned
     from ckptool.references.schema import SchemaReport
     from ckptool.saving import Progress
 
@@ -87,6 +88,7 @@ def diff(
     atol: float = 1e-8,
     quick: bool = False,
     fail_on: Patterns | None = None,
+    allow: Planned | None = None,
     progress: Progress | None = None,
 ) -> DiffReport:
     """Returns how two checkpoints' weights differ: keys, shapes and dtypes, from headers alone.
@@ -95,8 +97,9 @@ def diff(
     integers are exact. ``quick`` only finds whether the bytes are equal, and trusts the CRC-32 that torch's archives
     record where both sides have one. A lock file's tensors are compared by their hashes, as far as it has them
     (``uncompared``). ``fail_on``: the kinds of differences that ``fails`` names (None: all but bookkeeping).
+    ``allow``: planned changes, which do not fail: a TOML file, or its table (see `ckptool.references.allowed`).
     ``progress`` is called with the bytes of both sides of each compared pair.
-    Raises: what `open` raises, NoTensorsError.
+    Raises: what `open` raises, NoTensorsError; FormatError for what is no list of planned changes.
     """
     from ckptool.ops import diff as op
 
@@ -104,6 +107,11 @@ def diff(
     ignore, one, other = keys.all_texts(ignore=ignore, strip_prefix_a=strip_prefix_a, strip_prefix_b=strip_prefix_b)
     both: dict[str, Any] = {"ignore": ignore, "strip_prefix_a": one, "strip_prefix_b": other, "devices": devices}
     both["fail_on"] = None if fail_on is None else keys.texts(fail_on, "fail_on")
+    if allow is not None:
+        from ckptool.references import allowed
+
+        entries = allowed.entries_of(allow)
+        both["judge"] = lambda report, spelled: allowed.judged(report, entries, spelled)
     differences = partial(op.diff, open_whole(a), open_whole(b), **both)
     if not (values or quick):
         return differences()

@@ -14,11 +14,11 @@ from ckptool.cli.progress import bar
 from ckptool.cli.screens import diff as screen
 from ckptool.core import keys
 from ckptool.errors import CkptoolError, UsageError
-from ckptool.ops.diff import KINDS, ORDERS, by_change, failing, volume
+from ckptool.ops.diff import KINDS, ORDERS, DiffReport, by_change, failing, volume
 from ckptool.text import plural
 
 if TYPE_CHECKING:
-    from ckptool import DiffReport, SchemaReport
+    from ckptool import SchemaReport
 
 
 def command(
@@ -78,6 +78,9 @@ def command(
         list[str] | None,
         typer.Option(metavar="KIND", help=f"What makes the exit code 1 (comma-separated): {', '.join(KINDS)}."),
     ] = None,
+    allow: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Planned changes, a TOML file: differences that do not fail.")
+    ] = None,
     html: options.Html = None,
     force: options.Force = False,
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even if they differ.")] = False,
@@ -119,6 +122,7 @@ def command(
         of_data = {
             "--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on, "--rename": rename,
             "--rules": rules, "--html": html, "--sort": sort, "--top": top,
+            "--allow": allow,
         }  # fmt: skip
         senseless = [name for name, given in of_data.items() if given]
         compared = _against_schema(a, b, root_a or root, root_b or root, chosen, arg, tp_rules, senseless)
@@ -126,6 +130,11 @@ def command(
         devices = devices or ("devices" in (kinds or ()))
         opened = first = options.reference(a, root_a or root, arg, tp_rules, values=values or quick)
         said = []
+        planned = None
+        if allow is not None:
+            from ckptool.references import allowed
+
+            planned = allowed.entries_of(allow)
         if rename or rules:
             changes = options.in_order(ctx, rename=rename, rules=rules)
             first, changed = ckptool.remap(first, changes, allow_unused=allow_unused)
@@ -142,7 +151,7 @@ def command(
             with bar(lambda: volume(first, second, **chosen), "compare") as progress:
                 report = ckptool.diff(
                     first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol,
-                    quick=quick, fail_on=kinds, progress=progress,
+                    quick=quick, fail_on=kinds, allow=planned, progress=progress,
                 )  # fmt: skip
             if sort:
                 report = replace(report, values=by_change(report.values, sort))
@@ -162,6 +171,10 @@ def command(
             found.append(compared(path))
         found += failed.errors[-1:] if len(found) == before else []
     done = [one for one in found if not isinstance(one, CkptoolError)]
+    if allow is not None:
+        from ckptool.references import allowed
+
+        allowed.together([one for one in done if isinstance(one, DiffReport)])
     if shown == "json":
         from ckptool.reports import document
 

@@ -112,6 +112,20 @@ class Unloadable:
 
 
 @dataclass(frozen=True, slots=True)
+class Allowed:
+    """A difference that was planned (--allow)."""
+
+    kind: str
+    """The kind of difference, as --fail-on takes it."""
+    key: str
+    """The key, as in the list of that kind."""
+    reason: str
+    """The reason in the file; may be empty."""
+    entry: int
+    """The number of the entry in the file, from 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class DiffReport:
     """How the weights of A and B differ. Keys are spelled as in A, those only in B as in B."""
 
@@ -157,7 +171,9 @@ class DiffReport:
     b: str = ""
     """The path of B."""
     fails: list[str] = field(default_factory=list)
-    """The kinds of differences found that were to fail."""
+    """The kinds of differences found that were to fail, and were not all allowed."""
+    allowed: list[Allowed] = field(default_factory=list)
+    """The differences that --allow names. They stand in the lists of their kinds too."""
 
     def found(self) -> dict[str, int]:
         """Returns {kind: number of differences} for each of `KINDS`."""
@@ -178,10 +194,12 @@ def diff(
     compare: Compare | None = None,
     by: str | None = None,
     fail_on: Sequence[str] | None = None,
+    judge: Callable[[DiffReport, Callable[[str], set[str]]], DiffReport] | None = None,
 ) -> DiffReport:
     """Returns how the weights of two checkpoints differ; ``compare`` compares the values of two tensors of one shape.
 
     ``by``: of what ``compare`` compares, if not the numbers (see `ValuesChanged`). ``fail_on``: see `failing`.
+    ``judge(report, spelled)`` returns it with what is allowed; ``spelled(key)``: its names for patterns.
     Raises: NoTensorsError if a side has none, CollisionError if two keys are equal without their prefixes.
     """
     wanted = failing(fail_on)
@@ -233,7 +251,11 @@ def diff(
     found = report.found()
     same = not any(found[kind] for kind in failing(None))
     fails = [kind for kind in wanted if found[kind]]
-    return replace(report, same=same, equal=equal, counters=counters, fails=fails)
+    report = replace(report, same=same, equal=equal, counters=counters, fails=fails)
+    if judge is None:
+        return report
+    compared_as = {key: name for side in (plain_b, plain_a) for name, key in side.items()}
+    return judge(report, lambda key: {key, compared_as.get(key, key), owners.get(key, key)})
 
 
 def by_change(rows: Iterable[ValuesChanged], order: str) -> list[ValuesChanged]:

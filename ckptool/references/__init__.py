@@ -1,4 +1,6 @@
-"""What may stand where a checkpoint is asked for, and is none: a model in code; for `diff`, a schema of patterns."""
+"""What may stand where a checkpoint is asked for, and is none: a model in code; for `diff`, a schema of patterns.
+
+And the planned changes of `diff`."""
 
 from __future__ import annotations
 

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise, product
 from math import prod
@@ -34,10 +33,10 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.dtypes import DTYPES, lookup
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import brief, path_text
-from ckptool.errors import CkptoolError, FormatError, UnreadableError, UsageError, explain, near
-from ckptool.limits import MAX_INDEX
+from ckptool.errors import FormatError, UsageError, near
 from ckptool.ops import segments
 from ckptool.ops.notes import pattern_notes, require_tensors, root_notes
+from ckptool.references import toml
 from ckptool.text import dims
 
 VERSION = 1
@@ -128,28 +127,16 @@ class SchemaReport:
 
 def read(path: str | os.PathLike[str]) -> Schema:
     """Returns the schema in a TOML file. Raises: UnreadableError; FormatError that says what is wrong, and where."""
-    url = os.fspath(path)
-    try:
-        if os.path.getsize(url) > MAX_INDEX.now():
-            raise MAX_INDEX.passed(f"a schema of {os.path.getsize(url):,} bytes", os.path.getsize(url), url)
-        with open(url, encoding="utf-8") as file:
-            return parse(tomllib.loads(file.read()))
-    except OSError as error:
-        raise UnreadableError(explain(error), url) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise FormatError(f"is no schema: not TOML: {error}", url) from error
-    except CkptoolError as error:
-        error.path = error.path or url
-        raise
+    return toml.read(path, "a schema", parse)
 
 
 def parse(data: Mapping[str, Any]) -> Schema:
     """Returns the schema that a table is. Raises: FormatError that says what is wrong, and where."""
-    _known(data, _TOP, "")
+    toml.known(data, _TOP)
     if data.get("schema") != VERSION or data["schema"] is True:
         found = f"found {brief(data['schema'])}" if "schema" in data else "found none"
         raise FormatError(f"schema: expected the version, schema = {VERSION}, {found}")
-    sizes = _of(data, "sizes", dict, {}, "a table of names and sizes")
+    sizes = toml.field(data, "sizes", dict, {}, "a table of names and sizes")
     for name, size in sizes.items():
         if not _NAME.fullmatch(name) or not _is_size(size):
             raise FormatError(f"sizes.{brief(name)}: expected a name and its size, found {brief(size)}")
@@ -158,31 +145,17 @@ def parse(data: Mapping[str, Any]) -> Schema:
         metadata = dict.fromkeys(map(str, metadata), "*")
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise FormatError('metadata: expected names, or a table { name = "glob" }')
-    rules = [_rule(pattern, given) for pattern, given in _of(data, "keys", dict, {}, "a table of patterns").items()]
+    rules = [
+        _rule(pattern, given) for pattern, given in toml.field(data, "keys", dict, {}, "a table of patterns").items()
+    ]
     used = {name for rule in rules for name in rule.shape or () if isinstance(name, str)}
     for name in sizes:
         if name not in used:
             raise FormatError(f"sizes.{name}: expected a name that a shape has{near(name, used)}")
     return Schema(
         rules, sizes, _patterns(data.get("forbidden", []), "forbidden"), metadata,
-        _of(data, "unlisted", bool, False, "true or false"),
+        toml.field(data, "unlisted", bool, False, "true or false"),
     )  # fmt: skip
-
-
-def _of(data: Mapping[str, Any], name: str, kind: type, default: Any, wanted: str) -> Any:
-    value = data.get(name, default)
-    if not isinstance(value, kind):
-        raise FormatError(f"{name}: expected {wanted}, found {brief(value)}")
-    return value
-
-
-def _known(data: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Raises FormatError for the first name that is not known."""
-    known = list(known)
-    for name in data:
-        if name not in known:
-            what = f"expected {', '.join(known)}, found {name!r}{near(name, known)}"
-            raise FormatError(f"{where or 'the top'}: {what}")
 
 
 def _patterns(given: Any, where: str) -> list[str]:
@@ -205,7 +178,7 @@ def _rule(pattern: str, given: Any) -> Rule:
     for name, value in given.items():
         if isinstance(value, dict) and name not in (*_FIELDS, *captures):
             raise FormatError(f'{where}: expected a pattern with dots in quotes: "{pattern}.{name}"')
-    _known(given, (*_FIELDS, *captures), where)
+    toml.known(given, (*_FIELDS, *captures), where)
     numbers = {name: _numbers(given[name], f"{where}.{name}") for name in captures if name in given}
     if _WILD.search(pattern):
         _test(pattern, numbers, where)
@@ -238,7 +211,7 @@ def _count(given: Any, where: str, total: int, exact: bool) -> tuple[int, int | 
         given = {"min": given, "max": given}
     if not isinstance(given, dict):
         raise FormatError(f"{where}: expected a number or {{ min = 1, max = 2 }}, found {brief(given)}")
-    _known(given, ("min", "max"), where)
+    toml.known(given, ("min", "max"), where)
     least, most = given.get("min", 0 if "max" in given else total), given.get("max", total if exact else None)
     if not _is_size(least) or not (most is None or (_is_size(most) and most >= least)):
         raise FormatError(f"{where}: expected numbers from 0 on, min not above max, found {brief(given)}")

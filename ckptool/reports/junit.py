@@ -1,6 +1,7 @@
 """JUnit's XML, as Jenkins and GitLab read it: a test suite for each outcome, a test case for each group of keys.
 
-A problem that fails is a ``failure``, any other a case that passed and says so. An outcome without problems is a case.
+A problem that fails is a ``failure``, one that is allowed is skipped, any other a case that passed and says so.
+An outcome without problems is a case.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def _cases(one: Outcome) -> list[tuple[str, str]]:
 def _case(problem: Problem, error: bool) -> tuple[str, str]:
     name = f"{problem.kind}: {problem.key}" if problem.key else problem.kind
     said = escape(str(problem))
+    if problem.reason is not None:
+        return name, f'<skipped message="{escape(problem.reason or "allowed")}">{said}</skipped>'
     if problem.level != "error":
         return name, f"<system-out>{problem.level}: {said}</system-out>"
     tag = "error" if error else "failure"
@@ -44,7 +47,9 @@ def _counts(cases: list[tuple[str, str]]) -> str:
 def _suite(one: Outcome) -> list[str]:
     cases, command = _cases(one), f"ckptool {one.command}".rstrip()
     name = escape(f"{command}: {one.title}" if one.title else command)
-    lines = [f'  <testsuite name="{name}" {_counts(cases)}>']
+    skipped = sum(inside.startswith("<skipped ") for _, inside in cases)
+    counts = _counts(cases) + (f' skipped="{skipped}"' if skipped else "")
+    lines = [f'  <testsuite name="{name}" {counts}>']
     lines += [
         f'    <testcase classname="{escape(command.replace(" ", "."))}" name="{escape(name)}"'
         + (f">{inside}</testcase>" if inside else "/>")

@@ -65,7 +65,7 @@ def _details(summary: str, lines: Sequence[str]) -> list[str]:
 def _row(problem: Problem) -> str:
     kind = f"**{problem.kind}**" if problem.level == "error" else problem.kind
     keys = f" ({problem.keys:,} keys)" if problem.keys > 1 else ""
-    cells = kind, (code(problem.key) if problem.key else ""), plain(problem.text) + keys
+    cells = kind, (code(problem.key) if problem.key else ""), plain(problem.said) + keys
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

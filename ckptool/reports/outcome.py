@@ -31,7 +31,8 @@ Level = Literal["error", "warning", "note"]
 class Problem:
     """Keys, folded into one pattern, with the same to be said of each. ``key`` is "" where no key is meant.
 
-    ``kind`` is the word of the report and of --fail-on: ``shape``, ``crc``. ``keys``: how many.
+    ``kind`` is the word of the report and of --fail-on: ``shape``, ``crc``. ``keys``: how many. ``reason``: why it is
+    allowed (--allow), maybe ""; None where it is not.
     """
 
     kind: str
@@ -39,10 +40,18 @@ class Problem:
     key: str
     text: str
     keys: int = 1
+    reason: str | None = None
 
     def __str__(self) -> str:
         folded = f"  ({self.keys:,} keys)" if self.keys > 1 else ""
-        return f"{': '.join(filter(None, (self.key, self.text)))}{folded}"
+        return f"{': '.join(filter(None, (self.key, self.said)))}{folded}"
+
+    @property
+    def said(self) -> str:
+        """Returns the text, and whether it is allowed, and why."""
+        if self.reason is None:
+            return self.text
+        return f"{self.text} (allowed{': ' * bool(self.reason)}{self.reason})".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +98,12 @@ def _maker(report: Any) -> tuple[str, Callable[[str, Any], Outcome]]:
 
 
 def _diff(command: str, report: DiffReport) -> Outcome:
-    found: list[tuple[wording.Difference, Level]] = [
-        (row, "error" if row.kind in report.fails else "warning") for row in wording.differences(report)
-    ]
-    found += [(row, "error" if row.kind in report.fails else "note") for row in wording.harmless(report)]
+    found: list[tuple[wording.Difference, Level]] = []
+    other: Level
+    for other, rows in (("warning", wording.differences(report)), ("note", wording.harmless(report))):
+        for row in rows:
+            level: Level = "note" if row.reason is not None else "error" if row.kind in report.fails else other
+            found.append((row, level))
     title = f"{report.a} -> {report.b}"
     return _outcome(
         command, title, report.b, bool(report.fails), wording.headline(report), _folded(found), report.notes
@@ -160,10 +171,12 @@ def _outcome(
 def _folded(rows: Iterable[tuple[wording.Difference, Level]]) -> list[Problem]:
     """Returns rows of alike keys as one problem each."""
     rows = list(rows)
-    return [
-        Problem(rows[members[0]][0].kind, rows[members[0]][1], safe(name), safe(rows[members[0]][0].text), len(members))
-        for name, members in names.fold([(row.key, (row.kind, row.text, level)) for row, level in rows])
-    ]
+    problems = []
+    for name, members in names.fold([(row.key, (row._replace(key=""), level)) for row, level in rows]):
+        row, level = rows[members[0]]
+        reason = None if row.reason is None else safe(row.reason)
+        problems.append(Problem(row.kind, level, safe(name), safe(row.text), len(members), reason))
+    return problems
 
 
 def counted(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, int]]:

@@ -24,10 +24,14 @@ def text(outcomes: Sequence[Outcome]) -> str:
     ids = dict.fromkeys(_rule(one, problem) for one, problem in judged)
     rules = [{"id": name, "shortDescription": {"text": f"ckptool {name.replace('/', ': ')}"}} for name in ids]
     driver = {"name": "ckptool", "rules": rules}
+    results = [_result(one, problem) for one, problem in judged]
+    if any(problem.reason is not None for _, problem in judged):  # all results have suppressions, or none (3.27.23)
+        for (_, problem), result in zip(judged, results, strict=True):
+            result["suppressions"] = _suppressions(problem)
     run = {
         "tool": {"driver": driver},
         "invocations": [_invocation(outcomes)],
-        "results": [_result(one, problem) for one, problem in judged],
+        "results": results,
     }
     return json.dumps({"$schema": HOME, "version": "2.1.0", "runs": [run]}, indent=1) + "\n"
 
@@ -47,6 +51,12 @@ def _result(one: Outcome, problem: Problem) -> dict[str, Any]:
         "locations": [location] if location else [],
         "partialFingerprints": {"keys/v1": hashlib.sha256(identity).hexdigest()[:32]},
     }  # fmt: skip
+
+
+def _suppressions(problem: Problem) -> list[dict[str, str]]:
+    if problem.reason is None:
+        return []
+    return [{"kind": "external", **({"justification": problem.reason} if problem.reason else {})}]
 
 
 def _invocation(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -9,21 +9,35 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptool.text import dims
 
 if TYPE_CHECKING:
-    from ckptool.ops.diff import DiffReport, ValuesChanged
+    from ckptool.ops.diff import DiffReport, TiedAway, ValuesChanged
     from ckptool.ops.rows import Row
     from ckptool.references.schema import SchemaReport
 
 
 class Difference(NamedTuple):
-    """What differs at one key. ``kind`` is one of `ckptool.ops.diff.KINDS`, or ``close``."""
+    """What differs at one key. ``kind`` is one of `ckptool.ops.diff.KINDS`, or ``close``.
+
+    ``reason``: why it is allowed; None where it is not.
+    """
 
     kind: str
     key: str
     text: str
+    reason: str | None = None
 
 
 def differences(report: DiffReport) -> Iterator[Difference]:
     """Yields the differences by kind, those of values last; bookkeeping aside."""
+    return _judged(report, _differences(report))
+
+
+def _judged(report: DiffReport, rows: Iterator[Difference]) -> Iterator[Difference]:
+    """Returns rows with the reasons of those that are allowed."""
+    reasons = {(row.kind, row.key): row.reason for row in report.allowed}
+    return (row._replace(reason=reasons.get(row[:2])) for row in rows) if reasons else rows
+
+
+def _differences(report: DiffReport) -> Iterator[Difference]:
     for row in report.shape:
         yield Difference("shape", row.key, f"{dims(row.a)} -> {dims(row.b)}")
     for kind, changed in (("dtype", report.dtype), ("devices", report.devices)):
@@ -72,7 +86,12 @@ def headline(report: DiffReport) -> str:
     if report.loadability:
         equal += f"; load_state_dict(strict=True) of A's model would refuse {len(report.loadability):,} keys of B"
     if counted:
-        return f"differ: {', '.join(counted)}; {equal}"
+        from ckptool.ops.diff import HARMLESS
+
+        total = sum(number for number, _, _ in parts)
+        planned = sum(row.kind not in HARMLESS for row in report.allowed)
+        counted += [f"{planned:,} of them allowed"] if 0 < planned < total else []
+        return f"differ{' as allowed' * (planned == total)}: {', '.join(counted)}; {equal}"
     harmless = ["bookkeeping"] * bool(report.bookkeeping) + ["ties"] * bool(report.tied)
     but = f" but for {' and '.join(harmless)}" if harmless else ""
     return f"same{but}: {equal}"
@@ -80,12 +99,19 @@ def headline(report: DiffReport) -> str:
 
 def harmless(report: DiffReport) -> Iterator[Difference]:
     """Yields what differs and makes no difference: num_batches_tracked, all of a side in one, and ties."""
-    for side, count in report.counters.items():
-        if count:
-            yield Difference("bookkeeping", "", f"{count} x num_batches_tracked only in {side.upper()}")
-    for row in report.tied:
-        side, other = "AB" if row.only_in == "a" else "BA"
-        yield Difference("ties", row.key, f"tied in {side} to {row.tied_to}, left out in {other}")
+    planned = {row.key for row in report.allowed if row.kind == "bookkeeping"}
+    first = report.counters.get("a", 0)
+    for side, counters in (("A", report.bookkeeping[:first]), ("B", report.bookkeeping[first:])):
+        if count := sum(key not in planned for key in counters):
+            yield Difference("bookkeeping", "", f"{count} x num_batches_tracked only in {side}")
+        rows = (Difference("bookkeeping", key, f"only in {side}") for key in counters if key in planned)
+        yield from _judged(report, rows)
+    yield from _judged(report, map(_tie, report.tied))
+
+
+def _tie(row: TiedAway) -> Difference:
+    side, other = "AB" if row.only_in == "a" else "BA"
+    return Difference("ties", row.key, f"tied in {side} to {row.tied_to}, left out in {other}")
 
 
 def schema_headline(report: SchemaReport) -> str:

@@ -45,24 +45,37 @@ def _headline(report: DiffReport | SchemaReport) -> str:
 
 def _details(report: DiffReport | SchemaReport, top: int | None) -> list[str]:
     if isinstance(report, DiffReport):
-        rows = [*wording.differences(report)]
+        rows, planned = _parted(wording.differences(report))
         values = [row for row in rows if row.kind in ("values", "close")]  # never folded: each has a distance
         lines = [*_folded(rows[: len(rows) - len(values)]), *map(_line, values[:top])]
         more = len(values[top:]) if top else 0
         notes = [["more", f"{plural(more, 'tensor')} with other or close values: leave out --top"]] if more else []
         first = report.counters.get("a", 0)
         sides = {"A": report.bookkeeping[:first], "B": report.bookkeeping[first:]}
-        for row in wording.harmless(report):
+        harmless, more = _parted(wording.harmless(report))
+        for row in harmless:
             notes.append([cell for cell in _line(row) if cell])
             if row.kind == "bookkeeping" and not render.folds():
-                notes += [[row.kind, key, f"only in {row.text[-1]}"] for key in sides[row.text[-1]]]
+                keys = [key for key in sides[row.text[-1]] if key not in {one.key for one in more}]
+                notes += [[row.kind, key, f"only in {row.text[-1]}"] for key in keys]
+        allowed = [["allowed", *line] for line in _folded([*planned, *more])]
     else:
         lines = [*_folded([*wording.schema_failures(report)])]
         counters, sizes = len(report.bookkeeping), ", ".join(f"{name} = {size}" for name, size in report.sizes.items())
+        allowed = []
         notes = [["bookkeeping", f"{counters} x num_batches_tracked"]] if counters else []
         notes += [["sizes", sizes]] if sizes else []
     notes += [["note", text] for text in report.notes]
-    return [*render.aligned(lines), *render.aligned(notes)]
+    return [*render.aligned(lines), *render.aligned(allowed), *render.aligned(notes)]
+
+
+def _parted(rows: Iterable[wording.Difference]) -> tuple[list[wording.Difference], list[wording.Difference]]:
+    """Returns (the differences that are not allowed, those that are, with the reason in the text)."""
+    parts: tuple[list[wording.Difference], list[wording.Difference]] = [], []
+    for row in rows:
+        said = f"{row.text}  ({row.reason})".strip() if row.reason else row.text
+        parts[row.reason is not None].append(row._replace(text=said))
+    return parts
 
 
 def _line(row: wording.Difference, count: int = 1) -> list[str]:

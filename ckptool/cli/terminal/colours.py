@@ -16,8 +16,10 @@ each has a contrast of 3.9 or more (WCAG) with black and with white."""
 STRONG = "1"
 
 MEANING = {
-    **dict.fromkeys(("loaded", "cast", "tied", "adapted", "equal"), GOOD),
-    **dict.fromkeys(("same", "same but for bookkeeping", "check: nothing found"), f"{STRONG};{GOOD}"),
+    **dict.fromkeys(("loaded", "cast", "tied", "adapted", "equal", "allowed"), GOOD),
+    **dict.fromkeys(
+        ("same", "same but for bookkeeping", "differ as allowed", "check: nothing found"), f"{STRONG};{GOOD}"
+    ),
     **dict.fromkeys(("missing", "unexpected", "only in A", "only in B", "dtype", "device", "close", "dropped"), CARE),
     **dict.fromkeys(("unused", "left out", "unlisted", "unchecked", "uncompared"), CARE),
     **dict.fromkeys(("mismatched", "shape", "values", "differs", "count", "forbidden", "metadata", "loadability"), BAD),
