@@ -48,8 +48,8 @@ def _details(report: DiffReport | SchemaReport, top: int | None) -> list[str]:
         rows, planned = _parted(wording.differences(report))
         values = [row for row in rows if row.kind in ("values", "close")]  # never folded: each has a distance
         lines = [*_folded(rows[: len(rows) - len(values)]), *map(_line, values[:top])]
-        more = len(values[top:]) if top else 0
-        notes = [["more", f"{plural(more, 'tensor')} with other or close values: leave out --top"]] if more else []
+        left = len(values[top:]) if top else 0
+        notes = [["more", f"{plural(left, 'tensor')} with other or close values: leave out --top"]] if left else []
         first = report.counters.get("a", 0)
         sides = {"A": report.bookkeeping[:first], "B": report.bookkeeping[first:]}
         harmless, more = _parted(wording.harmless(report))
