@@ -160,6 +160,9 @@ def test_what_not_all_systems_have_is_looked_up_in_one_file() -> None:
     assert found.pop("io/system.py")
     flags = [line for line in [*found.pop("io/leftovers.py"), *found.pop("io/source.py")] if "'O_NO" not in line]
     assert flags == []  # those are names that `system.flags` looks up
+    for name in ("cli/terminal/completion.py", "core/keys.py"):  # core sees no io; both ask for what they use
+        assert {line.partition(": ")[2] for line in found.pop(name)} == {"signal.SIGALRM"}
+        assert 'hasattr(signal, "setitimer")' in (PACKAGE / name).read_text()
     assert found == {}
 
 
