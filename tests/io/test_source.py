@@ -96,6 +96,7 @@ def test_only_io_holds_file_descriptors() -> None:
         for path in PACKAGE.rglob("*.py")
         if path.parent.name != "io" and (lines := _descriptors(path.read_text()))
     }
+    assert len(found.pop("cli/render.py")) == 1  # what stands in for an output whose reader has gone
     assert found == {}
 
 
