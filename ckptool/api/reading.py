@@ -96,7 +96,7 @@ def diff(
     ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
     integers are exact. ``quick`` only finds whether the bytes are equal, and trusts the CRC-32 that torch's archives
     record where both sides have one. A lock file's tensors are compared by their hashes, as far as it has them
-    (``uncompared``). ``fail_on``: the kinds of differences that ``fails`` names (None: all but bookkeeping).
+    (``uncompared``). ``fail_on``: the kinds of differences that ``fails`` names (None: those that are not `HARMLESS`).
     ``allow``: planned changes, which do not fail: a TOML file, or its table (see `ckptool.references.allowed`).
     ``progress`` is called with the bytes of both sides of each compared pair.
     Raises: what `open` raises, NoTensorsError; FormatError for what is no list of planned changes.

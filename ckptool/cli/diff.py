@@ -13,12 +13,12 @@ from ckptool.cli import options, render
 from ckptool.cli.progress import bar
 from ckptool.cli.screens import diff as screen
 from ckptool.core import keys
-from ckptool.errors import CkptoolError, UsageError
+from ckptool.errors import CkptoolError, UsageError, one_of
 from ckptool.ops.diff import KINDS, ORDERS, DiffReport, by_change, failing, volume
 from ckptool.text import plural
 
 if TYPE_CHECKING:
-    from ckptool import SchemaReport
+    from ckptool import Rules, SchemaReport
 
 
 def command(
@@ -108,7 +108,7 @@ def command(
     if sort and not values:
         raise UsageError("--sort and --top go with --values")
     if sort:
-        by_change([], sort)
+        one_of(ORDERS, sort, "--sort")
     if force and html is None:
         raise UsageError("--force goes with --html FILE")
     if html is not None and len(b) > 1:
@@ -117,30 +117,23 @@ def command(
     chosen: dict[str, Any] = {
         "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
     }  # fmt: skip
+    if allow is not None:
+        from ckptool.references import allowed
     compared: Callable[[str], DiffReport | SchemaReport]
     if any(map(references.is_schema, (a, *b))):
         of_data = {
             "--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on, "--rename": rename,
-            "--rules": rules, "--html": html, "--sort": sort, "--top": top,
-            "--allow": allow,
+            "--rules": rules, "--html": html, "--sort": sort, "--top": top, "--allow": allow,
         }  # fmt: skip
         senseless = [name for name, given in of_data.items() if given]
         compared = _against_schema(a, b, root_a or root, root_b or root, chosen, arg, tp_rules, senseless)
     else:
         devices = devices or ("devices" in (kinds or ()))
         opened = first = options.reference(a, root_a or root, arg, tp_rules, values=values or quick)
-        said = []
-        planned = None
-        if allow is not None:
-            from ckptool.references import allowed
-
-            planned = allowed.entries_of(allow)
+        said: list[str] = []
+        planned = None if allow is None else allowed.entries_of(allow)
         if rename or rules:
-            changes = options.in_order(ctx, rename=rename, rules=rules)
-            first, changed = ckptool.remap(first, changes, allow_unused=allow_unused)
-            moved = sum(row.op != "rename" or row.old != [row.new] for row in changed.map)
-            dropped = f", dropped {len(changed.dropped)}" * bool(changed.dropped)
-            said = [f"rules changed {plural(moved, 'key')} of A{dropped}", *changed.notes, *changed.unused_rules]
+            first, said = _after(options.in_order(ctx, rename=rename, rules=rules), first, allow_unused)
 
         def compared(path: str) -> "DiffReport":
             second = options.reference(path, root_b or root, arg, tp_rules, values=values or quick)
@@ -172,22 +165,9 @@ def command(
         found += failed.errors[-1:] if len(found) == before else []
     done = [one for one in found if not isinstance(one, CkptoolError)]
     if allow is not None:
-        from ckptool.references import allowed
-
         allowed.together([one for one in done if isinstance(one, DiffReport)])
     if shown == "json":
-        from ckptool.reports import document
-
-        if len(b) == 1:
-            made = document.of("diff", done[0], done[0].notes)
-        else:
-            notes = [
-                f"{path}: {note}" for path, one in zip(b, found, strict=True) for note in getattr(one, "notes", ())
-            ]
-            made = document.of("diff", done, notes, failed.errors)
-            for content in made["result"]:
-                del content["notes"]
-        render.write(document.text(made))
+        render.write(_json(b, found, failed.errors))
     elif shown == "text":
         render.show(screen.table(a, [*zip(b, found, strict=True)], top) if len(b) > 1 else screen.lines(done[0], top))
     else:
@@ -195,6 +175,30 @@ def command(
 
         render.outcomes([outcome.outcome(one, "diff") for one in found], shown)
     return failed.end() or int(any(report.fails for report in done) and not exit_zero)
+
+
+def _after(rules: "Rules", side: ckptool.Checkpoint, allow_unused: bool) -> tuple[ckptool.Checkpoint, list[str]]:
+    """Returns A after its rules, and notes on what they changed."""
+    made, changed = ckptool.remap(side, rules, allow_unused=allow_unused)
+    moved = sum(row.op != "rename" or row.old != [row.new] for row in changed.map)
+    dropped = f", dropped {len(changed.dropped)}" * bool(changed.dropped)
+    return made, [f"rules changed {plural(moved, 'key')} of A{dropped}", *changed.notes, *changed.unused_rules]
+
+
+def _json(
+    paths: Sequence[str], found: "Sequence[DiffReport | SchemaReport | CkptoolError]", errors: Sequence[CkptoolError]
+) -> str:
+    """Returns the document: of one B its report, of several a list, whose notes begin with the file's name."""
+    from ckptool.reports import document
+
+    done: list[Any] = [one for one in found if not isinstance(one, CkptoolError)]
+    if len(paths) == 1:
+        return document.text(document.of("diff", done[0], done[0].notes))
+    notes = [f"{path}: {note}" for path, one in zip(paths, found, strict=True) for note in getattr(one, "notes", ())]
+    made = document.of("diff", done, notes, errors)
+    for content in made["result"]:
+        del content["notes"]
+    return document.text(made)
 
 
 def _rows(side: ckptool.Checkpoint, ignore: Sequence[str] | None) -> Any:

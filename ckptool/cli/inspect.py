@@ -176,21 +176,10 @@ def command(
                 render.note(text)
             render.show(render.safe(row.key) for row in rows)
             continue
-        lines = [*([""] if number else []), *screen.summary(report), ""]
-        prefix = keys.common_prefix([row.key for row in rows])
-        if report.check:
-            lines += screen.checked(report.check)
-        if depth:
-            lines += ([render.safe(prefix)] if prefix else []) + screen.summed(rows, depth, prefix, report.prefixes)
-        elif stats or hashes:
-            lines += screen.valued(rows + [row for row in report.inside if row.hash], stats)
-        elif flat or sort or not (fold or check or render.folds()):
-            lines += screen.flat(rows)
-        elif not check:
-            lines += ([render.safe(prefix)] if prefix else []) + screen.folded(rows, prefix)
-        if len(lines) > screen.LONG and render.folds() and not (depth or flat or hashes):
-            lines += screen.shorter(rows, prefix)
-        render.show(lines if lines[-1] else lines[:-1])
+        lines = screen.lines(
+            report, rows, depth=depth, stats=stats, hashes=hashes, flat=flat, sort=bool(sort), fold=fold
+        )
+        render.show([*([""] if number else []), *lines])
     return failed.end() or int(any(report.check and report.check.fails for report in reports))
 
 

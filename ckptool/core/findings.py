@@ -114,7 +114,7 @@ class Finding:
     """
 
     kind: Kind
-    """See above."""
+    """Its kind, one of those above."""
     text: str
     """What was found, in words."""
     key: str | None = None

@@ -130,7 +130,7 @@ class DiffReport:
     """How the weights of A and B differ. Keys are spelled as in A, those only in B as in B."""
 
     same: bool
-    """Nothing differs, bookkeeping and ties aside."""
+    """Nothing differs, but for what is harmless: bookkeeping, ties, and keys that could not be compared."""
     equal: int
     """Keys without any difference that was looked for."""
     only_in_a: list[str]
@@ -148,7 +148,7 @@ class DiffReport:
     bookkeeping: list[str]
     """The num_batches_tracked that one side lacks."""
     renamed: list[Changed] = field(default_factory=list)
-    """Keys that have another name in B."""
+    """Always empty: a key with another name in B is in ``only_in_a`` and ``only_in_b``."""
     counters: dict[str, int] = field(default_factory=dict)
     """How many num_batches_tracked only A has (``a``), and only B (``b``)."""
     compared: bool = False

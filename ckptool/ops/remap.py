@@ -38,7 +38,7 @@ class Mapped:
     old: list[str]
     """The keys it was made from."""
     op: str
-    """How, see above."""
+    """How it was made, in the grammar above."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,8 @@ def _typed(kind: Any, kinds: dict[str, Any], notes: bool = True) -> dict[str, An
     if kind.__name__ not in kinds:
         kinds[kind.__name__] = {}
         fields = contents(kind, notes)
-        kinds[kind.__name__] = _object(
+        said = (inspect.getdoc(kind) or "").replace("``", "`")
+        kinds[kind.__name__] = {"description": said} | _object(
             {name: _typed(one, kinds) for name, one, _ in fields},
             described(kind),
             [name for name, _, always in fields if always],

@@ -15,7 +15,30 @@ if TYPE_CHECKING:
     from ckptool.core.findings import Check, PrefixStats, Stats
 
 
-def summary(report: InspectReport) -> list[str]:
+def lines(
+    report: InspectReport, rows: list[TensorRow], *, depth: int | None, stats: bool, hashes: bool, flat: bool,
+    sort: bool, fold: bool,
+) -> list[str]:  # fmt: skip
+    """Returns what is shown of a checkpoint, ``rows`` being the tensors that were chosen, in their order."""
+    made = [*_summary(report), ""]
+    prefix = keys.common_prefix([row.key for row in rows])
+    heading = [render.safe(prefix)] if prefix else []
+    if report.check:
+        made += checked(report.check)
+    if depth:
+        made += heading + _summed(rows, depth, prefix, report.prefixes)
+    elif stats or hashes:
+        made += _valued(rows + [row for row in report.inside if row.hash], stats)
+    elif flat or sort or not (fold or report.check or render.folds()):
+        made += _flat(rows)
+    elif not report.check:
+        made += heading + _folded(rows, prefix)
+    if len(made) > LONG and render.folds() and not (depth or flat or hashes):
+        made += _shorter(rows, prefix)
+    return made if made[-1] else made[:-1]
+
+
+def _summary(report: InspectReport) -> list[str]:
     """Returns the lines above the keys: the file, its weights, other content, metadata, notes."""
     foreign = [tag for tag in dict.fromkeys((*report.devices, *report.device_tags)) if tag not in ("cpu", "meta")]
     origin = f", written from {', '.join(foreign)}" if foreign else ""
@@ -97,7 +120,7 @@ def _foreign_names(report: InspectReport) -> list[str]:
     return [f"names beyond tensors, none imported or run: {'; '.join(groups)}"] if groups else []
 
 
-def folded(rows: list[TensorRow], prefix: str) -> list[str]:
+def _folded(rows: list[TensorRow], prefix: str) -> list[str]:
     """Returns one line for all keys that differ in their numbers or their last name only, without the prefix of all."""
     same = [(row.key[len(prefix) :], (tuple(row.shape or ()), row.dtype, row.kind, row.device)) for row in rows]
     lines = []
@@ -113,7 +136,7 @@ def _dtype(row: TensorRow) -> str:
     return f"{row.dtype} {row.kind}" if row.kind else row.dtype
 
 
-def flat(rows: list[TensorRow]) -> list[str]:
+def _flat(rows: list[TensorRow]) -> list[str]:
     """Returns one line per tensor."""
     return render.aligned(
         (
@@ -124,7 +147,7 @@ def flat(rows: list[TensorRow]) -> list[str]:
     )
 
 
-def valued(rows: list[TensorRow], stats: bool) -> list[str]:
+def _valued(rows: list[TensorRow], stats: bool) -> list[str]:
     """Returns one line per tensor with its statistics and hash."""
     lines = [[row.key, dims(row.shape), _dtype(row)] for row in rows]
     if stats:
@@ -164,7 +187,7 @@ LONG = 50
 """Lines above which a screen on a terminal says how there would be fewer."""
 
 
-def shorter(rows: list[TensorRow], prefix: str) -> list[str]:
+def _shorter(rows: list[TensorRow], prefix: str) -> list[str]:
     """Returns the hint for a long list of these keys: the deepest --depth that has at most `LONG` lines."""
     deepest = max((row.key.count(".") for row in rows), default=0) - prefix.count(".")
     depths = [(depth, len(_below(rows, depth, prefix))) for depth in range(1, deepest + 1)]
@@ -190,7 +213,7 @@ def checked(check: Check) -> list[str]:
     return [*render.headline(head, verdict=True), *render.aligned(lines)]
 
 
-def summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixStats] | None) -> list[str]:
+def _summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixStats] | None) -> list[str]:
     """Returns one line per prefix of ``depth`` levels, with the statistics of what is ``below`` it, if given."""
     groups = _below(rows, depth, prefix)
     lines = [
