@@ -20,12 +20,12 @@ PACKAGE = Path(ckptool.formats.__file__).parents[1]
 
 FLOORS = {
     "errors": 0, "text": 0, "limits": 1, "core": 2, "pickling": 3, "io": 3, "values": 4, "formats": 5, "ops": 5,
-    "partial": 6, "directories": 6, "saving": 7, "references": 7, "api": 8, "reports": 8,
+    "partial": 6, "directories": 6, "mapping": 6, "saving": 7, "references": 7, "api": 8, "reports": 8,
     "__init__": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 """What a room may see: itself, and all that stands on a lower floor; not its neighbours on its own floor."""
 
-SEES = {"ops": {"errors", "limits", "core", "ops"}}
+SEES = {"ops": {"errors", "limits", "core", "ops"}, "mapping": {"errors", "limits", "core", "ops", "mapping"}}
 """Rooms that see less than their floor allows."""
 
 HEAVY = {"numpy", "torch", "safetensors"}

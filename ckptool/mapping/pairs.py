@@ -1,0 +1,64 @@
+"""What is known of two checkpoints whose keys differ, and what was found: pairs, and keys left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+WITNESSES = ("words", "order", "numbers", "neighbours", "only one of its shape", "values", "a person")
+"""What can speak for a pair. The default confidence wants two of them that do not depend on each other."""
+
+DEFAULT_CONFIDENCE = 0.8
+"""Pairs with less are left out and listed."""
+
+
+class Entry(NamedTuple):
+    """A tensor of either side. Entries come in the order in which their checkpoint lists them."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One tensor of the target, and what it is made from."""
+
+    target: str
+    """The key in the target."""
+    source: list[str]
+    """The keys of the source that it is made from: several are put together in this order."""
+    op: str
+    """How it is made, in the grammar of ``op``: ``rename``, ``transpose``, ``split:0:1/3``, ``concat:0`` and so on."""
+    confidence: float = 1.0
+    """From 0 to 1; 1 only where values or a person settled it."""
+    witnesses: list[str] = field(default_factory=list)
+    """What speaks for it, see WITNESSES."""
+    unproven: str | None = None
+    """What names and shapes cannot show of ``op``: a transposed square matrix, heads woven row by row, and so on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A tensor of the target that was left out because what it is made from is not certain enough."""
+
+    target: str
+    """The key in the target."""
+    candidates: list[Pair]
+    """What it could be made from, best first."""
+    reason: str
+    """Why none of them was taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """The mapping from a source to a target, as far as it was found."""
+
+    pairs: list[Pair]
+    """One per tensor of the target that is certain enough, in the target's order."""
+    doubts: list[Doubt]
+    """The tensors of the target that have candidates, of which none is certain enough."""
+    only_target: list[str]
+    """Keys of the target that nothing of the source could become."""
+    only_source: list[str]
+    """Keys of the source that no pair uses."""
