@@ -8,7 +8,7 @@ Python files beside it):
     ```python              executed; blocks of one file share their names. A comment behind an expression that stands
                            alone is its value
     ```text                directly after a python block: what that block printed
-    ```python nets.py      a file of that name (of any language)
+    ```python nets.py      a file of that name (of any language); a later block of the same name is the rest of it
 
 ``python -m tests.transcripts --write`` rewrites outputs and values: read the difference.
 """
@@ -123,7 +123,7 @@ def rerun(text: str, beside: Path | None = None) -> str:
         if language != "text" and waiting:
             raise AssertionError(f"no ```text block shows what was printed:\n{waiting[0]}")
         if name:
-            Path(name).write_text(content)
+            Path(name).write_text(files_of(text[: match.end()])[name])
         elif language == "console":
             content = commands(content)
         elif language == "python":
@@ -160,6 +160,15 @@ def place(beside: Path | None) -> Iterator[None]:
             for name, module in list(sys.modules.items()):
                 if str(getattr(module, "__file__", None) or "").startswith(f"{here}{os.sep}"):
                     del sys.modules[name]
+
+
+def files_of(text: str) -> dict[str, str]:
+    """Returns {name: content} of the files that the named blocks of a Markdown text make."""
+    made: dict[str, str] = {}
+    for _, name, content in BLOCK.findall(text):
+        if name:
+            made[name] = made.get(name, "") + content
+    return made
 
 
 def rerun_file(path: Path) -> str:

@@ -7,11 +7,13 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,7 @@ from oracles import (
     bits,
     is_dense,
     loads_safely,
+    thinned,
     torch_load,
     tree_equal,
 )
@@ -52,11 +55,20 @@ from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.errors import DependencyError, FormatError, LossError
 from ckptool.io.source import Files
 from ckptool.values.blocks import read_bytes
+from tests.fuzz import judge
+from tests.transcripts import DOCS, files_of
 
-EXERCISE = formats.Format(
-    "exercise", "exercise", "exercise", (b"EXERCISE",), suffixes=(".exercise",), ending=".exercise"
-)
-"""A format that is one file (exercise.py) and this row: all here is asked of it too."""
+
+def of_page(name: str) -> Any:
+    """A module of the page on writing a format, under its name."""
+    made: Any = ModuleType(name)
+    exec(files_of((DOCS / "write-a-format.md").read_text())[f"{name}.py"], made.__dict__)
+    return sys.modules.setdefault(name, made)
+
+
+of_page("exercise")
+EXERCISE: formats.Format = of_page("with_exercise").ROW
+"""The format that the page makes, a file and a row: all here is asked of it too."""
 
 UNSAFE = ("composite.pth", "leaves.pth")  # what torch.load(weights_only=True) refuses: its classes, NumPy's arrays
 
@@ -194,7 +206,9 @@ def holds(way: str, tensor: TensorInfo) -> bool:
         return not untyped and tensor.kind != "nested_strided"
     if way in ("safetensors", "sharded"):
         return tensor.kind == "dense" and not re.match(r"complex32|complex128|bits", tensor.dtype)
-    return way in ("torch", "sharded-bin", "dcp") or tensor.kind == "dense"
+    if way == "exercise":
+        return tensor.kind == "dense" and bool(re.fullmatch(r"b?float\d\d|int\d+|uint8|bool", tensor.dtype))
+    return way in ("torch", "sharded-bin", "dcp")
 
 
 def written(opened: Checkpoint, way: str, path: Path) -> Path:
@@ -293,6 +307,42 @@ def test_the_command_line_converts_to_the_exercise_and_back(name: str, run: Run)
     assert run("remap", "there.exercise", "--add-prefix", "x.", "-o", "same", "--verify")[::2] == (0, "")
     assert open_checkpoint("same").format == "exercise"
     assert run("diff", FIXTURES / name, "there.safetensors", "--values")[::2] == (0, "")
+
+
+def test_a_module_and_a_row_are_all_that_the_command_line_needs(tmp_path: Path) -> None:
+    package = shutil.copytree(Path(formats.__file__).parents[1], tmp_path / "ckptool")
+    page = files_of((DOCS / "write-a-format.md").read_text())
+    [row] = re.findall(r"^ROW = (formats\.Format\(\n.*?^\))$", page["with_exercise.py"], re.MULTILINE | re.DOTALL)
+    (package / "formats" / "exercise.py").write_text(page["exercise.py"])
+    table = (package / "formats" / "__init__.py").read_text()
+    row = row.replace("formats.Format", "Format").replace(
+        '"exercise",  # the m', '"ckptool.formats.exercise",  # the m'
+    )
+    (package / "formats" / "__init__.py").write_text(table.replace("\nFORMATS = (\n", f"\nFORMATS = (\n{row},\n"))
+    for command in ("convert resnet_old.pth -o there.exercise", "diff --values resnet_old.pth there.exercise"):
+        words = command.replace("resnet", f"{FIXTURES}/resnet").split()
+        done = subprocess.run([sys.executable, "-m", "ckptool", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@thinned(5)
+@pytest.mark.parametrize("way", ["cut", "changed"])
+def test_the_reader_of_the_page_bears_any_damage(way: str, step: int, tmp_path: Path, monkeypatch: Any) -> None:
+    """Cut at any byte a file is refused; with any byte changed it is read, or refused in one line."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "é": torch.tensor([1, 2], dtype=torch.int16)}
+    torch.save(tensors, tmp_path / "sound.pth")
+    data = written(open_checkpoint(tmp_path / "sound.pth"), "exercise", tmp_path / "there").read_bytes()
+    path, read = tmp_path / "there.exercise", 0
+    for at in range(8, len(data), step):
+        if way == "cut":
+            path.write_bytes(data[:at])
+            assert judge.answer("inspect", path)[0] == 2, at
+        for value in () if way == "cut" else (0, 0x2C, 0x39, 0x5D, 0xFF):
+            path.write_bytes(data[:at] + bytes([value]) + data[at + 1 :])
+            read += judge.hold(path, tmp_path / "sound.pth")
+    assert (read == 0) == (way == "cut")
 
 
 def test_a_library_that_a_format_needs_and_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
