@@ -56,9 +56,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Rewrites the outputs in README.md, docs and tests/golden, and the reference of JSON; review the difference before committing it.
+# Rewrites the outputs in README.md, docs and tests/golden, the reference of JSON and the picture of the house; review the difference before committing it.
 golden: $(VENV)/.dev
 	$(BIN)/python docs/site/json_reference.py
+	$(BIN)/python docs/site/house.py
 	$(BIN)/python -m tests.transcripts --write
 
 # The site of docs/: mkdocs refuses a link or anchor that leads nowhere, and a page that is not in mkdocs.yml.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import house
 import pytest
 from oracles import FIXTURES
 
@@ -18,12 +20,8 @@ import ckptool.formats
 
 PACKAGE = Path(ckptool.formats.__file__).parents[1]
 
-FLOORS = {
-    "errors": 0, "text": 0, "limits": 1, "core": 2, "pickling": 3, "io": 3, "values": 4, "formats": 5, "ops": 5,
-    "partial": 6, "directories": 6, "mapping": 6, "saving": 7, "references": 7, "api": 8, "reports": 8,
-    "__init__": 9, "cli": 10, "__main__": 11,
-}  # fmt: skip
-"""What a room may see: itself, and all that stands on a lower floor; not its neighbours on its own floor."""
+FLOORS = {room.name: room.floor for room in house.listed()} | {"__main__": 11}
+"""What a room may see: itself, and all that stands on a lower floor of the list in CONTRIBUTING.md; no neighbours."""
 
 SEES = {"ops": {"errors", "limits", "core", "ops"}, "mapping": {"errors", "limits", "core", "ops", "mapping"}}
 """Rooms that see less than their floor allows."""
@@ -126,6 +124,31 @@ def test_every_room_has_a_floor_and_is_small() -> None:
     assert {name: count for name, count in rooms.items() if count > 12} == {}
     lengths = {str(path): (PACKAGE / path).read_text().count("\n") for path in files(PACKAGE)}
     assert {name: lines for name, lines in lengths.items() if lines > 550} == {}
+
+
+def unlisted(package: Path, rooms: list[house.Room]) -> list[str]:
+    """Every folder and file that the list of the house does not name where it stands."""
+    said = {room.name: {".": room.text, **room.inner} for room in rooms}
+    found = []
+    for path in files(package):
+        room, inner, stem = path.parts[0].removesuffix(".py"), "/".join(path.parts[1:-1]) or ".", path.stem
+        text = said.get(room, {}).get(inner)
+        if text is None:
+            found.append(str(path.parent) if stem == "__init__" else str(path))
+        elif len(path.parts) > 1 and stem != "__init__" and not re.search(rf"\b{stem}\b", text):
+            found.append(str(path))
+    return found
+
+
+def test_the_list_of_the_house_names_every_folder_and_file_and_the_picture_is_drawn_from_it() -> None:
+    rooms = house.listed()
+    assert unlisted(PACKAGE, [*rooms, house.Room("__main__", 11, "", {})]) == [], "name it below The house"
+    for path, text in house.made().items():
+        assert path.read_text() == text, "run `make golden`, and look at the picture"
+        labels = re.findall(r'<text class="(?:name|chip)"[^>]*>([^<]*)<', text)
+        shown = {word.removesuffix("/") for label in labels for word in label.split()}
+        folders = {part for file in files(PACKAGE) for part in file.parts[:-1]}
+        assert folders <= shown
 
 
 def test_formats_do_not_see_each_other() -> None:
@@ -235,6 +258,16 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
         "ops/diff.py:1 imports ckptool.io.source",
     ]
     assert circles(package) == ["ckptool.values.adapt", "ckptool.values.blocks"]
+    (package / "io" / "remote").mkdir()
+    (package / "io" / "remote" / "__init__.py").write_text("")
+    text = "\n## The house\n\n```\nckptool/\n  io/  3  BYTES\n  ops/  5  A: diff\n  core/  2  B: tree\n```\n"
+    assert unlisted(package, house.rooms(text)) == [
+        "formats/npz.py",
+        "io/remote",
+        "io/source.py",
+        "values/adapt.py",
+        "values/blocks.py",
+    ]
     assert ("torch.nn", 3, True) in imports(package, Path("core/tree.py"))
 
 
