@@ -29,25 +29,29 @@ class Rule:
 
 
 _TESTS: Mapping[str, Callable[[Any], bool]] = {
+    "a table of names": lambda value: isinstance(value, dict) and value != {},
     "a text": lambda value: isinstance(value, str),
     "a text that is not empty": lambda value: isinstance(value, str) and value != "",
     "a whole number": lambda value: type(value) is int,
     "a whole number above 0": lambda value: type(value) is int and value > 0,
     "a list of whole numbers": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
+    "a pattern, or a list of them": lambda value: (
+        value != [] and all(isinstance(item, str) and item for item in (value if isinstance(value, list) else [value]))
+    ),
     "a list of two or more names": lambda value: (
         isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
     ),
 }
 """What a field of a rule may have to be -> the test for it."""
 
-_TEXT, _KEY, _NUMBER, _COUNT, _NUMBERS, _NAMES = _TESTS
+_TABLE, _TEXT, _KEY, _NUMBER, _COUNT, _NUMBERS, _PATTERNS, _NAMES = _TESTS
 
 KINDS: Mapping[str, Mapping[str, str]] = {
     "strip_prefix": {"strip_prefix": _KEY},
     "add_prefix": {"add_prefix": _KEY},
     "rename": {"rename": _KEY, "to": _TEXT},
     "sub": {"sub": _KEY, "by": _TEXT},
-    "drop": {"drop": _KEY},
+    "drop": {"drop": _PATTERNS},
     "copy": {"copy": _KEY, "to": _KEY},
     "preset": {"preset": _KEY},
     "transpose": {"transpose": _KEY, "dims": _NUMBERS},
@@ -57,8 +61,9 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "cat": {"cat": _NAMES, "into": _TEXT, "dim": _NUMBER},
     "chunk": {"chunk": _KEY, "into": _NAMES, "heads": _COUNT, "dim": _NUMBER},
     "weave": {"weave": _NAMES, "into": _TEXT, "heads": _COUNT, "dim": _NUMBER},
+    "table": {"table": _TABLE},
 }
-"""The kinds of rules in a file -> {field: what it must be}. A table of names is a rule of the kind ``table``."""
+"""The kinds of rules in a file -> {field: what it must be}."""
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "sub": {"by": ""},
@@ -109,7 +114,7 @@ class Rules:
                 raise UsageError(f"a rules file knows no {', '.join(sorted(map(str, unknown)))} beside rules")
             return cls(_rule(entry) for entry in source["rules"])
         if isinstance(source, dict):
-            return cls([Rule("table", "a table of names", {"table": segments.Table(source)})] if source else [])
+            return cls([_checked("table", {"table": source})] if source else [])
         if isinstance(source, (list, tuple)):
             return cls(_rule(entry) for entry in source)
         raise UsageError("rules are a list of rules, of [regex, replacement] pairs, or a table of names")
@@ -129,6 +134,8 @@ class Rules:
                     made, unused = _plan_presets([one.args["preset"] for one in group], plan.after)
                 elif rule.kind == "table":
                     made, unused = rule.args["table"].plan(plan.after)
+                elif rule.kind == "drop":
+                    made, unused = _plan_drop(rule, plan.after)
                 else:
                     made = _PLANNERS[rule.kind](rule, plan.after, plan.errors)
                     unused = [] if made or len(plan.errors) > before else [rule.text]
@@ -176,7 +183,8 @@ def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
     if unknown:
         raise UsageError(f"a {kind} rule takes {', '.join(KINDS[kind])}, not {', '.join(sorted(unknown))}")
     args = {**_DEFAULTS.get(kind, {}), **entry}
-    text = f"{kind} {args[kind]}" + (f" -> {args['to']}" if "to" in args else "")
+    text = "a table of names" if kind == "table" else f"{kind} {args[kind]}"
+    text += f" -> {args['to']}" if "to" in args else ""
     for name, what in KINDS[kind].items():
         if (name in entry or name not in args) and not _TESTS[what](args.get(name)):
             raise UsageError(f"{text}: {name} is {what}")
@@ -191,6 +199,8 @@ def _checked(kind: str, entry: Mapping[str, Any]) -> Rule:
             re.sub(args["sub"], args["by"], "")
         except (re.error, IndexError) as error:
             raise UsageError(f"{text}: {error}") from error
+    if kind == "table":
+        args["table"] = segments.Table(args["table"])
     if kind == "transpose" and args["dims"] is not None and len(args["dims"]) != 2:
         raise UsageError(f"{text}: dims are the two to swap; permute takes all of them")
     return Rule(kind, text, args)
@@ -335,16 +345,26 @@ def _weight_norm(keys: Sequence[str], shapes: Sequence[Shape | None]) -> dict[st
     return {}
 
 
-def _plan_drop(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
-    dropped = tuple(key for key in current if names.matches(rule.args["drop"], key))
-    return [Step("drop", dropped)] if dropped else []
+def _plan_drop(rule: Rule, current: Shapes) -> tuple[list[Step], list[str]]:
+    """Returns (the step, the patterns that fit no key)."""
+    given = rule.args["drop"]
+    fits = {pattern: _matching(pattern, current) for pattern in (given if isinstance(given, list) else [given])}
+    dropped = {key for keys in fits.values() for key in keys}
+    steps = [Step("drop", tuple(key for key in current if key in dropped))] if dropped else []
+    return steps, [f"drop {pattern}" for pattern, keys in fits.items() if not keys]
+
+
+def _matching(pattern: str, current: Shapes) -> list[str]:
+    """Returns the keys that fit a pattern of `keys.matches`; one without wildcards is a key."""
+    if not re.search(r"[*?[]|^re:", pattern):
+        return [pattern] if pattern in current else []
+    return [key for key in current if names.matches(pattern, key)]
 
 
 def _plan_permute(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     steps = []
-    for key, shape in current.items():
-        if not names.matches(rule.args[rule.kind], key):
-            continue
+    for key in _matching(rule.args[rule.kind], current):
+        shape = current[key]
         order = list(range(len(shape or ())))
         dims = [0, 1] if rule.args["dims"] is None and len(order) == 2 else rule.args["dims"]
         chosen = [_from_front(dim, shape) for dim in dims or ()]
@@ -364,9 +384,8 @@ def _plan_permute(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
 
 def _plan_reshape(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     steps = []
-    for key, shape in current.items():
-        if not names.matches(rule.args["reshape"], key):
-            continue
+    for key in _matching(rule.args["reshape"], current):
+        shape = current[key]
         to, total = list(rule.args["shape"]), prod(shape or ())
         if to.count(-1) == 1 and (rest := prod(size for size in to if size != -1)) and total % rest == 0:
             to[to.index(-1)] = total // rest
@@ -459,7 +478,6 @@ _PLANNERS: Mapping[str, Planner] = {
     **dict.fromkeys(("transpose", "permute"), _plan_permute),
     **dict.fromkeys(("split", "chunk"), _plan_split),
     **dict.fromkeys(("cat", "weave"), _plan_cat),
-    "drop": _plan_drop,
     "copy": _plan_copy,
     "reshape": _plan_reshape,
 }

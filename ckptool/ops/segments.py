@@ -12,6 +12,15 @@ from ckptool.errors import UsageError
 from ckptool.ops.steps import Step
 
 _CAPTURE = re.compile(r"(\*|\{\w+\})")
+_FILLED = re.compile(r"((?:(?<=\.)|^)\*\*$|\*|\{\w+(?:[+-]\d{1,9})?\})")
+_SHIFT = re.compile(r"\{(\w+)([+-]\d+)\}")
+
+REST = "**"
+"""A last segment that stands for all segments that follow."""
+
+
+Replacement = str | Callable[[re.Match[str]], str]
+"""What `re.Pattern.sub` puts in place of a match."""
 
 
 class Pattern(NamedTuple):
@@ -30,7 +39,7 @@ class Pattern(NamedTuple):
         match = self.regex.fullmatch(f"{key}.") if self.literal in key else None
         return None if match is None else match.groups()
 
-    def substitute(self, replacement: str, key: str) -> str:
+    def substitute(self, replacement: Replacement, key: str) -> str:
         """Returns a key with a `replacement` for each run of segments that matches."""
         return self.regex.sub(replacement, f"{key}.")[:-1]
 
@@ -39,11 +48,13 @@ class Pattern(NamedTuple):
 def compiled(text: str) -> Pattern:
     """Returns the pattern in which ``*`` and ``{name}`` each stand for one or more characters of one segment.
 
-    A name that was captured before stands for the same text. Raises: UsageError for a name twice in one segment.
+    A name that was captured before stands for the same text. A last segment ``**`` stands for all that follow, one or
+    more. Raises: UsageError for a name twice in one segment.
     """
     captures: list[str] = []
     regex = r"(?<![^.])"
-    for segment in text.split("."):
+    parts = text.split(".")
+    for segment in parts[:-1] if parts[-1] == REST else parts:
         first = len(captures)
         pieces = _CAPTURE.split(segment)
         # Atomic where captures meet in one segment: else the ways to match a long key would be tried one by one.
@@ -59,26 +70,53 @@ def compiled(text: str) -> Pattern:
             else:
                 regex += f"(?P=c{captures.index(piece) + 1})"
         regex += r"\.)"
+    if parts[-1] == REST:
+        captures.append(REST)
+        regex += rf"(?P<c{len(captures)}>.+)\."
     literals = (part for piece in _CAPTURE.split(text)[::2] for part in piece.split("."))
     return Pattern(re.compile(regex), captures, max(literals, key=len))
 
 
-def replacement(new: str, captures: Sequence[str]) -> str:
+def replacement(new: str, captures: Sequence[str]) -> Replacement:
     """Returns what `Pattern.substitute` puts in place of a match: ``new``, with what was captured filled in.
 
-    Raises: UsageError if ``new`` has other captures than those.
+    ``{i+1}`` and ``{i-1}`` stand for one more and one less than the number that ``{i}`` stands for.
+    Raises: UsageError if ``new`` has other captures than those; the function, for what is no number of 0 or more.
     """
     stars = (number for number, capture in enumerate(captures, 1) if capture == "*")
-
-    def group(match: re.Match[str]) -> str:
-        same = (number for number, capture in enumerate(captures, 1) if capture == match[0])
-        number = next(stars if match[0] == "*" else same, None)
+    texts, shifts = [""], list[tuple[int, int, str]]()
+    for position, piece in enumerate(_FILLED.split(new)):
+        if position % 2 == 0:
+            texts[-1] += piece.replace("\\", "\\\\")
+            continue
+        shift = _SHIFT.fullmatch(piece)
+        name = f"{{{shift[1]}}}" if shift else piece
+        same = (number for number, capture in enumerate(captures, 1) if capture == name)
+        number = next(stars if name == "*" else same, None)
         if number is None:
-            what = "more *" if match[0] == "*" else match[0]
+            what = "more *" if name == "*" else name
             raise UsageError(f"the new name {new!r} has {what}, which the old name has not")
-        return f"\\g<{number}>"
+        if shift:
+            shifts.append((number, int(shift[2]), piece))
+            texts.append("")
+        else:
+            texts[-1] += f"\\g<{number}>"
+    texts[-1] += "." if new else ""
 
-    return _CAPTURE.sub(group, new.replace("\\", "\\\\")) + "." if new else ""
+    def filled(match: re.Match[str]) -> str:
+        numbers = (_shifted(match, *shift) for shift in shifts)
+        return "".join(piece for text in texts for piece in (match.expand(text), next(numbers, "")))
+
+    return filled if shifts else texts[0]
+
+
+def _shifted(match: re.Match[str], group: int, by: int, name: str) -> str:
+    """Returns the number that a group captured plus ``by``; ``name`` is how the new name says that."""
+    found = match[group]
+    number = int(found) + by if re.fullmatch("[0-9]{1,18}", found) else -1
+    if number < 0:
+        raise UsageError(f"{name} is no number of 0 or more where {match[0][:-1]} has {found!r}")
+    return str(number)
 
 
 def renamer(old: str, new: str) -> Callable[[str], str]:
@@ -96,23 +134,23 @@ class _Line(NamedTuple):
 
     number: int
     old: Pattern
-    new: str | None
+    new: Replacement | None
 
 
 class Table:
     """A table of old to new names. Each key is looked up once, so names may be swapped.
 
-    ``{}``, ``{name}`` and ``*`` stand for one segment, or part of one; None for a new name drops the key. A name
-    without captures goes before a pattern, and of patterns the first that matches. The cost per key does not grow
-    with the number of lines: the segments without captures are looked up in a dict.
+    ``{}``, ``{name}`` and ``*`` stand for one segment, or part of one, a last ``**`` for all that follow; None for a
+    new name drops the key. A name without captures goes before a pattern, and of patterns the first that matches. The
+    cost per key does not grow with the number of lines: the segments without captures are looked up in a dict.
     Raises: UsageError for what is no such table.
     """
 
     def __init__(self, lines: Mapping[Any, Any]) -> None:
         self.texts: list[str] = []
         self._exact: dict[str, tuple[int, str | None]] = {}
-        # number of segments -> positions of those without captures -> these segments -> lines
-        self._frames: dict[int, dict[tuple[int, ...], dict[tuple[str, ...], list[_Line]]]] = {}
+        # (segments, whether more may follow) -> positions of those without captures -> these segments -> lines
+        self._frames: dict[tuple[int, bool], dict[tuple[int, ...], dict[tuple[str, ...], list[_Line]]]] = {}
         for old, new in lines.items():
             if not isinstance(old, str) or not old or not (new is None or isinstance(new, str)):
                 raise UsageError(f"the table maps {old!r} to {new!r}, which is no name")
@@ -128,7 +166,8 @@ class Table:
             return
         pattern = compiled(old)
         line = _Line(number, pattern, None if new is None else replacement(new, pattern.captures))
-        frame = self._frames.setdefault(len(parts), {}).setdefault(positions, {})
+        rest = parts[-1] == REST
+        frame = self._frames.setdefault((len(parts) - rest, rest), {}).setdefault(positions, {})
         frame.setdefault(tuple(parts[at] for at in positions), []).append(line)
 
     def plan(self, keys: Iterable[str]) -> tuple[list[Step], list[str]]:
@@ -155,8 +194,10 @@ class Table:
             return None
         parts = key.split(".")
         likely: list[_Line] = []
-        for positions, frame in self._frames.get(len(parts), {}).items():
-            likely += frame.get(tuple([parts[at] for at in positions]), ())
+        for (length, rest), frames in self._frames.items():
+            if length < len(parts) if rest else length == len(parts):
+                for positions, frame in frames.items():
+                    likely += frame.get(tuple([parts[at] for at in positions]), ())
         text = f"{key}."
         for number, (regex, _, _), new in sorted(likely) if len(likely) > 1 else likely:
             if regex.fullmatch(text):

@@ -675,3 +675,72 @@ def test_an_input_is_never_changed_by_planning_or_renaming(run: Run) -> None:
     old, new = torch.load(source), torch.load("out.pth")
     assert list(new) == [key.removeprefix("module.") for key in old]
     assert [bits(tensor) for tensor in new.values()] == [bits(tensor) for tensor in old.values()]
+
+
+# --- numbers that shift, all that follows, and tables beside other rules -------------------------------------------
+
+
+def test_a_number_may_be_one_more_or_less_in_the_new_name(renamed: Renamed) -> None:
+    keys = ["layer1.0.w", "layer2.10.w", "fc.w"]
+    assert renamed(keys, "--rename", "layer{i}.{j}=stages.{i-1}.{j+2}") == ["stages.0.2.w", "stages.1.12.w", "fc.w"]
+
+
+def test_what_is_no_number_cannot_be_one_less(refused: Callable[..., str]) -> None:
+    assert "{i-1} is no number of 0 or more where a.x has 'x'" in refused(["a.x.w"], "--rename", "a.{i}=b.{i-1}")
+    assert "{i-1} is no number of 0 or more where a.0 has '0'" in refused(["a.0.w"], "--rename", "a.{i}=b.{i-1}")
+    assert "has {j}, which the old name has not" in refused(["a.0.w"], "--rename", "a.{i}=b.{j-1}")
+
+
+def rules_file(content: str) -> str:
+    Path("rules.toml").write_text(content)
+    return "rules.toml"
+
+
+def test_a_table_stands_beside_other_rules_and_is_applied_at_once(renamed: Renamed) -> None:
+    rules = rules_file("""
+[[rules]]
+strip_prefix = "net."
+
+[[rules]]
+[rules.table]
+"a.1.**" = "special.**"
+"a.{i}.**" = "b.{i}.**"
+"b.{i}.w" = "a.{i}.w"
+"c" = "d"
+"**" = "rest.**"
+
+[[rules]]
+rename = "d"
+to = "e"
+""")
+    keys = ["net.a.0.w", "net.a.1.x.y", "b.0.w", "c", "b.0.w.w", "a.2"]
+    assert renamed(keys, "--rules", rules) == ["b.0.w", "special.x.y", "a.0.w", "e", "rest.b.0.w.w", "rest.a.2"]
+
+
+def test_a_last_segment_of_two_stars_is_all_that_follows_and_not_nothing(renamed: Renamed) -> None:
+    assert renamed(["a.b.c.d", "a.b", "x.a.b.c"], "--rename", "a.b.**=z.**") == ["z.c.d", "a.b", "x.z.c"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"table": {}}, "table is a table of names"),
+        ({"table": "a"}, "table is a table of names"),
+        ({"table": {"a": 1}}, "the table maps 'a' to 1, which is no name"),
+        ({"table": {"a.*": "b.**"}}, r"the new name 'b.**' has **, which the old name has not"),
+        ({"drop": []}, "drop is a pattern, or a list of them"),
+        ({"drop": ["a", ""]}, "drop is a pattern, or a list of them"),
+        ({"drop": ["a", 3]}, "drop is a pattern, or a list of them"),
+    ],
+)
+def test_tables_and_lists_of_patterns_are_checked(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        ckptool.Rules.parse([rule])
+
+
+def test_of_several_patterns_to_drop_each_must_fit_a_key() -> None:
+    tensors = numbered(["a.w", "b.w", "c.w"])
+    made, report = ckptool.remap(tensors, [{"drop": ["a.*", "b.w"]}])
+    assert ([*made.state_dict()], report.dropped) == (["c.w"], ["a.w", "b.w"])
+    with pytest.raises(UsageError, match=r"rules that fit no key .*: drop x\.\*, drop d$"):
+        ckptool.remap(tensors, [{"drop": ["a.*", "x.*", "d"]}])
