@@ -16,7 +16,7 @@ from ckptool import errors, formats
 from ckptool.cli.app import COMMANDS, app
 from ckptool.ops.rows import Reason
 from ckptool.partial import adapters, init, presets
-from tests.transcripts import DOCS, FILES, REPOSITORY, place, rerun, rerun_file, run
+from tests.transcripts import BLOCK, DOCS, FILES, REPOSITORY, place, rerun, rerun_file, run
 
 README = (REPOSITORY / "README.md").read_text()
 MANUAL = "\n".join(path.read_text() for path in FILES if DOCS in path.parents)
@@ -77,6 +77,12 @@ def test_a_named_block_is_a_file_that_later_blocks_may_import_and_no_other_page_
     page = "```python made.py\nvalue = {}\n```\n\n```python\nimport made\n\nmade.value  # {}\n```\n"
     assert [rerun(page.format(number, number)) for number in (1, 2)] == [page.format(1, 1), page.format(2, 2)]
     assert "made" not in sys.modules
+
+
+def test_no_command_of_a_page_changes_the_shell_for_the_next_one():
+    """Each runs in a shell of its own here, and all in one where a reader pastes them."""
+    blocks = [block for path in FILES for language, _, block in BLOCK.findall(path.read_text()) if language == "console"]
+    assert not [line for block in blocks for line in re.findall(r"^\$ (?:cd|export|set|\w+=\S*$).*", block, re.MULTILINE)]
 
 
 def test_every_page_is_in_an_index_and_every_link_leads_somewhere():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from ckptool.core import keys, modules
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.optimizers import is_optimizer
+from ckptool.core.optimizers import describe, is_optimizer
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, as_mapping, attributes, children, key_text, path_text, walk
 from ckptool.errors import UsageError, near
@@ -120,10 +120,13 @@ def _at(node: Any, path: Path) -> Any:
 
 
 def said_of(tree: Any, root: Path) -> list[str]:
-    """Returns notes on weights that are averages: of several, and where that is not in the name of their root."""
+    """Returns notes on weights that are none, but an optimizer's state, or that are averages and not called so."""
     notes = []
     parent = as_mapping(_at(tree, root[:-1])) or {} if root else {}
     text = path_text(root)
+    if root[-1:] == ("state",) and is_optimizer(parent):
+        kind, count = describe(parent)
+        notes.append(f"{text} is an optimizer's ({kind} of {count} parameters): there are no weights of a model")
     if root[-1:] == ("state_dict",) and {"current_model_state", "averaging_state"} <= parent.keys():
         notes.append(
             f"{text} holds averaged weights (Lightning's WeightAveraging); --root current_model_state: the last"

@@ -270,6 +270,8 @@ def _notes(checkpoint: Checkpoint, node: Any) -> list[str]:
         found.append("tensors saved from a device without storages (xla, ort, ...) are read as tensors of the CPU")
     if isinstance(node, TensorInfo):
         found.append("a bare tensor: its key is empty")
+    if modules.is_module(node):
+        found.append(f"a whole model, pickled, a {node.module}.{node.qualname}: torch.load needs its classes")
     hooks = modules.state_dict_hooks(node) if modules.is_module(node) else []
     if hooks:
         found.append(f"state_dict hooks were not run, a live state_dict may differ: {', '.join(hooks)}")

@@ -82,3 +82,17 @@ def test_inspect_names_the_optimizer_its_parameters_and_its_bytes(kind: str, sav
         ("epoch", "4", None),
         ("optim", f"{kind} of 2 parameters", nbytes),
     ]
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adagrad"])
+def test_a_file_of_an_optimizer_alone_is_said_to_hold_no_weights(kind: str, saved: Saved) -> None:
+    model = nn.Linear(2, 3)
+    optimizer = getattr(torch.optim, kind)(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    said = f"state is an optimizer's ({kind} of 2 parameters): there are no weights of a model"
+    alone = saved(optimizer.state_dict(), "optimizer.pt")
+    assert said in ckptool.inspect(alone).notes
+    assert f"{alone}: {said}" in ckptool.diff(alone, model.state_dict()).notes
+    whole = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "train.pt")
+    assert not any("optimizer's" in note for note in ckptool.inspect(whole).notes)

@@ -235,6 +235,9 @@ def test_a_whole_model_is_its_state_dict_and_what_that_leaves_out_is_named(run: 
     assert [row.key for row in report.tensors] == list(torch.load(FIXTURES / "resnet_122.pth"))
     assert report.loose == ["grid", "loose"]
     assert {"shapeworld.nets.ResNet", "shapeworld.nets.BasicBlock"} <= set(report.unsafe)
+    said = "a whole model, pickled, a shapeworld.nets.ResNet: torch.load needs its classes"
+    assert said in report.notes
+    assert said not in ckptool.inspect(FIXTURES / "resnet_122.pth").notes
     assert "not in the state_dict: grid, loose" in run("inspect", FIXTURES / "resnet_module.pth")[1]
 
 
