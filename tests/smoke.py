@@ -39,6 +39,7 @@ with tempfile.TemporaryDirectory() as directory:
     report = json.loads(run("filter", "--json", "--match", new, old, "-o", merged.with_suffix(".safetensors")))
     assert report["result"]["counts"] == {"loaded": 100, "mismatched": 2, "bookkeeping": 20}, report
     run("inspect", fixtures / "bad" / "html.pth", code=2)
+    run("inspect", fixtures / "megatron", "--tp-rules", "gpt")  # a file of the wheel that is no Python
     run("inspect", old, "--stats", "--html", Path(directory, "page.html"))
     assert 'id="data"' in Path(directory, "page.html").read_text()
     for wrong in (

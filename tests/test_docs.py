@@ -152,6 +152,18 @@ def test_every_command_and_option_is_in_the_manual():
                 assert longest in MANUAL or any(opt in MANUAL for opt in parameter.opts), f"{name} {longest}"
 
 
+OTHERS = "body-file create-if-none delta edit-last from git global initial-branch reflink spec unified"
+"""Options of gh, git, cp, sft, uvx and pipx."""
+
+
+def test_no_page_names_an_option_that_no_command_has():
+    known = {f"--{name}" for name in (*OTHERS.split(), "version", "install-completion", "show-completion")}
+    for command in commands().values():
+        known |= {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
+    named = re.findall(r"(?<![\w-])--[a-z][\w-]+", README + MANUAL + (REPOSITORY / "SECURITY.md").read_text())
+    assert set(named) - known == set()
+
+
 def test_every_error_slug_exit_code_format_and_reason_is_in_the_manual():
     classes = [value for value in vars(errors).values() if isinstance(value, type)]
     slugs = {value.slug for value in classes if issubclass(value, errors.CkptoolError)} - {"error"}
