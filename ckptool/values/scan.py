@@ -43,7 +43,8 @@ MANY = 256
 class Job:
     """What to read and compute, and the results. ``digest`` is the sha256 of ``head`` and the bytes.
 
-    ``error`` says why the bytes could not be read, where the job is ``lenient``; others raise.
+    ``error`` says why the bytes could not be read, where the job is ``lenient``; others raise. ``sketch`` is given
+    every block, in order.
     """
 
     source: TensorInfo | Span
@@ -52,6 +53,7 @@ class Job:
     head: bytes | None = None
     checksum: bool = False
     lenient: bool = False
+    sketch: Any = None
     found_moments: Any = None
     found_special: tuple[int, int] = (0, 0)
     digest: str | None = None
@@ -115,7 +117,7 @@ def _units(jobs: Sequence[Job]) -> Iterator[list[_Piece]]:
 def _is_divisible(job: Job) -> bool:
     """Returns whether a job's pieces may be read in any order: no digest or checksum, and a range of a local file."""
     tensor = job.source
-    if job.head is not None or job.checksum or not isinstance(tensor, TensorInfo):
+    if job.head is not None or job.checksum or job.sketch is not None or not isinstance(tensor, TensorInfo):
         return False
     found = storage_range(tensor)
     return found is not None and found[0].span.member != "deflated" and found[0].span.memory is None
@@ -172,6 +174,8 @@ class _Worker:
                 crc = zlib.crc32(block, crc)
             if digest is not None:
                 digest.update(block)
+            if job.sketch is not None:
+                job.sketch.add(block)
             if space is not None:
                 piece.moments.add(space.moments(dtype, block, sampled))
             elif job.special:
