@@ -153,7 +153,7 @@ MAX_GGUF = Limit("MAX_GGUF", 1 << 27)
 """Bytes of a GGUF header. A vocabulary of 256,000 tokens takes 10 MB."""
 
 MAX_INDEX = Limit("MAX_INDEX", 200_000_000)
-"""Bytes of an index of shards, a lock file, a schema, or of JSON that lists tensors. A million tensors take 100 MB."""
+"""Bytes of an index of shards, a lock file, a schema, rules, or of JSON that lists tensors: 100 MB for a million."""
 
 MAX_LIST = Limit("MAX_LIST", 1 << 28)
 """Bytes of a file that lists rows or tokens. The largest tokenizer.json are below 40 MB."""

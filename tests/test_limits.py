@@ -77,6 +77,12 @@ def a_list_of_rows() -> list[str]:
     return ["load-partial", "old.pth", "--into", "new.pth", "--adapt", "w=rows:select=rows.txt", "--dry-run", "--json"]
 
 
+def a_file_of_rules() -> list[str]:
+    torch.save({"w": torch.zeros(2)}, "old.pth")
+    Path("rules.json").write_text('[{"rename": "w", "to": "v"}]')
+    return ["remap", "old.pth", "--rules", "rules.json", "--dry-run", "--json"]
+
+
 def looked_at(path: str) -> list[str]:
     return ["inspect", path, "--json"]
 
@@ -146,6 +152,7 @@ REACHED: dict[str, tuple[int, Call]] = {
     "MAX_TAR_ITEMS": (0, lambda: looked_at(tarred(b"N", "sys_info"))),
     "MAX_GGUF": (100, lambda: looked_at(str(FIXTURES / "dense.gguf"))),
     "MAX_INDEX": (10, lambda: looked_at(indexed())),
+    "MAX_INDEX of rules": (10, a_file_of_rules),
     "MAX_LIST": (3, a_list_of_rows),
     "MAX_EXPANDED": (100, lambda: [*looked_at(expanded()), "--hash"]),
     "MAX_EXPANDED compared": (100, lambda: ["diff", expanded(), "given.pth", "--values", "--json"]),
@@ -166,6 +173,17 @@ def refusal(done: tuple[int, str, str], limit: str, figure: int) -> str:
     assert bool(offer) == limits.ALL[limit].raisable
     assert offer or "--limit" not in err
     return offer[1] if offer else ""
+
+
+@pytest.mark.parametrize(
+    "options", [["--rules", "given"], ["--invert", "given"], ["--tp-rules", "given"], ["--rules", "/dev/zero"]]
+)
+def test_no_file_of_rules_is_read_beyond_the_limit(options: list[str], run: Run) -> None:
+    torch.save({"w": torch.zeros(2)}, "old.pth")
+    Path("given").write_text("# a remark of twenty letters")
+    command = "filter" if options[0] == "--tp-rules" else "remap"
+    done = run(command, "old.pth", *options, "--dry-run", "--limit", "MAX_INDEX=10")
+    assert int(refusal(done, "MAX_INDEX", 10).partition("=")[2]) >= (20 if options[1] == "/dev/zero" else 28)
 
 
 @pytest.mark.parametrize("name", BOMBS)

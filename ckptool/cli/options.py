@@ -168,13 +168,17 @@ def tags(text: str | None) -> str | dict[str, str] | None:
 
 
 def read_data(path: str) -> Any:
-    """Returns the content of a JSON or TOML file, tried in this order. Raises: UnreadableError, FormatError."""
+    """Returns the content of a JSON or TOML file, tried in this order.
+
+    Raises: UnreadableError, FormatError, LimitError.
+    """
     import json
     import tomllib
 
+    from ckptool.io.source import read_given
+
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        text = read_given(path, "a file of rules").decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = explain(error) if isinstance(error, OSError) else "is not UTF-8 text"
         raise UnreadableError(reason, path) from error

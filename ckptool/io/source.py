@@ -14,6 +14,7 @@ from typing import Protocol
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, OutputError, UnreadableError, explain
 from ckptool.io import system, tally
+from ckptool.limits import MAX_INDEX, Limit
 
 Bytes = bytes | memoryview
 
@@ -466,6 +467,20 @@ def identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def read_given(path: str, what: str, limit: Limit = MAX_INDEX) -> bytes:
+    """Returns all of a small file that a user names, such as rules; a pipe is read, too.
+
+    ``what``: it is, for the error. Raises: LimitError for more bytes than the ``limit``, OSError.
+    """
+    with open(path, "rb") as file:
+        content = file.read(limit.now() + 1)
+        nbytes = os.fstat(file.fileno()).st_size  # 0 for a pipe
+    if len(content) > limit.now():
+        enough = max(nbytes, len(content)) if nbytes else None
+        raise limit.passed(f"{what} of {f'{enough:,} bytes' if enough else 'more bytes than are read'}", enough, path)
+    return content
 
 
 def names_in(directory: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ckptool.core.tree import brief
 from ckptool.errors import CkptoolError, FormatError, UnreadableError, explain, near
-from ckptool.limits import MAX_INDEX
+from ckptool.io.source import read_given
 
 T = TypeVar("T")
 
@@ -18,10 +18,7 @@ def read(path: str | os.PathLike[str], what: str, parse: Callable[[dict[str, Any
     """Returns what ``parse`` makes of a file, which is ``what``. Raises: UnreadableError, FormatError."""
     url = os.fspath(path)
     try:
-        if os.path.getsize(url) > MAX_INDEX.now():
-            raise MAX_INDEX.passed(f"{what} of {os.path.getsize(url):,} bytes", os.path.getsize(url), url)
-        with open(url, encoding="utf-8") as file:
-            return parse(tomllib.loads(file.read()))
+        return parse(tomllib.loads(read_given(url, what).decode()))
     except OSError as error:
         raise UnreadableError(explain(error), url) from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:

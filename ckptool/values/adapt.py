@@ -7,7 +7,6 @@ torch. Rows, means and mixtures are streamed; a grid, which is a small table of 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Mix, Resample, Run, TensorInfo, narrow, shaped, storage_range
 from ckptool.errors import FormatError, UnreadableError, explain
-from ckptool.io.source import BLOCK, Bytes, Spool
+from ckptool.io.source import BLOCK, Bytes, Spool, read_given
 from ckptool.limits import MAX_LIST
 from ckptool.values.streams import Stream, gathered
 
@@ -46,15 +45,10 @@ def read_object(path: str) -> Any:
     Raises: UnreadableError, LimitError; FormatError for a file that is not text, or is named .json and is not JSON.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_LIST.now() + 1)
-            size = os.fstat(file.fileno()).st_size
+        content = read_given(path, "a list of rows or tokens", MAX_LIST)
     except (OSError, ValueError) as error:
         reason = explain(error) if isinstance(error, OSError) else str(error)
         raise UnreadableError(f"cannot be read: {reason}", path) from error
-    if len(content) > MAX_LIST.now():
-        size = max(size, len(content))
-        raise MAX_LIST.passed(f"has {size:,} bytes, too many for a list of rows or tokens", size, path)
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

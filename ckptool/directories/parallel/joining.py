@@ -39,6 +39,7 @@ from ckptool.errors import (
     listed,
     near,
 )
+from ckptool.io.source import read_given
 from ckptool.ops import segments
 from ckptool.text import dims
 
@@ -135,8 +136,7 @@ class JoinRules:
         url = os.fspath(given)
         path = os.path.join(SETS, f"{url}.toml") if url in shipped() else url
         try:
-            with open(path, "rb") as file:
-                return cls._parsed(url, tomllib.load(file))
+            return cls._parsed(url, tomllib.loads(read_given(path, "a file of rules").decode()))
         except OSError as error:
             like = near(url, shipped()) if os.path.basename(url) == url else ""
             raise UnreadableError(f"{explain(error)}{like}; rules that ship: {', '.join(shipped())}", url) from error
