@@ -176,9 +176,11 @@ def _notes(checkpoint: Checkpoint, row: formats.Format, url: str) -> list[str]:
 
         found += beside_file(url)
     if kept:
-        found.append(f"the output carries names that act, for torch.load(weights_only=False) to call: {listed(kept)}")
+        found.append(
+            f"the output carries names that act, for torch.load(weights_only=False) to call: {', '.join(kept)}"
+        )
     if left:
-        found.append(f"names that act are left out: {listed(left)}")
+        found.append(f"names that act are left out: {', '.join(left)}")
     return found
 
 

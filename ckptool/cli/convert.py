@@ -13,7 +13,7 @@ from ckptool.cli import options, render
 from ckptool.cli.output import Outputs
 from ckptool.cli.progress import bar
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.errors import UsageError, listed
+from ckptool.errors import UsageError
 from ckptool.io import system
 from ckptool.ops.convert import ConvertReport
 from ckptool.ops.notes import changed_lines
@@ -145,9 +145,9 @@ def _lines(report: ConvertReport, dry_run: bool) -> list[str]:
     lines += [["dequantized", plural(len(report.dequantized), "tensor")]] if report.dequantized else []
     lines += changed_lines(report)
     lines += [["untied", ", ".join(report.untied)]] if report.untied else []
-    lines += [["left out", listed(report.left_out, 20)]] if report.left_out else []
+    lines += [["left out", ", ".join(report.left_out)]] if report.left_out else []
     lines += [["note", note] for note in report.notes]
-    return [*render.headline(text), *render.aligned(lines)]
+    return [*render.headline(text), *render.aligned([label, render.short(text)] for label, text in lines)]
 
 
 def _total(reports: list[ConvertReport], dry_run: bool) -> list[str]:

@@ -14,7 +14,7 @@ from ckptool.cli.progress import bar
 from ckptool.cli.screens import inspect as screen
 from ckptool.core import keys
 from ckptool.errors import OutputError, UsageError
-from ckptool.ops.inspect import InspectReport, TensorRow, volume
+from ckptool.ops.inspect import InspectReport, TensorRow, tree_of, volume
 from ckptool.ops.notes import pattern_notes, require_tensors
 
 
@@ -41,6 +41,9 @@ def command(
     flat: Annotated[bool, typer.Option("--flat", help="One line per tensor, as in a pipe; fold nothing.")] = False,
     fold: Annotated[bool, typer.Option("--fold", help="One line for alike keys, in a pipe too.")] = False,
     keys_only: Annotated[bool, typer.Option("--keys", help="Only the keys, one per line.")] = False,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="The modules: parameters, bytes, and their share of all as a bar.")
+    ] = False,
     depth: Annotated[int | None, typer.Option(min=1, metavar="N", help="Sum up all keys below N levels.")] = None,
     sort: Annotated[
         Order | None,
@@ -93,6 +96,8 @@ def command(
         raise UsageError("--keys goes with none of --depth, --json, --format, --stats, --hash and --check")
     if shown in ("github", "junit", "sarif") and not check:
         raise UsageError(f"--format {shown} shows what --check finds: it goes with --check")
+    if tree and (flat or keys_only or stats or hashes or shown not in ("text", "json")):
+        raise UsageError("--tree goes with none of --flat, --keys, --stats, --hash and --format, but with --json")
     if depth and hashes:
         raise UsageError("--hash is of single tensors: it does not go with --depth")
     if flat and (depth or fold):
@@ -155,14 +160,16 @@ def command(
     for text in () if shown == "json" else notes:
         render.note(text)
     if shown == "json":
-        documents = [replace(report, tensors=rows) for report, rows in chosen]
+        documents = [
+            replace(report, tensors=rows, tree=tree_of(rows, depth) if tree else None) for report, rows in chosen
+        ]
         render.write(document.text(document.of("inspect", documents, notes, failed.errors)))
     elif shown != "text":
         from ckptool.reports.outcome import outcome
 
         judged = [replace(report, tensors=rows) for report, rows in chosen]
         render.outcomes([outcome(one, "inspect") for one in (*judged, *failed.errors)], shown)
-    detailed = len(files) == 1 or keys_only or flat or fold or depth or stats or hashes
+    detailed = len(files) == 1 or keys_only or flat or fold or tree or depth or stats or hashes
     if shown == "text" and not detailed:
         from ckptool.cli.screens import table
 
@@ -177,7 +184,7 @@ def command(
             render.show(render.safe(row.key) for row in rows)
             continue
         lines = screen.lines(
-            report, rows, depth=depth, stats=stats, hashes=hashes, flat=flat, sort=bool(sort), fold=fold
+            report, rows, depth=depth, stats=stats, hashes=hashes, flat=flat, sort=sort, fold=fold, tree=tree
         )
         render.show([*([""] if number else []), *lines])
     return failed.end() or int(any(report.check and report.check.fails for report in reports))

@@ -12,7 +12,7 @@ from ckptool.cli import options, render
 from ckptool.cli.options import Texts
 from ckptool.cli.output import Outputs, heading
 from ckptool.cli.screens import plans
-from ckptool.errors import UsageError, listed
+from ckptool.errors import UsageError
 from ckptool.partial import adapters, presets
 from ckptool.partial import init as init_rules
 from ckptool.partial.plan import LoadPartialReport, UnsetError, refuse_unset
@@ -172,8 +172,9 @@ def _lines(report: LoadPartialReport, begin: str, all_rows: bool, groups: bool) 
     if report.frozen:
         lines += render.aligned([["frozen", f"{len(report.frozen)} of {len(report.frozen) + trained} parameters"]])
     if report.moving:
-        text = f"{listed(report.moving)}: frozen, and their running statistics still move in train mode: eval() them"
-        lines += render.aligned([["batchnorm", text]])
+        text = "frozen, and their running statistics still move in train mode: eval() them"
+        moving = ", ".join(name for name, _ in render.fold([(name, None) for name in report.moving]))
+        lines += render.aligned([["batchnorm", f"{render.short(moving)}: {text}"]])
     if groups:
         lines += render.aligned(
             [["group", group.name, f"{plural(len(group.params), 'parameter')}, learning rate "

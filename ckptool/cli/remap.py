@@ -112,7 +112,7 @@ def _lines(report: RemapReport, begin: str) -> list[str]:
     made_rows = [(f"{', '.join(row.old)} -> {row.new}", row.op) for row in report.map if row.op != "rename"]
     lines += render.aligned([[name, made_rows[members[0]][1]] for name, members in render.fold(made_rows)], keys=True)
     lines += render.aligned([["dropped", name] for name, _ in render.fold([(key, None) for key in report.dropped])])
-    lines += render.aligned([["note", text] for text in report.notes])
+    lines += render.aligned([["note", render.short(text)] for text in report.notes])
     lines += render.aligned([["unused", text] for text in report.unused_rules])
     return lines
 

@@ -26,10 +26,11 @@ WIDEST = 400
 """Longest cell that widens its column, in characters: one key of a megabyte must not pad all other lines."""
 
 
-def aligned(lines: Iterable[Line], indent: int = 2, keys: bool = False) -> list[str]:
+def aligned(lines: Iterable[Line], indent: int = 2, keys: bool = False, whole: bool = False) -> list[str]:
     """Returns lines of text with their columns aligned; the last column is not padded.
 
-    The first column has labels, which are coloured by their meaning, or with ``keys`` names from a file.
+    The first column has labels, which are coloured by their meaning, or with ``keys`` names from a file. With ``whole``
+    the last is to be copied, and stays one line.
     """
     rows = [line if "".join(line).isprintable() else [safe(cell) for cell in line] for line in lines]
     limit = tables.columns()
@@ -39,7 +40,7 @@ def aligned(lines: Iterable[Line], indent: int = 2, keys: bool = False) -> list[
         margin = " " * indent
         made = [(margin + "  ".join([*map(tables.padded, row[:-1], widths), row[-1]])).rstrip() for row in rows]
     else:
-        made = tables.fitted(rows, indent, limit)
+        made = tables.fitted(rows, indent, limit, whole)
     return made if keys or not colours.shown_on(sys.stdout) else [_labelled(line, indent) for line in made]
 
 
@@ -105,17 +106,29 @@ def outcomes(found: Sequence[Outcome], form: str) -> None:
     write(rendered(found, form))
 
 
+ITEMS = 20
+"""Most items of a list in a sentence that a terminal is shown."""
+
+
+def short(text: str) -> str:
+    """Returns a sentence; of one that lists over `ITEMS` things, a terminal is shown the first."""
+    items = text.split(", ")
+    if len(items) <= ITEMS or not folds():
+        return text
+    return f"{', '.join(items[:ITEMS])} and {len(items) - ITEMS:,} more (a pipe gets all)"
+
+
 quiet = False
 """Whether a run says nothing but its result and errors (``--quiet``)."""
 
 
-def folds() -> bool:
+def folds(piped: bool = False) -> bool:
     """Returns whether alike keys are shown as one line: as CKPTOOL_FOLD says (0 or 1), else on a terminal.
 
-    Elsewhere every key has a line of its own, so that grep finds it.
+    Elsewhere every key has a line of its own, so that grep finds it; ``piped``: not what is a sum of keys.
     """
     given = os.environ.get("CKPTOOL_FOLD")
-    return given != "0" if given else sys.stdout.isatty()
+    return given != "0" if given else piped or sys.stdout.isatty()
 
 
 def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:

@@ -336,13 +336,13 @@ def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
     equal values fold, so the folded line is true of each of its keys. The groups are in the order of their first rows.
     """
     modules = _siblings(rows)
-    folded = _numbered([(name, (equal, len(members))) for name, equal, members in modules])
+    folded = numbered([(name, (equal, len(members))) for name, equal, members in modules])
     return [(name, sorted(member for at in positions for member in modules[at][2])) for name, positions in folded]
 
 
 def ranges(keys: Iterable[str]) -> list[str]:
     """Returns keys for a message, those that differ only in numbers as one: ``layers.{0..11}.w``."""
-    return [name for name, _ in _numbered([(key, None) for key in keys])]
+    return [name for name, _ in numbered([(key, None) for key in keys])]
 
 
 SIBLINGS = 8
@@ -374,7 +374,7 @@ def _siblings(rows: Sequence[tuple[str, object]]) -> list[tuple[str, object, lis
 _is_word = re.compile("[A-Za-z_]+").fullmatch
 
 
-def _numbered(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
+def numbered(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
     """Returns keys that differ only in numbers as one: (``layers.{0..11}.w``, positions of the rows it covers)."""
     parts = [re.split(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)", key) for key, _ in rows]
     groups: dict[tuple[tuple[str, ...], object], list[int]] = {}

@@ -130,9 +130,9 @@ def _select(
     if not kept:
         raise NoTensorsError(none_chosen(patterns, [*tensors]), base.url)
     notes = [*root_notes(sources), *pattern_notes(patterns, [row.key for row in rows])]
-    notes += [f"the same in two sources, taken once: {listed(equals)}"] if equals else []
-    notes += [f"in two sources, taken from the first: {listed(repeated)}"] if repeated else []
-    notes += [f"no tensors, and an earlier source has them: {listed(objects_lost)}"] if objects_lost else []
+    notes += [f"the same in two sources, taken once: {', '.join(equals)}"] if equals else []
+    notes += [f"in two sources, taken from the first: {', '.join(repeated)}"] if repeated else []
+    notes += [f"no tensors, and an earlier source has them: {', '.join(objects_lost)}"] if objects_lost else []
     notes += parted_notes([checkpoint.state_dict() for checkpoint in sources], theirs)
     for checkpoint in sources[1:]:
         notes += _retied(kept, origin, checkpoint, same)
@@ -168,7 +168,7 @@ def _retied(kept: dict[str, TensorInfo], origin: Mapping[str, int], source: Chec
         if all(_equal(first, kept[key], same) for key in present):
             kept.update((key, _like(first, kept[key])) for key in present)
         else:
-            notes.append(f"tied in {source.url}, and no longer: {listed(present)}")
+            notes.append(f"tied in {source.url}, and no longer: {', '.join(present)}")
     return notes
 
 
@@ -376,7 +376,7 @@ class Merge:
             notes += not_taken(source, (), checkpoint.metadata)
         notes += not_taken(self.target, _outside(self.target), {}) if only_matched else []
         empty = [key for key, tensor in merged.items() if tensor.kind == "meta"]
-        notes += [f"without values in the output, as {self.target.url} is on meta: {listed(empty)}"] if empty else []
+        notes += [f"without values in the output, as {self.target.url} is on meta: {', '.join(empty)}"] if empty else []
         return checkpoint, _report(rows, notes, self.sources, self.target.url, self._fraction())
 
     def _refuse_parted(self, casts: set[tuple[str, str]]) -> None:
@@ -488,7 +488,7 @@ class Merge:
             group for group in by_storage.values()
             if len(group) > 1 and len({id(merged[key].source) for key in group}) > 1
         ]  # fmt: skip
-        notes = [f"shared memory in the target, and no longer: {listed(group)}" for group in split[:8]]
+        notes = [f"shared memory in the target, and no longer: {', '.join(group)}" for group in split]
         replaced = {id(self.tensors[key].source) for key in self.taken}
         root = self.target.root
         elsewhere = [
@@ -497,7 +497,7 @@ class Merge:
             if id(tensor.source) in replaced and path[: len(root)] != root
         ]
         if elsewhere:
-            notes.append(f"shared memory with the target's weights, and keep the old values: {listed(elsewhere)}")
+            notes.append(f"shared memory with the target's weights, and keep the old values: {', '.join(elsewhere)}")
         return notes
 
 

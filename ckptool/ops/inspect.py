@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,22 @@ class TensorRow:
     def numel(self) -> int:
         """Returns how many elements it has."""
         return prod(self.shape) if self.shape is not None else self.elements or 0
+
+
+@dataclass(slots=True)
+class Node:
+    """A module with all that is below it, or a tensor."""
+
+    tensors: int = 0
+    """How many are below it, or 1."""
+    parameters: int = 0
+    """Elements, each tie group where its first key is, counters aside."""
+    nbytes: int = 0
+    """Bytes, each tie group where its first key is."""
+    below: dict[str, Node] = field(default_factory=dict)
+    """{segment of keys: what is there}, in the order of the keys; a module's segment ends in its dot or slash."""
+    key: str | None = None
+    """Of a tensor: its key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +145,8 @@ class InspectReport:
     """With --hash: the sha256 of all chosen tensors together."""
     check: Check | None = None
     """With --check: what it found."""
+    tree: Node | None = None
+    """With --tree: the modules of ``tensors``; with --depth, so many levels behind what all keys begin with."""
     kinds: Mapping[str, NameKind] = field(default_factory=dict)
     """Of each name in ``unsafe``: ordinary, unknown or acting."""
     device_tags: list[str] = field(default_factory=list)
@@ -150,6 +170,52 @@ def once(rows: Iterable[TensorRow]) -> Iterator[TensorRow]:
         if first not in seen:
             seen.add(first)
             yield row
+
+
+def tree_of(rows: Sequence[TensorRow], depth: int | None = None) -> Node:
+    """Returns the modules of tensors, in their order; of a tie group the first of these tensors counts.
+
+    ``depth``: how many levels, behind the segments that all keys share.
+    """
+    keys = [row.key for row in rows]
+    ends = [_segments(end(keys))[:-1] for end in (min, max)] if rows and depth else []
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))
+    levels = None if depth is None else depth + len(list(shared))
+    counted = {row.key for row in once(rows)}
+    top = Node()
+    for row in rows:
+        nbytes = row.nbytes if row.key in counted else 0
+        parameters = row.numel() if row.key in counted and not names.is_counter(row.key) else 0
+        segments = _segments(row.key)
+        path = [top]
+        for segment in segments[:levels]:
+            known = path[-1].below
+            if segment not in known:
+                known[segment] = Node()
+            path.append(known[segment])
+        for node in path:
+            node.tensors += 1
+            node.parameters += parameters
+            node.nbytes += nbytes
+        if len(path) > len(segments):
+            path[-1].key = row.key
+    return top
+
+
+LEVELS = 200
+"""Most levels of a tree; what is behind them is one segment. Dots in keys are bounded already, slashes are not."""
+
+
+def _segments(key: str) -> list[str]:
+    """Returns the segments of a key, each with the dot or slash behind it.
+
+    >>> _segments("G/conv.weight")
+    ['G/', 'conv.', 'weight']
+    """
+    return _ENDS.split(key, LEVELS)
+
+
+_ENDS = re.compile(r"(?<=[./])")
 
 
 def inspect(checkpoint: Checkpoint, devices: bool = True) -> InspectReport:

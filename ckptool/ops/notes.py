@@ -81,7 +81,7 @@ def not_taken(checkpoint: Checkpoint, left: Sequence[str], metadata: Mapping[str
 
     theirs = {name for name, text in checkpoint.metadata.items() if metadata.get(name) != text} - RESERVED
     names = [*left, *(f"metadata {name}" for name in sorted(theirs))]
-    return [f"not taken from {checkpoint.url}: {listed(names)}"] if names else []
+    return [f"not taken from {checkpoint.url}: {', '.join(names)}"] if names else []
 
 
 def module_notes(checkpoint: Checkpoint) -> list[str]:
@@ -96,7 +96,7 @@ def changed_lines(report: Any) -> list[list[str]]:
     lines = []
     for name, label, what in CHANGES:
         if counts := getattr(report, name):
-            each, total = listed((f"{key} ({count:,})" for key, count in counts.items()), 20), sum(counts.values())
+            each, total = ", ".join(f"{key} ({count:,})" for key, count in counts.items()), sum(counts.values())
             lines.append([label, f"{total:,} value{'s' * (total != 1)} {what}: {each}"])
     return lines
 

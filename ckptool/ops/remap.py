@@ -339,7 +339,7 @@ def _retied(values: dict[str, Any], groups: Sequence[Sequence[Sequence[str]]], s
                     shared = shared or replace(tensors[first], requires_grad=flags[0], is_parameter=flags[1])
                     values[key] = shared
                     pairs.append(f"{key} = {first}")
-    return [f"tied again, as the map says: {listed(pairs)}"] if pairs else []
+    return [f"tied again, as the map says: {', '.join(pairs)}"] if pairs else []
 
 
 def _is_same(one: Any, other: Any, same: Same | None) -> bool:

@@ -443,7 +443,7 @@ class _Plan(Merge):
         tied = {alias: group[0] for group in parameters for alias in group[1:]}
         adapted = [key for key in frozen if self.rows[key].reason == "adapted"]
         if adapted:
-            notes.append(f"frozen, though not all of their values are the source's: {listed(adapted)}")
+            notes.append(f"frozen, though not all of their values are the source's: {', '.join(adapted)}")
         return merged, LoadPartialReport(
             sourced(rows, {None: origins}), counts_of(rows), None, report.loaded_fraction,
             None, report.target, report.sources, [*report.notes, *self.notes, *notes],

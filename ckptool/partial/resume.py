@@ -48,7 +48,7 @@ def left_behind(source: Checkpoint, carried: Sequence[Path] = ()) -> list[str]:
         for name, _ in (children(source.at(above)) if source.root else ())
         if name != source.root[-1] and name not in taken
     ]
-    return [f"not taken from {source.url}: {listed(names, 20)}"] if names else []
+    return [f"not taken from {source.url}: {', '.join(names)}"] if names else []
 
 
 def placed(merged: Checkpoint, entries: Mapping[Path, Any]) -> Checkpoint:
@@ -111,7 +111,7 @@ def carried(
     new = [(*made.root[:-1], *path) for path in entries]
     stay = [path_text(path) for path in optimizer_paths(made) if path not in new]
     notes = remapping.notes + left_behind(source, paths)
-    return made, notes + ([f"unchanged from {target.url}: {listed(stay)}"] if stay else [])
+    return made, notes + ([f"unchanged from {target.url}: {', '.join(stay)}"] if stay else [])
 
 
 Member = tuple[tuple[str, ...], _Slot | None]
@@ -243,10 +243,10 @@ class _Remapping:
             raise self.refuse("none of its parameters is in the target")
         self._check_order(slots, members, bool(fresh))
         if outside:
-            self.note(f"not in the source's optimizer, so not in this one: {listed(outside)}")
+            self.note(f"not in the source's optimizer, so not in this one: {', '.join(outside)}")
         dropped = [slot.names[0] for slot in slots if id(slot) not in used]
         if dropped:
-            self.note(f"state dropped, no such parameter in the target: {listed(dropped)}")
+            self.note(f"state dropped, no such parameter in the target: {', '.join(dropped)}")
         return members
 
     def _check_order(self, slots: Sequence[_Slot], members: list[list[Member]], fresh: bool) -> None:
@@ -309,7 +309,7 @@ class _Remapping:
                 self.note(f"group {number} has no parameter left")
         self.note(f"the state of {len(made_state)} of {count} parameters is carried", first)
         if fresh:
-            self.note(f"starts without state: {listed(fresh)}", first + 1)
+            self.note(f"starts without state: {', '.join(fresh)}", first + 1)
         known = {slot.ident for slot in slots}
         made_state.update({key: value for key, value in state.items() if key not in known})  # of no parameter
         return made_groups, made_state

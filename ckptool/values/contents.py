@@ -76,7 +76,7 @@ def look_into(
             else:
                 kind = f"{tensor.kind} tensors" if isinstance(tensor.source, Opaque) else tensor.dtype
                 missed.setdefault(kind, []).append(key)
-        found.missed += [f"no statistics of {what}: {listed(keys)}" for what, keys in missed.items()]
+        found.missed += [f"no statistics of {what}: {', '.join(keys)}" for what, keys in missed.items()]
     hashed = {**chosen, **{key: one for key, one in checkpoint.inside().items() if choose is None or choose(key)}}
     if hashes:
         checkpoint.require_whole()

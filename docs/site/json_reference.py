@@ -141,14 +141,15 @@ def _typed(kind: Any, kinds: dict[str, Any], notes: bool = True) -> dict[str, An
     return {"$ref": f"#/$defs/{kind.__name__}"}
 
 
-def dataclasses_in(kind: Any, notes: bool = True) -> Iterator[tuple[Any, bool]]:
+def dataclasses_in(kind: Any, notes: bool = True, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, bool]]:
     """Yields the dataclasses that a type names, outermost first, and whether their notes are theirs."""
     if dataclasses.is_dataclass(kind):
         yield kind, notes
-        kind = [one for _, one, _ in contents(kind, notes)]
+        above = (*above, kind)
+        kind = [one for _, one, _ in contents(kind, notes) if kind not in above[:-1]]
         notes = True
     for one in kind if isinstance(kind, list) else get_args(kind):
-        yield from dataclasses_in(one, notes)
+        yield from dataclasses_in(one, notes, above)
 
 
 def page() -> str:

@@ -120,6 +120,39 @@ def test_grep_finds_every_key_where_a_pipe_gets_the_report(run: Run, saved: Save
     assert "{" not in found
 
 
+@pytest.mark.parametrize("case", ["ties", "empty", "left out", "changed", "not taken", "statistics", "optimizer"])
+def test_a_pipe_gets_every_key_of_a_note_and_a_terminal_the_first(
+    run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    names = [f"{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(50)]
+    ones = torch.ones(2)
+    states: dict[str, tuple[Any, list[str]]] = {
+        "ties": ({f"{name}.{end}": one for name in names for one in [torch.ones(2)] for end in "xy"},
+                 ["inspect", "IN"]),
+        "empty": ({name: torch.ones(0, 2) for name in names} | {"w": ones}, ["inspect", "IN", "--depth", "1"]),
+        "left out": ({"state_dict": {"w": ones}, **dict.fromkeys(names, 1)},
+                     ["convert", "IN", "-o", "out.safetensors", "--dry-run"]),
+        "changed": ({name: torch.full((2,), 1e30) for name in names},
+                    ["convert", "IN", "-o", "out.pth", "--dtype", "float16"]),
+        "not taken": ({"state_dict": {"v": ones}, **dict.fromkeys(names, 1)},
+                      ["filter", "w.pth", "IN", "--dry-run"]),
+        "statistics": ({name: ones.to_sparse() for name in names} | {"w": ones}, ["inspect", "IN", "--stats"]),
+        "optimizer": ({"model": {"w": ones}, **{name: {"x": ones} for name in names}}, ["inspect", "IN"]),
+    }  # fmt: skip
+    state, args = states[case]
+    saved({"w": ones}, "w.pth")
+    saved(state, "in.pth")
+    words = [arg.replace("IN", "in.pth") for arg in args]
+    found = re.findall(r"[\w.]+", "".join(run(*words)[1:]))
+    keys_of = [f"{name}.x" for name in names] if case == "ties" else names
+    assert [name for name in keys_of if name not in found] == []
+    monkeypatch.setenv("CKPTOOL_FOLD", "1")
+    _, out, _ = run(*words, *(["--force"] if "out.pth" in words else []))
+    if case in ("ties", "left out", "changed", "not taken"):
+        assert re.search(r"3\d more", out)
+        assert case == "ties" or names[-1] not in re.findall(r"\w+", out)
+
+
 def test_a_terminal_gets_alike_keys_as_one_line_and_a_pipe_one_line_per_key(saved: Saved) -> None:
     path = saved(Net().state_dict())
     assert "layers.{0,1}.conv{1,2}.weight" in in_terminal(["inspect", path])

@@ -130,3 +130,34 @@ def test_a_key_of_two_hundred_thousand_letters_is_cut_at_once() -> None:
     for key in ("1." * 100_000, "重" * 200_000, "9" * 200_000):
         assert all(tables.width(line) <= 80 for line in tables.fitted([[key, "2", "float32"]] * 3, 2, 80))
     assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize("columns", [60, 80, 150])
+@pytest.mark.parametrize("depth", [[], ["--depth", "2"]])
+def test_statistics_fit_and_columns_that_do_not_are_named(
+    columns: int, depth: list[str], saved: Saved, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved({f"model.layers.{i}.attn.q_proj_{i}.weight": torch.randn(3, i + 1) for i in range(3)})
+    piped = run("inspect", path, "--stats", *depth)[1]
+    assert all(head in piped for head in ("abs max", "zeros", "NaN", "inf"))
+    assert "left out" not in piped
+    monkeypatch.setattr(tables, "columns", lambda: columns)
+    out = run("inspect", path, "--stats", *depth)[1]
+    table = out.partition("\n\n")[2].splitlines()
+    assert all(tables.width(line) <= columns for line in table), out
+    assert ("left out" in out) == (columns < 100)
+    assert all(head in out for head in ("mean", "min", "max"))
+
+
+def test_a_column_that_says_something_stays_and_hashes_are_whole(
+    saved: Saved, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved({f"model.a_long_name_of_a_layer.{i}.weight": torch.tensor([1.5, float("nan"), i]) for i in range(3)})
+    piped = run("inspect", path, "--hash")[1]
+    monkeypatch.setattr(tables, "columns", lambda: 80)
+    out = run("inspect", path, "--stats")[1]
+    assert "NaN" in out.partition("left out")[0].partition("\n\n")[2]
+    assert "inf" in out.partition("left out")[2]
+    hashes = [line.split()[-1] for line in piped.splitlines() if line.startswith("  model.")]
+    assert len(hashes) == 3
+    assert all(one in run("inspect", path, "--hash")[1] for one in hashes)

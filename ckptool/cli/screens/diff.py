@@ -65,7 +65,7 @@ def _details(report: DiffReport | SchemaReport, top: int | None) -> list[str]:
         allowed = []
         notes = [["bookkeeping", f"{counters} x num_batches_tracked"]] if counters else []
         notes += [["sizes", sizes]] if sizes else []
-    notes += [["note", text] for text in report.notes]
+    notes += [["note", render.short(text)] for text in report.notes]
     return [*render.aligned(lines), *render.aligned(allowed), *render.aligned(notes)]
 
 

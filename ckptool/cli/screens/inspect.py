@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ckptool.cli import render
+from ckptool.cli.terminal import tables
 from ckptool.core import keys
 from ckptool.ops.inspect import InspectReport, TensorRow
 from ckptool.text import count, dims, plural, size
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def lines(
     report: InspectReport, rows: list[TensorRow], *, depth: int | None, stats: bool, hashes: bool, flat: bool,
-    sort: bool, fold: bool,
+    sort: str | None, fold: bool, tree: bool,
 ) -> list[str]:  # fmt: skip
     """Returns what is shown of a checkpoint, ``rows`` being the tensors that were chosen, in their order."""
     made = [*_summary(report), ""]
@@ -25,7 +26,11 @@ def lines(
     heading = [render.safe(prefix)] if prefix else []
     if report.check:
         made += checked(report.check)
-    if depth:
+    if tree:
+        from ckptool.cli.screens import tree as modules
+
+        made += [*([""] if report.check else []), *modules.lines(rows, sort, depth)]
+    elif depth:
         made += heading + _summed(rows, depth, prefix, report.prefixes)
     elif stats or hashes:
         made += _valued(rows + [row for row in report.inside if row.hash], stats)
@@ -33,7 +38,7 @@ def lines(
         made += _flat(rows)
     elif not report.check:
         made += heading + _folded(rows, prefix)
-    if len(made) > LONG and render.folds() and not (depth or flat or hashes):
+    if len(made) > LONG and render.folds() and not (tree or depth or flat or hashes):
         made += _shorter(rows, prefix)
     return made if made[-1] else made[:-1]
 
@@ -89,22 +94,23 @@ def _notes(report: InspectReport) -> list[str]:
         found.append(f"other places with weights (--root): {', '.join(report.other_roots)}")
     if report.ema:
         found.append(f"averaged copies (EMA), taken only with --root: {', '.join(report.ema)}")
-    found += [f"tied: {' = '.join(group)}" for group in report.tied[:20]]
-    if len(report.tied) > 20:
-        found.append(f"tied: {len(report.tied) - 20} more groups (--json has all)")
+    most = render.ITEMS if render.folds() else len(report.tied)
+    found += [f"tied: {' = '.join(group)}" for group in report.tied[:most]]
+    if len(report.tied) > most:
+        found.append(f"tied: {len(report.tied) - most:,} more groups (a pipe gets all)")
     if report.stored_nbytes > report.used_nbytes:
         found.append(f"storages take {size(report.stored_nbytes)}, tensors use {size(report.used_nbytes)}")
     if len(report.devices) > 1:
         found.append("devices: " + ", ".join(f"{tag} {number}" for tag, number in report.devices.items()))
     if report.empty:
-        found.append(f"empty (zero-size): {', '.join(report.empty[:20])}" + (" ..." if len(report.empty) > 20 else ""))
+        found.append(f"empty (zero-size): {', '.join(report.empty)}")
     if any(report.counters.values()):
         present, absent = report.counters["present"], report.counters["absent"]
         text = f"num_batches_tracked: {present} present" if present else "num_batches_tracked: none"
         found.append(text + (f", absent in {plural(absent, 'BatchNorm layer')}" if absent else ""))
     if report.loose:
         found.append(f"not in the state_dict: {', '.join(report.loose)}")
-    return found + _foreign_names(report) + list(report.notes)
+    return [render.short(text) for text in (*found, *_foreign_names(report), *report.notes)]
 
 
 def _foreign_names(report: InspectReport) -> list[str]:
@@ -149,38 +155,72 @@ def _flat(rows: list[TensorRow]) -> list[str]:
 
 def _valued(rows: list[TensorRow], stats: bool) -> list[str]:
     """Returns one line per tensor with its statistics and hash."""
-    lines = [[row.key, dims(row.shape), _dtype(row)] for row in rows]
+    columns = {"key": [row.key for row in rows], "shape": [dims(row.shape) for row in rows]}
+    columns["dtype"] = [_dtype(row) for row in rows]
     if stats:
-        head = ["", "", "", *_HEADS]
-        lines = [head, *([*line, *_figures(row.stats)] for line, row in zip(lines, rows, strict=True))]
+        columns |= _figures([row.stats for row in rows])
         if any(row.stats and row.stats.histogram for row in rows):
-            bars = ["histogram", *(sparkline(row.stats.histogram.counts if row.stats and row.stats.histogram else [])
-                                   for row in rows)]  # fmt: skip
-            lines = [[*line, bar] for line, bar in zip(lines, bars, strict=True)]
+            counts = [row.stats.histogram.counts if row.stats and row.stats.histogram else [] for row in rows]
+            columns["histogram"] = [*map(sparkline, counts)]
     if any(row.hash for row in rows):
-        hashes = [*(["sha256"] if stats else []), *(row.hash or "" for row in rows)]
-        lines = [[*line, digest] for line, digest in zip(lines, hashes, strict=True)]
-    return render.aligned(lines, keys=True)
+        columns["sha256"] = [row.hash or "" for row in rows]
+    return _fitting(columns, stats)
+
+
+def _fitting(columns: dict[str, list[str]], headed: bool) -> list[str]:
+    """Returns the lines of a table, given as {heading: cells}; on a terminal without columns for which it has no room.
+
+    The first to go are those that the others say, or that say that there is nothing; which they were is said below.
+    """
+    limit, left = tables.columns() if headed else None, []
+    if limit is not None:
+        nothing = [head for head in ("inf", "NaN", "zeros") if {*columns.get(head, ())} <= {"0", ""}]
+        room, *wide = (max(map(tables.width, [head, *cells])) + 2 for head, cells in columns.items())
+        widths = dict(zip([*columns][1:], wide, strict=True))
+        for head in (
+            "abs max",
+            *nothing,
+            "dtype",
+            "elements",
+            "tensors",
+            "histogram",
+            "shape",
+            "bytes",
+            "zeros",
+            "std",
+        ):
+            if head in widths and min(room, NAME) + sum(widths.values()) > limit:
+                del columns[head], widths[head]
+                left.append(head)
+    heads = [[head if head in _SHOWN else "" for head in columns]] if headed else []
+    made = render.aligned([*heads, *zip(*columns.values(), strict=True)], keys=True, whole="sha256" in columns)
+    more = f"{', '.join(left)}: in a wider terminal, or a pipe"
+    return made + (render.aligned([["left out", more]]) if left else [])
+
+
+NAME = 24
+"""Columns that a name has before a column of a table gives way to it."""
 
 
 def sparkline(counts: list[int]) -> str:
     """Returns a histogram as a character for every two bins: as high as the most, and never empty where a value is."""
-    full = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
-    marks = " ▁▂▃▄▅▆▇█" if full else " .:-=+*#@"
+    marks = " ▁▂▃▄▅▆▇█" if tables.draws() else " .:-=+*#@"
     pairs = [sum(counts[at : at + 2]) for at in range(0, len(counts), 2)]
     return "".join(marks[math.ceil(8 * number / max(pairs))] if number else marks[0] for number in pairs)
 
 
-_HEADS = ["mean", "std", "min", "max", "abs max", "zeros", "NaN", "inf"]
+_SHOWN = ["mean", "std", "min", "max", "abs max", "zeros", "NaN", "inf", "histogram", "sha256"]
+"""Headings that are shown; the other columns need none."""
 
 
-def _figures(stats: Stats | None) -> list[str]:
-    """Returns the columns of one tensor's statistics."""
-    if stats is None:
-        return [""] * len(_HEADS)
-    numbers = [stats.mean, stats.std, stats.min, stats.max, stats.abs_max]
-    counts = [stats.zeros, stats.nan, stats.inf]
-    return [*("-" if number is None else f"{number:.5g}" for number in numbers), *(f"{count:,}" for count in counts)]
+def _figures(found: Sequence[Stats | None]) -> dict[str, list[str]]:
+    """Returns the columns of statistics, of tensors that have them, {heading: cells}."""
+    rows = [
+        [*("-" if number is None else f"{number:.5g}" for number in (one.mean, one.std, one.min, one.max, one.abs_max)),
+         *(f"{number:,}" for number in (one.zeros, one.nan, one.inf))] if one else [""] * 8
+        for one in found
+    ]  # fmt: skip
+    return {head: [row[at] for row in rows] for at, head in enumerate(_SHOWN[:8])}
 
 
 LONG = 50
@@ -200,7 +240,7 @@ def checked(check: Check) -> list[str]:
     from ckptool.core.findings import KINDS
 
     lines = []
-    most = 20 if render.folds() else len(check.findings)
+    most = render.ITEMS if render.folds() else len(check.findings)
     for kind in KINDS:
         found = [finding for finding in check.findings if finding.kind == kind]
         lines += [[kind, one.key or "", one.text + ", let pass" * bool(one.passes)] for one in found[:most]]
@@ -216,20 +256,20 @@ def checked(check: Check) -> list[str]:
 def _summed(rows: list[TensorRow], depth: int, prefix: str, below: list[PrefixStats] | None) -> list[str]:
     """Returns one line per prefix of ``depth`` levels, with the statistics of what is ``below`` it, if given."""
     groups = _below(rows, depth, prefix)
-    lines = [
-        [name, plural(len(members), "tensor"), f"{count(sum(row.numel() for row in members))} elements",
-         size(sum(row.nbytes for row in members))]
-        for name, members in groups.items()
-    ]  # fmt: skip
+    columns = {
+        "name": [*groups],
+        "tensors": [plural(len(members), "tensor") for members in groups.values()],
+        "elements": [f"{count(sum(row.numel() for row in members))} elements" for members in groups.values()],
+        "bytes": [size(sum(row.nbytes for row in members)) for members in groups.values()],
+    }
     if below is not None:
         by_prefix = {entry.prefix: entry.stats for entry in below}
         stats = [
             members[0].stats if len(members) == 1 else by_prefix.get(prefix + name.removesuffix(".*"))
             for name, members in groups.items()
         ]
-        figures = map(_figures, stats)
-        lines = [["", "", "", "", *_HEADS], *([*line, *more] for line, more in zip(lines, figures, strict=True))]
-    return render.aligned(lines, keys=True)
+        columns |= _figures(stats)
+    return _fitting(columns, below is not None)
 
 
 def _below(rows: list[TensorRow], depth: int, prefix: str) -> dict[str, list[TensorRow]]:

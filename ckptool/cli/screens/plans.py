@@ -38,8 +38,8 @@ def head(report: FilterReport | LoadPartialReport, summary: str, all_rows: bool)
 def tail(report: FilterReport | LoadPartialReport) -> list[str]:
     """Returns the last lines of a report: values that casts changed, notes, conditions that failed."""
     sections = (
-        changed_lines(report),
-        [["note", text] for text in report.notes],
+        [[label, render.short(text)] for label, text in changed_lines(report)],
+        [["note", render.short(text)] for text in report.notes],
         [["failed", gate.text] for gate in report.failed],
     )
     return [line for section in sections for line in render.aligned(section)]

@@ -28,6 +28,11 @@ def columns() -> int | None:
         return None
 
 
+def draws() -> bool:
+    """Returns whether stdout's encoding has block characters and an ellipsis."""
+    return "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
+
+
 def width(text: str) -> int:
     """Returns the columns that printable text takes on a terminal: two for most East Asian characters.
 
@@ -55,7 +60,7 @@ def elided(text: str, room: int) -> str:
     """
     if len(text) <= 4 * room and width(text) <= room:
         return text
-    mark = "…" if "utf" in (getattr(sys.stdout, "encoding", None) or "").lower() else ".."
+    mark = "…" if draws() else ".."
     left = room - width(mark)
     parts = re.split(r"(?<!\.)\.(?!\.)", text)  # not the dots of {0..11}
     used = width(parts[0]) + width(parts[-1]) + 2
@@ -96,8 +101,8 @@ def wrapped(text: str, room: int, whole: bool = True) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def fitted(rows: Sequence[Sequence[str]], indent: int, limit: int) -> list[str]:
-    """Returns the lines of a table of at most ``limit`` columns: its widest cells elided, its last column wrapped."""
+def fitted(rows: Sequence[Sequence[str]], indent: int, limit: int, whole: bool = False) -> list[str]:
+    """Returns the lines of a table of ``limit`` columns at most: its widest cells elided, its last wrapped or whole."""
     count = max(map(len, rows), default=1) - 1
     shown = [[cell[: limit + 1] for cell in row] for row in rows]  # a key may have a million characters
     widths = [max((width(row[at]) for row in shown if at < len(row) - 1), default=0) for at in range(count)]
@@ -111,7 +116,7 @@ def fitted(rows: Sequence[Sequence[str]], indent: int, limit: int) -> list[str]:
         cells = [padded(elided(cell, wide), wide) for cell, wide in zip(row[:-1], widths, strict=False)]
         before = " " * indent + "  ".join([*cells, ""])
         room = max(limit - width(before), 2 * LEAST)
-        first, *more = [row[-1]] if row[0] in COPIED else wrapped(row[-1], room, row[0] in PROSE)
+        first, *more = [row[-1]] if whole or row[0] in COPIED else wrapped(row[-1], room, row[0] in PROSE)
         margin = " " * (width(before) if limit - width(before) >= room else indent + 2)
         lines += [(before + first).rstrip(), *(margin + line for line in more)]
     return lines
