@@ -150,10 +150,11 @@ def command(
                 report = replace(report, values=by_change(report.values, sort))
             report = replace(report, a=a, b=path, notes=[*said, *report.notes])
             if html is not None:
-                from ckptool.reports import document
+                from ckptool.reports import document, wording
 
-                sides = {"a": _rows(first, ignore), "b": _rows(second, ignore), "version": ckptool.__version__}
-                pages.write(html, document.of("diff", report, report.notes), force, [a, path], **sides)
+                more = {"version": ckptool.__version__, "headline": wording.headline(report)}
+                sides = {"a": _rows(first, ignore), "b": _rows(second, ignore)}
+                pages.write(html, document.of("diff", report, report.notes), force, [a, path], **more, **sides)
             return report
 
     failed = render.Failures(len(b))

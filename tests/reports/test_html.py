@@ -19,6 +19,7 @@ from oracles import CANARY, FIXTURES, Run, Saved
 import ckptool
 from ckptool.core.tree import Global
 from ckptool.reports import html
+from ckptool.reports.html import data
 
 NASTY = [
     "</script><script>document.title='owned'</script>.weight",
@@ -58,8 +59,36 @@ class Parts(HTMLParser):
 
 
 def document(page: Path) -> Any:
+    """What a page holds."""
     [text] = Parts(page.read_text("utf-8")).texts("script", id="data")
     return json.loads(text)
+
+
+def listed(table: Any) -> list[dict[str, Any]]:
+    """The objects that a page holds by columns."""
+    rows: list[dict[str, Any]] = [{} for _ in range(table["length"])]
+    for name, column in table["columns"].items():
+        values = listed(column["table"]) if "table" in column else column.get("values")
+        at = column.get("at", range(len(rows)))
+        if values is None:
+            values = [column["of"][place] for place in column.get("as", [0] * len(at))]
+        for number, value in zip(at, values, strict=True):
+            rows[number][name] = value
+    return rows
+
+
+def rows(page: Path) -> list[dict[str, Any]]:
+    """The rows of a page with their keys."""
+    held = document(page)
+    paths: list[str | None] = []
+    for one in listed(held["modules"]):
+        around = paths[one["in"]] if paths else None
+        paths.append((one["name"] if around is None else f"{around}.{one['name']}") if paths else None)
+    found = []
+    for row in listed(held["rows"]):
+        path, name = paths[row.pop("in")], row.pop("name")
+        found.append({"key": name if path is None else f"{path}.{name}", **row})
+    return found
 
 
 def sha256(text: str) -> str:
@@ -72,23 +101,65 @@ def test_the_page_of_inspect_holds_what_json_prints(extra: list[str], run: Run, 
     assert run("inspect", file, *extra, "--html", tmp_path / "page.html")[0] == 0
     found = document(tmp_path / "page.html")
     printed = json.loads(run("inspect", file, *extra, "--json")[1])
-    assert found["result"] == printed["result"]
+    [result] = printed["result"]
+    assert rows(tmp_path / "page.html") == result["tensors"] + result.pop("inside")
+    assert found["result"] == result | {"tensors": len(result["tensors"])}
     assert (found["command"], found["paths"], found["version"]) == ("inspect", [str(file)], ckptool.__version__)
-    assert [node["name"] for node in found["tree"]] == [one["path"] for one in printed["result"][0]["beside"]]
+    assert [node["name"] for node in found["tree"]] == [one["path"] for one in result["beside"]]
 
 
-@pytest.mark.parametrize("extra", [[], ["--values"], ["--ignore", "layer*"]])
-def test_the_page_of_diff_holds_what_json_prints_and_the_rows_of_both_sides(
-    extra: list[str], run: Run, tmp_path: Path
+@pytest.mark.parametrize("extra", [[], ["--values"], ["--quick"], ["--ignore", "layer*"]])
+@pytest.mark.parametrize("pair", [("resnet_new", "resnet_old"), ("resnet_122", "resnet_old"), ("tied", "resnet_new")])
+def test_the_page_of_diff_holds_a_row_of_each_key_with_what_json_prints_of_it(
+    pair: tuple[str, str], extra: list[str], run: Run, tmp_path: Path
 ) -> None:
-    a, b = FIXTURES / "resnet_new.pth", FIXTURES / "resnet_old.pth"
-    assert run("diff", a, b, *extra, "--html", tmp_path / "page.html")[0] == 1
-    found = document(tmp_path / "page.html")
+    a, b = (FIXTURES / f"{name}.pth" for name in pair)
+    assert run("diff", a, b, *extra, "--html", tmp_path / "page.html")[0] in (0, 1)
+    held = document(tmp_path / "page.html")
     printed = json.loads(run("diff", a, b, *extra, "--json")[1])
-    assert (found["result"], found["notes"]) == (printed["result"], printed["notes"])
-    for side, path in (("a", a), ("b", b)):
-        rows = json.loads(run("inspect", path, "--json")[1])["result"][0]["tensors"]
-        assert found[side] == [row for row in rows if not (extra[:1] == ["--ignore"] and row["key"][:5] == "layer")]
+    result = printed["result"]
+    assert held["notes"] == printed["notes"]
+    assert held["headline"] == run("diff", a, b, *extra)[1].splitlines()[0]
+    found = {row["key"]: row for row in rows(tmp_path / "page.html")}
+    sides = []
+    for path in (a, b):
+        content = json.loads(run("inspect", path, "--json")[1])["result"][0]["tensors"]
+        sides.append({one["key"]: one for one in content if not ("--ignore" in extra and one["key"][:5] == "layer")})
+    assert list(found) == [*sides[0], *(key for key in sides[1] if key not in sides[0])]
+    status = dict.fromkeys(found, "equal")
+    status |= {one["key"]: {"differ": "values"}.get(one["status"], one["status"]) for one in result["values"]}
+    for kind in ("dtype", "shape"):
+        status |= {one["key"]: kind for one in result[kind]}
+    for kind in ("only_in_a", "only_in_b", "bookkeeping"):
+        status |= dict.fromkeys(result[kind], kind.replace("_", "-"))
+    assert {key: row["status"] for key, row in found.items()} == status
+    for one in result["values"]:
+        row = found[one["key"]]
+        assert {name: row[name] for name in one if name not in ("key", "status")}.items() <= one.items()
+    for row in found.values():
+        side = sides[row["status"] != "shape" and row["key"] not in sides[0]][row["key"]]
+        assert (row["shape"], row["nbytes"]) == (side["shape"], side["nbytes"])
+
+
+def test_columns_hold_whatever_rows_hold() -> None:
+    some: list[dict[str, Any]] = [
+        {"a": 1, "shape": [2, 3], "s": {"x": 1.5, "h": {"c": [1, 2]}}}, {"a": 1, "shape": [2, 3], "b": None},
+        {"a": 1, "shape": None, "s": {"x": None}}, {"a": 1, "shape": [], "b": ""}, {"a": 1, "shape": [2, 3], "b": 0},
+    ]  # fmt: skip
+    for rows_of in (some, [], some[:1], [{}, {}], [{"w": number} for number in range(50)]):
+        assert listed(json.loads(json.dumps(data.columns(rows_of)))) == rows_of
+
+
+KEYS = ["", ".", "..", ".x", "a", "a.", "a..b", "a.b", "x.", "layers.0.w", "layers.1..w", " . "]
+"""Keys of which some segments are empty, and modules that have the names of tensors."""
+
+
+def test_every_key_comes_back_from_the_modules_of_a_page(saved: Saved, run: Run, tmp_path: Path) -> None:
+    path = saved({key: torch.ones(number + 1) for number, key in enumerate(KEYS)}, "a.pth")
+    assert run("inspect", path, "--html", tmp_path / "page.html")[0] == 0
+    assert {row["key"]: row["shape"] for row in rows(tmp_path / "page.html")} == {
+        key: [number + 1] for number, key in enumerate(KEYS)
+    }
 
 
 def test_scripts_and_styles_are_named_by_their_hashes_and_all_else_is_forbidden(run: Run, tmp_path: Path) -> None:
@@ -132,8 +203,7 @@ def test_keys_and_values_with_markup_are_text_of_the_data_only(saved: Saved, run
     tags = [one[0] for one in page.found]
     assert tags == [one[0] for one in Parts((tmp_path / "plain.html").read_text("utf-8")).found]
     assert page.texts("title")[0] == "<b>&amp;.pth"
-    found = document(tmp_path / "page.html")
-    assert [row["key"] for row in found["result"][0]["tensors"]] == NASTY
+    assert [row["key"] for row in rows(tmp_path / "page.html")] == NASTY
 
 
 def test_a_page_is_never_written_onto_an_input_or_what_is_there(
@@ -163,7 +233,7 @@ def test_what_the_terminal_shows_and_the_exit_code_are_those_without_a_page(run:
     plain = run("inspect", file, "--check")
     assert run("inspect", file, "--check", "--html", tmp_path / "page.html") == plain
     assert plain[0] == 1
-    assert document(tmp_path / "page.html")["result"][0]["check"]["findings"][0]["kind"] == "acting"
+    assert document(tmp_path / "page.html")["result"]["check"]["findings"][0]["kind"] == "acting"
     assert not Path(CANARY).exists()
 
 
@@ -171,7 +241,7 @@ def test_what_the_terminal_shows_and_the_exit_code_are_those_without_a_page(run:
 def test_every_fixture_has_a_page(name: str, run: Run, tmp_path: Path) -> None:
     code, _, err = run("inspect", FIXTURES / name, "--html", tmp_path / "page.html")
     assert code == 0, err
-    assert document(tmp_path / "page.html")["result"][0]["path"] == str(FIXTURES / name)
+    assert document(tmp_path / "page.html")["result"]["path"] == str(FIXTURES / name)
 
 
 def test_the_tree_beside_the_weights_is_bounded() -> None:

@@ -7,14 +7,17 @@ import io
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import torch
 from oracles import FIXTURES
-from test_html import NASTY
+from test_html import KEYS, NASTY
+from test_html import rows as rows_of
 
 from ckptool.cli import main
 from tests.browser import MISSING, Browser, browser
@@ -334,11 +337,10 @@ def test_a_difference_is_shown_by_kind_the_gravest_first(chromium: Browser, page
     assert rows[4].startswith("h.2.mlp.up.biasvalues differA is zero0.5")
     assert rows[5].startswith("h.2.mlp.up.weightvalues differ0.5")
     counts = dict(zip(chromium.texts(".figure .label"), chromium.texts(".figure .value"), strict=True))
-    with open(pages["values"]) as file:
-        report = json.loads(file.read().split('id="data">')[1].split("</script>")[0])["result"]
+    status = Counter(row["status"] for row in rows_of(pages["values"]))
     assert counts["Result"] == "differ"
-    assert int(counts["equal"]) == report["equal"]
-    assert int(counts["values differ"]) == sum(row["status"] == "differ" for row in report["values"])
+    assert int(counts["equal"]) == status["equal"]
+    assert int(counts["values differ"]) == status["values"]
 
 
 def test_names_with_markup_are_text(chromium: Browser, pages: Pages) -> None:
@@ -378,6 +380,192 @@ def test_a_long_name_leaves_the_matrix_in_sight_and_no_tensor_is_open_because_it
         assert chromium.run(place) < width
     assert chromium.run("return document.querySelector('.matrix tbody th').title").startswith("LLL")
     assert "All modules" in chromium.run("return document.body.innerText")
+
+
+def written(folder: Path, *words: Any) -> Path:
+    """The page of a command."""
+    page = folder / "page.html"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main([*map(str, words), "--html", str(page), "--force"]) in (0, 1)
+    return page
+
+
+def saved_pair(folder: Path, a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[Path]:
+    paths = [folder / "a.pth", folder / "b.pth"]
+    for path, content in zip(paths, (a, b), strict=True):
+        torch.save(content, path)
+    return paths
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_with_empty_segments_opens_from_the_table_the_map_and_a_link(
+    key: str, chromium: Browser, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({one: torch.ones(number + 2) for number, one in enumerate(KEYS)}, path)
+    page = written(tmp_path, "inspect", path)
+    shown, size = key or '""', f"Parameters{KEYS.index(key) + 2}"
+    chromium.open(page)
+    chromium.run("document.querySelectorAll('.tensors tbody th button')[arguments[0]].click()", KEYS.index(key))
+    assert chromium.texts(".detail h3") == [shown]
+    assert size in chromium.texts(".detail dl")[0]
+    view = fragment(chromium)
+    chromium.open(page, view)
+    assert chromium.texts(".detail h3") == [shown]
+    assert chromium.texts(".tensors tr.selected th") == [shown]
+    around, dot, _ = key.rpartition(".")
+    chromium.open(page, f"#{urlencode({'m': around})}" if dot else "")
+    assert crumbs(chromium)[1:] or not dot
+    titles = chromium.run("return [...document.querySelectorAll('.map > button')].map((one) => one.ariaLabel)")
+    [tile] = [number for number, title in enumerate(titles) if title.startswith(f"{shown}: tensor")]
+    chromium.run("document.querySelectorAll('.map > button')[arguments[0]].click()", tile)
+    assert chromium.texts(".detail h3") == [shown]
+
+
+def test_a_module_without_a_name_is_entered_and_left(chromium: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({".x": torch.ones(3), ".y": torch.ones(2), "a.b": torch.ones(9), "": torch.ones(4)}, path)
+    page = written(tmp_path, "inspect", path)
+    chromium.open(page)
+    chromium.click(".map > button > .name", '""')
+    assert (crumbs(chromium), keys(chromium)) == (["all", '""'], [".x", ".y"])
+    assert fragment(chromium) == "#m="
+    chromium.open(page, "#m=")
+    assert (crumbs(chromium), keys(chromium)) == (["all", '""'], [".x", ".y"])
+    chromium.run("document.querySelector('.map > button').focus()")
+    chromium.press("Backspace")
+    assert (crumbs(chromium), len(keys(chromium))) == (["all"], 4)
+
+
+ALLOWED = """
+[[allow]]
+kind = "shape"
+key = "head.*"
+reason = "ten classes"
+[[allow]]
+kind = "only-in-b"
+key = "new.*"
+[[allow]]
+kind = "values"
+key = "h.0.*"
+reason = "<b>tuned</b>"
+[[allow]]
+kind = "dtype"
+key = "both.w"
+"""
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_what_is_allowed_has_a_word_and_a_colour_of_its_own_and_the_verdict_of_the_text(
+    everything: bool, chromium: Browser, tmp_path: Path
+) -> None:
+    a = {"h.0.w": torch.ones(4), "h.1.w": torch.ones(4), "head.w": torch.ones(5, 4), "both.w": torch.ones(3)}
+    a["same.w"] = torch.ones(2)
+    b = a | {"h.0.w": torch.ones(4) * 2, "head.w": torch.ones(6, 4), "new.w": torch.ones(2)}
+    if not everything:
+        b |= {"h.1.w": torch.ones(4) * 3, "both.w": torch.ones(3).half() * 2}
+    paths = saved_pair(tmp_path, a, b)
+    (tmp_path / "allowed.toml").write_text(ALLOWED)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        code = main(["diff", *map(str, paths), "--values", "--allow", str(tmp_path / "allowed.toml"),
+                     "--html", str(tmp_path / "page.html")])  # fmt: skip
+    assert code == (not everything)
+    chromium.open(tmp_path / "page.html")
+    counts = dict(zip(chromium.texts(".figure .label"), chromium.texts(".figure .value"), strict=True))
+    assert out.getvalue().startswith(f"{counts['Result']}: ")
+    assert counts["Result"] == ("differ as allowed" if everything else "differ")
+    assert counts["allowed"] == "3"
+    badges = chromium.run("""return [...document.querySelectorAll('.tensors .badge')].map(
+        (one) => [one.closest('tr').querySelector('th').textContent, one.textContent, one.className, one.title])""")
+    of = {key: (text, name, title) for key, text, name, title in badges}
+    assert of["head.w"] == ("shape differs, allowed", "badge is-allowed", "shape: ten classes")
+    assert of["new.w"] == ("only in B, allowed", "badge is-allowed", "only-in-b")
+    assert of["h.0.w"] == ("values differ, allowed", "badge is-allowed", "values: <b>tuned</b>")
+    if not everything:
+        assert of["h.1.w"] == ("values differ", "badge is-values", "")
+        assert of["both.w"] == ("values differ", "badge is-values", "dtype")  # of two differences, one is allowed
+        assert keys(chromium)[:2] == ["h.1.w", "both.w"]  # what is not allowed comes first
+    choice = """const one = document.getElementById('grade');
+        one.value = arguments[0]; one.dispatchEvent(new Event('change'))"""
+    chromium.run(choice, "allowed")
+    assert set(keys(chromium)) == {"head.w", "new.w", "h.0.w"}
+    assert chromium.texts("#status") == [f"3 of {len(b)} tensors"]
+    chromium.open(tmp_path / "page.html", fragment(chromium))
+    assert set(keys(chromium)) == {"head.w", "new.w", "h.0.w"}
+    chromium.run(choice, "")
+    chromium.run("const box = document.getElementById('search'); box.focus()")
+    chromium.press("allowed tuned")
+    assert keys(chromium) == ["h.0.w"]
+    chromium.click(".tensors tbody button", "h.0.w")
+    assert "Allowedvalues: <b>tuned</b>" in chromium.texts(".detail dl")[0]
+    ground = "return getComputedStyle(document.querySelector(`.stack .is-${arguments[0]}`)).backgroundColor"
+    assert chromium.run(ground, "allowed") != chromium.run(ground, "equal")
+
+
+def test_the_matrix_shows_the_layers_that_moved_most_in_the_order_of_the_model(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    a = {f"h.{number}.w": torch.ones(2) for number in range(400)}
+    moved = {f"h.{number}.w": torch.ones(2) * (1 + 0.01 * number) for number in range(250, 400, 3)}
+    lost = [f"h.{number}.w" for number in range(10, 15)]
+    b = {key: moved.get(key, tensor) for key, tensor in a.items() if key not in lost}
+    chromium.open(written(tmp_path, "diff", *saved_pair(tmp_path, a, b), "--values"))
+    layers = chromium.texts(".matrix tbody th")
+    assert len(layers) == 160
+    wanted = {key.removesuffix(".w") for key in [*moved, *lost]}
+    assert wanted < set(layers)
+    assert layers == sorted(layers, key=lambda layer: int(layer[2:]))
+    assert "160 of 400 layers are shown, those that moved most" in chromium.texts("#matrix .legend")[0]
+    chromium.open(written(tmp_path, "diff", *saved_pair(tmp_path, a, b)))
+    assert set(lost) < {f"{layer}.w" for layer in chromium.texts(".matrix tbody th")}
+    assert "those that differ most" in chromium.texts("#matrix .legend")[0]
+
+
+def test_the_matrix_shows_the_kinds_of_weight_that_moved_most(chromium: Browser, tmp_path: Path) -> None:
+    names = [f"{chr(97 + number // 26)}{chr(97 + number % 26)}" for number in range(100)]
+    a = {f"h.{layer}.{name}": torch.ones(2) for layer in range(2) for name in names}
+    b = {key: tensor * (2 if key.endswith("du") else 1) for key, tensor in a.items()}
+    chromium.open(written(tmp_path, "diff", *saved_pair(tmp_path, a, b), "--values"))
+    kinds = chromium.texts(".matrix thead th")[1:]
+    assert (len(kinds), kinds[-1], kinds[:2]) == (48, "du", ["aa", "ab"])
+    assert "48 of 100 kinds of weight are shown" in chromium.texts("#matrix .legend")[0]
+    assert "layers are shown" not in chromium.texts("#matrix .legend")[0]
+
+
+def test_a_cell_of_one_key_opens_it_whatever_its_name(chromium: Browser, tmp_path: Path) -> None:
+    names = ["", "a b.0.c d", "x..y", "*.0.?", "w"]
+    a = {key: torch.ones(2) for key in names}
+    page = written(tmp_path, "diff", *saved_pair(tmp_path, a, {key: tensor * 2 for key, tensor in a.items()}))
+    for key in names:
+        chromium.open(page)
+        cells = chromium.run("return [...document.querySelectorAll('.matrix td:nth-child(2) button')].length")
+        opened = set()
+        for number in range(cells):
+            chromium.run("document.querySelectorAll('.matrix td:nth-child(2) button')[arguments[0]].click()", number)
+            opened |= set(chromium.texts(".detail h3"))
+            if chromium.texts(".detail h3") == [key or '""']:
+                assert (key or '""') in keys(chromium)
+        assert opened == {key or '""' for key in names}
+
+
+def test_values_that_were_only_compared_by_their_bytes_have_no_distance(chromium: Browser, tmp_path: Path) -> None:
+    a = {"h.0.w": torch.ones(2), "h.1.w": torch.ones(2)}
+    paths = saved_pair(tmp_path, a, a | {"h.1.w": torch.zeros(2)})
+    chromium.open(written(tmp_path, "diff", *paths, "--quick"))
+    assert "not finite" not in chromium.run("return document.body.innerText")
+    said = chromium.run("return [...document.querySelectorAll('.matrix td button')].map((one) => one.ariaLabel)")
+    assert "h.1 w: values differ" in said
+    assert chromium.texts(".tensors .badge") == ["values differ", "equal"]
+
+
+def test_why_a_model_would_refuse_is_said(chromium: Browser, tmp_path: Path) -> None:
+    a = {"h.0.w": torch.ones(2), "h.1.w": torch.ones(2)}
+    paths = saved_pair(tmp_path, a, {"h.0.w": torch.ones(3)})
+    (tmp_path / "allowed.toml").write_text('[[allow]]\nkind = "loadability"\nkey = "h.1.*"\nreason = "unused"\n')
+    page = written(tmp_path, "diff", *paths, "--fail-on", "loadability", "--allow", tmp_path / "allowed.toml")
+    chromium.open(page)
+    assert chromium.texts("#loadability li") == ["h.0.w: shape [2], in B [3]", "h.1.w: missing in B (allowed: unused)"]
 
 
 def test_the_policy_stops_what_is_no_part_of_the_page(session: Browser, pages: Pages) -> None:

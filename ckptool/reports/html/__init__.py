@@ -1,7 +1,7 @@
 """One HTML file that shows a report as pictures: a treemap, a matrix, histograms and a table. It needs no network.
 
-The document that ``--json`` prints is in it as text that nothing runs; scripts and styles are named by their hashes in
-the page's own policy, and no element is made from the text of a name.
+What it shows is in it as JSON that nothing runs (see `data`); scripts and styles are named by their hashes in the
+page's own policy, and no element is made from the text of a name.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, PyObject, brief, children, key_text, path_text
 from ckptool.errors import UsageError
+from ckptool.reports.html import data
 
 SCRIPTS = ("data", "map", "charts", "table", "panels", "page")
 """The parts of the script, in the order of use."""
@@ -48,17 +49,17 @@ def write(path: str, document: Mapping[str, Any], force: bool, paths: Sequence[s
 def page(document: Mapping[str, Any], paths: Sequence[str], **more: Any) -> str:
     """Returns the page for a document of `inspect` (of one checkpoint) or `diff`, as ``--json`` prints it.
 
-    ``more`` is added to it: ``version``; for `inspect` ``tree`` (see `outline`); for `diff` ``a`` and ``b``, the rows
-    of both sides.
+    ``more`` is added to it: ``version``; for `inspect` ``tree`` (see `outline`); for `diff` ``headline``, and ``a`` and
+    ``b``, the rows of both sides.
     """
-    whole = {**document, **more, "paths": list(paths)}
-    data = json.dumps(whole, allow_nan=False, separators=(",", ":"))
+    whole = data.of({**document, "paths": list(paths), **more})
+    held = json.dumps(whole, allow_nan=False, separators=(",", ":"))
     script = "\n".join(_part(f"{name}.js") for name in SCRIPTS)
     style = _part("page.css")
     names = " and ".join(os.path.basename(os.path.normpath(path)) for path in paths)
     names = names.encode("utf-8", "replace").decode()
     parts = {
-        "title": names.replace("&", "&amp;").replace("<", "&lt;"), "data": data.replace("<", "\\u003c"),
+        "title": names.replace("&", "&amp;").replace("<", "&lt;"), "data": held.replace("<", "\\u003c"),
         "style": style, "script": script, "style-hash": _hash(style), "script-hash": _hash(script),
     }  # fmt: skip
     return re.sub("@([a-z-]+)@", lambda match: parts[match[1]], _part("page.html"))

@@ -82,63 +82,86 @@ function merged(rows) {
 
 // --- the matrix ---------------------------------------------------------------------------------------------------
 
+const MANY = 20000;
 const LAYERS = 160;
 const KINDS = 48;
 
-/** Returns [layer, kind] of a key: up to its first number, and the rest; keys without one have a layer of their own. */
-function placed(key, folded) {
-  const found = /^(.*?(?:^|\.)\d+)\.(.+)$/.exec(key);
-  const [layer, kind] = found ? [found[1], found[2]] : [key.replace(/\.?[^.]*$/, "") || key, key.replace(/^.*\./, "")];
-  return [layer, folded ? kind.replace(/(^|\.)\d+(?=\.|$)/g, "$1*") : kind];
+/** Returns [layer, kind] of a row: its key up to the first number, and the rest; without one, its module and its name. */
+function placed(row, folded) {
+  const module = MODULES[row.in];
+  if (module === TOP) return [row.key, row.key];
+  module.layer ??= /^(.*?(?:^|\.)\d+)(?:\.(.*))?$/s.exec(module.path) || [module.path, module.path];
+  const [, layer, inner] = module.layer;
+  const kind = inner === undefined ? row.name : `${inner}.${row.name}`;
+  return [layer, folded && /\d/.test(kind) ? kind.replace(/(^|\.)\d+(?=\.|$)/g, "$1*") : kind];
 }
 
+/** Returns {layer: its rows, and those of each kind} and {kind: its rows}, as modules. */
 function cellsOf(rows, folded) {
   const [layers, kinds] = [new Map(), new Map()];
+  const at = (parts, name, row) => {
+    if (!parts.has(name)) parts.set(name, Object.assign(new Module(name, name), { cells: new Map() }));
+    const part = parts.get(name);
+    part.rows.push(row);
+    return part;
+  };
   for (const row of rows) {
-    const [layer, kind] = placed(row.key, folded);
-    if (!layers.has(layer)) layers.set(layer, new Map());
-    const cells = layers.get(layer);
-    if (!cells.has(kind)) cells.set(kind, []);
-    cells.get(kind).push(row);
-    kinds.set(kind, (kinds.get(kind) || 0) + 1);
+    const [layer, kind] = placed(row, folded);
+    at(at(layers, layer, row).cells, kind, row);
+    at(kinds, kind, row);
   }
   return { layers, kinds };
 }
 
-/** Returns the matrix for one colour: layers are rows, kinds of weight are columns; `find` searches for a cell's keys. */
+/** Returns those of parts that have the largest values, in the order that they have. */
+function largest(parts, limit, name) {
+  if (parts.length <= limit) return parts;
+  const place = (part) => {
+    if (name === "status") return WORST.indexOf(classOf(part, "grade"));
+    const value = valueOf(part, COLOURS[name]);
+    return value === null ? Infinity : value ?? Number.MIN_VALUE;
+  };
+  const places = new Map(parts.map((part) => [part, place(part)]));
+  const sorted = [...parts].sort((one, other) => (places.get(one) < places.get(other)) - (places.get(one) > places.get(other)));
+  const chosen = new Set(sorted.slice(0, limit));
+  return parts.filter((part) => chosen.has(part));
+}
+
+/** Returns the matrix for one colour: layers are rows, kinds of weight are columns; `find` shows the keys of a cell. */
 function matrix(name, find) {
   const colour = COLOURS[name];
   prepare(colour);
-  const rows = ROWS.filter((row) => row.elements > 0 && (name === "status" || row.status === "a" || row.status === "b" || colour.of(row) !== undefined));
-  let { layers, kinds } = cellsOf(rows, rows.length > 20000);
-  if (kinds.size > KINDS / 2 && rows.length <= 20000) ({ layers, kinds } = cellsOf(rows, true));
-  const columns = [...kinds.keys()].slice(0, KINDS);
+  const rows = ROWS.filter((row) => row.elements > 0 && (DIFF || colour.of(row) !== undefined));
+  let { layers, kinds } = cellsOf(rows, rows.length > MANY);
+  if (kinds.size > KINDS / 2 && rows.length <= MANY) ({ layers, kinds } = cellsOf(rows, true));
+  const columns = largest([...kinds.values()], KINDS, name).map((part) => part.name);
   const families = new Map();
   const family = (layer) => layer.replace(/\d+$/, "");
   for (const layer of layers.keys()) if (!families.has(family(layer))) families.set(family(layer), families.size);
-  const lines = [...layers].sort(([one], [other]) => families.get(family(one)) - families.get(family(other)) || collator.compare(one, other)).slice(0, LAYERS);
-  const cell = (layer, kind, found) => {
-    if (!found.length) return make("td", { class: "none" });
-    const part = { all: () => found, values: new Map(), classes: {} };
-    Object.setPrototypeOf(part, Module.prototype);
+  const lines = largest([...layers.values()], LAYERS, name).sort(({ name: one }, { name: other }) => families.get(family(one)) - families.get(family(other)) || collator.compare(one, other));
+  const cell = (layer, kind, part) => {
+    if (!part) return make("td", { class: "none" });
     const shown = make("td", {});
-    const value = name === "status" ? KIND[classOf(part, "status")] : valueOf(part, colour);
-    const lone = found.every((row) => row.status === "a" || row.status === "b" || row.status === "shape");
-    if (name === "status" || lone) shown.classList.add(`is-${classOf(part, "status")}`);
+    const value = name === "status" ? undefined : valueOf(part, colour);
+    const bare = value === undefined ? part.rows : part.rows.filter((row) => colour.of(row) === undefined);
+    const others = bare.length ? KIND[WORST.findLast((one) => bare.some((row) => row.grade === one))] : "";
+    if (value === undefined) shown.classList.add(`is-${classOf(part, "grade")}`);
     else heat(shown, colour.share(value));
-    const words = name === "status" || lone ? KIND[classOf(part, "status")] : value === null ? (found.every(fromZero) ? "A is zero" : "not finite") : figure(value);
-    const says = `${safe(layer)} ${safe(kind)}: ${words}${found.length > 1 ? `, the largest of ${found.length}` : ""}`;
-    shown.append(make("button", { type: "button", title: says, "aria-label": says, tabindex: -1, onclick: () => find(layer, kind) }));
+    const words = value === undefined ? others : value === null ? (part.rows.every(fromZero) ? "A is zero" : "not finite") : figure(value);
+    const many = part.rows.length > 1 ? `, the largest of ${part.rows.length}${others && value !== undefined ? `; ${others}` : ""}` : "";
+    const says = `${named(layer)} ${safe(kind)}: ${words}${many}`;
+    shown.append(make("button", { type: "button", title: says, "aria-label": says, tabindex: -1, onclick: () => find(layer, kind, part.rows) }));
     return shown;
   };
-  const head = (kind) => make("th", { scope: "col" }, make("span", { title: safe(kind) }, safe(kind)));
-  const body = lines.map(([layer, cells]) => make("tr", {}, make("th", { scope: "row", class: "key", title: safe(layer) }, safe(layer)), cell(layer, "", [...cells.values()].flat()), columns.map((kind) => cell(layer, kind, cells.get(kind) || []))));
+  const head = (kind) => make("th", { scope: "col" }, make("span", { title: safe(kind) }, named(kind)));
+  const body = lines.map((line) => make("tr", {}, make("th", { scope: "row", class: "key", title: safe(line.name) }, named(line.name)), cell(line.name, "", line), columns.map((kind) => cell(line.name, kind, line.cells.get(kind)))));
   const table = make("table", { class: "matrix", onkeydown: walked }, make("caption", { class: "unseen" }, `${colour.label} by layer and kind of weight`),
     make("thead", {}, make("tr", {}, make("td", {}), make("th", { scope: "col", class: "all" }, make("span", {}, "all")), columns.map(head))), make("tbody", {}, body));
   const first = table.querySelector("button");
   if (first) first.tabIndex = 0;
-  const left = [layers.size > LAYERS ? `the first ${LAYERS} of ${whole(layers.size)} layers` : "", kinds.size > KINDS ? `the first ${KINDS} of ${whole(kinds.size)} kinds` : ""].filter(Boolean).join(", ");
-  return { table, left, useful: layers.size > 1 };
+  const which = { change: "that moved most", status: "that differ most" }[name] || "of the largest values";
+  const left = [[lines, layers, "layers"], [columns, kinds, "kinds of weight"]].filter(([some, all]) => some.length < all.size).map(([some, all, word]) => `${some.length} of ${whole(all.size)} ${word}`);
+  return { table, left: left.length ? `${left.join(" and ")} are shown, those ${which}` : "", useful: layers.size > 1 };
 }
 
 /** Arrows move from cell to cell. */

@@ -1,9 +1,9 @@
 "use strict";
-// The document that --json prints, as rows and a tree of modules. Names from the file are only ever text nodes.
+// What the page holds, as rows and a tree of modules. Names from the file are only ever text nodes.
 
 const DOC = JSON.parse(document.getElementById("data").textContent);
 const DIFF = DOC.command === "diff";
-const REPORT = DIFF ? DOC.result : DOC.result[0];
+const REPORT = DOC.result;
 
 /** Returns text with what has no glyph, or changes the direction of others, escaped. */
 function safe(text) {
@@ -56,101 +56,110 @@ function figure(number) {
   return size && (size < 1e-3 || size >= 1e6) ? number.toExponential(2).replace("e+", "e") : Number(number.toPrecision(4)).toString();
 }
 
-const KIND = { equal: "equal", close: "close", differ: "values differ", shape: "shape differs", dtype: "dtype differs", device: "device differs",
-  a: "only in A", b: "only in B", bookkeeping: "counter of one side", tied: "tied in one side", unknown: "not compared" };
-const WORST = ["equal", "bookkeeping", "tied", "close", "unknown", "device", "differ", "dtype", "b", "a", "shape"];
+/** Returns the value of every row in a column (see data.py); undefined where a row has none. */
+function valuesOf({ at, table, values, of, as }, length) {
+  const found = table ? listOfObjects(table) : values || (as ? as.map((place) => of[place]) : new Array(at ? at.length : length).fill(of[0]));
+  if (!at) return found;
+  const made = new Array(length).fill(undefined);
+  at.forEach((row, number) => { made[row] = found[number]; });
+  return made;
+}
+
+function listOfObjects({ length, columns }) {
+  const found = Object.entries(columns).map(([name, column]) => [name, valuesOf(column, length)]);
+  return Array.from({ length }, (_, row) => Object.fromEntries(found.map(([name, values]) => [name, values[row]])));
+}
+
+const KIND = { equal: "equal", close: "close", values: "values differ", shape: "shape differs", dtype: "dtype differs", devices: "device differs",
+  "only-in-a": "only in A", "only-in-b": "only in B", bookkeeping: "counter of one side", ties: "tied in one side", uncompared: "not compared", allowed: "allowed" };
+const WORST = ["equal", "bookkeeping", "ties", "close", "allowed", "uncompared", "devices", "values", "dtype", "only-in-b", "only-in-a", "shape"];
 
 /** Returns whether a relative change is undefined for a row, as A is all zeros there. */
 const fromZero = (row) => row.rel_l2 === null && row.max_abs !== null;
 
 /** Returns the text of a distance that may be null. */
-const distance = (row, name) => (row[name] === undefined ? "" : row[name] !== null ? figure(row[name]) : fromZero(row) ? "A is zero" : "not finite");
+const distance = (row, name) => (row[name] === undefined ? "" : row[name] !== null ? figure(row[name]) : row.by ? `other ${row.by}` : fromZero(row) ? "A is zero" : "not finite");
 
-/** Returns the rows of the page: of `inspect`, or of both sides of `diff`. */
-function rowsOf() {
-  if (!DIFF) return [...REPORT.tensors, ...(REPORT.inside || [])];
-  const rows = new Map(DOC.a.map((row) => [row.key, { ...row, status: "equal", rel_l2: 0, max_abs: 0 }]));
-  const sideB = new Map(DOC.b.map((row) => [row.key, row]));
-  const put = (key, change) => {
-    const row = rows.get(key) || (sideB.has(key) ? { ...sideB.get(key) } : { key, shape: null, dtype: "", nbytes: 0 });
-    rows.set(key, Object.assign(row, change));
-  };
-  for (const key of REPORT.uncompared || []) put(key, { status: "unknown", rel_l2: undefined, max_abs: undefined });
-  for (const { key, ...found } of REPORT.values) put(key, found);
-  for (const { key, a, b } of REPORT.devices) put(key, { status: "device", devices: `${a} → ${b}` });
-  for (const { key, a, b } of REPORT.dtype) put(key, { status: "dtype", dtype: `${a} → ${b}` });
-  for (const { key, a, b } of REPORT.shape) put(key, { status: "shape", other: b, shape: a, rel_l2: undefined, max_abs: undefined });
-  const lone = { rel_l2: undefined, max_abs: undefined };
-  for (const key of REPORT.only_in_a) put(key, { status: "a", ...lone });
-  for (const key of REPORT.only_in_b) put(key, { status: "b", ...lone });
-  for (const { key, tied_to } of REPORT.tied || []) put(key, { status: "tied", tied_to, ...lone });
-  for (const key of REPORT.bookkeeping) put(key, { status: "bookkeeping", ...lone });
-  return [...rows.values()];
+/** A tensor. What the page holds of it is read from the columns; a tie counts where the first of its names is. */
+class Row {
+  constructor(at) {
+    this.at = at;
+    this.elements = this.shape ? this.shape.reduce((product, size) => product * size, 1) : this.parts || 0;
+    this.numel = this.tied_to === undefined ? this.elements : 0;
+    this.nbytes = this.tied_to === undefined ? this.bytes : 0;
+  }
+
+  get key() {
+    return joint(MODULES[this.in], this.name);
+  }
+
+  /** Its difference, or that it is allowed. */
+  get grade() {
+    return this.allowed ? "allowed" : this.status;
+  }
 }
 
-const ROWS = rowsOf();
-const HAS = {
-  stats: ROWS.some((row) => row.stats), hash: ROWS.some((row) => row.hash), device: new Set(ROWS.map((row) => row.device)).size > 1,
-  tied: ROWS.some((row) => row.tied_to), values: DIFF && REPORT.compared,
-};
+for (const [name, column] of Object.entries(DOC.rows.columns)) {
+  let values = null;
+  const get = function get() {
+    values ??= valuesOf(column, DOC.rows.length);
+    return values[this.at];
+  };
+  Object.defineProperty(Row.prototype, { nbytes: "bytes", elements: "parts" }[name] || name, { get });
+}
 
 class Module {
   constructor(name, path) {
-    Object.assign(this, { name, path, modules: new Map(), rows: [], tensors: 0, numel: 0, nbytes: 0 });
+    this.name = name;
+    this.path = path;
+    this.modules = [];
+    this.rows = [];
+    this.tensors = this.numel = this.nbytes = 0;
   }
 
   /** Yields every row below. */
   *all() {
-    yield* this.rows;
-    for (const module of this.modules.values()) yield* module.all();
+    const waiting = [this];
+    while (waiting.length) {
+      const module = waiting.pop();
+      yield* module.rows;
+      for (let at = module.modules.length - 1; at >= 0; at -= 1) waiting.push(module.modules[at]);
+    }
   }
 
-  /** Adds up what is below. */
-  sum() {
-    this.tensors = this.rows.length;
-    for (const module of this.modules.values()) this.tensors += module.sum().tensors;
-    for (const part of [...this.modules.values(), ...this.rows]) {
-      this.numel += part.numel;
-      this.nbytes += part.nbytes;
-    }
-    return this;
+  add(part, tensors) {
+    this.tensors += tensors;
+    this.numel += part.numel;
+    this.nbytes += part.nbytes;
   }
 
   /** Returns the modules and rows directly below, the largest first. */
   parts(by) {
-    return [...this.modules.values(), ...this.rows].sort((one, other) => other[by] - one[by]);
+    return [...this.modules, ...this.rows].sort((one, other) => other[by] - one[by]);
   }
 }
 
-/** Returns the tree of modules; the bytes and elements of a tie count where the first of its names is. */
-function treeOf(rows) {
-  const top = new Module("", "");
-  const known = new Map([["", top]]);
-  const moduleAt = (path) => {
-    let found = known.get(path);
-    if (!found) {
-      const dot = path.lastIndexOf(".");
-      found = new Module(path.slice(dot + 1), path);
-      known.set(path, found);
-      (dot < 0 ? top : moduleAt(path.slice(0, dot))).modules.set(found.name, found);
-    }
-    return found;
-  };
-  let last = top;
-  for (const row of rows) {
-    const dot = row.key.lastIndexOf(".");
-    const path = dot < 0 ? "" : row.key.slice(0, dot);
-    if (path !== last.path) last = moduleAt(path);
-    row.name = row.key.slice(dot + 1);
-    row.elements = row.shape ? row.shape.reduce((product, size) => product * size, 1) : 0;
-    row.bytes = row.nbytes;
-    row.numel = row.tied_to ? 0 : row.elements;
-    if (row.tied_to) row.nbytes = 0;
-    last.rows.push(row);
+/** Returns the key or path of a name in a module; the path of the module around all is null, as names may be empty. */
+const joint = (module, name) => (module.path === null ? name : `${module.path}.${name}`);
+
+/** Returns a name or a key as text that can be seen. */
+const named = (name) => safe(name) || '""';
+
+/** Returns the modules with the rows that are in them. */
+function modulesOf(rows) {
+  const [names, around] = ["name", "in"].map((name) => valuesOf(DOC.modules.columns[name], DOC.modules.length));
+  const modules = [new Module("", null)];
+  for (let at = 1; at < names.length; at += 1) {
+    const outer = modules[around[at]];
+    modules.push(new Module(names[at], joint(outer, names[at])));
+    outer.modules.push(modules[at]);
   }
-  joined(top);
-  top.sum();
-  return top;
+  for (const row of rows) {
+    modules[row.in].rows.push(row);
+    modules[row.in].add(row, 1);
+  }
+  for (let at = modules.length - 1; at > 0; at -= 1) modules[around[at]].add(modules[at], modules[at].tensors);
+  return modules;
 }
 
 /** Joins a module to the only one in it: `model.encoder` is one step. */
@@ -158,34 +167,48 @@ function joined(top) {
   const waiting = [top];
   while (waiting.length) {
     const node = waiting.pop();
-    for (const [key, module] of node.modules) {
-      let inner = module;
-      while (!inner.rows.length && inner.modules.size === 1) {
-        const [only] = inner.modules.values();
+    node.modules = node.modules.map((inner) => {
+      while (!inner.rows.length && inner.modules.length === 1) {
+        const [only] = inner.modules;
         only.name = `${inner.name}.${only.name}`;
         inner = only;
       }
-      node.modules.set(key, inner);
       waiting.push(inner);
-    }
+      return inner;
+    });
   }
 }
 
-const TOP = treeOf(ROWS);
-const BY_KEY = new Map(ROWS.map((row) => [row.key, row]));
+const ROWS = Array.from({ length: DOC.rows.length }, (_, at) => new Row(at));
+const MODULES = modulesOf(ROWS);
+const TOP = MODULES[0];
+joined(TOP);
+const HAS = {
+  stats: "stats" in Row.prototype, hash: "hash" in Row.prototype, tied: "tied_to" in Row.prototype,
+  device: new Set(ROWS.map((row) => row.device)).size > 1, values: DIFF && REPORT.compared && !("by" in Row.prototype),
+};
+
+let byKey = null;
+
+/** Returns the row of a key; undefined if there is none. */
+function rowOf(key) {
+  if (key === null) return undefined;
+  byKey ??= new Map(ROWS.map((row) => [row.key, row]));
+  return byKey.get(key);
+}
 
 /** Returns the modules from the top to the one of a path, or as far as they go. */
 function trail(path) {
   const found = [TOP];
-  for (let here = TOP; here && here.path !== path; ) {
-    here = [...here.modules.values()].find((one) => path === one.path || path.startsWith(`${one.path}.`));
+  for (let here = TOP; here && path !== null && here.path !== path; ) {
+    here = here.modules.find((one) => path === one.path || path.startsWith(`${one.path}.`));
     if (here) found.push(here);
   }
   return found;
 }
 
 function textOf(row) {
-  row.text ??= `${row.key} ${row.dtype} ${(row.shape || []).join("x")} ${row.status ? KIND[row.status] : ""}`.toLowerCase();
+  row.text ??= `${row.key} ${row.dtype} ${(row.shape || []).join("x")} ${row.status ? KIND[row.status] : ""} ${row.allowed ? "allowed" : ""} ${row.planned || ""}`.toLowerCase();
   return row.text;
 }
 

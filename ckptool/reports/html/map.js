@@ -33,6 +33,9 @@ function squarified(sizes, x, y, w, h) {
   return found;
 }
 
+/** What differs somewhere, the gravest first; none for `inspect`. */
+const GRADES = DIFF ? WORST.filter((grade) => ROWS.some((row) => row.grade === grade)).reverse() : [];
+
 const isModule = (part) => part instanceof Module;
 
 /** What the colours can mean: a name, and how a value is made from rows; log: on a scale of powers of ten. */
@@ -40,7 +43,7 @@ const COLOURS = {
   module: { label: "module" },
   dtype: { label: "dtype" },
   ...(DIFF ? { status: { label: "difference" } } : {}),
-  ...(HAS.values ? { change: { label: "relative change", log: true, low: 1e-6, high: 1, of: (row) => (row.status === "differ" || row.status === "close" ? row.rel_l2 : 0) } } : {}),
+  ...(HAS.values ? { change: { label: "relative change", log: true, low: 1e-6, high: 1, of: (row) => row.rel_l2 } } : {}),
   ...(HAS.stats ? {
     std: { label: "standard deviation", log: true, of: (row) => row.stats?.std ?? undefined },
     abs_max: { label: "largest magnitude", log: true, of: (row) => row.stats?.abs_max ?? undefined },
@@ -104,9 +107,8 @@ function classOf(part, name) {
 function paint(element, part, name, hue) {
   const colour = COLOURS[name];
   if (name === "module") element.classList.add(hue === null ? "plain" : `hue${hue % 8}`);
-  else if (name === "change" && ["a", "b", "shape"].includes(part.status)) element.classList.add(`is-${part.status}`);
   else if (name === "dtype") element.classList.add(`hue${DTYPES.indexOf(classOf(part, "dtype")) % 8}`);
-  else if (name === "status") element.classList.add(`is-${classOf(part, "status")}`);
+  else if (name === "status" || (name === "change" && valueOf(part, colour) === undefined)) element.classList.add(`is-${classOf(part, "grade")}`);
   else heat(element, colour.share(valueOf(part, colour)));
 }
 
@@ -125,7 +127,7 @@ function saying(part, by) {
   if (part.rest) return `${whole(part.rest)} smaller ones, ${sizeText(part, by)}`;
   const what = isModule(part) ? `module, ${plural(part.tensors, "tensor")}` : `tensor ${dims(part.shape)} ${part.dtype}`;
   const sizes = `${count(part.numel)} parameters, ${bytes(part.nbytes)}`;
-  return `${safe(isModule(part) ? part.path : part.key)}: ${what}, ${sizes}${part.status ? `, ${KIND[part.status]}` : ""}`;
+  return `${named(isModule(part) ? part.path : part.key)}: ${what}, ${sizes}${part.status ? `, ${KIND[part.status]}` : ""}${part.allowed ? ", allowed" : ""}`;
 }
 
 /** The treemap of one module. */
@@ -147,6 +149,7 @@ class Treemap {
   show(module, by, colour) {
     [this.module, this.by, this.colour] = [module, by, colour];
     const { clientWidth: width, clientHeight: height } = this.box;
+    this.width = width;
     this.tiles = [];
     this.hues = new Map();
     this.box.replaceChildren();
@@ -186,7 +189,7 @@ class Treemap {
       else paint(tile, part, this.colour, shade);
       this.tiles.push(part);
       if (w > 34 && h > 16) {
-        const name = part.rest ? `${whole(part.rest)} smaller` : safe(part.name);
+        const name = part.rest ? `${whole(part.rest)} smaller` : named(part.name);
         tile.append(make("span", { class: "name" }, name));
         if (h > 34 && w > 50 && !inner) tile.append(make("span", { class: "size" }, sizeText(part, by)));
         else if (inner && w > 110) tile.append(make("span", { class: "size" }, sizeText(part, by)));
@@ -239,17 +242,17 @@ function legend(name, hues) {
   const colour = COLOURS[name];
   prepare(colour);
   const entry = (mark, text) => make("span", { class: "entry" }, make("i", { class: `mark ${mark}` }), text);
-  if (name === "module") return [...hues].slice(0, 8).map(([module, number]) => entry(`hue${number}`, safe(module)));
+  if (name === "module") return [...hues].slice(0, 8).map(([module, number]) => entry(`hue${number}`, named(module)));
   if (name === "dtype") return DTYPES.map((dtype, number) => entry(`hue${number % 8}`, safe(dtype)));
-  if (name === "status") return WORST.filter((kind) => ROWS.some((row) => row.status === kind)).map((kind) => entry(`is-${kind}`, KIND[kind]));
+  if (name === "status") return GRADES.map((kind) => entry(`is-${kind}`, KIND[kind]));
   const steps = [0, 0.25, 0.5, 0.75, 1].map((share) => {
     const step = make("i", { class: "mark" });
     heat(step, share || 0.04);
     return step;
   });
   const low = colour.low === 0 ? "0" : figure(colour.low);
-  const others = name !== "change" ? [] : [...["shape", "a", "b"].filter((kind) => ROWS.some((row) => row.status === kind)).map((kind) => entry(`is-${kind}`, KIND[kind])),
-    ROWS.some((row) => row.rel_l2 === null && row.status === "differ") ? entry("no-value", ROWS.some(fromZero) ? "not finite, or A is zero" : "not finite") : null].filter(Boolean);
+  const others = name !== "change" ? [] : [...GRADES.filter((kind) => ROWS.some((row) => row.grade === kind && row.rel_l2 === undefined)).map((kind) => entry(`is-${kind}`, KIND[kind])),
+    ROWS.some((row) => row.rel_l2 === null) ? entry("no-value", ROWS.some(fromZero) ? "not finite, or A is zero" : "not finite") : null].filter(Boolean);
   return [...others, make("span", { class: "entry" }, low, make("span", { class: "ramp" }, steps), figure(colour.high)), colour.log ? "logarithmic; of a module, the largest" : "of a module, the largest"];
 }
 
@@ -259,13 +262,13 @@ function listOf(module, by, open) {
   const total = module[by] || 1;
   const line = (part) => make("tr", {},
     make("th", { scope: "row" }, make("button", { type: "button", class: "link key", onclick: () => open(part), title: saying(part, by) },
-      isModule(part) ? `${safe(part.name)}.` : safe(part.name))),
+      isModule(part) ? `${safe(part.name)}.` : named(part.name))),
     make("td", { class: "number" }, part[by] || !isTied(part) ? sizeText(part, by) : "tied"),
     make("td", { class: "number share" }, part[by] ? bar(part[by] / total) : null, part[by] ? make("span", {}, percent(part[by] / total)) : null));
   const shown = parts.slice(0, 100);
   const more = parts.length - shown.length;
   return make("table", { class: "list" },
-    make("caption", { class: "unseen" }, `What is in ${safe(module.path) || "the checkpoint"}`),
+    make("caption", { class: "unseen" }, `What is in ${module.path === null ? "the checkpoint" : named(module.path)}`),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "Name"), make("th", { scope: "col", class: "number" }, by === "nbytes" ? "Bytes" : "Parameters"), make("th", { scope: "col", class: "number" }, "Share"))),
     make("tbody", {}, shown.map(line), more > 0 ? make("tr", {}, make("td", { colspan: 3, class: "muted" }, `and ${whole(more)} more, in the table of tensors`)) : null));
 }

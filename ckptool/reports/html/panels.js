@@ -5,7 +5,8 @@ function section(title, id, ...kids) {
 }
 
 const terms = (pairs) => make("dl", {}, pairs.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
-const keyButton = (key, open) => (BY_KEY.has(key) ? make("button", { type: "button", class: "link key", onclick: () => open(BY_KEY.get(key)) }, safe(key)) : make("span", { class: "key" }, safe(key)));
+const rowButton = (row, open) => make("button", { type: "button", class: "link key", onclick: () => open(row) }, named(row.key));
+const keyButton = (key, open) => (rowOf(key) ? rowButton(rowOf(key), open) : make("span", { class: "key" }, named(key)));
 
 function card(label, value, more, id) {
   return make("div", { class: "figure", id }, make("span", { class: "label" }, label), make("span", { class: "value" }, value), more ? make("span", { class: "more" }, more) : null);
@@ -17,10 +18,9 @@ const baseName = (path) => safe(path.replace(/[\\/]+$/, "").replace(/^.*[\\/]/, 
 function heading() {
   if (DIFF) {
     const [a, b] = [DOC.paths[0], DOC.paths[1]];
-    const counts = new Map(WORST.map((kind) => [kind, 0]));
-    for (const row of ROWS) counts.set(row.status, counts.get(row.status) + 1);
-    const present = [...WORST].reverse().filter((kind) => counts.get(kind));
-    const parts = present.map((kind) => {
+    const counts = new Map(GRADES.map((kind) => [kind, 0]));
+    for (const row of ROWS) counts.set(row.grade, counts.get(row.grade) + 1);
+    const parts = GRADES.map((kind) => {
       const part = make("i", { class: `is-${kind}`, title: `${KIND[kind]}: ${whole(counts.get(kind))}` });
       part.style.flexGrow = counts.get(kind);
       return part;
@@ -28,9 +28,9 @@ function heading() {
     return [
       make("p", { class: "kind" }, "Difference of two checkpoints"),
       make("h1", {}, make("span", { title: safe(a) }, "A ", make("b", { class: "key" }, baseName(a))), " ", make("span", { title: safe(b) }, "B ", make("b", { class: "key" }, baseName(b)))),
-      make("div", { class: "figures" }, card("Result", REPORT.same ? "same" : "differ", REPORT.compared ? "values compared" : "values not compared"),
-        present.map((kind) => card(KIND[kind], whole(counts.get(kind)), percent(counts.get(kind) / ROWS.length)))),
-      make("div", { class: "stack", role: "img", "aria-label": present.map((kind) => `${KIND[kind]}: ${counts.get(kind)}`).join(", ") }, parts),
+      make("div", { class: "figures" }, card("Result", DOC.headline.split(": ")[0], REPORT.compared ? "values compared" : "values not compared"),
+        GRADES.map((kind) => card(KIND[kind], whole(counts.get(kind)), percent(counts.get(kind) / ROWS.length)))),
+      make("div", { class: "stack", role: "img", "aria-label": GRADES.map((kind) => `${KIND[kind]}: ${counts.get(kind)}`).join(", ") }, parts),
     ];
   }
   const dtypes = Object.entries(REPORT.dtypes).sort((one, other) => other[1][1] - one[1][1]);
@@ -40,7 +40,7 @@ function heading() {
     make("h1", { title: safe(REPORT.path) }, make("b", { class: "key" }, baseName(REPORT.path))),
     make("div", { class: "figures" },
       card("Parameters", count(REPORT.parameters), whole(REPORT.parameters)),
-      card("Tensors", whole(REPORT.tensors.length), REPORT.root ? `at ${safe(REPORT.root)}` : "at the top"),
+      card("Tensors", whole(REPORT.tensors), REPORT.root ? `at ${safe(REPORT.root)}` : "at the top"),
       card("Weights", bytes(REPORT.tensor_nbytes), `file ${bytes(REPORT.nbytes)}`),
       card("Dtypes", safe(dtypes[0]?.[0] ?? "–"), dtypes.slice(1, 4).map(([name, [number]]) => `${number} × ${safe(name)}`).join(", ")),
       REPORT.check ? card("Check", failing ? plural(failing, "finding") : REPORT.check.findings.length ? "passed" : "nothing found", `${REPORT.check.unchecked.length ? "not everything has a checksum" : "everything read"}`, failing ? "alarm" : "fine") : null,
@@ -53,10 +53,11 @@ function detail(row, open, close) {
   const { stats } = row;
   const changed = DIFF && row.status !== "equal";
   return make("div", { class: "detail" },
-    make("div", { class: "line" }, make("h3", { class: "key", tabindex: -1 }, safe(row.key)), make("button", { type: "button", class: "quiet", onclick: close, "aria-label": "Close the tensor" }, "✕")),
-    changed ? badge(row.status) : null,
+    make("div", { class: "line" }, make("h3", { class: "key", tabindex: -1 }, named(row.key)), make("button", { type: "button", class: "quiet", onclick: close, "aria-label": "Close the tensor" }, "✕")),
+    changed ? badge(row) : null,
     stats?.histogram ? chart(stats.histogram, [[stats.mean, "mean"]]) : null,
     terms([
+      ["Allowed", row.planned && safe(row.planned)],
       ["Shape", row.other === undefined ? dims(row.shape) : `${dims(row.shape)} → ${dims(row.other)}`], ["Dtype", `${safe(row.dtype)}${row.kind ? ` ${safe(row.kind)}` : ""}`],
       ["Parameters", whole(row.elements)], ["Bytes", `${bytes(row.bytes)}`], ["Device", row.device && row.device !== "cpu" ? safe(row.device) : ""], ["Devices", row.devices && safe(row.devices)],
       ["Tied to", row.tied_to ? keyButton(row.tied_to, open) : ""],
@@ -94,7 +95,7 @@ function outliers(open) {
   const found = [...groups.values()].sort((one, other) => other.grave - one.grave);
   if (!found.length) return null;
   const line = ({ row, text, more }) => make("li", {}, row.stats.histogram ? spark(row.stats.histogram) : make("span", { class: "spark" }),
-    make("span", {}, keyButton(row.key, open), make("span", { class: "muted" }, ` ${text}${more ? `; so are ${whole(more)} more of this name` : ""}`)));
+    make("span", {}, rowButton(row, open), make("span", { class: "muted" }, ` ${text}${more ? `; so are ${whole(more)} more of this name` : ""}`)));
   return section("Values that stand out", "outliers", make("ul", { class: "plain" }, found.slice(0, 15).map(line)),
     found.length > 15 ? make("p", { class: "muted" }, `and ${whole(found.length - 15)} more`) : null);
 }
@@ -127,7 +128,10 @@ function branches(nodes) {
 /** Returns all sections below the table. */
 function sections(open) {
   const notes = [...(REPORT.problems || []), ...(DIFF ? [] : REPORT.notes || []), ...DOC.notes].map(safe);
-  if (DIFF) return [listed("Notes", "notes", notes)];
+  if (DIFF) {
+    const refused = REPORT.loadability.map(({ key, why }) => [make("span", { class: "key" }, named(key)), `: ${safe(why)}`]);
+    return [listed("Why load_state_dict(strict=True) of A's model would refuse B", "loadability", refused), listed("Notes", "notes", notes)];
+  }
   const names = Object.entries(REPORT.kinds || {}).sort(([, one], [, other]) => "aou".indexOf(one[0]) - "aou".indexOf(other[0]));
   const texts = new Map(REPORT.beside.map((one) => [one.path, one.text]));
   const rank = { acting: "alarm", unknown: "warn", ordinary: "" };

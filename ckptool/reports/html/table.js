@@ -11,10 +11,10 @@ function columnsOf() {
   const shape = (row) => (row.other === undefined ? dims(row.shape) : `${dims(row.shape)} → ${dims(row.other)}`);
   const stat = (label, name) => number(label, (row) => row.stats?.[name]);
   const value = (label, name) => number(label, (row) => row[name], (found, row) => distance(row, name));
-  const known = (name) => DIFF && REPORT.values.some((row) => row[name] !== undefined);
+  const known = (name) => ROWS.some((row) => row[name] !== undefined && row[name] !== null);
   return [
-    { name: "Key", id: "key", wide: Math.min(innerWidth < 600 ? 190 : 470, Math.max(180, 28 + 7.3 * ROWS.reduce((most, row) => Math.max(most, row.key.length), 0))), of: (row) => row.key },
-    ...(DIFF ? [{ name: "Difference", id: "status", wide: 150, of: (row) => WORST.indexOf(row.status), text: (_, row) => badge(row.status) }] : []),
+    { name: "Key", id: "key", wide: Math.min(innerWidth < 600 ? 190 : 470, Math.max(180, 28 + 7.3 * ROWS.reduce((most, row) => Math.max(most, (MODULES[row.in].path?.length ?? -1) + 1 + row.name.length), 0))), of: (row) => row.key },
+    ...(DIFF ? [{ name: "Difference", id: "status", wide: ROWS.some((row) => row.allowed) ? 200 : 150, of: (row) => WORST.indexOf(row.grade), text: (_, row) => badge(row) }] : []),
     ...(HAS.values ? [{ ...value("Relative L2", "rel_l2"), id: "rel_l2", wide: 110, warm: true }, { ...value("Max abs", "max_abs"), id: "max_abs", wide: 96 }] : []),
     ...(known("mean_abs") ? [{ ...value("Mean abs", "mean_abs"), id: "mean_abs", wide: 96 }] : []),
     ...(known("cosine") ? [{ ...value("Cosine", "cosine"), id: "cosine", wide: 96 }] : []),
@@ -35,7 +35,7 @@ function columnsOf() {
   ];
 }
 
-const badge = (kind) => make("span", { class: `badge is-${kind}` }, KIND[kind]);
+const badge = (row) => make("span", { class: `badge is-${row.grade}`, title: row.planned && safe(row.planned) }, KIND[row.status] + (row.allowed ? ", allowed" : ""));
 
 class Table {
   constructor(changed, open) {
@@ -74,12 +74,12 @@ class Table {
     this.changed(this.sort === first ? second : this.sort === second ? "" : first);
   }
 
-  /** Shows the rows of a module that match what was typed, in an order: a column's name, with - the largest first. */
-  show(module, typed, sort, selected) {
-    const inside = typed ? matcher(typed) : null;
-    const prefix = module.path ? `${module.path}.` : "";
+  /** Shows the rows of a module that match what was typed and chosen, in an order: a column's name, with - the largest first. */
+  show(module, { search, grade, sort }, selected) {
+    const prefix = joint(module, "");
     let rows = prefix ? ROWS.filter((row) => row.key.startsWith(prefix)) : ROWS;
-    if (inside) rows = rows.filter(inside);
+    if (search) rows = rows.filter(matcher(search));
+    if (grade) rows = rows.filter((row) => row.grade === grade);
     const column = this.columns.find((one) => one.id === sort.replace("-", ""));
     if (column) {
       const sign = sort.startsWith("-") ? -1 : 1;
@@ -127,11 +127,11 @@ class Table {
       const value = column.of(row);
       const shown = column.text ? column.text(value, row) : safe(value);
       if (!place) {
-        const name = make("button", { type: "button", class: "link key", tabindex: at === this.active ? 0 : -1, title: safe(row.key) }, safe(row.key));
+        const name = make("button", { type: "button", class: "link key", tabindex: at === this.active ? 0 : -1, title: safe(row.key) }, named(row.key));
         return make("th", { scope: "row" }, name);
       }
       const cell = make("td", { class: column.numeric ? "number" : column.id === "tied" || column.id === "hash" ? "key" : "", title: typeof shown === "string" && column.id !== "hash" ? shown : column.id === "hash" ? value : null }, shown);
-      if (column.warm && (row.status === "differ" || row.status === "close")) {
+      if (column.warm && row.rel_l2 !== undefined && row.status !== "equal") {
         prepare(COLOURS.change);
         heat(cell, COLOURS.change.share(value));
       }
