@@ -192,6 +192,27 @@ def test_a_long_list_says_which_depth_is_short(run: Run, saved: Saved, folding: 
     assert "hint" not in run("inspect", saved({key: state[key] for key in list(state)[:20]}))[1]
 
 
+def test_a_depth_that_is_no_shorter_is_not_offered(run: Run, saved: Saved, folding: None) -> None:
+    beside = {f"an_entry_{chr(97 + i // 26)}{chr(97 + i % 26)}": i for i in range(60)}
+    path = saved({"state_dict": {f"{name}.w": torch.zeros(2, at) for at, name in enumerate("abc")}, **beside})
+    for options in ([], ["--check"]):
+        assert "hint" not in run("inspect", path, *options)[1]
+
+
+def test_alike_entries_beside_the_weights_are_one_line_on_a_terminal(
+    run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved({"state_dict": {"w": torch.ones(2)}, "a": {f"layers.{i}._extra_state": None for i in range(12)},
+                  **{f"layer{i}_state": None for i in range(12)}, "layer12_state": 3})  # fmt: skip
+    names = [f"layer{i}_state: None" for i in range(12)]
+    assert all(name in run("inspect", path)[1] for name in names)
+    monkeypatch.setenv("CKPTOOL_FOLD", "1")
+    out = run("inspect", path)[1]
+    assert "layer{0..11}_state: None" in out
+    assert "layer12_state: 3" in out
+    assert not any(name in out for name in names)
+
+
 def test_a_pipe_gets_no_hint_of_a_depth(run: Run, saved: Saved) -> None:
     out = run("inspect", saved({f"k{i}.a.b": torch.zeros(i + 1) for i in range(90)}))[1]
     assert "--depth" not in out

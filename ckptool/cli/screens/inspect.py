@@ -26,6 +26,7 @@ def lines(
     heading = [render.safe(prefix)] if prefix else []
     if report.check:
         made += checked(report.check)
+    begin = len(made)
     if tree:
         from ckptool.cli.screens import tree as modules
 
@@ -39,7 +40,7 @@ def lines(
     elif not report.check:
         made += heading + _folded(rows, prefix)
     if len(made) > LONG and render.folds() and not (tree or depth or flat or hashes):
-        made += _shorter(rows, prefix)
+        made += _shorter(rows, prefix, len(made) - begin)
     return made if made[-1] else made[:-1]
 
 
@@ -50,11 +51,13 @@ def _summary(report: InspectReport) -> list[str]:
     head = f"{report.path}   {_format(report)}, {size(report.nbytes)}{origin}"
     lines = [["weights", _weights(report)], *([["hash", report.hash]] if report.hash else [])]
     beside = [
-        f"{item.path or 'the top'}: {item.text}" + ("" if item.nbytes is None else f", {size(item.nbytes)}")
+        (item.path or "the top", item.text + ("" if item.nbytes is None else f", {size(item.nbytes)}"))
         for item in report.beside
     ]
+    if render.folds():  # by their numbers: of names, what stands beside the weights has all
+        beside = [(name, beside[members[0]][1]) for name, members in keys.numbered(beside)]
     for label, texts in (
-        ("beside them", beside),
+        ("beside them", [f"{name}: {text}" for name, text in beside]),
         ("metadata", [f"{name}: {value}" for name, value in report.metadata.items()]),
         ("notes", _notes(report)),
     ):
@@ -227,11 +230,11 @@ LONG = 50
 """Lines above which a screen on a terminal says how there would be fewer."""
 
 
-def _shorter(rows: list[TensorRow], prefix: str) -> list[str]:
-    """Returns the hint for a long list of these keys: the deepest --depth that has at most `LONG` lines."""
+def _shorter(rows: list[TensorRow], prefix: str, lines: int) -> list[str]:
+    """Returns the hint for a list of so many lines: the deepest --depth with fewer, and at most `LONG`."""
     deepest = max((row.key.count(".") for row in rows), default=0) - prefix.count(".")
     depths = [(depth, len(_below(rows, depth, prefix))) for depth in range(1, deepest + 1)]
-    fitting = [pair for pair in depths if pair[1] <= LONG] or depths[:1]
+    fitting = [pair for pair in depths if pair[1] < lines and pair[1] <= LONG] or depths[:1] * (lines > LONG)
     return render.aligned([["hint", f"--depth {depth}: {plural(number, 'line')}"] for depth, number in fitting[-1:]])
 
 
