@@ -28,8 +28,8 @@ def _scaled(value: float, units: Sequence[str]) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Returns ``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    """Returns ``1 tensor``, ``2 tensors``, ``2 prefixes``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("x") else "s")
 
 
 def dims(shape: Sequence[int] | None, scalar: str = "scalar", none: str = "nested") -> str:

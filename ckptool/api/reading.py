@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ckptool import formats
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ckptool.references.allowed import Planned
     from ckptool.references.schema import SchemaReport
     from ckptool.saving import Progress
+    from ckptool.values.compare import Prefixes
 
 
 def inspect(
@@ -87,6 +89,7 @@ def diff(
     rtol: float = 1e-5,
     atol: float = 1e-8,
     quick: bool = False,
+    depth: int | None = None,
     fail_on: Patterns | None = None,
     allow: Planned | None = None,
     progress: Progress | None = None,
@@ -96,7 +99,8 @@ def diff(
     ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
     integers are exact. ``quick`` only finds whether the bytes are equal, and trusts the CRC-32 that torch's archives
     record where both sides have one. A lock file's tensors are compared by their hashes, as far as it has them
-    (``uncompared``). ``fail_on``: the kinds of differences that ``fails`` names (None: those that are not `HARMLESS`).
+    (``uncompared``). ``depth`` goes with ``values``: distances are summed below that many names of keys (``prefixes``).
+    ``fail_on``: the kinds of differences that ``fails`` names (None: those that are not `HARMLESS`).
     ``allow``: planned changes, which do not fail: a TOML file, or its table (see `ckptool.references.allowed`).
     ``progress`` is called with the bytes of both sides of each compared pair.
     Raises: what `open` raises, NoTensorsError; FormatError for what is no list of planned changes.
@@ -112,23 +116,42 @@ def diff(
 
         entries = allowed.entries_of(allow)
         both["judge"] = lambda report, spelled: allowed.judged(report, entries, spelled)
-    differences = partial(op.diff, open_whole(a), open_whole(b), **both)
+    fits = depth is None or (type(depth) is int and depth >= 1 and values)
+    keys.expect(fits, "depth", "a whole number from 1 on, with values=True", depth)
+    first, second = open_whole(a), open_whole(b)
+    differences = partial(op.diff, first, second, **both)
     if not (values or quick):
         return differences()
     from ckptool import saving
     from ckptool.core.findings import Distance
     from ckptool.io.source import Files
-    from ckptool.values.compare import compare, compare_bytes, compare_hashes
+    from ckptool.values.compare import Prefixes, compare, compare_bytes, compare_hashes
 
+    below = None
+    if depth is not None:
+        chosen = filter(keys.chooser((), ignore), first.state_dict())
+        below = Prefixes([*chosen], chain.from_iterable(first.shared()), depth)
     with Files(progress) as files:
 
         def compared(one: TensorInfo, other: TensorInfo) -> Distance:
             with saving.share(files, one.nbytes + other.nbytes):
                 if one.described_in or other.described_in:
                     return compare_hashes(one, other, files)
-                return compare_bytes(one, other, files) if quick else compare(one, other, files, rtol, atol)
+                if quick:
+                    return compare_bytes(one, other, files)
+                return (below.compare if below else compare)(one, other, files, rtol, atol)
 
-        return differences(compare=compared, by="bytes" if quick else None)
+        report = differences(compare=compared, by="bytes" if quick else None, begin=below.begin if below else None)
+    return report if below is None else _with_prefixes(report, below)
+
+
+def _with_prefixes(report: DiffReport, below: Prefixes) -> DiffReport:
+    """Returns a report with the distances below each prefix."""
+    found = [(row.key, row.status) for row in report.values]
+    found += [(row.key, "allowed") for row in report.allowed if row.kind == "values"]
+    counters = "num_batches_tracked counts in the sums of --depth; --ignore '*num_batches_tracked' leaves it out"
+    notes = [*report.notes, *[counters] * below.counters]
+    return replace(report, prefixes=[*below.distances(found)], notes=notes)
 
 
 def check_schema(

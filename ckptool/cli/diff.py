@@ -44,6 +44,10 @@ def command(
     atol: Annotated[
         float, typer.Option(min=0, metavar="X", help="With --values: absolute tolerance for floats.")
     ] = 1e-8,
+    depth: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --values: sum up the distances below N levels of A's keys."),
+    ] = None,
     sort: Annotated[
         str | None,
         typer.Option(metavar="|".join(ORDERS), help="With --values: sort what differs, the largest change first."),
@@ -92,6 +96,7 @@ def command(
     $ ckptool diff model.pth new.pth
     $ ckptool diff model.pth model.safetensors --values  # another format, the same numbers?
     $ ckptool diff model.pth new.pth --values --top 5    # which weights moved most?
+    $ ckptool diff model.pth new.pth --values --depth 1 --sort rel-l2  # which layers?
     $ ckptool diff model.pth new.pth --ignore 'fc.*'     # but for the last layer
     """
     shown = options.form(form, as_json)
@@ -105,8 +110,8 @@ def command(
     if math.isnan(rtol) or math.isnan(atol):
         raise UsageError("--rtol and --atol take numbers")
     sort = sort or ("rel-l2" if top else None)
-    if sort and not values:
-        raise UsageError("--sort and --top go with --values")
+    if (sort or depth) and not values:
+        raise UsageError("--sort, --top and --depth go with --values")
     if sort:
         one_of(ORDERS, sort, "--sort")
     if force and html is None:
@@ -123,7 +128,7 @@ def command(
     if any(map(references.is_schema, (a, *b))):
         of_data = {
             "--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on, "--rename": rename,
-            "--rules": rules, "--html": html, "--sort": sort, "--top": top, "--allow": allow,
+            "--rules": rules, "--html": html, "--sort": sort, "--top": top, "--depth": depth, "--allow": allow,
         }  # fmt: skip
         senseless = [name for name, given in of_data.items() if given]
         compared = _against_schema(a, b, root_a or root, root_b or root, chosen, arg, tp_rules, senseless)
@@ -144,10 +149,11 @@ def command(
             with bar(lambda: volume(first, second, **chosen), "compare") as progress:
                 report = ckptool.diff(
                     first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol,
-                    quick=quick, fail_on=kinds, allow=planned, progress=progress,
+                    quick=quick, depth=depth, fail_on=kinds, allow=planned, progress=progress,
                 )  # fmt: skip
             if sort:
-                report = replace(report, values=by_change(report.values, sort))
+                below = report.prefixes and by_change(report.prefixes, sort)
+                report = replace(report, values=by_change(report.values, sort), prefixes=below)
             report = replace(report, a=a, b=path, notes=[*said, *report.notes])
             if html is not None:
                 from ckptool.reports import document, wording

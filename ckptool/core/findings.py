@@ -102,6 +102,43 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixDistance:
+    """How far all tensors of A below a prefix are from those of B; a tie group of both sides counts once."""
+
+    prefix: str
+    """Whole names, joined with dots: the first of a key of A, or all of a shorter one."""
+    tensors: int
+    """How many keys below it both sides have."""
+    changed: int
+    """How many of them have other values; those that are only close do not count."""
+    close: int
+    """How many of them are close: within the tolerances."""
+    unmeasured: int
+    """How many of them have no part in the numbers: other shapes, or no values that are numbers."""
+    max_abs: float | None
+    """The largest abs(a - b); null where not finite, or where nothing is measured."""
+    rel_l2: float | None
+    """The L2 norm of a - b divided by that of a, over all elements, those of equal tensors too; null as ``max_abs``,
+    and where a is all zeros but b is not."""
+    mean_abs: float | None
+    """The mean of abs(a - b) over all elements, those of equal tensors too; null as ``max_abs``."""
+    cosine: float | None
+    """The cosine of the angle between all of a and all of b; null as ``max_abs``, and where either is all zeros."""
+    allowed: int | None = None
+    """How many of the changed are planned (--allow); absent for none."""
+
+    @property
+    def status(self) -> str:
+        """Returns ``differ``, ``close`` or ``equal``: what is true of the tensors that were compared."""
+        return "differ" if self.changed else "close" if self.close else "equal"
+
+    @property
+    def key(self) -> str:
+        """Returns the prefix: what rows are sorted by."""
+        return self.prefix
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """A problem of a file to know before it is used.
 

@@ -92,6 +92,15 @@ def common_prefix(keys: Sequence[str]) -> str:
     return "".join(f"{segment}." for segment, other in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+def cut(key: str, depth: int, behind: str = "") -> str:
+    """Returns the first ``depth`` segments of a key that follow ``behind``, with it; the key, if it has no more.
+
+    >>> cut("model.layer1.0.conv.weight", 2, "model."), cut("fc.weight", 3)
+    ('model.layer1.0', 'fc.weight')
+    """
+    return behind + ".".join(key[len(behind) :].split(".", depth)[:depth])
+
+
 _Found = TypeVar("_Found")
 
 

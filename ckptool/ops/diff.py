@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ckptool.core import keys as names
 from ckptool.core import modules
@@ -17,7 +17,7 @@ from ckptool.errors import UnsupportedError, one_of
 from ckptool.ops.notes import Common, diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 if TYPE_CHECKING:
-    from ckptool.core.findings import Distance
+    from ckptool.core.findings import Distance, PrefixDistance
 
 KINDS = (
     "only-in-a",
@@ -37,14 +37,14 @@ HARMLESS = ("bookkeeping", "ties", "uncompared", "loadability")
 """The kinds that make no difference unless --fail-on names them."""
 
 
-ORDERS: dict[str, Callable[[ValuesChanged], float | None]] = {
+ORDERS: dict[str, Callable[[Any], float | None]] = {
     "rel-l2": lambda row: None if row.rel_l2 is None else -row.rel_l2,
     "max-abs": lambda row: None if row.max_abs is None else -row.max_abs,
     "cosine": lambda row: row.cosine,
     "mean-abs": lambda row: None if row.mean_abs is None else -row.mean_abs,
     "key": lambda row: 0,
 }
-"""What rows of values may be sorted by, ascending."""
+"""What rows of values, or of prefixes, may be sorted by, ascending."""
 
 
 def failing(fail_on: Sequence[str] | None) -> list[str]:
@@ -174,6 +174,8 @@ class DiffReport:
     """The kinds of differences found that were to fail, and were not all allowed."""
     allowed: list[Allowed] = field(default_factory=list)
     """The differences that --allow names. They stand in the lists of their kinds too."""
+    prefixes: list[PrefixDistance] | None = None
+    """With --depth: how far what is below each prefix is apart; keys that one side lacks do not count."""
 
     def found(self) -> dict[str, int]:
         """Returns {kind: number of differences} for each of `KINDS`."""
@@ -193,12 +195,14 @@ def diff(
     devices: bool = False,
     compare: Compare | None = None,
     by: str | None = None,
+    begin: Callable[[str], None] | None = None,
     fail_on: Sequence[str] | None = None,
     judge: Callable[[DiffReport, Callable[[str], set[str]]], DiffReport] | None = None,
 ) -> DiffReport:
     """Returns how the weights of two checkpoints differ; ``compare`` compares the values of two tensors of one shape.
 
-    ``by``: of what ``compare`` compares, if not the numbers (see `ValuesChanged`). ``fail_on``: see `failing`.
+    ``by``: of what ``compare`` compares, if not the numbers (see `ValuesChanged`). ``begin`` gets each key of both,
+    as in A, before ``compare`` gets its tensors. ``fail_on``: see `failing`.
     ``judge(report, spelled)`` returns it with what is allowed; ``spelled(key)``: its names for patterns.
     Raises: NoTensorsError if a side has none, CollisionError if two keys are equal without their prefixes.
     """
@@ -224,6 +228,8 @@ def diff(
             if not chosen(plain, key):
                 ignored += 1
             elif plain in others:
+                if begin is not None:
+                    begin(key)
                 equal += _same(report, key, first[key], second[plain_b[plain]], devices, compare, by)
             else:
                 (report.bookkeeping if names.is_counter(key) else lone).append(key)
@@ -258,14 +264,17 @@ def diff(
     return judge(report, lambda key: {key, compared_as.get(key, key), owners.get(key, key)})
 
 
-def by_change(rows: Iterable[ValuesChanged], order: str) -> list[ValuesChanged]:
+_Row = TypeVar("_Row", "ValuesChanged", "PrefixDistance")
+
+
+def by_change(rows: Iterable[_Row], order: str) -> list[_Row]:
     """Returns rows in one of `ORDERS`, the largest change first: what has no number, then by the order, then by key.
 
     Raises: UsageError for an order that is none.
     """
     number = ORDERS[one_of(ORDERS, order, "--sort")]
 
-    def place(row: ValuesChanged) -> Any:
+    def place(row: _Row) -> Any:
         found = number(row)
         return found is not None, found or 0, names.natural(row.key)
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptool.text import dims
+from ckptool.core.findings import PrefixDistance
+from ckptool.text import dims, plural
 
 if TYPE_CHECKING:
     from ckptool.ops.diff import DiffReport, TiedAway, ValuesChanged
@@ -27,8 +28,9 @@ class Difference(NamedTuple):
 
 
 def differences(report: DiffReport) -> Iterator[Difference]:
-    """Yields the differences by kind, those of values last; bookkeeping aside."""
-    return _judged(report, _differences(report))
+    """Yields the differences by kind, those of values last, with --depth below prefixes; bookkeeping aside."""
+    yield from _judged(report, _differences(report))
+    yield from _below(report)
 
 
 def _judged(report: DiffReport, rows: Iterator[Difference]) -> Iterator[Difference]:
@@ -48,12 +50,29 @@ def _differences(report: DiffReport) -> Iterator[Difference]:
         yield from (Difference(kind, key, f"{dims(report.shapes[key])}  {report.dtypes[key]}") for key in lone)
     for refused in report.loadability:
         yield Difference("loadability", refused.key, refused.why)
-    for values in report.values:
-        yield Difference("values" if values.status == "differ" else values.status, values.key, _distance(values))
+    for values in report.values if report.prefixes is None else ():
+        yield Difference(KINDS[values.status], values.key, _distance(values))
 
 
-def _distance(row: ValuesChanged) -> str:
-    if row.by:
+KINDS = {"differ": "values", "close": "close"}
+"""The kind of a `Difference` for what became of values; none for what is equal."""
+
+
+def _below(report: DiffReport) -> Iterator[Difference]:
+    """Yields what differs below each prefix (--depth); it is allowed where all that differs there is."""
+    for row in report.prefixes or ():
+        if kind := KINDS.get(row.status):
+            text = f"{row.changed or row.close:,} of {plural(row.tensors, 'tensor')}"
+            if row.unmeasured:
+                text += f", {row.unmeasured:,} of them without a distance"
+            if row.allowed not in (None, row.changed):
+                text += f", {row.allowed:,} allowed"
+            distance = f"{_distance(row)}; " * (row.unmeasured < row.tensors)
+            yield Difference(kind, row.prefix, distance + text, "" if row.allowed == row.changed else None)
+
+
+def _distance(row: ValuesChanged | PrefixDistance) -> str:
+    if not isinstance(row, PrefixDistance) and row.by:
         return "another hash" if row.by == "hash" else "other bytes"
     largest = "not finite" if row.max_abs is None else f"{row.max_abs:.3g}"
     undefined = "not finite" if row.max_abs is None else "undefined (A is zero)"

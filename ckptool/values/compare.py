@@ -5,13 +5,19 @@ numpy is imported only where bytes differ.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from ckptool.core.findings import Distance
+from ckptool.core import keys as names
+from ckptool.core.findings import Distance, PrefixDistance
 from ckptool.core.tensor import Opaque, TensorInfo, whole_storage
 from ckptool.core.tree import Global, PyObject
 from ckptool.io.source import Files
 from ckptool.values.blocks import same_bytes
+
+if TYPE_CHECKING:
+    from ckptool.values.distance import Sums
 
 DIFFER = Distance("differ", None, None, None, None)
 """Of tensors that differ by an unknown distance."""
@@ -62,15 +68,19 @@ def compare(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float
     """
     if isinstance(a.source, Opaque) or isinstance(b.source, Opaque):
         return _compare_opaque(a, b, files, rtol, atol)
-    recorded = _recorded(a), _recorded(b)
-    known_to_differ = None not in recorded and recorded[0] != recorded[1]  # then they need not be read to find that out
-    if not known_to_differ and same_bytes(a, b, files):
+    if _are_equal(a, b, files):
         return Distance("equal")
     from ckptool.values.distance import distance, has_numbers
 
     if not (has_numbers(a) and has_numbers(b)):
         return DIFFER
     return distance(a, b, files, rtol, atol)
+
+
+def _are_equal(a: TensorInfo, b: TensorInfo, files: Files) -> bool:
+    recorded = _recorded(a), _recorded(b)
+    known_to_differ = None not in recorded and recorded[0] != recorded[1]  # then they need not be read to find that out
+    return not known_to_differ and same_bytes(a, b, files)
 
 
 def _compare_opaque(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
@@ -101,3 +111,66 @@ def _plain(node: Any) -> Any:
     if isinstance(node, (str, int, float, bool, type(None), Global)):
         return repr(node)
     return _plain(node.args) if isinstance(node, PyObject) else None
+
+
+class Prefixes:
+    """Compares pairs of tensors as `compare` does, and adds their sums up below prefixes of ``depth`` names.
+
+    The prefixes follow what all ``keys`` of A begin with. ``tied`` are those whose tensors may share memory: a pair of
+    tensors counts once below a prefix. Memory grows with the number of prefixes.
+    """
+
+    def __init__(self, keys: Collection[str], tied: Iterable[str], depth: int) -> None:
+        self.behind, self.depth, self.tied = names.common_prefix([*keys]), depth, {*tied}
+        self.rows: dict[str, _Row] = {}
+        self.key, self.counters = "", False
+
+    def _cut(self, key: str) -> str:
+        return names.cut(key, self.depth, self.behind if key.startswith(self.behind) else "")
+
+    def begin(self, key: str) -> None:
+        """Notes a key that both sides have: tensors that are compared before the next are of this key."""
+        self.key, prefix = key, self._cut(key)
+        self.now = self.rows.get(prefix) or self.rows.setdefault(prefix, _Row())
+        self.now.tensors += 1
+
+    def compare(self, a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
+        """Returns what `compare` does, of the tensors of the key that began; equal ones are read for their norms."""
+        from ckptool.values.distance import has_numbers, is_fast, measured
+
+        if not (has_numbers(a) and has_numbers(b)):
+            return compare(a, b, files, rtol, atol)
+        equal = a.kind == b.kind == "dense" and not is_fast(a, b) and _are_equal(a, b, files)
+        sums, row = measured(a, b, files, rtol, atol, equal), self.now
+        row.measured += 1
+        self.counters |= names.is_counter(self.key) and bool(sums.a.scale or sums.b.scale)
+        if self.key in self.tied:
+            if (a.view, b.view) in row.seen:
+                return sums.distance()
+            row.seen.add((a.view, b.view))
+        if row.sums:
+            row.sums.merge(sums)
+        else:
+            row.sums = sums
+        return sums.distance()
+
+    def distances(self, found: Iterable[tuple[str, str]]) -> Iterator[PrefixDistance]:
+        """Yields the row of each prefix, in the order of A. ``found``: (key, what is to be counted of it)."""
+        counts = Counter((self._cut(key), what) for key, what in found)
+        for prefix, row in self.rows.items():
+            sums = row.sums.distance() if row.sums else DIFFER
+            yield PrefixDistance(
+                prefix, row.tensors, counts[prefix, "differ"], counts[prefix, "close"], row.tensors - row.measured,
+                sums.max_abs, sums.rel_l2, sums.mean_abs, sums.cosine, counts[prefix, "allowed"] or None,
+            )  # fmt: skip
+
+
+class _Row:
+    """The sums below a prefix, how many keys both sides have there and how many were measured, and tied pairs."""
+
+    __slots__ = ("measured", "seen", "sums", "tensors")
+
+    def __init__(self) -> None:
+        self.tensors = self.measured = 0
+        self.sums: Sums | None = None
+        self.seen: set[tuple[object, object]] = set()

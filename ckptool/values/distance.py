@@ -29,8 +29,13 @@ SMALL = 1 << 14
 
 def distance(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float) -> Distance:
     """Returns how far two tensors of one shape are apart; reads both once. Both must have numbers (`has_numbers`)."""
+    return measured(a, b, files, rtol, atol).distance()
+
+
+def measured(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: float, equal: bool = False) -> Sums:
+    """Returns the sums of two tensors, which `distance` is made of; of ``equal`` ones reads one, unless `is_fast`."""
     sums = Sums(rtol, atol)
-    if a.numel > SMALL and is_fast(a, b):
+    if is_fast(a, b):
         _Kernel(sums, a.dtype).add(tensor_blocks(a, files), tensor_blocks(b, files))
     else:
         (blocks, dtype), (others, other_dtype) = (
@@ -39,9 +44,13 @@ def distance(a: TensorInfo, b: TensorInfo, files: Files, rtol: float, atol: floa
             else (tensor_blocks(tensor, files), tensor.dtype)
             for tensor in (a, b)
         )
+        if equal:
+            for one in blocks:
+                sums.add_equal(decode(dtype, one))
+            return sums
         for one, other in in_step(blocks, others, DTYPES[dtype].bits // 8, DTYPES[other_dtype].bits // 8):
             sums.add(decode(dtype, one), decode(other_dtype, other))
-    return sums.distance()
+    return sums
 
 
 def has_numbers(tensor: TensorInfo) -> bool:
@@ -114,6 +123,8 @@ def _dequantized(tensor: TensorInfo, files: Files) -> Iterator[Bytes]:
 class Products:
     """A running sum of products as scale**2 * total, so that squares of 1e200 do not overflow (LAPACK's dlassq)."""
 
+    __slots__ = ("scale", "total")
+
     def __init__(self) -> None:
         self.scale = self.total = 0.0
 
@@ -138,6 +149,10 @@ class Products:
 
 class Sums:
     """Running totals over blocks, in float64: of |a - b|, and of the products of a - b, a, b, and of a and b."""
+
+    __slots__ = (
+        "a", "apart", "atol", "b", "bounded", "close", "count", "dot", "equal", "gap", "largest", "rtol"
+    )  # fmt: skip
 
     def __init__(self, rtol: float, atol: float) -> None:
         self.rtol, self.atol = rtol, atol
@@ -178,6 +193,27 @@ class Sums:
         self.a.add(dot(a, a), scale)
         self.b.add(dot(b, b), other)
         self.dot.add(dot(a, b), math.sqrt(scale) * math.sqrt(other))
+
+    def add_equal(self, values: Array) -> None:
+        """Adds elements that are the same in both."""
+        self.count += len(values)
+        values = values.astype("c16" if values.dtype.kind == "c" else "f8", copy=False)
+        values, scale = _scaled(values[np.isfinite(values)].view("f8"))
+        total = dot(values, values)
+        for products in (self.a, self.b, self.dot):
+            products.add(total, scale)
+
+    def merge(self, other: Sums) -> None:
+        """Adds the sums of other tensors."""
+        self.equal &= other.equal
+        self.close &= other.close
+        self.bounded &= other.bounded
+        self.count += other.count
+        self.largest = max(self.largest, other.largest)
+        self.apart += other.apart
+        for name in ("gap", "a", "b", "dot"):
+            one: Products = getattr(other, name)
+            getattr(self, name).add(one.total, one.scale)
 
     def distance(self) -> Distance:
         if self.equal:
@@ -246,8 +282,8 @@ _ARRAYS = threading.local()
 
 
 def is_fast(a: TensorInfo, b: TensorInfo) -> bool:
-    """Returns whether `_Kernel` can compare two tensors: plain ranges of their files, of one of the `FAST` dtypes."""
-    return a.dtype == b.dtype and a.dtype in FAST and None not in (plain_range(a), plain_range(b))
+    """Returns whether `_Kernel` can compare two tensors: large, plain ranges of their files, of one `FAST` dtype."""
+    return a.numel > SMALL and a.dtype == b.dtype and a.dtype in FAST and None not in (plain_range(a), plain_range(b))
 
 
 class _Kernel:

@@ -12,6 +12,7 @@ from ckptool.reports import wording
 from ckptool.text import plural
 
 if TYPE_CHECKING:
+    from ckptool.core.findings import PrefixDistance
     from ckptool.references.schema import SchemaReport
 
 LABELS = {"devices": "device", "only-in-a": "only in A", "only-in-b": "only in B", "ties": "tied", "values": "differs"}
@@ -49,7 +50,9 @@ def _details(report: DiffReport | SchemaReport, top: int | None) -> list[str]:
         values = [row for row in rows if row.kind in ("values", "close")]  # never folded: each has a distance
         lines = [*_folded(rows[: len(rows) - len(values)]), *map(_line, values[:top])]
         left = len(values[top:]) if top else 0
-        notes = [["more", f"{plural(left, 'tensor')} with other or close values: leave out --top"]] if left else []
+        of = "tensor" if report.prefixes is None else "prefix"
+        notes = [["more", f"{plural(left, of)} with other or close values: leave out --top"]] if left else []
+        notes += _unmoved(report.prefixes or ())
         first = report.counters.get("a", 0)
         sides = {"A": report.bookkeeping[:first], "B": report.bookkeeping[first:]}
         harmless, more = _parted(wording.harmless(report))
@@ -67,6 +70,17 @@ def _details(report: DiffReport | SchemaReport, top: int | None) -> list[str]:
         notes += [["sizes", sizes]] if sizes else []
     notes += [["note", render.short(text)] for text in report.notes]
     return [*render.aligned(lines), *render.aligned(allowed), *render.aligned(notes)]
+
+
+def _unmoved(rows: Iterable[PrefixDistance]) -> list[list[str]]:
+    """Returns how many prefixes have equal values, and those of which that is not known of all tensors."""
+    equal = [row for row in rows if row.status == "equal"]
+    unknown = [row for row in equal if row.unmeasured]
+    counted = len(equal) - len(unknown)
+    return [["equal", plural(counted, "prefix")]] * bool(counted) + [
+        ["unmeasured", f"{row.prefix}: {row.unmeasured:,} of {plural(row.tensors, 'tensor')} without a distance"]
+        for row in unknown
+    ]
 
 
 def _parted(rows: Iterable[wording.Difference]) -> tuple[list[wording.Difference], list[wording.Difference]]:

@@ -279,7 +279,6 @@ def _below(rows: list[TensorRow], depth: int, prefix: str) -> dict[str, list[Ten
     """Returns the rows by the first ``depth`` levels of their keys, behind the prefix of all."""
     groups: dict[str, list[TensorRow]] = {}
     for row in rows:
-        parts = row.key[len(prefix) :].split(".")
-        name = ".".join(parts) if len(parts) <= depth else ".".join(parts[:depth]) + ".*"
-        groups.setdefault(name, []).append(row)
+        name = keys.cut(row.key, depth, prefix)
+        groups.setdefault(name[len(prefix) :] + ".*" * (name != row.key), []).append(row)
     return groups
