@@ -14,6 +14,8 @@ import pytest
 
 from ckptool import errors, formats
 from ckptool.cli.app import COMMANDS, app
+from ckptool.core import findings
+from ckptool.ops import diff
 from ckptool.ops.rows import Reason
 from ckptool.partial import adapters, init, presets
 from tests.transcripts import BLOCK, DOCS, FILES, REPOSITORY, place, rerun, rerun_file, run
@@ -176,6 +178,16 @@ def test_every_error_slug_exit_code_format_and_reason_is_in_the_manual():
         assert all(suffix in MANUAL for suffix in row.suffixes)
     for reason in Reason.__args__:
         assert f"| `{reason}` |" in MANUAL
+
+
+@pytest.mark.parametrize(
+    ("command", "kinds", "default"),
+    [("diff", diff.KINDS, diff.failing(None)), ("inspect --check", findings.KINDS, findings.failing(None))],
+)
+def test_the_page_on_ci_says_of_every_kind_whether_it_fails_by_default(command, kinds, default):
+    table = (DOCS / "ci.md").read_text().partition(f"| `{command} --fail-on` |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(.+?)` \| (.+) \| (yes|no) \|$", table, re.MULTILINE)
+    assert [(kind, said) for kind, _, said in rows] == [(kind, "yes" if kind in default else "no") for kind in kinds]
 
 
 def test_every_adapter_init_rule_and_preset_is_in_the_manual():

@@ -95,8 +95,7 @@ def command(
 
     $ ckptool diff model.pth new.pth
     $ ckptool diff model.pth model.safetensors --values  # another format, the same numbers?
-    $ ckptool diff model.pth new.pth --values --top 5    # which weights moved most?
-    $ ckptool diff model.pth new.pth --values --depth 1 --sort rel-l2  # which layers?
+    $ ckptool diff model.pth new.pth --values --top 5 --depth 1  # which layers moved most?
     $ ckptool diff model.pth new.pth --ignore 'fc.*'     # but for the last layer
     """
     shown = options.form(form, as_json)
