@@ -249,9 +249,18 @@ def diff(
         notes.append(f"ignored: {ignored} keys")
     if report.only_in_a and report.only_in_b:
 
-        def common(one: Checkpoint, other: Checkpoint, strip_a: str, strip_b: str) -> Common:
+        def common(
+            one: Checkpoint, other: Checkpoint, strip_a: str = "", strip_b: str = "", rename: str = ""
+        ) -> Common:
+            before: Mapping[str, str] = {}
+            if rename:
+                from ckptool.ops.remap import remap_all
+                from ckptool.ops.rules import parse_option
+
+                [one], origins = remap_all([one], parse_option("rename", rename))
+                before = origins[None]
             sides = _sides(one, other, [*strip_prefix_a, strip_a], [*strip_prefix_b, strip_b], ignore)
-            return _common(sides, compare is not None)
+            return _common(sides, compare is not None, before)
 
         notes += [hint] if (hint := diff_hint(a, b, common)) else []
     found = report.found()
@@ -464,8 +473,11 @@ def _sides(
     return _Sides((first, second), sides, owners, plain, chosen)
 
 
-def _common(sides: _Sides, values: bool) -> Common:
-    """Returns what hints ask for. Raises: UnsupportedError if ``values`` cannot be compared."""
+def _common(sides: _Sides, values: bool, before: Mapping[str, str]) -> Common:
+    """Returns what hints ask for; ``before``: keys of A before a rename.
+
+    Raises: UnsupportedError if ``values`` cannot be compared.
+    """
     (first, second), (plain_a, plain_b), chosen = sides.tensors, sides.plain, sides.chosen
     one = {name: first[key] for name, key in plain_a.items() if chosen(name, key)}
     other = {
@@ -477,4 +489,5 @@ def _common(sides: _Sides, values: bool) -> Common:
     described = [one[name].described_in or other[name].described_in for name in both] if values else []
     if described and all(found and not found.hash for found in described):
         raise _no_values(next(iter(both)), described[0])
-    return Common((one, other), len(both), len(other), len(one) + len(other) - 2 * len(both))
+    origins = {name: before[plain_a[name]] for name in both if plain_a[name] in before}
+    return Common((one, other), len(both), len(other), len(one) + len(other) - 2 * len(both), origins)

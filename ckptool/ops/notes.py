@@ -230,7 +230,8 @@ class _Trial(NamedTuple):
     @property
     def rank(self) -> tuple[int, int, int]:
         """Returns what is higher for the better of two trials."""
-        options = sum(3 if name == "--rename" else 1 for name, value in self.options if name and value)
+        longer = ("--rename", "--strip-prefix-b")  # a rename goes before two prefixes of `diff`, and behind one
+        options = sum(3 if name in longer else 1 for name, value in self.options if name and value)
         return self.matched, -self.left, -options
 
 
@@ -260,7 +261,7 @@ def merge_hint(merge: Any, now: int) -> str | None:
         origins = {key: (number, before[trial.files[number]].get(name)) for key, (number, name) in pairs}
         return _Trial(matched, left, len(trial.tensors), options, origins)
 
-    guesses = [guess for place in _merge_places(merge) for guess in _guesses(place, merge.may_fit, given, True)]
+    guesses = [guess for place in _merge_places(merge) for guess in _guesses(place, merge.may_fit, given)]
     best = _best(now, guesses, attempt)
     if best is None:
         return None
@@ -303,33 +304,41 @@ def _merge_places(merge: Any) -> Iterator[_Place]:
 
 
 class Common(NamedTuple):
-    """Two sides of a comparison: {name: tensor} of each; how many names both have, B has, and only one has."""
+    """Two sides of a comparison: {name: tensor} of each; how many names both have, B has, and only one has.
+
+    ``origins``: with a rename, {name that both have: key of A before it}.
+    """
 
     sides: tuple[Mapping[str, TensorInfo], Mapping[str, TensorInfo]]
     matched: int
     total: int
     left: int
+    origins: Mapping[str, object] = {}
 
 
-def diff_hint(a: Checkpoint, b: Checkpoint, common: Callable[[Checkpoint, Checkpoint, str, str], Common]) -> str | None:
-    """Returns the hint for a comparison; ``common`` strips prefixes of both sides after those of the command."""
+def diff_hint(a: Checkpoint, b: Checkpoint, common: Callable[..., Common]) -> str | None:
+    """Returns the hint for a comparison.
+
+    ``common(a, b, strip_a, strip_b, rename)`` strips prefixes of both sides after those of the command, and renames
+    segments of A's keys before.
+    """
 
     def attempt(guess: _Guess) -> _Trial:
-        found = common(guess.place.one, guess.place.other, guess.strip, guess.add)
+        found = common(guess.place.one, guess.place.other, guess.strip, guess.add, guess.rename)
         options = [
-            (guess.place.option, guess.place.root), ("--strip-prefix-a", guess.strip or None),
-            ("--strip-prefix-b", guess.add or None),
+            (guess.place.option, guess.place.root), ("--rename", guess.rename or None),
+            ("--strip-prefix-a", guess.strip or None), ("--strip-prefix-b", guess.add or None),
         ]  # fmt: skip
-        return _Trial(found.matched, found.left, found.total, options)
+        return _Trial(found.matched, found.left, found.total, options, found.origins)
 
-    now = common(a, b, "", "")
+    now = common(a, b)
     places = [_Place(a, b, "", "", *now.sides)]
     others = [(replace(a, root=root), b, "--root-a", text) for root, text in _other_roots(a)]
     others += [(a, replace(b, root=root), "--root-b", text) for root, text in _other_roots(b)]
     for place in others:
         with suppress(CkptoolError):
-            places.append(_Place(*place, *common(*place[:2], "", "").sides))
-    guesses = [guess for place in places for guess in _guesses(place, lambda *_: True, "", False)]
+            places.append(_Place(*place, *common(*place[:2]).sides))
+    guesses = [guess for place in places for guess in _guesses(place, lambda *_: True, "")]
     best = _best(now.matched, guesses, attempt)
     return best and f"{as_options(best.options)} would match {best.matched} of {best.total} keys"
 
@@ -358,10 +367,8 @@ def _best(now: int, guesses: list[_Guess], attempt: Callable[[_Guess], _Trial]) 
     return max(clear, key=lambda trial: trial.rank, default=None)
 
 
-def _guesses(
-    place: _Place, agree: Callable[[str, TensorInfo, TensorInfo], bool], given: str, renames: bool
-) -> Iterator[_Guess]:
-    """Yields guesses at a place: as it is, with prefixes, and with ``renames`` of segments before.
+def _guesses(place: _Place, agree: Callable[[str, TensorInfo, TensorInfo], bool], given: str) -> Iterator[_Guess]:
+    """Yields guesses at a place: as it is, with prefixes, and with renames of segments before.
 
     ``agree(name, source, target)``: whether one tensor fits the other. ``given``: the prefix to add of the command.
     """
@@ -386,7 +393,7 @@ def _guesses(
     found = [guess(strip, add) for strip, add in prefixes]
     yield from found
     found.sort(key=lambda one: -one.likely)
-    for _, _, strip, add, _ in found[:2] if renames else ():
+    for _, _, strip, add, _ in found[:2]:
         from ckptool.ops.segments import likely_renames, renamer
 
         made = {name: f"{add}{name.removeprefix(strip)}" for name in samples[0][1]}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,36 @@ def test_when_nothing_matches_the_prefix_that_is_proposed_works(a: str, b: str, 
     options = hint.split("note")[1].split("would")[0].split()
     assert code == 1
     assert run("diff", one, other, *options)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("head.{}.w", "classifier.{}.w", "--rename head=classifier"),  # not two prefixes
+        ("body.{}.attn.w", "body.{}.attention.w", "--rename attn=attention"),  # no prefix does it
+        ("blk{}.w", "layer{}.w", "--rename 'blk{i}=layer{i}'"),
+        ("net.{}.w", "{}.w", "--strip-prefix-a net."),  # one prefix does it
+        ("{}.w", "net.{}.w", "--strip-prefix-b net."),
+    ],
+)
+def test_a_rename_is_proposed_where_no_single_prefix_does_it(
+    a: str, b: str, expected: str, saved: Saved, run: Run
+) -> None:
+    tensors = {str(at): torch.full((2,), float(at)) for at in range(4)}
+    paths = pair(
+        saved,
+        {"stem.w": torch.ones(1)} | {a.format(at): one for at, one in tensors.items()},
+        {"stem.w": torch.ones(1)} | {b.format(at): one for at, one in tensors.items()},
+    )
+    code, out, _ = run("diff", *paths, "--values", "--json")
+    assert (code, json.loads(out)["notes"][-1]) == (1, f"{expected} would match 5 of 5 keys")
+    assert run("diff", *paths, "--values", *shlex.split(expected))[0] == 0
+
+
+def test_no_rename_is_proposed_where_two_would_give_a_key_another_tensor(saved: Saved, run: Run) -> None:
+    a = {f"{name}.{at}.w": torch.ones(2) for name in ("left", "right") for at in range(3)}
+    b = {f"trunk.{at}.w": torch.ones(2) for at in range(3)}
+    assert "--rename" not in run("diff", *pair(saved, a, b))[1]
 
 
 # --- what counts -----------------------------------------------------------------------------------------------------
