@@ -184,12 +184,14 @@ def test_no_format_is_asked_for_by_name_outside_formats() -> None:
 
 
 def test_only_values_and_partial_import_numpy_and_torch_and_only_for_those_who_need_them() -> None:
-    """Inside functions; numpy at the top of files in values too, but of blocks, which copies bytes."""
+    """Inside functions; numpy at the top of files in values and mapping too, but of blocks, which copies bytes."""
     found = []
     for path in files(PACKAGE):
         for module, line, later in imports(PACKAGE, path):
             known = path.parts[0] in ("values", "partial") or path.stem in ("safetensors_file", "npz")
-            at_top = module == "numpy" and path.parts[0] == "values" and path.stem != "blocks"
+            at_top = (
+                module in ("numpy", "numpy.typing") and path.parts[0] in ("values", "mapping") and path.stem != "blocks"
+            )
             if module.split(".")[0] in HEAVY and not (known and later) and not at_top:
                 found.append(f"{path}:{line} imports {module}")
     assert found == []

@@ -1,11 +1,24 @@
-"""Infers the mapping from a source's tensors to a target's."""
+"""Infers the mapping from a source's tensors to a target's, from names, shapes and order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import exp
 
-from ckptool.core.keys import looking_through
-from ckptool.mapping.pairs import DEFAULT_CONFIDENCE, Entry, Inferred, Pair
+from ckptool.core.keys import matches
+from ckptool.mapping.matching import copies, layouts, names
+from ckptool.mapping.matching.match import Match, Matcher
+from ckptool.mapping.matching.sides import Side
+from ckptool.mapping.matching.units import QKV, Item, Unit, cut, fold, items_of, join_classes, units_of
+from ckptool.mapping.pairs import DEFAULT_CONFIDENCE, Doubt, Entry, Inferred, Pair
+
+_SURE = 0.4
+"""The margin of a match that is the default confidence."""
+
+_UNSURE_COPY = 0.1
+"""The confidence of a pair from one of two copies that nothing tells apart."""
 
 
 def infer(
@@ -14,24 +27,229 @@ def infer(
     *,
     min_confidence: float = DEFAULT_CONFIDENCE,
     settled: Sequence[Pair] = (),
+    layouts: Sequence[str] = (),
     words: bool = True,
 ) -> Inferred:
     """Returns what of the source becomes each tensor of the target.
 
-    ``settled``: pairs that values or a person settled; they are kept as they are, and speak for others. ``words``:
-    whether the table of field words is used.
+    ``settled``: pairs that values or a person settled; they are kept as they are, and speak for others. ``layouts``:
+    patterns of the target's keys whose layout is known to be as it was found, see `Pair.unproven`. ``words``: whether
+    the table of field words is used. Cost: about linear in the keys where blocks repeat; quadratic in the tensors of
+    one shape that do not.
     """
-    known = {pair.target: pair for pair in settled}
-    plain = looking_through([entry.key for entry in source], [entry.key for entry in target])
-    sources = {plain(entry.key): entry for entry in source}
-    pairs, alone = [], []
-    for entry in target:
-        found = sources.get(plain(entry.key))
-        if entry.key in known:
-            pairs.append(known[entry.key])
-        elif found is not None and found.shape == entry.shape:
-            pairs.append(Pair(entry.key, [found.key], "rename", 0.9, ["words", "numbers"]))
+    found = _Proposal(source, target, settled, words)
+    kept, doubts = [], []
+    for pair in found.pairs():
+        known = pair.unproven is None or any(matches(pattern, pair.target) for pattern in layouts)
+        if pair.confidence >= min_confidence and (known or not _could_be_another(pair)):
+            kept.append(pair)
+        elif known or pair.confidence < min_confidence:
+            doubts.append(Doubt(pair.target, [pair, *found.others(pair)], _reason(pair)))
         else:
-            alone.append(entry.key)
-    used = {key for pair in pairs for key in pair.source}
-    return Inferred(pairs, [], alone, [entry.key for entry in source if entry.key not in used])
+            doubts.append(Doubt(pair.target, [pair], f"{pair.unproven}: --layout '{pair.target}=...' settles it"))
+    order = {entry.key: at for at, entry in enumerate(target)}
+    kept.sort(key=lambda pair: order[pair.target])
+    doubts.sort(key=lambda doubt: order[doubt.target])
+    used = {key for pair in kept for key in pair.source}
+    met = {pair.target for pair in kept} | {doubt.target for doubt in doubts}
+    return Inferred(
+        kept, doubts, [entry.key for entry in target if entry.key not in met],
+        [entry.key for entry in source if entry.key not in used],
+    )  # fmt: skip
+
+
+def _could_be_another(pair: Pair) -> bool:
+    """Returns whether another layout would be made of other elements: pieces of what may be woven head by head."""
+    return "split" in pair.op or "slice" in pair.op or "concat" in pair.op
+
+
+def _reason(pair: Pair) -> str:
+    if pair.witnesses:
+        return f"{' and '.join(pair.witnesses)} speak for it, not clearly enough"
+    return "nothing but its shape speaks for it"
+
+
+@dataclass(slots=True)
+class _Part:
+    """A piece of a target, or all of it, with what it is made of, and the match of their units."""
+
+    item: Item
+    made: Item
+    match: Match
+
+
+class _Proposal:
+    """All pairs that were found, however uncertain."""
+
+    def __init__(self, source: Sequence[Entry], target: Sequence[Entry], settled: Sequence[Pair], words: bool) -> None:
+        self._source, self._target = source, target
+        self._settled = {pair.target: pair for pair in settled}
+        self._shapes = {entry.key: entry.shape for entry in target}
+        ours, theirs = items_of(source), items_of(target)
+        join_classes(ours, theirs)
+        ours, theirs = cut(ours, theirs, words), cut(theirs, ours, words)
+        kinds = {item.kind for item in ours} & {item.kind for item in theirs}
+        one, other = (units_of([item for item in side if item.kind in kinds], words) for side in (ours, theirs))
+        one, self._unsure = copies.single(one, other)
+        other, self._open = copies.single(other, one)
+        copies.turned(one, other)
+        self._one, self._other = fold(one, other)
+        self._matches: list[Match] = []
+        if self._one and self._other:
+            ours_listed, theirs_listed = ([entry.key for entry in side] for side in (source, target))
+            matcher = Matcher(Side(self._one, ours_listed), Side(self._other, theirs_listed), words)
+            self._matches = matcher.run(self._settled_units())
+
+    def _settled_units(self) -> list[tuple[int, int]]:
+        """Returns the pairs of units of which settled pairs speak, where those of their copies agree."""
+        ours, theirs = _places(self._one), _places(self._other)
+        votes: dict[int, Counter[int]] = defaultdict(Counter)
+        for pair in self._settled.values():
+            for key in pair.source:
+                for v, copy in theirs.get(pair.target, ()):
+                    votes[v].update(u for u, place in ours.get(key, ()) if place == copy)
+        found: dict[int, int] = {}
+        for v, counted in votes.items():
+            u, count = counted.most_common(1)[0] if counted else (-1, 0)
+            if u >= 0 and u not in found and 2 * count > sum(counted.values()):
+                found[u] = v
+        return list(found.items())
+
+    def pairs(self) -> list[Pair]:
+        """Returns a pair for every target that has one, the settled ones as they are."""
+        parts: dict[str, list[_Part]] = defaultdict(list)
+        for match in self._matches:
+            one, other = self._one[match.one], self._other[match.other]
+            if one.position in self._unsure or other.position in self._open:
+                match.margin = min(match.margin, _SURE * _UNSURE_COPY)
+            for copy, twin in zip(one.copies, other.copies, strict=False):
+                for item, made in _paired(copy, twin):
+                    parts[made.key].append(_Part(item, made, match))
+        turned = _turned(part for some in parts.values() for part in some)
+        found = [pair for key, some in parts.items() if (pair := self._composed(key, some, turned))]
+        taken = {key for pair in self._settled.values() for key in pair.source}
+        known = [pair for pair in found if pair.target not in self._settled and not taken & {*pair.source}]
+        known += self._settled.values()
+        return known + self._counters(known)
+
+    def others(self, pair: Pair) -> list[Pair]:
+        """Returns what else a pair's target could be made of, best first: single tensors only."""
+        for match in self._matches:
+            other = self._other[match.other]
+            for at, twin in enumerate(other.copies):
+                for role, made in twin.items():
+                    if made.key == pair.target and not made.piece:
+                        return [
+                            found for rival in match.rivals
+                            if (found := self._rival(self._one[rival], at, role, made)) is not None
+                        ]  # fmt: skip
+        return []
+
+    def _rival(self, unit: Unit, at: int, role: str, made: Item) -> Pair | None:
+        item = unit.copies[at].get(role) if at < len(unit.copies) else None
+        if item is None or item.piece:
+            return None
+        return Pair(made.key, [item.key], layouts.op_of(item.shape, self._shapes[made.key]) or "rename", 0.0)
+
+    def _composed(self, key: str, parts: list[_Part], turned: Mapping[tuple[str, str], bool]) -> Pair | None:
+        """Returns the pair of a target that is made of these parts, if they make all of it in one way."""
+        confidence = _scaled(min(part.match.margin for part in parts))
+        witnesses = [name for name in parts[0].match.witnesses if all(name in part.match.witnesses for part in parts)]
+        unproven = next((text for part in parts if (text := _unproven(part, turned))), None)
+        if len(parts) == 1 and not parts[0].made.piece:
+            item = parts[0].item
+            op = layouts.op_of(item.shape, self._shapes[key], turned.get((item.leaf, parts[0].made.leaf)))
+            whole = ";".join(step for step in (item.piece, op) if step) or "rename"
+            return Pair(key, [item.key], whole, confidence, witnesses, unproven)
+        parts.sort(key=lambda part: part.made.number)
+        if [part.made.number for part in parts] != list(range(parts[0].made.count)):
+            return None
+        ops = {
+            ";".join(step for step in (part.item.piece, self._op(part, turned)) if step) for part in parts
+        }  # fmt: skip
+        if len(ops) > 1:
+            return None
+        op = ";".join(step for step in (ops.pop(), f"concat:{parts[0].made.dim}") if step)
+        return Pair(key, [part.item.key for part in parts], op, confidence, witnesses, unproven)
+
+    @staticmethod
+    def _op(part: _Part, turned: Mapping[tuple[str, str], bool]) -> str | None:
+        return layouts.op_of(part.item.shape, part.made.shape, turned.get((part.item.leaf, part.made.leaf)))
+
+    def _counters(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Returns pairs of counters, which follow the other tensors of their module."""
+        known = {pair.target for pair in pairs}
+        modules: dict[str, Pair] = {}
+        for pair in pairs:
+            modules.setdefault(pair.target.rpartition(".")[0], pair)
+        counters: dict[str, list[str]] = defaultdict(list)
+        for entry in self._source:
+            if _is_counter(entry):
+                counters[entry.key.rpartition(".")[0]].append(entry.key)
+        found = []
+        for entry in self._target:
+            moved = modules.get(entry.key.rpartition(".")[0])
+            if _is_counter(entry) and moved and entry.key not in known:
+                here = counters.get(moved.source[0].rpartition(".")[0], [])
+                if len(here) == 1:
+                    found.append(replace(moved, target=entry.key, source=here, op="rename", unproven=None))
+        return found
+
+
+def _is_counter(entry: Entry) -> bool:
+    return entry.shape == () and entry.dtype.startswith("int")
+
+
+def _places(units: Sequence[Unit]) -> dict[str, list[tuple[int, int]]]:
+    """Returns {key: the unit and the copy in it that hold it}."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for at, unit in enumerate(units):
+        for copy, items in enumerate(unit.copies):
+            for item in items.values():
+                found[item.key].append((at, copy))
+    return found
+
+
+def _paired(copy: Mapping[str, Item], twin: Mapping[str, Item]) -> list[tuple[Item, Item]]:
+    """Returns the tensors of two layers that correspond: of one role, or the only ones of their kind that are left."""
+    if len(copy) == len(twin) == 1:
+        return list(zip(copy.values(), twin.values(), strict=True))
+    found = [(copy[role], twin[role]) for role in twin if role in copy and copy[role].kind == twin[role].kind]
+    ours = [item for role, item in copy.items() if role not in twin]
+    theirs = [item for role, item in twin.items() if role not in copy]
+    for made in theirs:
+        fitting = [item for item in ours if item.kind == made.kind]
+        if len(fitting) == 1 and sum(other.kind == made.kind for other in theirs) == 1:
+            found.append((fitting[0], made))
+    return found
+
+
+def _turned(parts: Iterable[_Part]) -> dict[tuple[str, str], bool]:
+    """Returns, per pair of leaves, whether their matrices are transposed, where those that are not square agree."""
+    votes: dict[tuple[str, str], set[bool]] = defaultdict(set)
+    for part in parts:
+        one, other = part.item.shape, part.made.shape
+        if len(one) == len(other) == 2 and one[0] != one[1] and 1 not in one:
+            votes[part.item.leaf, part.made.leaf].add(one != other)
+    return {leaves: found == {True} for leaves, found in votes.items() if len(found) == 1}
+
+
+def _unproven(part: _Part, turned: Mapping[tuple[str, str], bool]) -> str | None:
+    """Returns what names and shapes do not show of a part."""
+    for item in (part.item, part.made):
+        if item.piece and item.path[-1] in QKV and not names.is_in_proj(item.path[:-1]):
+            return "whether the rows of q, k and v lie one behind the other or head by head"
+    shape = part.item.shape
+    is_square = len(shape) == 2 and shape[0] == shape[1] > 1 and part.made.shape == shape
+    if is_square and part.item.leaf != part.made.leaf and (part.item.leaf, part.made.leaf) not in turned:
+        return "whether the square matrix is transposed"
+    if is_square and turned.get((part.item.leaf, part.made.leaf)):
+        return "whether the square matrix is transposed, as others of these names are"
+    return None
+
+
+def _scaled(margin: float) -> float:
+    """Returns a margin as a confidence from 0 to 1."""
+    if margin < _SURE:
+        return max(0.0, margin / _SURE * DEFAULT_CONFIDENCE)
+    return 1 - (1 - DEFAULT_CONFIDENCE) * exp((_SURE - margin) / _SURE)

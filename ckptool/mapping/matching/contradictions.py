@@ -1,0 +1,94 @@
+"""What speaks against a pair of units, whatever else is known: roles, shapes, and words that exclude others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ckptool.mapping.matching import names
+from ckptool.mapping.matching.sides import Array, Side
+from ckptool.mapping.matching.units import Unit
+
+NEVER = 9.0
+"""More than anything that can speak for a pair."""
+
+
+class Contradictions:
+    """Judges pairs of units of two sides; ``blocks``: the units of each kind, which may become each other."""
+
+    def __init__(self, one: Side, other: Side, blocks: Iterable[tuple[list[int], list[int]]], words: bool) -> None:
+        self._one, self._other, self._words = one, other, words
+        self._leaves = [{leaf for unit in side.units for leaf in unit.items} for side in (one, other)]
+        self._turns = self._forced_turns(blocks)
+
+    def of(self, mine: Sequence[int], theirs: Sequence[int]) -> Array:
+        """Returns what speaks against each pair by role and shape: 0 for nothing, down to -`NEVER`."""
+        found = np.zeros((len(mine), len(theirs)))
+        for i, u in enumerate(mine):
+            for j, v in enumerate(theirs):
+                one, other = self._one.units[u], self._other.units[v]
+                found[i, j] = self._by_role(one, other) + self._by_shape(one, other)
+        return found
+
+    def opposed(self, mine: Sequence[int], theirs: Sequence[int]) -> Array:
+        """Returns 1 for the pairs whose words exclude each other, 0 for others."""
+        if not self._words:
+            return np.zeros((len(mine), len(theirs)))
+        return np.array([[float(self._opposed(u, v)) for v in theirs] for u in mine])
+
+    def _opposed(self, u: int, v: int) -> bool:
+        one, other = self._one, self._other
+        said = names.projection(one.units[u].segments[-1])
+        if said != names.projection(other.units[v].segments[-1]) or names.opposed(one.words[u], other.words[v]):
+            return True
+        places = one.places[u], other.places[v]
+        return (
+            None not in places
+            and places[0] != places[1]
+            and any(names.around(side.units[at].segments[-1]) is not None for side, at in ((one, u), (other, v)))
+        )
+
+    def _by_role(self, one: Unit, other: Unit) -> float:
+        """Returns what speaks against two layers by the tensors that they hold."""
+        said, heard = one.items.keys(), other.items.keys()
+        known = said <= names.LAYER_ROLES and heard <= names.LAYER_ROLES
+        if len(said) == len(heard) == 1 and said != heard:
+            if known and (said | heard) & {"mean", "var"}:
+                return -NEVER
+            elsewhere = said <= self._leaves[1] and heard <= self._leaves[0]
+            return -1.5 if known or elsewhere else -0.5 * ("bias" in said | heard)
+        if any(one.items[role].kind != other.items[role].kind for role in said & heard):
+            return -NEVER
+        if known:
+            lacking = [role for role in said ^ heard if role in self._leaves[0] and role in self._leaves[1]]
+            return -sum(0.7 if role == "bias" else 3.0 for role in lacking)
+        return -2.0 * (len(said) != len(heard))
+
+    def _by_shape(self, one: Unit, other: Unit) -> float:
+        """Returns what speaks against two tensors by the order of their dimensions, where other tensors of the same
+        leaves show whether matrices are transposed."""
+        mine, theirs = (_solid(unit.main.shape) for unit in (one, other))
+        turns = self._turns.get((one.main.leaf, other.main.leaf))
+        if mine == theirs:
+            if turns == {True} and len(set(mine)) > 1:
+                return -3.0
+            return -0.5 * (len(mine) < 2 and one.main.shape != other.main.shape)
+        return 0.0 if turns == {True} else -3.0 if turns == {False} else -0.5
+
+    def _forced_turns(self, blocks: Iterable[tuple[list[int], list[int]]]) -> dict[tuple[str, str], set[bool]]:
+        """Returns, per pair of leaves, whether matrices are transposed, from kinds of which each side has one shape."""
+        found: dict[tuple[str, str], set[bool]] = defaultdict(set)
+        for mine, theirs in blocks:
+            ours, others = [self._one.units[u].main for u in mine], [self._other.units[v].main for v in theirs]
+            shapes, other_shapes = ({_solid(item.shape) for item in items} for items in (ours, others))
+            if len(shapes) == len(other_shapes) == 1 and len(set(*shapes)) > 1:
+                for leaf in {item.leaf for item in ours}:
+                    for other in {item.leaf for item in others}:
+                        found[leaf, other].add(shapes != other_shapes)
+        return found
+
+
+def _solid(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)

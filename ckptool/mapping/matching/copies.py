@@ -1,0 +1,131 @@
+"""What must be known before units are matched: second copies of a model, and blocks that are numbered backwards."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import combinations
+
+from ckptool.mapping.matching import names
+from ckptool.mapping.matching.units import Unit
+
+AVERAGES = frozenset({"ema", "avg", "average", "averaged", "shadow", "teacher", "momentum", "swa"})
+"""Words for a running average of the weights. The model itself is the copy without them."""
+
+_LEAST = 6
+"""Copies of fewer units are no second model."""
+
+
+def single(units: list[Unit], others: list[Unit]) -> tuple[list[Unit], set[int]]:
+    """Returns the units without second copies of a model that the other side has once.
+
+    Where nothing tells which copy is meant, the first is kept, and its units' positions are returned as uncertain.
+    """
+    uncertain: set[int] = set()
+    there = Counter(unit.main.kind for unit in others)
+    words = {word for unit in others for word in names.words_of(unit.segments)}
+    for copies in _copies(units):
+        inside = [[unit for unit in units if unit.path[: len(path)] == path] for path in copies]
+        kinds = Counter(unit.main.kind for unit in inside[0])
+        here = Counter(unit.main.kind for unit in units)
+        repeated = sum(here[kind] >= (len(copies) - 0.5) * there[kind] for kind in kinds)
+        if repeated < 0.8 * len(kinds) or not any(there[kind] for kind in kinds):
+            continue
+        own = [set(names.words_of(inside[at][0].segments[: len(path)])) for at, path in enumerate(copies)]
+        kept = _meant(own, words)
+        if kept is None:
+            kept = 0
+            uncertain.update(unit.position for unit in inside[0])
+        gone = {id(unit) for at, some in enumerate(inside) if at != kept for unit in some}
+        units = [unit for unit in units if id(unit) not in gone]
+    return units, uncertain
+
+
+def _meant(own: Sequence[set[str]], words: set[str]) -> int | None:
+    """Returns which copy is meant by the words that only it has, if one is."""
+    only = [said - set().union(*(other for other in own if other is not said)) for said in own]
+    known = [at for at, said in enumerate(only) if said and said <= words]
+    if len(known) == 1 and not any(said & words for at, said in enumerate(only) if at != known[0]):
+        return known[0]
+    plain = [at for at, said in enumerate(own) if not said & AVERAGES]
+    return plain[0] if len(plain) == 1 and not known else None
+
+
+def _copies(units: Sequence[Unit]) -> Iterator[list[tuple[str, ...]]]:
+    """Yields prefixes that are told apart by words and hold nearly the same, the outermost first."""
+    for depth in (1, 2):
+        inventories: dict[tuple[str, ...], set[Hashable]] = defaultdict(set)
+        for unit in units:
+            if len(unit.path) > depth:
+                inventories[unit.path[:depth]].add((unit.path[depth:], unit.main.kind))
+        large = [path for path, inside in inventories.items() if len(inside) >= _LEAST]
+        found: list[list[tuple[str, ...]]] = []
+        for one, other in combinations(large, 2):
+            if one[:-1] != other[:-1] or names.segment(one[-1]).stem == names.segment(other[-1]).stem:
+                continue
+            both = len(inventories[one] & inventories[other])
+            if both >= 0.8 * max(len(inventories[one]), len(inventories[other])):
+                group = next((group for group in found if one in group), None)
+                if group is None:
+                    found.append([one, other])
+                elif other not in group:
+                    group.append(other)
+        if found:
+            yield from found
+            return
+
+
+def turned(source: list[Unit], target: list[Unit]) -> None:
+    """Numbers the target's blocks backwards where what lies in one block only, on both sides, runs backwards."""
+    ours, theirs = _families(source), _families(target)
+    best: dict[tuple[tuple[tuple[str, ...], str], tuple[tuple[str, ...], str]], float] = {}
+    for one, mine in ours.items():
+        for other, others in theirs.items():
+            alike = len(mine.keys() & others.keys()) / len(mine.keys() | others.keys())
+            said, heard = (set(names.words_of(map(names.segment, (*path, stem)))) for path, stem in (one, other))
+            alike += (0.5 * len(said & heard) / max(1, len(said | heard))) - names.opposed(said, heard)
+            best[one, other] = alike
+    for (one, other), alike in best.items():
+        row = max(value for (mine, _), value in best.items() if mine == one)
+        column = max(value for (_, others), value in best.items() if others == other)
+        if alike >= max(row, column) and _runs_backwards(ours[one], theirs[other]):
+            _turn(target, *other)
+
+
+Family = dict[Hashable, set[int]]
+"""What a family of numbered siblings holds, and in which of them."""
+
+
+def _families(units: Sequence[Unit]) -> dict[tuple[tuple[str, ...], str], Family]:
+    found: dict[tuple[tuple[str, ...], str], Family] = defaultdict(lambda: defaultdict(set))
+    for unit in units:
+        for depth, part in enumerate(unit.segments[:-1]):
+            if part.number >= 0:
+                found[unit.path[:depth], part.stem][unit.main.kind].add(part.number)
+                break
+    return {key: family for key, family in found.items() if len(set().union(*family.values())) > 1}
+
+
+def _runs_backwards(mine: Family, theirs: Family) -> bool:
+    anchors = [
+        (next(iter(mine[kind])), next(iter(theirs[kind])))
+        for kind in mine.keys() & theirs.keys() if len(mine[kind]) == len(theirs[kind]) == 1
+    ]  # fmt: skip
+    pairs = [(a - b) * (c - d) for (a, c), (b, d) in combinations(anchors, 2) if a != b or c != d]
+    return len(anchors) >= 3 and bool(pairs) and all(sign < 0 for sign in pairs)
+
+
+def _turn(units: list[Unit], prefix: tuple[str, ...], stem: str) -> None:
+    depth = len(prefix)
+    inside = [
+        unit for unit in units
+        if len(unit.path) > depth and unit.path[:depth] == prefix
+        and unit.segments[depth].stem == stem and unit.segments[depth].number >= 0
+    ]  # fmt: skip
+    numbers = {unit.segments[depth].number for unit in inside}
+    for unit in inside:
+        part = unit.segments[depth]
+        unit.segments = (
+            *unit.segments[:depth], part._replace(number=max(numbers) + min(numbers) - part.number),
+            *unit.segments[depth + 1 :],
+        )  # fmt: skip
