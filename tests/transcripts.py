@@ -60,12 +60,20 @@ def run(command: str) -> str:
     """
     words = shlex.split(command)
     piped = {"|", ">"} & set(words)
+    given = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CKPTOOL_FOLD", "0" if piped else "1")
-        if words[0] == "ckptool" and not piped and not {"&&", ";"} & set(words):
-            return ckptool(words[1:])
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        if words[0] == "cd" and words[2:4] == ["&&", "ckptool"]:
+            patch.chdir(words[1])
+            command, words = command.partition(" && ")[2], words[3:]
+        if words[0] == "ckptool" and not {">", "&&", ";"} & set(words):
+            if not piped:
+                return ckptool(words[1:])
+            before, _, behind = command.partition(" 2>&1 | ")
+            if behind and "|" not in before:
+                given, command = ckptool(shlex.split(before)[1:]), behind
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, input=given)
     return done.stdout + done.stderr + (f"exit {done.returncode}\n" if done.returncode else "")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -57,6 +58,7 @@ DOCUMENT = {
 }
 
 
+@functools.cache
 def described(kind: Any) -> dict[str, str]:
     """Returns {field: the text below it} of a dataclass."""
     body = ast.parse(inspect.getsource(kind)).body[0].body
