@@ -5,9 +5,11 @@ What is promised of a file while it is written (disks that are full, permissions
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,17 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return {f"t{number}": torch.full((50, 10), seed + number / 8) for number in range(3)}
 
 
+@functools.cache
+def written(to: str, seed: int) -> dict[str, bytes]:
+    """The files of a checkpoint in a format, by their names; of one file, by none."""
+    with tempfile.TemporaryDirectory() as directory:
+        made = Path(directory, "made")
+        torch.save(weights(seed), f"{made}.pth")
+        ckptool.convert(f"{made}.pth", made, to=to, max_shard_size=4000, fsync=False)
+        files = [path for path in made.rglob("*") if path.is_file()] if made.is_dir() else [made]
+        return {str(path.relative_to(made)): path.read_bytes() for path in files}
+
+
 @dataclass(frozen=True)
 class Case:
     """A command that writes a format."""
@@ -52,17 +65,13 @@ class Case:
     def out(self) -> str:
         return OUT[self.format]
 
-    def source(self, name: str, seed: int = 0, **beside: Any) -> str:
+    def source(self, name: str, seed: int = 0) -> str:
         """Writes a checkpoint of the format that the case writes, under its suffix; torch's where that is npz."""
-        torch.save({"model": weights(seed), **beside} if beside else weights(seed), "made.pth")
         path = name + self.out.removeprefix("out")
-        to = "torch" if self.format == "npz" else self.format
-        if to == "torch":
-            os.rename("made.pth", path)
-        else:
-            ckptool.convert("made.pth", "made", to=to, max_shard_size=4000)
-            os.rename("made", path)
-            os.remove("made.pth")
+        made = written("torch" if self.format == "npz" else self.format, seed)
+        for below, data in made.items():
+            (Path(path) / below).parent.mkdir(exist_ok=True)
+            (Path(path) / below).write_bytes(data)
         return path
 
     def args(self, source: str, output: str, *more: str) -> list[str]:
@@ -99,7 +108,7 @@ def told(out: str) -> Any:
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
-    torch.save(weights(5), "target.pth")
+    Path("target.pth").write_bytes(written("torch", 5)["."])
     return Case(*request.param)
 
 

@@ -269,34 +269,56 @@ ASKED = [
 ]  # fmt: skip
 
 
-def redirected(arguments: list[Any], redirection: str) -> subprocess.CompletedProcess[str]:
-    """Runs ckptool in a shell that redirects its streams, such as >&-."""
-    command = ["sh", "-c", f'exec "$0" -m ckptool "$@" {redirection}', sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+EACH = """
+import os, sys
+import ckptool.cli.diff, ckptool.cli.filter, ckptool.cli.inspect, ckptool.saving  # once, not in each fork
+from ckptool.cli import main
+kept, codes = 2 if sys.argv[1] == "1" else 1, []
+for number, line in enumerate(sys.stdin.read().splitlines()):
+    if not os.fork():
+        said = os.open(f"said{number}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, kept)
+        os.close(said)
+        sys.argv[1:] = eval(line)
+        sys.exit(main())
+    codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+with open("codes", "w") as file:
+    print(codes, file=file)
+"""
+"""An interpreter of which a stream is redirected from its start on: each command line runs and ends in a fork of it."""
+
+
+def redirected(commands: list[list[Any]], stream: str) -> list[tuple[int, str]]:
+    """Returns (exit code, what came out of the other stream) of command lines that have a stream such as 1>&-."""
+    command = ["sh", "-c", f'exec "$0" -c "$@" {stream}', sys.executable, EACH, stream[0]]
+    lines = "".join(f"{[str(word) for word in words]}\n" for words in commands)
+    subprocess.run(command, input=lines, text=True, check=True)
+    codes: list[int] = json.loads(Path("codes").read_text())
+    return [(code, Path(f"said{number}").read_text()) for number, code in enumerate(codes)]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-@pytest.mark.parametrize("arguments", ASKED, ids=lambda arguments: " ".join(str(one) for one in arguments[::2]))
-def test_an_answer_that_cannot_be_written_is_an_error_and_no_answer(arguments: list[Any]) -> None:
-    done = redirected(arguments, "> /dev/full")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "ckptool: error: stdout: cannot be written: no space left on device"
-    assert "Traceback" not in done.stderr
+def test_an_answer_that_cannot_be_written_is_an_error_and_no_answer() -> None:
+    for arguments, (code, err) in zip(ASKED, redirected(ASKED, "1> /dev/full"), strict=True):
+        assert code == 2, arguments
+        said = "ckptool: error: stdout: cannot be written: no space left on device"
+        assert err.splitlines()[-1] == said, arguments
+        assert "Traceback" not in err, arguments
 
 
 @pytest.mark.parametrize("stream", ["1>&-", "2>&-", "2> /dev/full"])
-def test_the_exit_code_is_the_same_where_a_stream_is_closed_or_nothing_can_be_said(stream: str, tmp_path: Path) -> None:
+def test_the_exit_code_is_the_same_where_a_stream_is_closed_or_nothing_can_be_said(stream: str) -> None:
     if "full" in stream and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     new = FIXTURES / "resnet_new.pth"
-    for arguments, code in (
-        (["inspect", OLD], 0), (["diff", OLD, new], 1), (["diff", OLD, new, "-v"], 1), (["inspect", "absent.pth"], 2),
-        (["filter", OLD, "--match", new, "-o", tmp_path / "out.pth"], 0), (["--help"], 0),
-        (["inspect", OLD, "--no"], 2),
-    ):  # fmt: skip
-        done = redirected(arguments, stream)
-        assert done.returncode == code, arguments
-        assert "error: " not in done.stdout, "an error is not printed as an answer"
+    commands = {
+        ("inspect", OLD): 0, ("diff", OLD, new): 1, ("diff", OLD, new, "-v"): 1, ("inspect", "absent.pth"): 2,
+        ("filter", OLD, "--match", new, "-o", "out.pth"): 0, ("--help",): 0, ("inspect", OLD, "--no"): 2,
+    }  # fmt: skip
+    found = redirected([[*words] for words in commands], stream)
+    assert [code for code, _ in found] == [*commands.values()]
+    if stream[0] == "2":
+        assert not any("error: " in out for _, out in found), "an error is not printed as an answer"
 
 
 def test_names_that_the_terminals_encoding_lacks_are_no_traceback(saved: Saved) -> None:

@@ -248,8 +248,9 @@ def test_there_and_back_all_is_equal_for_the_formats_own_library_too(name: str, 
     assert back.shared() == (opened.shared() if ROWS[way].holds.ties else [])
     assert (back.problems, back.broken) == ((), False)
     with Files() as files:
+        found_back = back.state_dict()
         for key, tensor in opened.state_dict().items():
-            same = back.state_dict()[key]
+            same = found_back[key]
             assert (tensor.kind, tensor.dtype, tensor.shape) == (same.kind, same.dtype, same.shape), key
             if tensor.kind == "dense":
                 assert read_bytes(tensor, files) == read_bytes(same, files), key
