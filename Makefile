@@ -7,13 +7,14 @@
 # make fuzz       bytes at random against every command, for a minute (FUZZ='--seconds 600': for ten)
 # make docs       the site of docs/, into site/
 # make bench      speed and memory beside other tools (bench/README.md)
+# make bench-remap  how well mappings are found, into docs/benchmark-mapping.md (bench/remap/README.md)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 FIXTURES := fixtures
 
-.PHONY: all demo test test-all lint types smoke golden docs fixtures fuzz soak load bench bench-full clean
+.PHONY: all demo test test-all lint types smoke golden docs fixtures fuzz soak load bench bench-full bench-remap clean
 all: lint types test
 
 # The tool alone: no torch, seconds to install.
@@ -89,6 +90,12 @@ bench: $(VENV)/.dev
 
 bench-full: $(VENV)/.dev
 	$(BIN)/python bench/run.py --full $(BENCH)
+
+# One of the simple methods needs scipy, which nothing else does. REMAP='--set ds --verbose' looks at one set instead.
+REMAP ?= --set all --page docs/benchmark-mapping.md --jobs 2
+bench-remap: $(VENV)/.dev
+	$(PIP) install scipy
+	$(BIN)/python -m bench.remap.run $(REMAP)
 
 # The wheel, built from the sdist, in an environment of its own, without torch and without anything of development: with the pinned versions,
 # with the oldest typer and click that pyproject.toml allows, and with the newest.
