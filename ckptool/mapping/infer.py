@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import exp
 
 from ckptool.core.keys import matches
 from ckptool.mapping.matching import copies, layouts, names
 from ckptool.mapping.matching.match import Match, Matcher
 from ckptool.mapping.matching.sides import Side
-from ckptool.mapping.matching.units import QKV, Item, Unit, cut, fold, items_of, join_classes, units_of
+from ckptool.mapping.matching.units import QKV, Item, Unit, cut, fold, is_counting, items_of, join_classes, units_of
 from ckptool.mapping.pairs import DEFAULT_CONFIDENCE, Doubt, Entry, Inferred, Pair
 
-_SURE = 0.4
+_SURE = 0.5
 """The margin of a match that is the default confidence."""
 
 _UNSURE_COPY = 0.1
@@ -134,16 +135,20 @@ class _Proposal:
 
     def others(self, pair: Pair) -> list[Pair]:
         """Returns what else a pair's target could be made of, best first: single tensors only."""
-        for match in self._matches:
-            other = self._other[match.other]
-            for at, twin in enumerate(other.copies):
-                for role, made in twin.items():
-                    if made.key == pair.target and not made.piece:
-                        return [
-                            found for rival in match.rivals
-                            if (found := self._rival(self._one[rival], at, role, made)) is not None
-                        ]  # fmt: skip
-        return []
+        if pair.target not in self._whole:
+            return []
+        match, at, role, made = self._whole[pair.target]
+        found = [self._rival(self._one[rival], at, role, made) for rival in match.rivals]
+        return [rival for rival in found if rival is not None]
+
+    @cached_property
+    def _whole(self) -> dict[str, tuple[Match, int, str, Item]]:
+        """Returns {target that is not made of pieces: its match, the copy and the role that it has there}."""
+        return {
+            made.key: (match, at, role, made)
+            for match in self._matches for at, twin in enumerate(self._other[match.other].copies)
+            for role, made in twin.items() if not made.piece
+        }  # fmt: skip
 
     def _rival(self, unit: Unit, at: int, role: str, made: Item) -> Pair | None:
         item = unit.copies[at].get(role) if at < len(unit.copies) else None
@@ -184,20 +189,16 @@ class _Proposal:
             modules.setdefault(pair.target.rpartition(".")[0], pair)
         counters: dict[str, list[str]] = defaultdict(list)
         for entry in self._source:
-            if _is_counter(entry):
+            if is_counting(entry):
                 counters[entry.key.rpartition(".")[0]].append(entry.key)
         found = []
         for entry in self._target:
             moved = modules.get(entry.key.rpartition(".")[0])
-            if _is_counter(entry) and moved and entry.key not in known:
+            if is_counting(entry) and moved and entry.key not in known:
                 here = counters.get(moved.source[0].rpartition(".")[0], [])
                 if len(here) == 1:
                     found.append(replace(moved, target=entry.key, source=here, op="rename", unproven=None))
         return found
-
-
-def _is_counter(entry: Entry) -> bool:
-    return entry.shape == () and entry.dtype.startswith("int")
 
 
 def _places(units: Sequence[Unit]) -> dict[str, list[tuple[int, int]]]:

@@ -275,3 +275,33 @@ def test_confidence_moves_the_line_between_pairs_and_doubts() -> None:
 )  # fmt: skip
 def test_odd_sides_are_told_too(source: list[Entry], target: list[Entry]) -> None:
     fate_is_told(source, target)
+
+
+def test_a_first_block_with_one_more_tensor_is_still_one_of_the_blocks() -> None:
+    source = encoder(4)
+    target = blocks(4)
+    target.insert(2, Entry("blocks.0.attn.relative_position", (9, 4)))
+    assert mapped(source, target) == truth(4)
+    assert infer(source, target).only_target == ["blocks.0.attn.relative_position"]
+
+
+def test_experts_that_lie_behind_each_other_in_a_matrix_are_cut() -> None:
+    source = [Entry(f"layers.{at}.moe.w1", (8 * 32, 16)) for at in range(2)] + [Entry("norm.weight", (16,))]
+    target = [Entry(f"layers.{at}.moe.experts.{n}.w1.weight", (32, 16)) for at in range(2) for n in range(8)]
+    found = {
+        pair.target: (pair.source, pair.op) for pair in infer(source, [*target, Entry("norm.weight", (16,))]).pairs
+    }
+    assert found["layers.1.moe.experts.5.w1.weight"] == (["layers.1.moe.w1"], "split:0:5/8")
+
+
+def test_ten_thousand_experts_are_a_few_units() -> None:
+    def model(layer: str, expert: str, names: Sequence[str]) -> list[Entry]:
+        return [
+            Entry(f"{layer.format(at)}.{expert.format(n)}.{name}.weight", (32, 16) if name != names[1] else (16, 32))
+            for at in range(20) for n in range(60) for name in names
+        ]  # fmt: skip
+
+    source = model("layers.{}.ffn", "experts.{}", ("w1", "w2", "w3"))
+    target = model("model.layers.{}.mlp", "experts.{}", ("w1", "w2", "w3"))
+    found = mapped(source, target)
+    assert found == {two.key: one.key for one, two in zip(source, target, strict=True)}

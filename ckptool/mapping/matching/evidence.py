@@ -17,6 +17,9 @@ Pairs = Sequence[tuple[int, int]]
 
 _ROUNDS = 4
 
+_COMMON = 0.6
+"""The share of a side's units from which on a word of their names contradicts nothing: that of the whole model."""
+
 
 class Words:
     """How alike the words of two units are, by themselves and by the translations that accepted pairs show."""
@@ -27,31 +30,29 @@ class Words:
         alike = [[names.similarity(w, x, field_words) for x in other.vocabulary] for w in one.vocabulary]
         self._alike = np.array(alike, float).reshape(shape)
         self._equal = np.array([[w == x for x in other.vocabulary] for w in one.vocabulary], bool).reshape(shape)
-        self._present = (one.weights > 0).astype(float), (other.weights > 0).astype(float)
+        self._present = [(side.weights > 0).astype(float) for side in (one, other)]
+        self._rare = [said.mean(0) <= _COMMON for said in self._present]
         self.learn([])
 
     def learn(self, pairs: Pairs) -> None:
         """Learns from all accepted pairs."""
         self._table = self._alike
         if pairs:
-            said, heard = ([side.ids[pair[at]] for pair in pairs] for at, side in enumerate((self._one, self._other)))
-            chance = _translation(said, heard, self._alike.shape)
-            back = _translation(heard, said, self._alike.shape[::-1])
+            said, heard = (words[[pair[at] for pair in pairs]] for at, words in enumerate(self._present))
+            chance, back = _translation(said, heard), _translation(heard, said)
             self._table = np.maximum(self._alike, np.sqrt(chance * back.T))
         self._learn_laws(pairs)
 
     def _learn_laws(self, pairs: Pairs) -> None:
         """Finds the words that always go together. Equal words that were not met yet count as half a law."""
-        ones, others = np.zeros(len(self._one.vocabulary)), np.zeros(len(self._other.vocabulary))
-        both = np.zeros(self._alike.shape)
-        for u, v in pairs:
-            said, heard = self._one.ids[u], self._other.ids[v]
-            count = 1 + (len(self._one.units[u].copies) > 1)  # repeated blocks show a law, if only once
-            ones[said] += count
-            others[heard] += count
-            both[np.ix_(said, heard)] += count
+        said, heard = (words[[pair[at] for pair in pairs]] for at, words in enumerate(self._present))
+        count = np.array([1.0 + (len(self._one.units[u].copies) > 1) for u, _ in pairs])  # repeated blocks show a law
+        ones, others = count @ said, count @ heard
+        both = said.T @ (heard * count[:, None])
         laws = (both > 0) & (both >= 0.9 * ones[:, None]) & (both >= 0.9 * others[None, :])
         unmet = self._equal & (ones == 0)[:, None] & (others == 0)[None, :]
+        rare = self._rare[0][:, None] & self._rare[1][None, :]
+        laws, unmet = laws & rare, unmet & rare
         half = (unmet | (laws & self._equal)).any(1), (unmet | (laws & self._equal)).any(0)
         laws |= unmet
         self._laws = laws.astype(float)
@@ -77,15 +78,14 @@ class Words:
         return found
 
 
-def _translation(said: Sequence[Sequence[int]], heard: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Array:
-    """Returns how often a word is translated as another (IBM model 1, by expectation and maximisation)."""
-    chance = np.ones(shape)
+def _translation(said: Array, heard: Array) -> Array:
+    """Returns how often a word is translated as another (IBM model 1, by expectation and maximisation).
+
+    ``said``, ``heard``: for each accepted pair a row with 1 for the words of its two names.
+    """
+    chance = np.ones((said.shape[1], heard.shape[1]))
     for _ in range(_ROUNDS):
-        count = np.zeros(shape)
-        for words, others in zip(said, heard, strict=True):
-            if words and others:
-                part = chance[np.ix_(words, others)]
-                count[np.ix_(words, others)] += part / part.sum(0, keepdims=True)
+        count = chance * (said.T @ (heard / np.maximum(said @ chance, 1e-12)))
         total = count.sum(1, keepdims=True)
         chance = count / np.where(total > 0, total, 1)
     return chance
@@ -104,7 +104,7 @@ class Modules:
         mine, theirs = self._one.parents[u], self._other.parents[v]
         self._seen[0][mine] += 1
         self._seen[1][theirs] += 1
-        self._common[np.ix_(mine, theirs)] += 1
+        self._common[np.array(mine)[:, None], theirs] += 1
 
     def compare(self) -> None:
         """Computes ``near`` and the rest for all chains of modules, from the pairs counted so far.

@@ -51,6 +51,8 @@ class _Block:
         self.numbers = np.array([[_same_numbers(one.numbers[u], other.numbers[v]) for v in theirs] for u in mine])
         self.against, self.opposed = against.of(mine, theirs), against.opposed(mine, theirs)
         self.orders = one.orders(mine), other.orders(theirs)
+        self.chains = np.array([one.chain[u] for u in mine])[:, None], np.array([other.chain[v] for v in theirs])
+        self.shortcuts = one.shortcut[mine], other.shortcut[theirs]
         self.is_vector = len(one.units[mine[0]].main.kind[1]) < 2
 
     def accept(self, u: int, v: int, margin: float) -> None:
@@ -114,7 +116,7 @@ class Matcher:
     def _of_block(self, block: _Block) -> list[Match]:
         """Returns the best assignment of the open units of a block, with margins against all others of the block."""
         mine, theirs = block.mine, block.theirs
-        chains = np.ix_([self._one.chain[u] for u in mine], [self._other.chain[v] for v in theirs])
+        chains = block.chains
         alike, near = self._words.alike(mine, theirs), self._modules.near[chains]
         gap = self._modules.gap[chains]
         beside = _BESIDE * self._order.trust * self._beside(mine, theirs)
@@ -162,7 +164,9 @@ class Matcher:
             for side, units, open_ in ((self._one, block.mine, left[0]), (self._other, block.theirs, left[1]))
         ]
         apart = np.abs(places[0][:, None] - places[1][None, :])
-        rows, columns = assigned(score[np.ix_(*left)] + _ORDER * max(self._order.trust, 0.2) * (1 - apart))
+        rows, columns = assigned(
+            score[np.array(left[0])[:, None], left[1]] + _ORDER * max(self._order.trust, 0.2) * (1 - apart)
+        )
         return [left[0][i] for i in rows], [left[1][j] for j in columns]
 
     def _ordered(self, block: _Block, rows: list[int], columns: list[int], near: Array, beside: Array) -> Array:
@@ -170,15 +174,15 @@ class Matcher:
 
         It says little where the modules above say much, and nothing beside a shortcut, see `names.SHORTCUT`.
         """
-        listed, counted, common = (part[np.ix_(rows, rows)] for part in block.orders[0])
-        other_listed, other_counted, other_common = (part[np.ix_(columns, columns)] for part in block.orders[1])
+        ours, theirs = np.array(rows), np.array(columns)
+        listed, counted, common = (part[ours[:, None], ours] for part in block.orders[0])
+        other_listed, other_counted, other_common = (part[theirs[:, None], theirs] for part in block.orders[1])
         both = (counted != 0) & (other_counted != 0)
         sign = np.where(both, counted * other_counted, listed * other_listed)
         trust = np.where(both, 1.0, self._order.between(common, other_common))
         found: Array = sign * trust * np.maximum(0, 1 - 1.5 * np.abs(_exchanged(near, rows, columns)))
         found += _exchanged(beside, rows, columns)
-        ours, others = [block.mine[i] for i in rows], [block.theirs[j] for j in columns]
-        around = self._one.shortcut[ours] != self._other.shortcut[others]
+        around = block.shortcuts[0][ours] != block.shortcuts[1][theirs]
         found[around, :] = found[:, around] = 0
         return found
 
@@ -209,7 +213,7 @@ def _same_numbers(one: list[int], other: list[int]) -> float:
 
 def _exchanged(score: Array, rows: list[int], columns: list[int]) -> Array:
     """Returns what is lost where two of the pairs exchange partners."""
-    chosen = score[np.ix_(rows, columns)]
+    chosen = score[np.array(rows)[:, None], columns]
     own = np.diag(chosen)
     found: Array = own[:, None] + own[None, :] - chosen - chosen.T
     return found

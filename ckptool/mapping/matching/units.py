@@ -8,9 +8,13 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from ckptool.core.keys import is_counter
 from ckptool.mapping.matching import names
 from ckptool.mapping.matching.names import Segment
 from ckptool.mapping.pairs import Entry
+
+_NEARLY = 0.8
+"""The share of what siblings hold that must be the same for them to be one block, repeated."""
 
 _ENOUGH = 0.6
 """The share of what is needed that the other side must have."""
@@ -70,13 +74,18 @@ def class_of(shape: Sequence[int], dtype: str) -> Class:
     return ("i" if whole else "f"), tuple(sorted(size for size in shape if size != 1))
 
 
+def is_counting(entry: Entry) -> bool:
+    """Returns whether a tensor is a counter: a whole number, or BatchNorm's."""
+    return entry.shape == () and (entry.dtype.startswith("int") or is_counter(entry.key))
+
+
 def items_of(entries: Sequence[Entry]) -> list[Item]:
     """Returns the tensors of one side, without scalar counters, which follow their module."""
     marks = names.separators([entry.key for entry in entries])
     found = []
     for entry in entries:
         kind = class_of(entry.shape, entry.dtype)
-        if kind == ("i", ()):
+        if is_counting(entry):
             continue
         *path, leaf = names.split(entry.key, marks)
         found.append(Item(entry.key, tuple(entry.shape), kind, tuple(path), leaf))
@@ -225,6 +234,8 @@ def _ways(shape: tuple[int, ...], want: Iterable[Class]) -> Ways:
             for _, dims in want:
                 if len(dims) == 2 and rest in dims:
                     part = dims[0] if dims[1] == rest else dims[1]
+                    if size % part == 0 and size // part > 3:
+                        yield dim, [part] * (size // part)
                     if 0 < 2 * part < size - part and ("f", tuple(sorted((size - 2 * part, rest)))) in want:
                         yield dim, [size - 2 * part, part, part]
 
@@ -287,18 +298,22 @@ def _unit(path: tuple[str, ...], items: dict[str, Item]) -> Unit:
 # --- repeated blocks -----------------------------------------------------------------------------------------------
 
 
+Signature = frozenset[tuple[Hashable, int]]
+"""How many units of each kind a block holds."""
+
+
 @dataclass(slots=True)
 class Group:
-    """Numbered siblings with the same content: the units of each member, in the order of their numbers."""
+    """Numbered siblings with the same content: the units of it in each member, in the order of their numbers."""
 
     depth: int
     numbers: list[int]
     members: list[list[int]]
     dropped: list[int] = field(default_factory=list)
 
-
-Signature = frozenset[tuple[Hashable, int]]
-"""How many units of each kind a block holds."""
+    def signature(self, units: Sequence[Unit]) -> Signature:
+        """Returns how many units of each kind a member holds."""
+        return frozenset(Counter(units[at].kind for at in self.members[0]).items())
 
 
 def _groups(units: Sequence[Unit]) -> dict[Signature, list[Group]]:
@@ -311,18 +326,30 @@ def _groups(units: Sequence[Unit]) -> dict[Signature, list[Group]]:
     for (prefix, _), members in families.items():
         if len(members) < 2:
             continue
-        alike: dict[Hashable, list[tuple[int, list[int]]]] = defaultdict(list)
-        for number, inside in members.items():
-            inventory = frozenset(
-                (units[at].path[len(prefix) + 1 :], units[at].content, units[at].kind) for at in inside
-            )
-            alike[inventory].append((number, inside))
-        for same in alike.values():
-            if len(same) > 1:
-                same.sort()
-                signature = frozenset(Counter(units[at].kind for at in same[0][1]).items())
-                found[signature].append(Group(len(prefix), [one for one, _ in same], [inside for _, inside in same]))
+        for group in _alike_members(units, len(prefix), members):
+            found[group.signature(units)].append(group)
     return found
+
+
+def _alike_members(units: Sequence[Unit], depth: int, members: dict[int, list[int]]) -> Iterator[Group]:
+    """Yields groups of siblings that hold nearly the same: what not all of them hold is left out of the group."""
+    inventories = {
+        number: {(units[at].path[depth + 1 :], units[at].content, units[at].kind): at for at in inside}
+        for number, inside in members.items()
+    }
+    left = sorted(inventories)
+    while len(left) > 1:
+        usual = Counter(frozenset(inventories[number]) for number in left).most_common(1)[0][0]
+        common = set(usual)
+        inside: list[int] = []
+        for number in left:
+            both = common & inventories[number].keys()
+            if len(both) >= _NEARLY * max(len(usual), len(inventories[number])):
+                common, inside = both, [*inside, number]
+        if len(inside) > 1:
+            kept = [[at for place, at in inventories[number].items() if place in common] for number in inside]
+            yield Group(depth, inside, kept)
+        left = [number for number in left if number not in inside]
 
 
 def fold(source: list[Unit], target: list[Unit]) -> tuple[list[Unit], list[Unit]]:
