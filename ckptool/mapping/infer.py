@@ -42,9 +42,9 @@ def infer(
     kept, doubts = [], []
     for pair in found.pairs():
         known = pair.unproven is None or any(matches(pattern, pair.target) for pattern in layouts)
-        if pair.confidence >= min_confidence and (known or not _could_be_another(pair)):
+        if pair.confidence >= min_confidence and (known or pair.unproven != _WOVEN):
             kept.append(pair)
-        elif known or pair.confidence < min_confidence:
+        elif pair.confidence < min_confidence:
             doubts.append(Doubt(pair.target, [pair, *found.others(pair)], _reason(pair)))
         else:
             doubts.append(Doubt(pair.target, [pair], f"{pair.unproven}: --layout '{pair.target}=...' settles it"))
@@ -57,11 +57,6 @@ def infer(
         kept, doubts, [entry.key for entry in target if entry.key not in met],
         [entry.key for entry in source if entry.key not in used],
     )  # fmt: skip
-
-
-def _could_be_another(pair: Pair) -> bool:
-    """Returns whether another layout would be made of other elements: pieces of what may be woven head by head."""
-    return "split" in pair.op or "slice" in pair.op or "concat" in pair.op
 
 
 def _reason(pair: Pair) -> str:
@@ -86,6 +81,7 @@ class _Proposal:
         self._source, self._target = source, target
         self._settled = {pair.target: pair for pair in settled}
         self._shapes = {entry.key: entry.shape for entry in target}
+        self._is_rotary = not any(names.says_position(entry.key) for side in (source, target) for entry in side)
         ours, theirs = items_of(source), items_of(target)
         join_classes(ours, theirs)
         ours, theirs = cut(ours, theirs, words), cut(theirs, ours, words)
@@ -156,11 +152,11 @@ class _Proposal:
             return None
         return Pair(made.key, [item.key], layouts.op_of(item.shape, self._shapes[made.key]) or "rename", 0.0)
 
-    def _composed(self, key: str, parts: list[_Part], turned: Mapping[tuple[str, str], bool]) -> Pair | None:
+    def _composed(self, key: str, parts: list[_Part], turned: Mapping[tuple[str, str], bool | None]) -> Pair | None:
         """Returns the pair of a target that is made of these parts, if they make all of it in one way."""
         confidence = _scaled(min(part.match.margin for part in parts))
         witnesses = [name for name in parts[0].match.witnesses if all(name in part.match.witnesses for part in parts)]
-        unproven = next((text for part in parts if (text := _unproven(part, turned))), None)
+        unproven = next((text for part in parts if (text := self._unproven(part, turned))), None)
         if len(parts) == 1 and not parts[0].made.piece:
             item = parts[0].item
             op = layouts.op_of(item.shape, self._shapes[key], turned.get((item.leaf, parts[0].made.leaf)))
@@ -177,8 +173,12 @@ class _Proposal:
         op = ";".join(step for step in (ops.pop(), f"concat:{parts[0].made.dim}") if step)
         return Pair(key, [part.item.key for part in parts], op, confidence, witnesses, unproven)
 
+    def _unproven(self, part: _Part, turned: Mapping[tuple[str, str], bool | None]) -> str | None:
+        """Returns what names and shapes do not show of a part."""
+        return _unproven(part, turned) or (_ROTARY if self._is_rotary and _may_rotate(part) else None)
+
     @staticmethod
-    def _op(part: _Part, turned: Mapping[tuple[str, str], bool]) -> str | None:
+    def _op(part: _Part, turned: Mapping[tuple[str, str], bool | None]) -> str | None:
         return layouts.op_of(part.item.shape, part.made.shape, turned.get((part.item.leaf, part.made.leaf)))
 
     def _counters(self, pairs: Sequence[Pair]) -> list[Pair]:
@@ -225,26 +225,38 @@ def _paired(copy: Mapping[str, Item], twin: Mapping[str, Item]) -> list[tuple[It
     return found
 
 
-def _turned(parts: Iterable[_Part]) -> dict[tuple[str, str], bool]:
-    """Returns, per pair of leaves, whether their matrices are transposed, where those that are not square agree."""
+def _turned(parts: Iterable[_Part]) -> dict[tuple[str, str], bool | None]:
+    """Returns, per pair of leaves, whether those of their matrices that are not square are transposed; None: some."""
     votes: dict[tuple[str, str], set[bool]] = defaultdict(set)
     for part in parts:
         one, other = part.item.shape, part.made.shape
         if len(one) == len(other) == 2 and one[0] != one[1] and 1 not in one:
             votes[part.item.leaf, part.made.leaf].add(one != other)
-    return {leaves: found == {True} for leaves, found in votes.items() if len(found) == 1}
+    return {leaves: found == {True} if len(found) == 1 else None for leaves, found in votes.items()}
 
 
-def _unproven(part: _Part, turned: Mapping[tuple[str, str], bool]) -> str | None:
-    """Returns what names and shapes do not show of a part."""
+_WOVEN = "whether the rows of q, k and v lie one behind the other or head by head"
+
+_ROTARY = "whether rotary heads lie in two halves or in pairs of rows"
+
+
+def _may_rotate(part: _Part) -> bool:
+    """Returns whether a part is a projection to queries or keys, in a module that another code base names otherwise."""
+    ours, theirs = (tuple(text.lower() for text in item.path[-3:]) for item in (part.item, part.made))
+    return ours != theirs and names.projection(names.segment(part.made.path[-1])) in ("query", "key")
+
+
+def _unproven(part: _Part, turned: Mapping[tuple[str, str], bool | None]) -> str | None:
+    """Returns what names and shapes do not show of a part, positions aside."""
     for item in (part.item, part.made):
         if item.piece and item.path[-1] in QKV and not names.is_in_proj(item.path[:-1]):
-            return "whether the rows of q, k and v lie one behind the other or head by head"
+            return _WOVEN
     shape = part.item.shape
     is_square = len(shape) == 2 and shape[0] == shape[1] > 1 and part.made.shape == shape
-    if is_square and part.item.leaf != part.made.leaf and (part.item.leaf, part.made.leaf) not in turned:
+    leaves = part.item.leaf, part.made.leaf
+    if is_square and turned.get(leaves) is None and (leaves in turned or leaves[0] != leaves[1]):
         return "whether the square matrix is transposed"
-    if is_square and turned.get((part.item.leaf, part.made.leaf)):
+    if is_square and turned.get(leaves):
         return "whether the square matrix is transposed, as others of these names are"
     return None
 

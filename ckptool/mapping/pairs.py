@@ -35,7 +35,8 @@ class Pair:
     witnesses: list[str] = field(default_factory=list)
     """What speaks for it, see WITNESSES."""
     unproven: str | None = None
-    """What names and shapes cannot show of ``op``: a transposed square matrix, heads woven row by row, and so on."""
+    """What names and shapes cannot show of ``op``, though the sources are certain: a transposed square matrix, the row
+    order of rotary heads."""
 
 
 @dataclass(frozen=True, slots=True)

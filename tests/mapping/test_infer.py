@@ -305,3 +305,20 @@ def test_ten_thousand_experts_are_a_few_units() -> None:
     target = model("model.layers.{}.mlp", "experts.{}", ("w1", "w2", "w3"))
     found = mapped(source, target)
     assert found == {two.key: one.key for one, two in zip(source, target, strict=True)}
+
+
+def rotary(layer: str, attention: str, names: Sequence[str]) -> list[Entry]:
+    return [
+        Entry(f"{layer}.{at}.{attention}.{name}.weight", (16, 16)) for at in range(2) for name in names
+    ] + [Entry("norm.weight", (16,))]  # fmt: skip
+
+
+def test_the_row_order_of_rotary_heads_is_said_to_be_unproven_where_there_are_no_learned_positions() -> None:
+    source = rotary("layers", "attention", ("wq", "wk", "wv", "wo"))
+    target = rotary("model.layers", "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
+    unproven = {pair.target for pair in infer(source, target).pairs if pair.unproven}
+    assert unproven == {f"model.layers.{at}.self_attn.{name}_proj.weight" for at in range(2) for name in "qk"}
+    known = infer([*source, Entry("pos_embed", (9, 16))], [*target, Entry("model.pos_embed", (9, 16))])
+    assert not any(pair.unproven for pair in known.pairs)
+    wrapped = infer(source, [entry._replace(key=f"model.{entry.key}") for entry in source])
+    assert not any(pair.unproven for pair in wrapped.pairs)

@@ -54,6 +54,7 @@ BEFORE, AFTER = frozenset({"pre", "before", "input"}), frozenset({"post", "after
 _GROUP = {word: number for number, group in enumerate(FIELD_WORDS) for word in group}
 _CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _NUMBER = re.compile(r"(.*?)(\d+)([a-h]?)$")
+_POSITIONS = re.compile(r"pos(?:_|ition|[^a-z]|$)|wpe|rel(?:_|ative)")
 _LEAF = re.compile(r"(.+)_(weights?|bias|kernel|gamma|beta)$")
 
 
@@ -185,6 +186,11 @@ def around(part: Segment) -> int | None:
     """Returns 0 for a segment that says "pre", 1 for "post"; None for neither."""
     said = set(part.words)
     return 0 if said & BEFORE else 1 if said & AFTER else None
+
+
+def says_position(key: str) -> bool:
+    """Returns whether a key is that of positions that were learned: then none are rotary."""
+    return bool(_POSITIONS.search(key.lower()))
 
 
 def is_in_proj(path: Sequence[str]) -> bool:
