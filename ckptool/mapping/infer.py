@@ -243,7 +243,8 @@ _ROTARY = "whether rotary heads lie in two halves or in pairs of rows"
 def _may_rotate(part: _Part) -> bool:
     """Returns whether a part is a projection to queries or keys, in a module that another code base names otherwise."""
     ours, theirs = (tuple(text.lower() for text in item.path[-3:]) for item in (part.item, part.made))
-    return ours != theirs and names.projection(names.segment(part.made.path[-1])) in ("query", "key")
+    last = part.made.path[-1] if part.made.path else ""
+    return ours != theirs and names.projection(names.segment(last)) in ("query", "key")
 
 
 def _unproven(part: _Part, turned: Mapping[tuple[str, str], bool | None]) -> str | None:
