@@ -63,6 +63,7 @@ def run(command: str) -> str:
     given = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CKPTOOL_FOLD", "0" if piped else "1")
+        patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # a reader may have told git no name
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         if words[0] == "cd" and words[2:4] == ["&&", "ckptool"]:
             patch.chdir(words[1])
