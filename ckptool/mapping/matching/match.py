@@ -80,15 +80,16 @@ class Matcher:
         for u, v in settled:
             self._accept(Match(u, v, inf))
         self._weigh()
-        step, least = 0, inf
-        while step < len(_STEPS) and any(all(block.left) for block in self._blocks.values()):
-            found = [match for match in self._proposed() if match.margin >= _STEPS[step]]
+        step, least, proposed = 0, inf, self._proposed()
+        while proposed and step < len(_STEPS):
+            found = [match for match in proposed if match.margin >= _STEPS[step]]
             for match in found:
                 match.margin = min(match.margin, least)
                 self._accept(match)
             if found:
                 least = min(match.margin for match in found)
                 self._weigh()
+                proposed = self._proposed()
             else:
                 step += 1
         return self._matches
