@@ -23,7 +23,6 @@ def single(units: list[Unit], others: list[Unit]) -> tuple[list[Unit], set[int]]
     """
     uncertain: set[int] = set()
     there = Counter(unit.main.kind for unit in others)
-    words = {word for unit in others for word in names.words_of(unit.segments)}
     for copies in _copies(units):
         inside = [[unit for unit in units if unit.path[: len(path)] == path] for path in copies]
         kinds = Counter(unit.main.kind for unit in inside[0])
@@ -31,6 +30,7 @@ def single(units: list[Unit], others: list[Unit]) -> tuple[list[Unit], set[int]]
         repeated = sum(here[kind] >= (len(copies) - 0.5) * there[kind] for kind in kinds)
         if repeated < 0.8 * len(kinds) or not any(there[kind] for kind in kinds):
             continue
+        words = {word for unit in others for word in names.words_of(unit.segments)}
         own = [set(names.words_of(inside[at][0].segments[: len(path)])) for at, path in enumerate(copies)]
         kept = _meant(own, words)
         if kept is None:

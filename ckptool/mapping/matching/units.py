@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 from ckptool.core.keys import is_counter
@@ -43,7 +44,7 @@ class Item:
     """Of a piece, how many there are."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Unit:
     """A module with its tensors, or a single tensor, that stands for its copies in repeated blocks too."""
 
@@ -62,7 +63,7 @@ class Unit:
         """Units of one kind may become each other."""
         return self.main.kind, len(self.copies)
 
-    @property
+    @cached_property
     def content(self) -> Hashable:
         """What the unit holds, to find repeated blocks."""
         return frozenset((role, item.kind) for role, item in self.items.items())
@@ -95,21 +96,26 @@ def items_of(entries: Sequence[Entry]) -> list[Item]:
 
 def _place(items: list[Item]) -> None:
     """Sets the positions: children of a module as first listed, numbered ones by number if their listing is not."""
-    children: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
-    here: dict[tuple[str, ...], list[Item]] = defaultdict(list)
+    children: list[dict[str, int]] = [{}]  # of each module, by the last segment, and of each key
+    here: dict[int, list[Item]] = defaultdict(list)
     for item in items:
-        path = (*item.path, item.leaf)
-        here[path].append(item)
-        for depth, text in enumerate(path):
-            children[path[:depth]][text] = None
+        node = 0
+        for text in (*item.path, item.leaf):
+            below = children[node].get(text)
+            if below is None:
+                below = children[node][text] = len(children)
+                children.append({})
+            node = below
+        here[node].append(item)
     count = 0
-    stack: list[tuple[str, ...]] = [()]
+    stack = [0]
     while stack:
-        path = stack.pop()
-        for item in here.get(path, ()):
+        node = stack.pop()
+        for item in here.get(node, ()):
             item.position = count
             count += 1
-        stack += [(*path, text) for text in reversed(_ordered(list(children.get(path, ()))))]
+        if children[node]:
+            stack += [children[node][text] for text in reversed(_ordered(list(children[node])))]
 
 
 def _ordered(texts: list[str]) -> list[str]:
