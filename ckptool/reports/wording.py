@@ -67,6 +67,8 @@ def _below(report: DiffReport) -> Iterator[Difference]:
                 text += f", {row.unmeasured:,} of them without a distance"
             if row.allowed not in (None, row.changed):
                 text += f", {row.allowed:,} allowed"
+            if row.changed and row.close:
+                text += f", {row.close:,} close"
             distance = f"{_distance(row)}; " * (row.unmeasured < row.tensors)
             yield Difference(kind, row.prefix, distance + text, "" if row.allowed == row.changed else None)
 
@@ -114,6 +116,17 @@ def headline(report: DiffReport) -> str:
     harmless = ["bookkeeping"] * bool(report.bookkeeping) + ["ties"] * bool(report.tied)
     but = f" but for {' and '.join(harmless)}" if harmless else ""
     return f"same{but}: {equal}"
+
+
+def judged(report: DiffReport) -> list[str]:
+    """Returns what ``--fail-on`` made of a comparison, as label and text; nothing where the headline says it."""
+    from ckptool.ops.diff import HARMLESS, failing
+
+    if named := [kind for kind in report.fails if kind in HARMLESS]:
+        return ["failed", f"--fail-on {','.join(named)}"]
+    found, planned = report.found(), Counter(row.kind for row in report.allowed)
+    passed = not report.fails and any(found[kind] > planned[kind] for kind in failing(None))
+    return ["passed", "--fail-on names nothing of what differs"] if passed else []
 
 
 def harmless(report: DiffReport) -> Iterator[Difference]:

@@ -321,6 +321,31 @@ def test_fail_on_narrows_what_makes_exit_1(kind: str, one: Any, other: Any, save
     assert run("diff", *paths, "--values", "--fail-on", kind, "--exit-zero")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "given", "code", "last"),
+    [
+        (FULL, OLD, ["--fail-on", "bookkeeping"], 1, "failed --fail-on bookkeeping"),
+        (NEW, OLD, ["--fail-on", "dtype"], 0, "passed --fail-on names nothing of what differs"),
+        (NEW, OLD, ["--fail-on", "shape,bookkeeping"], 1, "failed --fail-on bookkeeping"),
+        (
+            NEW,
+            OLD,
+            ["--values", "--fail-on", "devices", "--depth", "1"],
+            0,
+            "passed --fail-on names nothing of what differs",
+        ),
+        (NEW, OLD, ["--fail-on", "shape"], 1, ""),  # differ, and that fails
+        (FULL, OLD, ["--fail-on", "shape"], 0, ""),
+    ],
+)
+def test_the_text_says_what_fail_on_made_of_it_where_the_verdict_alone_would_mislead(
+    a: str, b: str, given: list[str], code: int, last: str, run: Run
+) -> None:
+    found, out, _ = run("diff", a, b, *given)
+    said = " ".join(out.splitlines()[-1].split())
+    assert (found, said if said.startswith(("failed", "passed")) else "") == (code, last)
+
+
 def test_exit_zero_changes_the_code_and_not_the_answer(run: Run) -> None:
     code, out, _ = run("diff", NEW, OLD)
     assert (code, (0, out)) == (1, run("diff", NEW, OLD, "--exit-zero")[:2])

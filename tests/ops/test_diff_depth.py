@@ -232,6 +232,7 @@ def test_close_values_are_close_below_a_prefix_too(saved: Saved, run: Run) -> No
     ]
     lines = run("diff", *paths, "--values", "--depth", "1")[1].splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [["close", "a"], ["differs", "b"]]
+    assert lines[2].endswith("1 of 2 tensors, 1 close")
 
 
 def test_shards_and_a_file_have_the_same_distances(saved: Saved, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def _details(report: DiffReport | SchemaReport, top: int | None) -> list[str]:
         notes = [["bookkeeping", f"{counters} x num_batches_tracked"]] if counters else []
         notes += [["sizes", sizes]] if sizes else []
     notes += [["note", render.short(text)] for text in report.notes]
+    notes += [judged] if isinstance(report, DiffReport) and (judged := wording.judged(report)) else []
     return [*render.aligned(lines), *render.aligned(allowed), *render.aligned(notes)]
 
 
