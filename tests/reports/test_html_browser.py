@@ -286,6 +286,48 @@ def test_what_a_screen_reader_is_told(chromium: Browser, pages: Pages) -> None:
         assert chromium.run("return document.querySelectorAll('.matrix button[tabindex=\"0\"]').length") == 1
 
 
+CONTRAST = """
+    const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const over = (colour, ground) => {
+        for (const one of [`rgb(${ground})`, colour]) { canvas.fillStyle = one; canvas.fillRect(0, 0, 1, 1); }
+        return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const part = (byte) => (byte / 255 <= 0.03928 ? byte / 255 / 12.92 : ((byte / 255 + 0.055) / 1.055) ** 2.4);
+    const light = ([red, green, blue]) => 0.2126 * part(red) + 0.7152 * part(green) + 0.0722 * part(blue) + 0.05;
+    const walk = document.createTreeWalker(document.getElementById('main'), NodeFilter.SHOW_TEXT);
+    const faint = [];
+    while (walk.nextNode()) {
+        const inside = walk.currentNode.parentElement;
+        if (inside.closest('.unseen, option') || !inside.getClientRects().length) continue;
+        const grounds = [];
+        for (let at = inside; at; at = at.parentElement) grounds.unshift(getComputedStyle(at).backgroundColor);
+        const ground = grounds.reduce((under, colour) => over(colour, under), [255, 255, 255]);
+        const [one, other] = [light(over(getComputedStyle(inside).color, ground)), light(ground)];
+        const ratio = Math.max(one, other) / Math.min(one, other);
+        if (ratio < 4.5) faint.push(`${ratio.toFixed(2)} ${inside.className} ${walk.currentNode.textContent}`);
+    }
+    return faint;
+"""
+"""Texts whose contrast is below the 4.5 of WCAG 2 (AA)."""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(("name", "view"), [("values", "#t=h.0.attn.q.bias"), ("values", "#colour=status"),
+                                            ("stats", "#colour=std"), ("plain", "#colour=dtype")])  # fmt: skip
+def test_all_text_can_be_read_on_its_ground(name: str, view: str, dark: bool, chromium: Browser, pages: Pages) -> None:
+    chromium.size(1200, 900, dark)
+    chromium.open(pages[name], view)
+    assert chromium.run(CONTRAST) == []
+
+
+def test_a_weight_that_is_tied_in_a_alone_has_its_place_in_the_map(chromium: Browser, tmp_path: Path) -> None:
+    a = {"embed.w": torch.ones(20, 4), "h.w": torch.ones(40)}
+    b = a | {"head.w": torch.ones(10, 4)}
+    paths = saved_pair(tmp_path, a | {"head.w": a["embed.w"]}, b)
+    chromium.open(written(tmp_path, "diff", *paths))
+    assert sorted(tiles(chromium)) == ["embed", "h", "head"]
+
+
 def test_what_stands_out_among_the_values_is_listed(chromium: Browser, pages: Pages) -> None:
     chromium.open(pages["stats"])
     lines = chromium.texts("#outliers li")

@@ -46,7 +46,7 @@ const bytes = (number) => scaled(number, 1000, [" B", "kB", "MB", "GB", "TB", "P
 const count = (number) => scaled(number, 1000, ["", "k", "M", "G", "T"]);
 const whole = (number) => number.toLocaleString("en-US");
 const plural = (number, word) => `${whole(number)} ${word}${number === 1 ? "" : "s"}`;
-const percent = (share) => (share >= 0.0995 || share === 0 ? `${Math.round(share * 100)} %` : share < 0.001 ? "< 0.1 %" : `${(share * 100).toFixed(1)} %`);
+const percent = (share) => (share > 0.995 && share < 1 ? "> 99 %" : share >= 0.0995 || share === 0 ? `${Math.round(share * 100)} %` : share < 0.001 ? "< 0.1 %" : `${(share * 100).toFixed(1)} %`);
 const dims = (shape) => (shape === null || shape === undefined ? "?" : shape.length ? shape.join("×") : "scalar");
 
 function figure(number) {
@@ -80,13 +80,13 @@ const fromZero = (row) => row.rel_l2 === null && row.max_abs !== null;
 /** Returns the text of a distance that may be null. */
 const distance = (row, name) => (row[name] === undefined ? "" : row[name] !== null ? figure(row[name]) : row.by ? `other ${row.by}` : fromZero(row) ? "A is zero" : "not finite");
 
-/** A tensor. What the page holds of it is read from the columns; a tie counts where the first of its names is. */
+/** A tensor. What the page holds of it is read from the columns; a tie counts where the first of its names is, if B has the tie. */
 class Row {
   constructor(at) {
     this.at = at;
     this.elements = this.shape ? this.shape.reduce((product, size) => product * size, 1) : this.parts || 0;
-    this.numel = this.tied_to === undefined ? this.elements : 0;
-    this.nbytes = this.tied_to === undefined ? this.bytes : 0;
+    const counts = this.tied_to === undefined || ["shape", "only-in-a", "only-in-b"].includes(this.status);
+    [this.numel, this.nbytes] = counts ? [this.elements, this.bytes] : [0, 0];
   }
 
   get key() {

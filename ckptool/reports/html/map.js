@@ -115,7 +115,8 @@ function paint(element, part, name, hue) {
 /** Colours an element by a share from 0 to 1; null: not a number. */
 function heat(element, share) {
   element.classList.add(share === null ? "no-value" : "heat");
-  if (share > 0.62) element.classList.add("deep");
+  element.classList.toggle("deep", share > 0.57);
+  element.classList.toggle("deepest", share > 0.94);
   if (share !== null) element.style.setProperty("--share", `${Math.round(share * 100)}%`);
 }
 
@@ -188,7 +189,7 @@ class Treemap {
       if (part.rest) tile.classList.add("rest");
       else paint(tile, part, this.colour, shade);
       this.tiles.push(part);
-      if (w > 34 && h > 16) {
+      if (w > 34 && h > 20) {
         const name = part.rest ? `${whole(part.rest)} smaller` : named(part.name);
         tile.append(make("span", { class: "name" }, name));
         if (h > 34 && w > 50 && !inner) tile.append(make("span", { class: "size" }, sizeText(part, by)));

@@ -119,14 +119,16 @@ function start() {
   document.getElementById("main").append(...[
     make("section", { class: "top", "aria-label": "Figures" }, figures),
     alarming ? findings(open) : null,
+    DIFF ? sections(open) : null,
     make("section", { class: "card", "aria-labelledby": "map-title" },
       make("div", { class: "bar-line" }, make("h2", { id: "map-title" }, "Modules"), make("nav", { "aria-label": "Module" }, crumbs), make("div", { class: "choices" }, sizes, colours)),
       make("div", { class: "map-side" }, make("div", { class: "map-box" }, map.box, key), side)),
     grid,
     make("section", { class: "card", "aria-labelledby": "table-title" },
       make("div", { class: "bar-line" }, make("h2", { id: "table-title" }, "Tensors"), make("label", { class: "search" }, make("span", { class: "unseen" }, "Search"), search), grades, found), table.box),
-    ...[...sections(open), !DIFF && REPORT.check?.unchecked.length && !alarming ? findings(open) : null].filter(Boolean),
-  ].filter(Boolean));
+    DIFF ? null : sections(open),
+    !DIFF && REPORT.check?.unchecked.length && !alarming ? findings(open) : null,
+  ].flat().filter(Boolean));
   document.getElementById("foot").append(`Made by ckptool ${safe(DOC.version)}. Everything is in this file: it asks no network, and its address holds the view.`);
   state = fromFragment();
   show(null);

@@ -125,12 +125,12 @@ function branches(nodes) {
   }));
 }
 
-/** Returns all sections below the table. */
+/** Returns the other sections: of `diff` above the map, of `inspect` below the table. */
 function sections(open) {
   const notes = [...(REPORT.problems || []), ...(DIFF ? [] : REPORT.notes || []), ...DOC.notes].map(safe);
   if (DIFF) {
     const refused = REPORT.loadability.map(({ key, why }) => [make("span", { class: "key" }, named(key)), `: ${safe(why)}`]);
-    return [listed("Why load_state_dict(strict=True) of A's model would refuse B", "loadability", refused), listed("Notes", "notes", notes)];
+    return [listed("Notes", "notes", notes), listed("Why load_state_dict(strict=True) of A's model would refuse B", "loadability", refused)];
   }
   const names = Object.entries(REPORT.kinds || {}).sort(([, one], [, other]) => "aou".indexOf(one[0]) - "aou".indexOf(other[0]));
   const texts = new Map(REPORT.beside.map((one) => [one.path, one.text]));

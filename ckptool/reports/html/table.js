@@ -18,8 +18,8 @@ function columnsOf() {
     ...(HAS.values ? [{ ...value("Relative L2", "rel_l2"), id: "rel_l2", wide: 110, warm: true }, { ...value("Max abs", "max_abs"), id: "max_abs", wide: 96 }] : []),
     ...(known("mean_abs") ? [{ ...value("Mean abs", "mean_abs"), id: "mean_abs", wide: 96 }] : []),
     ...(known("cosine") ? [{ ...value("Cosine", "cosine"), id: "cosine", wide: 96 }] : []),
-    { name: "Shape", id: "shape", wide: DIFF ? 170 : 120, of: (row) => row.elements, text: (_, row) => shape(row) },
-    { name: "Dtype", id: "dtype", wide: DIFF ? 140 : 92, of: (row) => row.dtype },
+    { name: "Shape", id: "shape", wide: "other" in Row.prototype ? 170 : 120, of: (row) => row.elements, text: (_, row) => shape(row) },
+    { name: "Dtype", id: "dtype", wide: DTYPES.some((dtype) => dtype.length > 10) ? 140 : 92, of: (row) => row.dtype },
     { ...number("Parameters", (row) => row.elements, count), id: "numel", wide: 106 },
     { ...number("Bytes", (row) => row.bytes, bytes), id: "nbytes", wide: 92 },
     ...(HAS.stats ? [
