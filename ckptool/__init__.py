@@ -11,6 +11,7 @@ TYPE_CHECKING = False  # type checkers know this name; importing typing would do
 if TYPE_CHECKING:
     from typing import Any
 
+    from ckptool.api.inferring import infer
     from ckptool.api.loading import load_partial, plan_partial
     from ckptool.api.reading import check_schema, diff, inspect
     from ckptool.api.sources import open
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from ckptool.limits import limited
+    from ckptool.mapping.like import InferReport
+    from ckptool.mapping.pairs import Doubt, Pair
     from ckptool.ops.convert import ConvertReport
     from ckptool.ops.diff import Changed, DiffReport, TiedAway, ValuesChanged
     from ckptool.ops.inspect import Beside, InspectReport, TensorRow
@@ -58,12 +61,14 @@ __all__ = [
     "ConvertReport",
     "DependencyError",
     "DiffReport",
+    "Doubt",
     "FilterReport",
     "Finding",
     "FormatError",
     "Group",
     "Histogram",
     "IncompleteError",
+    "InferReport",
     "InspectReport",
     "LimitError",
     "LoadPartialReport",
@@ -71,6 +76,7 @@ __all__ = [
     "Mapped",
     "NoTensorsError",
     "OutputError",
+    "Pair",
     "PrefixStats",
     "RemapReport",
     "Row",
@@ -91,6 +97,7 @@ __all__ = [
     "convert",
     "diff",
     "filter",
+    "infer",
     "inspect",
     "invert",
     "limited",
@@ -105,9 +112,9 @@ __all__ = [
 
 _MODULES = (
     "errors", "core.tensor", "api.sources", "api.reading", "api.writing", "api.loading", "limits", "ops.rules",
-    "ops.inspect", "core.findings", "ops.diff", "ops.rows", "ops.remap", "ops.convert", "partial.plan",
+    "api.inferring", "ops.inspect", "core.findings", "ops.diff", "ops.rows", "ops.remap", "ops.convert", "partial.plan",
     "partial.handover", "saving", "references.schema",
-    "reports",
+    "reports", "mapping.pairs", "mapping.like",
 )  # fmt: skip
 """Where the public names are defined, those first that are used most."""
 

@@ -45,11 +45,12 @@ def test_the_library_does_what_its_page_says(tmp_path: Path) -> None:
 
 
 PUBLIC = """
-Beside Changed Check Checkpoint CkptoolError CollisionError ConvertReport DependencyError DiffReport
-FilterReport Finding FormatError Group Histogram IncompleteError InspectReport LimitError LoadPartialReport LossError
-Mapped NoTensorsError OutputError PrefixStats RemapReport Row Rules Saved SchemaReport Stats StrictError TensorInfo
-TensorRow TiedAway UnreadableError UnsupportedError UsageError ValuesChanged __version__ check_schema convert diff
-filter inspect invert limited load_partial open plan_partial remap render save
+Beside Changed Check Checkpoint CkptoolError CollisionError ConvertReport DependencyError DiffReport Doubt
+FilterReport Finding FormatError Group Histogram IncompleteError InferReport InspectReport LimitError
+LoadPartialReport LossError Mapped NoTensorsError OutputError Pair PrefixStats RemapReport Row Rules Saved
+SchemaReport Stats StrictError TensorInfo TensorRow TiedAway UnreadableError UnsupportedError UsageError ValuesChanged
+__version__ check_schema convert diff filter infer inspect invert limited load_partial open plan_partial remap render
+save
 """
 
 

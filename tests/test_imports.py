@@ -127,7 +127,10 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
         ["convert", SAFE, "-o", "out.pth"],
         f"{WRITE} {TORCH} {SAFETENSORS} cli.convert ops ops.convert ops.notes ops.scales",
     ),
-    "remap": (["remap", OLD, "--add-prefix", "x.", "-o", "out.pth"], f"{WRITE} {TORCH} {RULES} cli.remap"),
+    "remap": (
+        ["remap", OLD, "--add-prefix", "x.", "-o", "out.pth"],
+        f"{WRITE} {TORCH} {RULES} cli.remap cli.screens cli.screens.remap",
+    ),
     "load-partial": (
         ["load-partial", OLD, "--into", FULL, "-o", "out.pth"],
         f"{WRITE} {TORCH} {MERGE} {PARTIAL} api.loading cli.load_partial cli.screens cli.screens.plans "

@@ -26,6 +26,12 @@ StripPrefix = Annotated[Texts, typer.Option(metavar="P", help="Remove a prefix f
 AddPrefix = Annotated[str | None, typer.Option(metavar="P", help="Add a prefix to the source's keys.")]
 Rename = Annotated[Texts, typer.Option(metavar="A=B", help="Rename segments; {i} and * match one each.")]
 RulesFiles = Annotated[Texts, typer.Option(metavar="FILE", help="Rules from a TOML or JSON file.")]
+MinConfidence = Annotated[
+    float | None, typer.Option(min=0, max=1, metavar="X", help="With what confidence a key is matched, by default 0.8.")
+]
+SaveRules = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Write the rules that were found, for --rules: TOML, or .json.")
+]
 AllowUnused = Annotated[bool, typer.Option("--allow-unused", help="Allow rules and patterns that match no key.")]
 MinLoaded = Annotated[
     str | None, typer.Option(metavar="90%", help="Exit 1 if fewer of the target's parameters are loaded.")

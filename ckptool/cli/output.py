@@ -14,12 +14,13 @@ from ckptool.reports import document
 
 if TYPE_CHECKING:  # `inspect` and `diff` need the bar only, and must not import what writes
     from ckptool.core.checkpoint import Checkpoint
+    from ckptool.mapping.like import LikeReport
     from ckptool.ops.remap import RemapReport
     from ckptool.ops.rows import FilterReport
     from ckptool.partial.plan import LoadPartialReport
     from ckptool.saving import Saved, SaveOptions
 
-    Report = TypeVar("Report", FilterReport, RemapReport, LoadPartialReport)
+    Report = TypeVar("Report", FilterReport, RemapReport, LikeReport, LoadPartialReport)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,9 @@ class Outputs:
             return saving.save(checkpoint, path, self.options, progress)
 
     def write_beside(self, path: str | None, content: Any) -> None:
-        """Writes another JSON document, if a path is given and it is not a dry run."""
+        """Writes another JSON document, or a text, if a path is given and it is not a dry run."""
         if path is not None and not self.dry_run:
-            self._write_text(path, document.text(content))
+            self._write_text(path, content if isinstance(content, str) else document.text(content))
 
     def finish(
         self, result: Any, notes: Sequence[str], lines: Callable[[], Iterable[str]], errors: Sequence[CkptoolError] = ()

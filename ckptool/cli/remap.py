@@ -1,7 +1,6 @@
 """ckptool remap."""
 
 import os
-from collections import Counter
 from dataclasses import replace
 from typing import Annotated
 
@@ -9,15 +8,14 @@ import typer
 
 import ckptool
 from ckptool import formats
-from ckptool.cli import options, render
+from ckptool.cli import options
 from ckptool.cli.options import Texts
 from ckptool.cli.output import Outputs, heading
+from ckptool.cli.screens import remap as screen
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
-from ckptool.ops.remap import RemapReport
 from ckptool.ops.rules import PRESETS
 from ckptool.saving import SaveOptions
-from ckptool.text import plural
 
 
 def command(
@@ -39,7 +37,33 @@ def command(
     invert: Annotated[str | None, typer.Option(metavar="MAP", help="Undo what --save-map recorded.")] = None,
     save_map: Annotated[str | None, typer.Option(metavar="MAP", help="Write what was done, for --invert.")] = None,
     allow_unused: options.AllowUnused = False,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET", help="Find the rules: make FILE like a checkpoint, or PKG.MOD:NAME, which is run."
+        ),
+    ] = None,
+    arg: options.Arg = None,
+    min_confidence: options.MinConfidence = None,
+    values: Annotated[
+        bool, typer.Option("--values/--no-values", help="With --like: equal values decide, where TARGET has some.")
+    ] = True,
+    layout: Annotated[
+        Texts,
+        typer.Option(metavar="GLOB=HOW", help="What names and shapes cannot show: as-is, transposed, heads:N, ..."),
+    ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Say why a key was matched, or was not; a GLOB says it of several."),
+    ] = None,
+    save_rules: options.SaveRules = None,
+    min_loaded: options.MinLoaded = None,
+    require: options.Require = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="With --like: exit 1 on missing, unexpected or unproven keys.")
+    ] = False,
     root: options.Root = None,
+    like_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in TARGET.")] = None,
     tp_rules: options.TpRules = None,
     map_location: options.MapLocation = None,
     verify: options.Verify = False,
@@ -55,16 +79,25 @@ def command(
     $ ckptool remap model.pth --rename layer1=stage1 -o renamed.pth
     $ ckptool remap model.pth --add-prefix backbone. -o renamed.pth --save-map map.json
     $ ckptool remap renamed.pth --invert map.json -o back.pth
+    $ ckptool remap model.pth --like new.pth -o renamed.pth --save-rules rules.toml
     """
-    options.require_output(output, dry_run)
+    given = {
+        "--arg": arg, "--min-confidence": min_confidence, "--layout": layout, "--explain": explain,
+        "--save-rules": save_rules, "--min-loaded": min_loaded, "--require": require, "--strict": strict,
+        "--like-root": like_root, "--no-values": not values,
+    }  # fmt: skip
+    if like is None and (senseless := [name for name, value in given.items() if value not in (None, False)]):
+        raise UsageError(f"{', '.join(senseless)} {'go' if len(senseless) > 1 else 'goes'} with --like TARGET")
+    options.require_output(output, dry_run or bool(like and (explain or save_rules)))
     chosen = options.in_order(
         ctx, strip_prefix=strip_prefix, add_prefix=add_prefix, rename=rename, sub=sub, drop=drop, copy=copy,
         preset=preset, rules=rules,
     )  # fmt: skip
-    if invert is not None and chosen.rules:
+    if invert is not None and (chosen.rules or like is not None):
         raise UsageError("--invert goes with no other rule")
-    if invert is None and not chosen.rules:
-        raise UsageError("no rule: see --rename, --strip-prefix, --sub, --rules and the others in --help")
+    if invert is None and not chosen.rules and like is None:
+        raise UsageError("no rule: see --like, --rename, --strip-prefix, --sub, --rules and the others in --help")
+    options.refuse_arguments(arg, like)
     opened = ckptool.open(file, root=root, tp_rules=tp_rules)
     to = _own_format(opened, output) if to is None and output is not None else to
     save_options = SaveOptions(
@@ -72,6 +105,13 @@ def command(
         shard_name, with_files,
     )  # fmt: skip
     outputs = Outputs("remap", save_options, report_file, dry_run, options.form(None, as_json))
+    if like is not None:
+        target = options.reference(like, like_root, arg, tp_rules)
+        outputs.check([] if output is None else [output], [opened, target], save_map, save_rules)
+        from ckptool.cli import like as finding
+
+        wanted = finding.Wanted(min_confidence, layout, explain, min_loaded, require, strict, allow_unused, values)
+        return finding.run(opened, target, chosen, wanted, outputs, output, save_map, save_rules)
     outputs.check([] if output is None else [output], [opened], save_map)
     if invert is not None:
         checkpoint, report = ckptool.invert(opened, options.read_data(invert))
@@ -80,7 +120,7 @@ def command(
     report = outputs.write(checkpoint, output, report)
     outputs.write_beside(save_map, report.saved)
     begin = heading(dry_run, output)
-    outputs.finish(replace(report, saved=None), report.notes, lambda: _lines(report, begin))
+    outputs.finish(replace(report, saved=None), report.notes, lambda: screen.lines(report, begin))
     return 0
 
 
@@ -97,41 +137,3 @@ def _own_format(opened: Checkpoint, output: str) -> str | None:
     if own.writes or (by_suffix is None and not os.path.splitext(output)[1]):
         return own.written_as or None
     return None
-
-
-def _lines(report: RemapReport, begin: str) -> list[str]:
-    renamed = sum(row.op == "rename" and row.old != [row.new] for row in report.map)
-    copied = sum(row.op == "copy" for row in report.map)
-    made = sum(row.op not in ("rename", "copy") for row in report.map)
-    parts = [plural(len(report.map), "key"), f"{renamed:,} renamed"]
-    parts += [f"{copied:,} copied"] if copied else []
-    parts += [f"{made:,} computed"] if made else []
-    parts += [f"{len(report.dropped):,} dropped"] if report.dropped else []
-    lines = render.headline(begin + ", ".join(parts))
-    lines += render.aligned(_renamed(report), keys=True)
-    made_rows = [(f"{', '.join(row.old)} -> {row.new}", row.op) for row in report.map if row.op != "rename"]
-    lines += render.aligned([[name, made_rows[members[0]][1]] for name, members in render.fold(made_rows)], keys=True)
-    lines += render.aligned([["dropped", name] for name, _ in render.fold([(key, None) for key in report.dropped])])
-    lines += render.aligned([["note", render.short(text)] for text in report.notes])
-    lines += render.aligned([["unused", text] for text in report.unused_rules])
-    return lines
-
-
-def _renamed(report: RemapReport) -> list[list[str]]:
-    """Returns a line per kind of rename, ``module.layer1 -> stages.1``, without equal last segments; else per key."""
-    counts: Counter[tuple[str, str]] = Counter()
-    renamed = [row for row in report.map if row.op == "rename" and row.old != [row.new]]
-    if not render.folds():
-        return [[row.old[0], "->", row.new] for row in renamed]
-    for row in renamed:
-        if row.new.endswith(f".{row.old[0]}"):  # a fast path: a prefix is often added to every key
-            counts["", row.new[: -len(row.old[0]) - 1]] += 1
-            continue
-        old, new = row.old[0].split("."), row.new.split(".")
-        while old and new and old[-1] == new[-1]:
-            old.pop()
-            new.pop()
-        counts[".".join(old), ".".join(new)] += 1
-    return [
-        [old or "(nothing)", "->", new or "(nothing)", plural(count, "key")] for (old, new), count in counts.items()
-    ]

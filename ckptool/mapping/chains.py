@@ -43,13 +43,15 @@ def applied(ops: Iterable[Op], history: Any) -> Any:
 def chain(pair: Pair, shapes: Mapping[str, Shape], wanted: Shape) -> Chain:
     """Returns what a pair says, for sources of these shapes. Raises: UsageError if that gives no tensor of ``wanted``.
 
-    Beside the words of ``Mapped.op`` these are known: ``reshape:a,b,..`` with a shape, ``stack:dim``, and
-    ``rope_interleave:dim:heads`` and ``rope_deinterleave:dim:heads``, the two orders of rotary rows.
+    Beside the words of ``Mapped.op`` these are known: ``reshape:a,b,..`` with a shape; ``stack:dim``;
+    ``groupslice:dim:groups:a:b``, rows a to b of each of equal groups, and its inverse ``groupconcat:dim:groups``;
+    ``shuffle:dim:a:b``, rows counted by a and b transposed; ``rope_interleave:dim:heads`` and
+    ``rope_deinterleave:dim:heads``, the two orders of rotary rows.
     """
     if pair.op == "rename" and len(pair.source) == 1 and shapes[pair.source[0]] == wanted:
         return Chain(tuple(pair.source), ((),), None, ())
     words = [word for word in pair.op.split(";") if word != "rename"]
-    joins = [at for at, word in enumerate(words) if word.startswith(("concat", "stack"))]
+    joins = [at for at, word in enumerate(words) if word.startswith(("concat", "stack", "groupconcat"))]
     many = len(pair.source)
     at = joins[0] if joins else len(words)
     try:
@@ -61,18 +63,26 @@ def chain(pair: Pair, shapes: Mapping[str, Shape], wanted: Shape) -> Chain:
         for number, own in enumerate(each):
             ops, last[number] = _parsed(own, last[number], [*own, *rest], wanted, many)
             parts.append(ops)
+        grouped: tuple[Op, ...] = ()
         if join:
-            dim = int(join[0].partition(":")[2])
+            dim, *groups = map(int, join[0].split(":")[1:])
+            for number, shape in enumerate(last if groups else ()):
+                apart = (*shape[:dim], groups[0], shape[dim] // groups[0], *shape[dim + 1 :])
+                parts[number], last[number] = (*parts[number], ("reshape", apart)), after([("reshape", apart)], shape)
+            dim += len(groups)
             if len({(*shape[:dim], *shape[dim + 1 :]) for shape in last}) > 1 or dim >= len(last[0]):
                 raise ValueError("shapes that do not fit together")
             last[0] = (*last[0][:dim], sum(shape[dim] for shape in last), *last[0][dim + 1 :])
+            if groups:
+                flat = (*last[0][: dim - 1], last[0][dim - 1] * last[0][dim], *last[0][dim + 1 :])
+                grouped, last[0] = (("reshape", flat),), flat
         rear, made = _parsed(words[at + 1 :], last[0], words[at + 1 :], wanted, 1)
         if made != wanted and {made, wanted} != {(), (1,)}:
             raise ValueError(f"shape {list(made)}")
     except (ValueError, IndexError, ZeroDivisionError) as error:
         what = f"{pair.op!r} of {', '.join(pair.source[:3])}"
         raise UsageError(f"{pair.target}: {what} does not give shape {list(wanted)}: {error}") from error
-    return _by_heads(Chain(tuple(pair.source), tuple(parts), ("cat", dim) if join else None, rear), shapes)
+    return _by_heads(Chain(tuple(pair.source), tuple(parts), ("cat", dim) if join else None, grouped + rear), shapes)
 
 
 def _joined(words: Sequence[str], many: int) -> tuple[list[list[str]], list[str]]:
@@ -80,7 +90,7 @@ def _joined(words: Sequence[str], many: int) -> tuple[list[list[str]], list[str]
     if many == 1:
         return [list(words)], []
     *before, join = words
-    match = re.fullmatch(r"(concat|stack):(\d+)(?:<(.*)>)?", join)
+    match = re.fullmatch(r"(concat|stack|groupconcat):(\d+(?::\d+)?)(?:<(.*)>)?", join)
     if match is None:
         raise ValueError(join)
     each = match[3].split("|") if match[3] else [""] * many
@@ -88,7 +98,7 @@ def _joined(words: Sequence[str], many: int) -> tuple[list[list[str]], list[str]
         raise ValueError("an operation for each source")
     flat = ["reshape"] if match[1] == "stack" else []
     own = [[*before, *(word for word in text.split("+") if word not in ("", "rename")), *flat] for text in each]
-    return own, [f"concat:{match[2]}"]
+    return own, [join.partition("<")[0].replace("stack", "concat")]
 
 
 def _parsed(
@@ -113,14 +123,22 @@ def _parsed(
             made = [("slice", dim, part * size, part * size + size)]
         elif name == "slice":
             made = [("slice", *map(int, texts))]
-        elif name in ("rope_interleave", "rope_deinterleave"):
-            dim, heads = map(int, texts)
-            half = shape[dim] // heads // 2
-            pairs = (2, half) if name == "rope_interleave" else (half, 2)
-            order = [*range(len(shape) + 2)]
-            order[dim + 1], order[dim + 2] = dim + 2, dim + 1
-            apart = (*shape[:dim], heads, *pairs, *shape[dim + 1 :])
-            made = [("reshape", apart), ("permute", tuple(order)), ("reshape", shape)]
+        elif name == "groupslice":
+            dim, groups, begin, end = map(int, texts)
+            rest = shape[dim + 1 :]
+            made = [("reshape", (*shape[:dim], groups, shape[dim] // groups, *rest)), ("slice", dim + 1, begin, end)]
+            made.append(("reshape", (*shape[:dim], groups * (end - begin), *rest)))
+        elif name in ("rope_interleave", "rope_deinterleave", "shuffle"):
+            dim, *sizes = map(int, texts)
+            size = shape[dim] // prod(sizes) // (1 if name == "shuffle" else 2)
+            sizes += [2, size] if name == "rope_interleave" else [size, 2] if name == "rope_deinterleave" else [size]
+            order, first = [*range(len(shape) + 2)], dim + (name != "shuffle")
+            order[first : first + 2] = first + 1, first
+            made = [
+                ("reshape", (*shape[:dim], *sizes, *shape[dim + 1 :])),
+                ("permute", tuple(order)),
+                ("reshape", shape),
+            ]
         else:
             raise ValueError(f"{word!r} is no operation")
         for op in made:
@@ -163,7 +181,7 @@ def _before(words: Sequence[str], shape: Shape, many: int) -> Shape:
             if left:
                 raise ValueError(word)
             shape = (*shape[:dim], size, *shape[dim + 1 :])
-        elif not name.startswith("rope_"):
+        elif not name.startswith(("rope_", "shuffle")):
             raise ValueError("a reshape before it does not say to which shape")
     return shape
 

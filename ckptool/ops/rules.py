@@ -124,6 +124,19 @@ class Rules:
         """Returns a preset's rule. Raises: UsageError for an unknown name."""
         return cls([_checked("preset", {"preset": name})])
 
+    def entries(self) -> list[dict[str, Any]]:
+        """Returns the rules as a list that `parse` takes."""
+        return [
+            {
+                name: rule.args[name]
+                for name in KINDS[rule.kind]
+                if rule.args[name] != _DEFAULTS.get(rule.kind, {}).get(name, ...)
+            }
+            if rule.kind != "table"
+            else {"table": rule.args["table"].given}
+            for rule in self.rules
+        ]
+
     def plan(self, shapes: Shapes) -> Plan:
         """Returns what the rules do to keys of these shapes, with all errors rather than only the first."""
         plan = Plan([], dict(shapes), [], [])

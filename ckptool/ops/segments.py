@@ -147,6 +147,7 @@ class Table:
     """
 
     def __init__(self, lines: Mapping[Any, Any]) -> None:
+        self.given = dict(lines)
         self.texts: list[str] = []
         self._exact: dict[str, tuple[int, str | None]] = {}
         # (segments, whether more may follow) -> positions of those without captures -> these segments -> lines

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ckptool import errors
 from ckptool.core import findings, pickled_names
+from ckptool.mapping import like
 from ckptool.ops import convert, diff, remap, rows
 from ckptool.ops.inspect import InspectReport
 from ckptool.partial import handover, plan, presets
@@ -30,7 +31,7 @@ RESULTS: dict[str, Any] = {
     "inspect": list[InspectReport],
     "diff": diff.DiffReport | schema.SchemaReport | list[diff.DiffReport | schema.SchemaReport],
     "filter": rows.FilterReport,
-    "remap": remap.RemapReport,
+    "remap": remap.RemapReport | like.LikeReport,
     "convert": list[convert.ConvertReport],
     "load-partial": plan.LoadPartialReport | dict[Literal["presets"], dict[str, presets.Preset]],
 }
@@ -61,7 +62,8 @@ DOCUMENT = {
 @functools.cache
 def described(kind: Any) -> dict[str, str]:
     """Returns {field: the text below it} of a dataclass."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
+    bases = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
+    body = [line for base in bases for line in ast.parse(inspect.getsource(base)).body[0].body]
     return {
         field.target.id: " ".join(below.value.value.split())
         for field, below in itertools.pairwise(body)

@@ -39,6 +39,12 @@ def arithmetic(word: str, tensor: torch.Tensor) -> torch.Tensor:
     if name == "slice":
         dim, begin, end = map(int, texts)
         return tensor.narrow(dim, begin, end - begin)
+    if name == "groupslice":
+        dim, groups, begin, end = map(int, texts)
+        return tensor.unflatten(dim, (groups, -1)).narrow(dim + 1, begin, end - begin).flatten(dim, dim + 1)
+    if name == "shuffle":
+        dim, one, other = map(int, texts)
+        return tensor.unflatten(dim, (one, other, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
     dim, heads = map(int, texts)
     half = tensor.shape[dim] // heads // 2
     apart = (heads, 2, half) if name == "rope_interleave" else (heads, half, 2)
@@ -50,7 +56,10 @@ def by_torch(pair: Pair, tensors: dict[str, torch.Tensor], shape: Shape) -> torc
     inputs = [tensors[key] for key in pair.source]
     for word in pair.op.split(";"):
         name, _, dim = word.partition("<")[0].partition(":")
-        if name in ("concat", "stack"):
+        if name == "groupconcat":
+            at, groups = map(int, dim.split(":"))
+            inputs = [torch.cat([one.unflatten(at, (groups, -1)) for one in inputs], at + 1).flatten(at, at + 1)]
+        elif name in ("concat", "stack"):
             each = word.partition("<")[2].rstrip(">").split("|") if "<" in word else ["rename"] * len(inputs)
             for number, words in enumerate(each):
                 for one in words.split("+"):
@@ -287,6 +296,21 @@ def test_heads_that_are_woven_row_by_row_are_chunked_and_woven() -> None:
     together = [Pair("a.qkv.weight", [*pieces], "reshape:4,2,3;concat:1;reshape")]
     (rule,) = checked(together, pieces, {"a.qkv.weight": (24, 3)})
     assert (rule["weave"], rule["heads"]) == ([*pieces], 4)
+
+
+def test_groups_of_rows_are_taken_apart_put_together_and_shuffled() -> None:
+    names = {"q": (0, 4), "k": (4, 6), "v": (6, 8)}  # two heads of keys and values for four of queries
+    pieces = {f"a.{part}.weight": (2 * (end - begin), 3) for part, (begin, end) in names.items()}
+    apart = [
+        Pair(f"a.{part}.weight", ["a.qkv.weight"], f"groupslice:0:2:{begin}:{end}")
+        for part, (begin, end) in names.items()
+    ]
+    checked(apart, {"a.qkv.weight": (16, 3)}, pieces)
+    checked([Pair("a.qkv.weight", [*pieces], "groupconcat:0:2")], pieces, {"a.qkv.weight": (16, 3)})
+    alike = {f"a.{part}": (8, 3) for part in "qkv"}
+    (rule,) = checked([Pair("a.qkv", [*alike], "groupconcat:0:4")], alike, {"a.qkv": (24, 3)})
+    assert (rule["weave"], rule["heads"]) == ([*alike], 4)
+    checked([Pair("w", ["v"], "shuffle:1:2:3")], {"v": (2, 12)}, {"w": (2, 12)})
 
 
 def test_operations_of_a_join_may_differ_and_be_followed_by_others() -> None:

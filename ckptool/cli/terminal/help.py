@@ -8,16 +8,16 @@ from typing import Any
 from ckptool.cli.terminal import colours, tables
 
 PANELS = {
-    "Inputs": "match into model arg root root-a root-b match-root into-root tp-rules",
+    "Inputs": "match into model like arg root root-a root-b match-root into-root like-root tp-rules",
     "Keys": "include exclude ignore strip-prefix strip-prefix-a strip-prefix-b add-prefix rename sub drop copy preset "
-    "rules invert allow-unused only-matched first-wins",
-    "Values": "stats hash values quick rtol atol devices cast dtype keep dequantize untie adapt init init-preset seed "
-    "optimizer map-location metadata set-metadata unset-metadata",
+    "rules min-confidence invert allow-unused only-matched first-wins",
+    "Values": "stats hash values quick rtol atol devices cast dtype keep layout dequantize untie adapt init "
+    "init-preset seed optimizer map-location metadata set-metadata unset-metadata",
     "Training": "freeze new-lr-mult weight-decay groups-out",
     "Gates": "check min-loaded require strict fail-on allow exit-zero",
-    "Output": "output to max-shard-size shard-name with-files publish save-map lock update-lock schema verify fsync "
-    "force in-place dry-run",
-    "Report": "flat fold keys tree depth sort top all json format html report",
+    "Output": "output to max-shard-size shard-name with-files publish save-map save-rules lock update-lock schema "
+    "verify fsync force in-place dry-run",
+    "Report": "flat fold keys tree depth sort top all explain json format html report",
     "Every command": "limit color quiet verbose install-completion show-completion version help",
 }
 """Headings, and the options below each, in this order. Those that stand nowhere are below "Options"."""

@@ -1,0 +1,126 @@
+"""``ckptool remap --like``: the rules are found, rather than given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import ckptool
+from ckptool.cli.output import Outputs, heading
+from ckptool.cli.progress import bar
+from ckptool.cli.screens import like as screen
+from ckptool.cli.screens import plans
+from ckptool.core import keys
+from ckptool.core.checkpoint import Checkpoint
+from ckptool.errors import UsageError
+from ckptool.mapping.like import LAYOUTS, InferReport, LikeReport
+from ckptool.mapping.rules import rules_text
+from ckptool.ops.remap import RemapReport
+from ckptool.ops.rows import FilterReport, Gate, Row, counts_of, dims
+from ckptool.ops.rules import Rules
+from ckptool.reports import gates
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the options of ``--like`` say."""
+
+    min_confidence: float | None = None
+    layout: Sequence[str] | None = None
+    explain: str | None = None
+    min_loaded: str | None = None
+    require: Sequence[str] | None = None
+    strict: bool = False
+    allow_unused: bool = False
+    values: bool = True
+
+    def layouts(self) -> list[tuple[str, str]]:
+        """Returns (pattern, layout) of each --layout. Raises: UsageError."""
+        made = [text.rpartition("=") for text in self.layout or ()]
+        if wrong := [how for glob, _, how in made if not glob]:
+            raise UsageError(f"--layout takes GLOB=HOW, not {wrong[0]!r}")
+        return [(glob, how) for glob, _, how in made]
+
+
+def run(
+    source: Checkpoint,
+    target: Checkpoint,
+    given: Rules,
+    wanted: Wanted,
+    outputs: Outputs,
+    output: str | None,
+    save_map: str | None,
+    save_rules: str | None,
+) -> int:
+    """Writes a source made like a target, after the rules that were ``given``; returns the exit code."""
+    least = plans.fraction(wanted.min_loaded)
+    unused = wanted.allow_unused
+    staged = ckptool.remap(source, given, allow_unused=unused)[0] if given.rules else source
+    layout, least_confidence = wanted.layouts(), wanted.min_confidence
+    with bar(lambda: _nbytes(staged) + _nbytes(target), "compare") as progress:
+        rules, found = ckptool.infer(
+            staged, target, min_confidence=least_confidence, layout=layout, values=wanted.values, progress=progress
+        )
+    every = given + rules
+    found = replace(found, rules=every.entries())
+    failed = gates.failed(_judged(found, target), least, wanted.require or (), strict=False)
+    failed += _strict(found) if wanted.strict else []
+    if output is None and wanted.explain is not None:  # that nothing fits is the answer then
+        failed = [gate for gate in failed if gate.gate != "loaded"]
+    explained = None if wanted.explain is None else screen.explained(found, wanted.explain)
+    checkpoint, of_remap = source, RemapReport([], [*source.state_dict()], [])
+    if found.pairs:
+        checkpoint, of_remap = ckptool.remap(source, every, allow_unused=unused)
+    of_all = {field.name: getattr(of_remap, field.name) for field in fields(of_remap)}
+    of_all["notes"] = [*of_remap.notes, *(note for note in found.notes if note not in of_remap.notes)]
+    report = LikeReport(**of_all, like=found, failed=failed, hint=_hint(staged, target, found), explained=explained)
+    if not failed:
+        report = outputs.write(checkpoint, output, report)
+        outputs.write_beside(save_map, report.saved)
+        outputs.write_beside(save_rules, _saved(found, save_rules or ""))
+    begin = heading(outputs.dry_run, output or save_rules, bool(failed))
+    notes = [*report.notes, *(gate.text for gate in failed)]
+    outputs.finish(replace(report, saved=None), notes, lambda: screen.lines(report, found, begin))
+    return int(bool(failed))
+
+
+def _nbytes(checkpoint: Checkpoint) -> int:
+    return sum(tensor.nbytes for tensor in checkpoint.state_dict().values())
+
+
+def _judged(found: InferReport, target: Checkpoint) -> FilterReport:
+    """Returns the report on the target's keys that the conditions of a command judge."""
+    made = {pair.target for pair in found.pairs}
+    rows, sizes = [], {True: 0, False: 0}
+    for key, tensor in target.state_dict().items():
+        counter = keys.is_counter(key)
+        rows.append(Row(key, "loaded" if key in made else "bookkeeping" if counter else "missing", dims(tensor)))
+        sizes[key in made] += 0 if counter else tensor.numel
+    total = sum(sizes.values())
+    return FilterReport(
+        rows, counts_of(rows), None, sizes[True] / total if total else 1.0, None, found.target, [found.source]
+    )
+
+
+def _strict(found: InferReport) -> list[Gate]:
+    lacking = [*found.missing, *found.only_source, *(pair.target for pair in found.unproven)]
+    counts = (len(found.missing), "missing"), (len(found.only_source), "unexpected"), (len(found.unproven), "unproven")
+    text = ", ".join(f"{count} {what}" for count, what in counts if count)
+    return [Gate("strict", f"--strict: {text}", lacking)] if lacking else []
+
+
+def _hint(source: Checkpoint, target: Checkpoint, found: InferReport) -> str | None:
+    """Returns the option that decides what is in doubt, or unproven."""
+    best = [doubt.candidates[0].confidence for doubt in found.doubts if doubt.candidates]
+    least = int(max(best, default=0.0) * 100 + 1e-6) / 100
+    if least > 0:
+        more = ckptool.infer(source, target, min_confidence=least, settled=found.settled, values=False)[1]
+        if len(more.pairs) > len(found.pairs):
+            return f"--min-confidence {least:g} would match {len(more.pairs):,} of {more.total:,}"
+    return f"--layout GLOB=HOW says it: {', '.join(LAYOUTS)}" if found.unproven and not found.doubts else None
+
+
+def _saved(found: InferReport, path: str) -> object:
+    """Returns what --save-rules writes: TOML, or the content of a JSON file."""
+    if path.lower().endswith(".json"):
+        return {"rules": found.rules}
+    said = f"Makes {found.source} like {found.target}: ckptool remap --rules", "Found by ckptool remap --like"
+    return rules_text(found.rules, *said)
