@@ -17,7 +17,7 @@ BECAUSE = {
     "order": "they stand in the same order",
     "numbers": "the numbers in their names agree",
     "neighbours": "what stands beside them maps alike",
-    "only one of its shape": "no other tensor has its shape",
+    "only one of its shape": "nothing else of its shape is left",
     "values": "their values are equal, or near",
     "a person": "a person said so",
 }
