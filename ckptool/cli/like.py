@@ -17,6 +17,7 @@ from ckptool.ops.remap import RemapReport
 from ckptool.ops.rows import FilterReport, Gate, Row, counts_of, dims
 from ckptool.ops.rules import Rules
 from ckptool.reports import gates
+from ckptool.text import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,10 @@ def _strict(found: InferReport) -> list[Gate]:
 
 def _hint(source: Checkpoint, target: Checkpoint, found: InferReport) -> str | None:
     """Returns the option that decides what is in doubt, or unproven."""
-    best = [doubt.candidates[0].confidence for doubt in found.doubts if doubt.candidates]
+    likely = [doubt.candidates[0] for doubt in found.doubts if doubt.candidates]
+    if number := sum(bool(pair.unproven) and pair.confidence >= found.min_confidence for pair in likely):
+        return f"--layout GLOB=as-is or GLOB=heads:N settles {plural(number, 'key')} in doubt"
+    best = [pair.confidence for pair in likely]
     least = int(max(best, default=0.0) * 100 + 1e-6) / 100
     if least > 0:
         more = ckptool.infer(source, target, min_confidence=least, settled=found.settled, values=False)[1]

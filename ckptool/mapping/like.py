@@ -117,7 +117,8 @@ def inferred(
 
     def propose(more: Sequence[Pair]) -> Inferred:
         every = [*settled, *(pair for pair in more if pair.target not in known)]
-        return infer(ours, theirs, min_confidence=min_confidence, settled=every, words=words)
+        known_layouts = [pattern for pattern, _ in layouts]
+        return infer(ours, theirs, min_confidence=min_confidence, settled=every, layouts=known_layouts, words=words)
 
     found = propose(()) if decided is None else decided(propose)
     pairs = settled_layouts(found.pairs, ours, theirs, layouts)

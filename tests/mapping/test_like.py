@@ -380,3 +380,29 @@ def test_equal_values_decide_what_names_leave_in_doubt(saved: Saved, run: Run) -
     assert torch.equal(torch.load("out.pth")["y.l"], target["y.l"])
     _, out, _ = run("remap", "a.pth", "--like", "b.pth", "--no-values", "--dry-run", "--json")
     assert all("values" not in pair["witnesses"] for pair in json.loads(out)["result"]["like"]["pairs"])
+
+
+def test_what_is_fused_is_cut_where_its_layout_is_said(saved: Saved, run: Run) -> None:
+    torch.manual_seed(3)
+    source, target = {}, {}
+    for i in range(3):
+        for leaf, rows in (("weight", (24, 8)), ("bias", (24,))):
+            source[f"h.{i}.attn.qkv.{leaf}"] = torch.randn(rows)
+            for part in ("query", "key", "value"):
+                target[f"layer.{i}.attention.{part}.{leaf}"] = torch.randn(8, *rows[1:])
+        source[f"h.{i}.mlp.fc.weight"] = torch.randn(20, 8)
+        target[f"layer.{i}.mlp.dense.weight"] = torch.randn(20, 8)
+    saved(source, "a.pth")
+    saved(target, "b.pth")
+    _, out, _ = run("remap", "a.pth", "--like", "b.pth", "--dry-run")
+    assert "matched 3 of 21, 18 in doubt" in out
+    assert "hint  --layout GLOB=as-is or GLOB=heads:N settles 18 keys in doubt" in out
+    layout = ["--layout", "*.attention.*=heads:2"]
+    assert run("remap", "a.pth", "--like", "b.pth", *layout, "-o", "out.pth")[0] == 0
+    made = torch.load("out.pth")
+    assert {*made} == {*target}
+    by_head = source["h.1.attn.qkv.weight"].reshape(2, 3, 4, 8)
+    assert torch.equal(made["layer.1.attention.key.weight"], by_head[:, 1].reshape(8, 8))
+    assert run("remap", "a.pth", "--like", "b.pth", "--layout", "*.attention.*=as-is", "-o", "plain.pth")[0] == 0
+    plain = torch.load("plain.pth")["layer.1.attention.key.weight"]
+    assert torch.equal(plain, source["h.1.attn.qkv.weight"][8:16])

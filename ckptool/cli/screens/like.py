@@ -65,11 +65,16 @@ def _rules(rules: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
 
 def _doubts(doubts: list[Doubt]) -> Iterator[list[str]]:
     if not render.folds():
-        yield from ([doubt.target, _either([" + ".join(one.source) for one in doubt.candidates])] for doubt in doubts)
+        for doubt in doubts:
+            yield [doubt.target, _either([" + ".join(one.source) for one in doubt.candidates]) + _unproven(doubt)]
         return
     for question in questions(doubts):
         count = f"  ({len(question.doubts)} keys)" if len(question.doubts) > 1 else ""
-        yield [question.target, _either(question.candidates) + count]
+        yield [question.target, _either(question.candidates) + _unproven(question.doubts[0]) + count]
+
+
+def _unproven(doubt: Doubt) -> str:
+    return f": {doubt.candidates[0].unproven}" if doubt.candidates and doubt.candidates[0].unproven else ""
 
 
 def _either(names: list[str], most: int = 3) -> str:
