@@ -97,9 +97,10 @@ def diff(
     """Returns how two checkpoints' weights differ: keys, shapes and dtypes, from headers alone.
 
     ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
-    integers are exact. ``quick`` only finds whether the bytes are equal, and trusts the CRC-32 that torch's archives
-    record where both sides have one. A lock file's tensors are compared by their hashes, as far as it has them
-    (``uncompared``). ``depth`` goes with ``values``: distances are summed below that many names of keys (``prefixes``).
+    integers are exact; and finds the tensors that have another name in B (``renamed``). ``quick`` only finds whether
+    the bytes are equal, and trusts the CRC-32 that torch's archives record where both sides have one. A lock file's
+    tensors are compared by their hashes, as far as it has them (``uncompared``). ``depth`` goes with ``values``:
+    distances are summed below that many names of keys (``prefixes``).
     ``fail_on``: the kinds of differences that ``fails`` names (None: those that are not `HARMLESS`).
     ``allow``: planned changes, which do not fail: a TOML file, or its table (see `ckptool.references.allowed`).
     ``progress`` is called with the bytes of both sides of each compared pair.
@@ -141,7 +142,14 @@ def diff(
                     return compare_bytes(one, other, files)
                 return (below.compare if below else compare)(one, other, files, rtol, atol)
 
-        report = differences(compare=compared, by="bytes" if quick else None, begin=below.begin if below else None)
+        def renames(one: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> list[tuple[str, str]]:
+            from ckptool.values.fingerprints.renames import renamed_by_values
+
+            with Files() as more:
+                return renamed_by_values(one, other, more)
+
+        begin = below.begin if below else None
+        report = differences(compare=compared, renames=renames, by="bytes" if quick else None, begin=begin)
     return report if below is None else _with_prefixes(report, below)
 
 

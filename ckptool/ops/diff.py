@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 KINDS = (
     "only-in-a",
     "only-in-b",
+    "renamed",
     "shape",
     "dtype",
     "values",
@@ -55,6 +56,9 @@ def failing(fail_on: Sequence[str] | None) -> list[str]:
 
 
 Compare = Callable[[TensorInfo, TensorInfo], "Distance"]
+
+Renames = Callable[[Mapping[str, TensorInfo], Mapping[str, TensorInfo]], list[tuple[str, str]]]
+"""Finds the same tensors among those that only A and only B have: (key in A, key in B)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +152,8 @@ class DiffReport:
     bookkeeping: list[str]
     """The num_batches_tracked that one side lacks."""
     renamed: list[Changed] = field(default_factory=list)
-    """Always empty: a key with another name in B is in ``only_in_a`` and ``only_in_b``."""
+    """Keys whose values B has under another name; not in ``only_in_a`` or ``only_in_b``. Found where values are
+    compared: ``a`` is the key in A, ``b`` that in B."""
     counters: dict[str, int] = field(default_factory=dict)
     """How many num_batches_tracked only A has (``a``), and only B (``b``)."""
     compared: bool = False
@@ -180,7 +185,15 @@ class DiffReport:
     def found(self) -> dict[str, int]:
         """Returns {kind: number of differences} for each of `KINDS`."""
         differing = [row for row in self.values if row.status == "differ"]
-        keys: list[Sized] = [self.only_in_a, self.only_in_b, self.shape, self.dtype, differing, self.devices]
+        keys: list[Sized] = [
+            self.only_in_a,
+            self.only_in_b,
+            self.renamed,
+            self.shape,
+            self.dtype,
+            differing,
+            self.devices,
+        ]
         rest: list[Sized] = [self.bookkeeping, self.tied, self.uncompared, self.loadability]
         return {kind: len(rows) for kind, rows in zip(KINDS, [*keys, *rest], strict=True)}
 
@@ -196,13 +209,14 @@ def diff(
     compare: Compare | None = None,
     by: str | None = None,
     begin: Callable[[str], None] | None = None,
+    renames: Renames | None = None,
     fail_on: Sequence[str] | None = None,
     judge: Callable[[DiffReport, Callable[[str], set[str]]], DiffReport] | None = None,
 ) -> DiffReport:
     """Returns how the weights of two checkpoints differ; ``compare`` compares the values of two tensors of one shape.
 
     ``by``: of what ``compare`` compares, if not the numbers (see `ValuesChanged`). ``begin`` gets each key of both,
-    as in A, before ``compare`` gets its tensors. ``fail_on``: see `failing`.
+    as in A, before ``compare`` gets its tensors. ``renames``: see `Renames`. ``fail_on``: see `failing`.
     ``judge(report, spelled)`` returns it with what is allowed; ``spelled(key)``: its names for patterns.
     Raises: NoTensorsError if a side has none, CollisionError if two keys are equal without their prefixes.
     """
@@ -238,6 +252,12 @@ def diff(
         tied = _tied(tensors, lone, (key for plain, key in plain_keys.items() if plain in others))
         report.tied.extend(TiedAway(key, side, other) for key, other in tied.items())
         lone[:] = [key for key in lone if key not in tied]
+    if renames is not None and report.only_in_a and report.only_in_b:
+        alone = {key: first[key] for key in report.only_in_a}, {key: second[key] for key in report.only_in_b}
+        same_values = dict(renames(*alone))
+        report.renamed.extend(Changed(key, key, other) for key, other in same_values.items())
+        report.only_in_a[:] = [key for key in report.only_in_a if key not in same_values]
+        report.only_in_b[:] = [key for key in report.only_in_b if key not in {*same_values.values()}]
     if report.uncompared and equal == len(report.uncompared) and not report.values:
         key = report.uncompared[0]
         sides = (first[key], *second.values())

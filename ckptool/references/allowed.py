@@ -24,7 +24,7 @@ from ckptool.ops.diff import KINDS, Allowed, DiffReport
 from ckptool.references import toml
 from ckptool.text import dims
 
-_SIDES = {"shape": "ab", "dtype": "ab", "devices": "ab", "only-in-a": "a", "only-in-b": "b"}
+_SIDES = {"shape": "ab", "dtype": "ab", "devices": "ab", "renamed": "ab", "only-in-a": "a", "only-in-b": "b"}
 """The kinds of differences of which something is printed for a side."""
 
 
@@ -114,7 +114,7 @@ def differences(report: DiffReport) -> Iterator[tuple[str, str, set[str], set[st
     """Yields (kind, key, what may stand for A, for B) of everything that `DiffReport.found` counts."""
     for row in report.shape:
         yield "shape", row.key, {dims(row.a)}, {dims(row.b)}
-    for kind, changed in (("dtype", report.dtype), ("devices", report.devices)):
+    for kind, changed in (("dtype", report.dtype), ("devices", report.devices), ("renamed", report.renamed)):
         yield from ((kind, row.key, {str(row.a)}, {str(row.b)}) for row in changed)
     for kind, lone in (("only-in-a", report.only_in_a), ("only-in-b", report.only_in_b)):
         for key in lone:

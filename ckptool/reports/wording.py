@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptool.core.findings import PrefixDistance
 from ckptool.text import dims, plural
 
 if TYPE_CHECKING:
+    from ckptool.core.findings import PrefixDistance
     from ckptool.ops.diff import DiffReport, TiedAway, ValuesChanged
     from ckptool.ops.rows import Row
     from ckptool.references.schema import SchemaReport
@@ -44,6 +44,7 @@ def _differences(report: DiffReport) -> Iterator[Difference]:
         yield Difference("shape", row.key, f"{dims(row.a)} -> {dims(row.b)}")
     for kind, changed in (("dtype", report.dtype), ("devices", report.devices)):
         yield from (Difference(kind, row.key, f"{row.a} -> {row.b}") for row in changed)
+    yield from (Difference("renamed", row.key, f"is {row.b} in B") for row in report.renamed)
     for key in report.uncompared:
         yield Difference("uncompared", key, "its values, as a lock file has no hash of it")
     for kind, lone in (("only-in-a", report.only_in_a), ("only-in-b", report.only_in_b)):
@@ -74,8 +75,8 @@ def _below(report: DiffReport) -> Iterator[Difference]:
 
 
 def _distance(row: ValuesChanged | PrefixDistance) -> str:
-    if not isinstance(row, PrefixDistance) and row.by:
-        return "another hash" if row.by == "hash" else "other bytes"
+    if by := getattr(row, "by", None):  # the sum below a prefix has none
+        return "another hash" if by == "hash" else "other bytes"
     largest = "not finite" if row.max_abs is None else f"{row.max_abs:.3g}"
     undefined = "not finite" if row.max_abs is None else "undefined (A is zero)"
     relative = undefined if row.rel_l2 is None else f"{row.rel_l2:.3g}"
@@ -92,6 +93,7 @@ def headline(report: DiffReport) -> str:
         (found["dtype"], "dtype", "dtypes"),
         (found["values"], "tensor with other values", "tensors with other values"),
         (found["devices"], "device tag", "device tags"),
+        (found["renamed"], "renamed", "renamed"),
         (found["only-in-a"], "only in A", "only in A"),
         (found["only-in-b"], "only in B", "only in B"),
     ]

@@ -358,7 +358,7 @@ def test_trouble_is_exit_2_with_exit_zero_too(run: Run) -> None:
 def test_an_unknown_kind_is_refused_with_those_known(run: Run) -> None:
     code, _, err = run("diff", NEW, OLD, "--fail-on", "shapes")
     assert (code, err.count("\n")) == (2, 1)
-    assert "only-in-a, only-in-b, shape, dtype, values, devices, bookkeeping" in err
+    assert "only-in-a, only-in-b, renamed, shape, dtype, values, devices, bookkeeping" in err
 
 
 @pytest.mark.parametrize("kind", ["values", "uncompared"])

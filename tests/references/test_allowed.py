@@ -112,8 +112,9 @@ def test_each_kind_can_be_allowed(
 def test_every_difference_that_counts_can_be_named(saved: Saved) -> None:
     tied = torch.ones(2)
     one = {"a": torch.ones(1), "s": torch.ones(2), "d": torch.ones(1), "v": torch.ones(1), "t": tied, "u": tied,
-           "n.num_batches_tracked": torch.tensor(1)}  # fmt: skip
-    other = {"b": torch.ones(1), "s": torch.ones(3), "d": torch.ones(1).half(), "v": torch.zeros(1), "t": tied}
+           "old": torch.arange(9.0), "n.num_batches_tracked": torch.tensor(1)}  # fmt: skip
+    other = {"b": torch.ones(1), "new": torch.arange(9.0), "s": torch.ones(3), "d": torch.ones(1).half(),
+             "v": torch.zeros(1), "t": tied}  # fmt: skip
     report = ckptool.diff(saved(one, "a.pth"), saved(other, "b.pth"), values=True, fail_on=KINDS)
     counts = Counter(kind for kind, *_ in allowed.differences(report))
     assert {kind: counts[kind] for kind in KINDS} == report.found()

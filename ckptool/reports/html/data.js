@@ -71,8 +71,8 @@ function listOfObjects({ length, columns }) {
 }
 
 const KIND = { equal: "equal", close: "close", values: "values differ", shape: "shape differs", dtype: "dtype differs", devices: "device differs",
-  "only-in-a": "only in A", "only-in-b": "only in B", bookkeeping: "counter of one side", ties: "tied in one side", uncompared: "not compared", allowed: "allowed" };
-const WORST = ["equal", "bookkeeping", "ties", "close", "allowed", "uncompared", "devices", "values", "dtype", "only-in-b", "only-in-a", "shape"];
+  "only-in-a": "only in A", "only-in-b": "only in B", bookkeeping: "counter of one side", ties: "tied in one side", renamed: "renamed", uncompared: "not compared", allowed: "allowed" };
+const WORST = ["equal", "bookkeeping", "ties", "close", "allowed", "uncompared", "renamed", "devices", "values", "dtype", "only-in-b", "only-in-a", "shape"];
 
 /** Returns whether a relative change is undefined for a row, as A is all zeros there. */
 const fromZero = (row) => row.rel_l2 === null && row.max_abs !== null;

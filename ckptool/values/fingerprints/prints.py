@@ -122,10 +122,11 @@ class Print:
     error: str | None = None
 
 
-def take(tensors: Sequence[TensorInfo], others: Iterable[str], files: Files) -> list[Print]:
+def take(tensors: Sequence[TensorInfo], others: Iterable[str], files: Files, lines: bool = True) -> list[Print]:
     """Returns the prints of tensors, at the precisions at which they meet the dtypes ``others``; reads each once.
 
-    A tensor that meets none is not read. Raises: FormatError, UnreadableError.
+    A tensor that meets none is not read. Without ``lines`` there are none of large tensors. Raises: FormatError,
+    UnreadableError.
     """
     dtypes = {*others}
     meets = {
@@ -133,7 +134,7 @@ def take(tensors: Sequence[TensorInfo], others: Iterable[str], files: Files) -> 
     }
     prints = [Print(tensor.shape or (), tensor.dtype, error=_unreadable(tensor, meets) or None) for tensor in tensors]
     many = [sum(frame(one.shape).lines) for one in prints]
-    lines = 0
+    kept = 0
     views: dict[object, int] = {}
     sketches: dict[int, Sketch] = {}
     small: dict[tuple[object, ...], list[int]] = defaultdict(list)
@@ -141,12 +142,12 @@ def take(tensors: Sequence[TensorInfo], others: Iterable[str], files: Files) -> 
         tensor, one = tensors[number], prints[number]
         if one.error or views.setdefault(tensor.view, number) != number:
             continue
-        lines += many[number]
+        kept += many[number]
         if tensor.numel <= SMALL:
             small[one.dtype, one.shape].append(number)
         else:
-            kept = many[number] <= MAX_LINES and lines <= ALL_LINES
-            sketches[number] = Sketch(one.dtype, one.shape, meets[one.dtype], kept)
+            few = lines and many[number] <= MAX_LINES and kept <= ALL_LINES
+            sketches[number] = Sketch(one.dtype, one.shape, meets[one.dtype], few)
     read([Job(tensors[number], sketch=sketch) for number, sketch in sketches.items()], files)
     for number, sketch in sketches.items():
         sketch.finish(prints[number])
