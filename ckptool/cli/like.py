@@ -17,7 +17,6 @@ from ckptool.ops.remap import RemapReport
 from ckptool.ops.rows import FilterReport, Gate, Row, counts_of, dims
 from ckptool.ops.rules import Rules
 from ckptool.reports import gates
-from ckptool.text import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,9 @@ def run(
         checkpoint, of_remap = ckptool.remap(source, every, allow_unused=unused)
     of_all = {field.name: getattr(of_remap, field.name) for field in fields(of_remap)}
     of_all["notes"] = [*of_remap.notes, *(note for note in found.notes if note not in of_remap.notes)]
-    report = LikeReport(**of_all, like=found, failed=failed, hint=_hint(staged, target, found), explained=explained)
+    report = LikeReport(
+        **of_all, like=found, failed=failed, hint=_hint(staged, target, found, layout), explained=explained
+    )
     if not failed:
         report = outputs.write(checkpoint, output, report)
         outputs.write_beside(save_map, report.saved)
@@ -102,24 +103,25 @@ def _judged(found: InferReport, target: Checkpoint) -> FilterReport:
 
 
 def _strict(found: InferReport) -> list[Gate]:
-    lacking = [*found.missing, *found.only_source, *(pair.target for pair in found.unproven)]
-    counts = (len(found.missing), "missing"), (len(found.only_source), "unexpected"), (len(found.unproven), "unproven")
+    lacking = [*found.missing, *found.only_source]
+    counts = (len(found.missing), "missing"), (len(found.only_source), "unexpected")
     text = ", ".join(f"{count} {what}" for count, what in counts if count)
     return [Gate("strict", f"--strict: {text}", lacking)] if lacking else []
 
 
-def _hint(source: Checkpoint, target: Checkpoint, found: InferReport) -> str | None:
+def _hint(source: Checkpoint, target: Checkpoint, found: InferReport, layout: Sequence[tuple[str, str]]) -> str | None:
     """Returns the option that decides what is in doubt, or unproven."""
-    likely = [doubt.candidates[0] for doubt in found.doubts if doubt.candidates]
-    if number := sum(bool(pair.unproven) and pair.confidence >= found.min_confidence for pair in likely):
-        return f"--layout GLOB=as-is or GLOB=heads:N settles {plural(number, 'key')} in doubt"
-    best = [pair.confidence for pair in likely]
+    if open_ := found.unproven:
+        return f"--layout GLOB=HOW would match {len(open_):,} more; HOW is {', '.join(LAYOUTS)}"
+    best = [doubt.candidates[0].confidence for doubt in found.doubts if doubt.candidates]
     least = int(max(best, default=0.0) * 100 + 1e-6) / 100
     if least > 0:
-        more = ckptool.infer(source, target, min_confidence=least, settled=found.settled, values=False)[1]
+        _, more = ckptool.infer(
+            source, target, min_confidence=least, settled=found.settled, layout=layout, values=False
+        )
         if len(more.pairs) > len(found.pairs):
             return f"--min-confidence {least:g} would match {len(more.pairs):,} of {more.total:,}"
-    return f"--layout GLOB=HOW says it: {', '.join(LAYOUTS)}" if found.unproven and not found.doubts else None
+    return None
 
 
 def _saved(found: InferReport, path: str) -> object:

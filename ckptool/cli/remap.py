@@ -60,7 +60,7 @@ def command(
     min_loaded: options.MinLoaded = None,
     require: options.Require = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="With --like: exit 1 on missing, unexpected or unproven keys.")
+        bool, typer.Option("--strict", help="With --like: exit 1 on missing or unexpected keys.")
     ] = False,
     root: options.Root = None,
     like_root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in TARGET.")] = None,

@@ -47,7 +47,7 @@ def infer(
         elif pair.confidence < min_confidence:
             doubts.append(Doubt(pair.target, [pair, *found.others(pair)], _reason(pair)))
         else:
-            doubts.append(Doubt(pair.target, [pair], f"{pair.unproven}: --layout '{pair.target}=...' settles it"))
+            doubts.append(Doubt(pair.target, [pair], f"{pair.unproven} is not known"))
     order = {entry.key: at for at, entry in enumerate(target)}
     kept.sort(key=lambda pair: order[pair.target])
     doubts.sort(key=lambda doubt: order[doubt.target])

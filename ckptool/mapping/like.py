@@ -65,8 +65,9 @@ class InferReport:
 
     @property
     def unproven(self) -> list[Pair]:
-        """Returns the pairs whose layout names and shapes cannot show."""
-        return [pair for pair in self.pairs if pair.unproven]
+        """Returns the pairs that are in doubt only because names and shapes cannot show their layout."""
+        best = [doubt.candidates[0] for doubt in self.doubts if doubt.candidates]
+        return [pair for pair in best if pair.unproven and pair.confidence >= self.min_confidence]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +118,29 @@ def inferred(
 
     def propose(more: Sequence[Pair]) -> Inferred:
         every = [*settled, *(pair for pair in more if pair.target not in known)]
-        known_layouts = [pattern for pattern, _ in layouts]
-        return infer(ours, theirs, min_confidence=min_confidence, settled=every, layouts=known_layouts, words=words)
+        told = [pattern for pattern, _ in layouts]
+        return infer(ours, theirs, min_confidence=min_confidence, settled=every, layouts=told, words=words)
 
     found = propose(()) if decided is None else decided(propose)
-    pairs = settled_layouts(found.pairs, ours, theirs, layouts)
+    pairs, doubts = _proven(settled_layouts(found.pairs, ours, theirs, layouts), found.doubts)
+    used = {key for pair in pairs for key in pair.source}
+    left = [entry.key for entry in ours if entry.key not in used]
     every = {entry.key: entry for entry in ours}
     objects = {key for key in source.entries() if key not in every}  # no tensors: they stay where the target has some
     kept = [Pair(key, [key], "rename") for key in target.entries() if key in objects]
     ours += [Entry(key, ()) for key in source.entries() if key in objects]
     made = rules_of([*pairs, *kept], ours, [*theirs, *(Entry(pair.target, ()) for pair in kept)])
     report = InferReport(
-        source.url, target.url, pairs, found.doubts, found.only_target, found.only_source, min_confidence, made,
+        source.url, target.url, pairs, doubts, found.only_target, left, min_confidence, made,
         root_notes([source, target]),
     )  # fmt: skip
     return Rules.parse(made), report
+
+
+def _proven(pairs: Sequence[Pair], doubts: Sequence[Doubt]) -> tuple[list[Pair], list[Doubt]]:
+    """Returns the pairs whose layout is known, and the doubts with the others: a wrong layout loads without a word."""
+    unproven = [Doubt(pair.target, [pair], f"{pair.unproven} is not known") for pair in pairs if pair.unproven]
+    return [pair for pair in pairs if not pair.unproven], [*doubts, *unproven]
 
 
 def entries(checkpoint: Checkpoint) -> list[Entry]:

@@ -9,7 +9,7 @@ from ckptool.cli import render
 from ckptool.cli.screens import remap
 from ckptool.core import keys
 from ckptool.errors import UsageError
-from ckptool.mapping.like import InferReport, LikeReport, questions
+from ckptool.mapping.like import InferReport, LikeReport, Question, questions
 from ckptool.mapping.pairs import Doubt, Pair
 
 BECAUSE = {
@@ -29,19 +29,21 @@ def lines(report: LikeReport, found: InferReport, begin: str) -> list[str]:
     if report.explained is not None:
         return [*map(render.safe, report.explained), *render.aligned([["failed", one.text] for one in report.failed])]
     parts = [f"matched {len(found.pairs):,} of {found.total:,}"]
-    for number, text in ((len(found.doubts), "in doubt"), (len(found.only_target), "missing")):
+    known = {pair.target for pair in found.unproven}
+    unproven = [doubt for doubt in found.doubts if doubt.target in known]
+    doubts = [doubt for doubt in found.doubts if doubt.target not in known]
+    counts = (len(unproven), "unproven"), (len(doubts), "in doubt"), (len(found.only_target), "missing")
+    for number, text in counts:
         parts += [f"{number:,} {text}"] if number else []
     parts += [f"{len(report.dropped):,} dropped"] if report.dropped else []
     made = render.headline(begin + ", ".join(parts))
     made += render.aligned([*_rules(found.rules)], keys=True) if render.folds() else remap.changed(report)
-    made += render.aligned([["in doubt", *row] for row in _doubts(found.doubts)])
+    made += render.aligned([["unproven", *row] for row in _unproven(unproven)])
+    made += render.aligned([["in doubt", *row] for row in _doubts(doubts)])
     missing = [(key, None) for key in found.only_target if not keys.is_counter(key)]
     made += render.aligned([["missing", name, f"nothing in {found.source} fits"] for name, _ in render.fold(missing)])
     counters = len(found.only_target) - len(missing)
     made += render.aligned([["bookkeeping", f"{counters} x num_batches_tracked"]] if counters else [])
-    unproven = [(pair.target, pair.unproven) for pair in found.unproven]
-    rows = [["unproven", name, str(unproven[members[0]][1])] for name, members in render.fold(unproven)]
-    made += render.aligned(rows)
     made += remap.left(report)
     made += render.aligned([["hint", report.hint]] if report.hint else [])
     return made + render.aligned([["failed", gate.text] for gate in report.failed])
@@ -63,18 +65,26 @@ def _rules(rules: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
             yield [given, "", " ".join(f"{name} {value}" for name, value in rule.items() if name != kind), kind]
 
 
+def _unproven(doubts: list[Doubt]) -> Iterator[list[str]]:
+    groups = questions(doubts) if render.folds() else [Question(one.target, _sources(one), [one]) for one in doubts]
+    for one in groups:
+        yield [one.target, f"of {one.candidates[0]}: {one.doubts[0].candidates[0].unproven}{_count(one.doubts)}"]
+
+
+def _sources(doubt: Doubt) -> list[str]:
+    return [" + ".join(pair.source) for pair in doubt.candidates]
+
+
+def _count(doubts: list[Doubt]) -> str:
+    return f"  ({len(doubts)} keys)" if len(doubts) > 1 else ""
+
+
 def _doubts(doubts: list[Doubt]) -> Iterator[list[str]]:
     if not render.folds():
-        for doubt in doubts:
-            yield [doubt.target, _either([" + ".join(one.source) for one in doubt.candidates]) + _unproven(doubt)]
+        yield from ([doubt.target, _either(_sources(doubt))] for doubt in doubts)
         return
     for question in questions(doubts):
-        count = f"  ({len(question.doubts)} keys)" if len(question.doubts) > 1 else ""
-        yield [question.target, _either(question.candidates) + _unproven(question.doubts[0]) + count]
-
-
-def _unproven(doubt: Doubt) -> str:
-    return f": {doubt.candidates[0].unproven}" if doubt.candidates and doubt.candidates[0].unproven else ""
+        yield [question.target, _either(question.candidates) + _count(question.doubts)]
 
 
 def _either(names: list[str], most: int = 3) -> str:
@@ -110,8 +120,10 @@ def _fits(pattern: str, key: str) -> bool:
 def _of_target(found: InferReport, key: str, pair: Pair | None, doubt: Doubt | None) -> str:
     if pair is not None:
         because = _listed([BECAUSE.get(one, one) for one in pair.witnesses]) or "nothing speaks against it"
-        text = f"{key} is made of {_made(pair)}, because {because} (confidence {_rounded(pair.confidence)})."
-        return f"{text} Unproven: {pair.unproven}; --layout says it." if pair.unproven else text
+        return f"{key} is made of {_made(pair)}, because {because} (confidence {_rounded(pair.confidence)})."
+    if doubt is not None and doubt.candidates and doubt.target in {one.target for one in found.unproven}:
+        best = doubt.candidates[0]
+        return f"{key} is left out: it is made of {_made(best)}, but {best.unproven} is not known. --layout says it."
     if doubt is not None and doubt.candidates:
         shown = [
             f"{_made(one)} (confidence {_rounded(one.confidence)}: {', '.join(one.witnesses) or 'no witness'})"
