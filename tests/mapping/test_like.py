@@ -400,8 +400,8 @@ def test_what_is_fused_is_cut_where_its_layout_is_said(saved: Saved, run: Run) -
     saved(source, "a.pth")
     saved(target, "b.pth")
     _, out, _ = run("remap", "a.pth", "--like", "b.pth", "--dry-run")
-    assert "matched 3 of 21, 18 in doubt" in out
-    assert "hint  --layout GLOB=as-is or GLOB=heads:N settles 18 keys in doubt" in out
+    assert "matched 3 of 21, 18 unproven" in out
+    assert "hint  --layout GLOB=HOW would match 18 more" in out
     layout = ["--layout", "*.attention.*=heads:2"]
     assert run("remap", "a.pth", "--like", "b.pth", *layout, "-o", "out.pth")[0] == 0
     made = torch.load("out.pth")
