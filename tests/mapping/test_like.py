@@ -336,11 +336,11 @@ def test_a_layout_is_said_on_the_command_line(files: tuple[str, str], run: Run) 
 
 
 def test_a_model_in_code_and_a_lock_file_may_be_the_target(run: Run) -> None:
-    Path("net.py").write_text(STRANGE)
+    Path("strange_net.py").write_text(STRANGE)
     torch.save({f"module.{key}": torch.ones(s) for key, s in [("a.weight", (4, 3)), ("a.bias", (4,))]}, "a.pth")
-    code, out, _ = run("remap", "a.pth", "--like", "net.py:Net", "-o", "out.pth")
+    code, out, _ = run("remap", "a.pth", "--like", "strange_net.py:Net", "-o", "out.pth")
     assert (code, {*torch.load("out.pth")}) == (0, {"a.weight", "a.bias"})
-    assert "imported and ran net.py:Net" in out
+    assert "imported and ran strange_net.py:Net" in out
     assert run("inspect", "out.pth", "--lock", "out.lock")[0] == 0
     assert run("remap", "a.pth", "--like", "out.lock", "-o", "again.pth", "--strict")[0] == 0
     assert Path("again.pth").read_bytes() == Path("out.pth").read_bytes()
