@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ckptool.api.sources import Pairs, Patterns, Source, open, open_whole, tags_of
-from ckptool.api.writing import remap
+from ckptool.api.writing import better_hint, remap
 from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.tree import Path, replaced
@@ -86,6 +86,8 @@ def plan_partial(
             opened, into, options, same=partial(same_bytes, files=files), read=read_object, classes=classes,
             origins=origins,
         )  # fmt: skip
+    if opened is not None and rules is None and not (include or exclude):
+        report = replace(report, hint=better_hint(report.hint, opened, into, len(report.loaded)))
     if classes is not None:
         planned = planned.with_state_dict(detached(planned.state_dict()))
         if opened is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -213,6 +214,8 @@ def filter(
             roots=("" if rules is not None else "--root", "" if optimizer == "drop" else "--match-root"),
         )  # fmt: skip
     report = replace(report, rows=rows.sourced(report.rows, origins), notes=[*report.notes, *notes])
+    if target is not None and len(opened) == 1 and rules is None and not (include or exclude):
+        report = replace(report, hint=better_hint(report.hint, opened[0], target, report.loaded))
     if target is not None and target.format == "model":
         made = made.with_state_dict(detached(made.state_dict()))
     if target is None and (rules is not None or strip_prefix or add_prefix):
@@ -222,3 +225,28 @@ def filter(
         made, renamed = remap(made, changes, allow_unused=allow_unused)
         report = rows.followed(report, made, renamed)
     return made, report
+
+
+MOST_KEYS, MOST_NAMES = 20_000, 200
+"""Of how many keys of a side, and names without their numbers, a hint finds the mapping: that takes some seconds."""
+
+
+def better_hint(hint: str | None, source: Checkpoint, target: Checkpoint, loaded: int) -> str | None:
+    """Returns the hint on ``remap --like`` where few keys match and it would match clearly more; else ``hint``.
+
+    Few is less than half of the target's keys, by what ``hint`` says; clearly more is over twice as many and two.
+    """
+    from ckptool.ops.notes import hinted
+
+    sides, known = (source.state_dict(), target.state_dict()), max(loaded, hinted(hint))
+    total = len(sides[1])
+    if 2 * known >= total or max(map(len, sides)) > MOST_KEYS:
+        return hint
+    if max(len({re.sub("[0-9]+", "", key) for key in side}) for side in sides) > MOST_NAMES:
+        return hint
+    from ckptool.mapping.infer import infer
+    from ckptool.mapping.like import entries
+
+    found = sum(not pair.unproven for pair in infer(entries(source), entries(target)).pairs)
+    clear = found > max(2 * known + 2, total // 10)
+    return f"remap --like {target.url} would match {found} of {total}" if clear else hint

@@ -277,6 +277,11 @@ def merge_hint(merge: Any, now: int) -> str | None:
     return f"{' and '.join(words)} would match {best.matched} of {best.total} ({as_options(best.options)})"
 
 
+def hinted(hint: str | None) -> int:
+    """Returns how many keys a hint says would match."""
+    return max(map(int, re.findall(r" would match (\d+) of ", hint or "")), default=0)
+
+
 def _merge_places(merge: Any) -> Iterator[_Place]:
     def offered(sources: Sequence[Checkpoint]) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}

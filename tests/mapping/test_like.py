@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -411,3 +412,43 @@ def test_what_is_fused_is_cut_where_its_layout_is_said(saved: Saved, run: Run) -
     assert run("remap", "a.pth", "--like", "b.pth", "--layout", "*.attention.*=as-is", "-o", "plain.pth")[0] == 0
     plain = torch.load("plain.pth")["layer.1.attention.key.weight"]
     assert torch.equal(plain, source["h.1.attn.qkv.weight"][8:16])
+
+
+@pytest.mark.parametrize("command", [["filter", "--match"], ["load-partial", "--into"]])
+def test_where_few_keys_match_the_hint_says_what_remap_like_would_match(
+    command: list[str], saved: Saved, run: Run
+) -> None:
+    torch.manual_seed(5)
+    source, target = {}, {}
+    for i in range(3):
+        for one, other, rows in (("attn.out", "self.proj", 6), ("mlp.up", "ffn.w1", 12)):
+            for leaf, shape in (("weight", (rows, 6)), ("bias", (rows,))):
+                source[f"enc.{i}.{one}.{leaf}"] = torch.randn(shape)
+                target[f"h.{i}.{other}.{leaf}"] = torch.randn(shape)
+    saved(source, "a.pth")
+    saved(target, "b.pth")
+    options = [command[0], "a.pth", *command[1:], "b.pth", "--dry-run", "--json"]
+    hint = json.loads(run(*options)[1])["result"]["hint"]
+    _, out, _ = run("remap", "a.pth", "--like", "b.pth", "--dry-run", "--json")
+    matched = len(json.loads(out)["result"]["like"]["pairs"])
+    assert hint == f"remap --like b.pth would match {matched} of 12"
+    assert matched >= 6
+    saved(target, "a.pth")
+    assert "hint" not in json.loads(run(*options)[1])["result"]
+
+
+def test_no_hint_takes_long_where_there_are_many_names_that_repeat_nothing(saved: Saved, run: Run) -> None:
+    words = [f"{a}{b}" for a in "abcdefghijklmnop" for b in "qrstuvwxyzabcdef"]
+    saved({f"{word}.x": torch.ones(2) for word in words}, "a.pth")
+    saved({f"{word}.y": torch.ones(2) for word in words}, "b.pth")
+    begin = time.process_time()
+    _, out, _ = run("filter", "a.pth", "--match", "b.pth", "--dry-run", "--json")
+    assert "remap --like" not in (json.loads(out)["result"].get("hint") or "")
+    assert time.process_time() - begin < 5
+
+
+def test_no_hint_is_given_where_few_keys_were_chosen(saved: Saved, run: Run) -> None:
+    state = {f"{i}.{name}": torch.ones(i + 2) for i in range(9) for name in ("weight", "bias")}
+    saved(state, "a.pth")
+    _, out, _ = run("filter", "a.pth", "--match", "a.pth", "--include", "0.*", "--dry-run", "--json")
+    assert "hint" not in json.loads(out)["result"]
