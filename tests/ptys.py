@@ -21,8 +21,11 @@ class Shown(NamedTuple):
     err: str
 
 
-def shown(*args: object, columns: int = 80, ttys: str = "out err", **variables: str) -> Shown:
-    """Runs ckptool; ``ttys`` names the streams that are terminals, the others are pipes."""
+def shown(*args: object, columns: int = 80, ttys: str = "out err", typed: str | None = None, **variables: str) -> Shown:
+    """Runs ckptool; ``ttys`` names the streams that are terminals, the others are pipes.
+
+    With ``typed``, stdin is a terminal on which this is typed, without an echo.
+    """
     environment: dict[str, Any] = {key: value for key, value in os.environ.items() if key not in VARIABLES}
     environment = environment | {"TERM": "xterm-256color"} | variables
     ends = {}
@@ -34,9 +37,13 @@ def shown(*args: object, columns: int = 80, ttys: str = "out err", **variables: 
             reader, writer = os.pipe()
         ends[name] = reader, writer
     command = [sys.executable, "-m", "ckptool", *map(str, args)]
-    child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=ends["out"][1], stderr=ends["err"][1], env=environment
-    )
+    keyboard, stdin = os.openpty() if typed is not None else (None, subprocess.DEVNULL)
+    if typed is not None and keyboard is not None:
+        modes = termios.tcgetattr(stdin)
+        modes[3] &= ~termios.ECHO
+        termios.tcsetattr(stdin, termios.TCSANOW, modes)
+        os.write(keyboard, typed.encode())
+    child = subprocess.Popen(command, stdin=stdin, stdout=ends["out"][1], stderr=ends["err"][1], env=environment)
     texts: dict[str, bytes] = {}
 
     def drain(name: str) -> None:
@@ -56,6 +63,6 @@ def shown(*args: object, columns: int = 80, ttys: str = "out err", **variables: 
     code = child.wait(timeout=60)
     for one in readers:
         one.join()
-    for reader, _ in ends.values():
+    for reader in [*(reader for reader, _ in ends.values()), *(() if keyboard is None else (keyboard, stdin))]:
         os.close(reader)
     return Shown(code, *(texts[name].decode().replace("\r\n", "\n") for name in ("out", "err")))

@@ -1,9 +1,12 @@
 """``ckptool remap --like``: the rules are found, rather than given."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
+import typer
+
 import ckptool
+from ckptool.cli import render
 from ckptool.cli.output import Outputs, heading
 from ckptool.cli.progress import bar
 from ckptool.cli.screens import like as screen
@@ -11,7 +14,9 @@ from ckptool.cli.screens import plans
 from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
-from ckptool.mapping.like import LAYOUTS, InferReport, LikeReport
+from ckptool.mapping.answers import Asked, answered, left
+from ckptool.mapping.like import LAYOUTS, InferReport, LikeReport, entries
+from ckptool.mapping.pairs import Pair
 from ckptool.mapping.rules import rules_text
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.rows import FilterReport, Gate, Row, counts_of, dims
@@ -31,6 +36,7 @@ class Wanted:
     strict: bool = False
     allow_unused: bool = False
     values: bool = True
+    interactive: bool = False
 
     def layouts(self) -> list[tuple[str, str]]:
         """Returns (pattern, layout) of each --layout. Raises: UsageError."""
@@ -55,10 +61,17 @@ def run(
     unused = wanted.allow_unused
     staged = ckptool.remap(source, given, allow_unused=unused)[0] if given.rules else source
     layout, least_confidence = wanted.layouts(), wanted.min_confidence
-    with bar(lambda: _nbytes(staged) + _nbytes(target), "compare") as progress:
-        rules, found = ckptool.infer(
-            staged, target, min_confidence=least_confidence, layout=layout, values=wanted.values, progress=progress
-        )
+
+    def infer(settled: Iterable[Pair] = ()) -> tuple[Rules, InferReport]:
+        with bar(lambda: _nbytes(staged) + _nbytes(target), "compare") as progress:
+            return ckptool.infer(
+                staged, target, min_confidence=least_confidence, settled=[*settled], layout=layout,
+                values=wanted.values, progress=progress,
+            )  # fmt: skip
+
+    rules, found = infer()
+    if wanted.interactive:
+        rules, found = _asked(staged, target, rules, found, infer)
     every = given + rules
     found = replace(found, rules=every.entries())
     failed = gates.failed(_judged(found, target), least, wanted.require or (), strict=False)
@@ -82,6 +95,37 @@ def run(
     notes = [*report.notes, *(gate.text for gate in failed)]
     outputs.finish(replace(report, saved=None), notes, lambda: screen.lines(report, found, begin))
     return int(bool(failed))
+
+
+def _asked(
+    source: Checkpoint,
+    target: Checkpoint,
+    rules: Rules,
+    found: InferReport,
+    infer: Callable[[Iterable[Pair]], tuple[Rules, InferReport]],
+) -> tuple[Rules, InferReport]:
+    """Asks a person about what is left, a template at a time; returns what is found with each answer settled."""
+    ours, theirs = entries(source), entries(target)
+    settled: dict[str, Pair] = {}
+    asked: set[Asked] = set()
+    while open_ := [*left(found, asked)]:
+        question, is_of_layout = open_[0]
+        render.show(screen.question(question, is_of_layout, len(open_)))
+        while (text := typer.prompt(screen.prompt(is_of_layout), "", show_default=False).strip()) not in ("", "s"):
+            if text == "q":
+                return rules, found
+            try:
+                answers = answered(question, is_of_layout, text, ours, theirs)
+                more = settled | {pair.target: pair for pair in answers}
+                rules, now = infer(more.values())
+            except UsageError as error:
+                render.show([f"  {render.safe(str(error))}"])
+                continue
+            render.show(screen.learnt(answers, found, now))
+            settled, found = more, now
+            break
+        asked.update((doubt.target, is_of_layout) for doubt in question.doubts)
+    return rules, found
 
 
 def _nbytes(checkpoint: Checkpoint) -> int:

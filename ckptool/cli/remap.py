@@ -1,6 +1,7 @@
 """ckptool remap."""
 
 import os
+import sys
 from dataclasses import replace
 from typing import Annotated
 
@@ -56,6 +57,9 @@ def command(
         str | None,
         typer.Option(metavar="KEY", help="Say why a key was matched, or was not; a GLOB says it of several."),
     ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="With --like: ask about what is left, and learn from each answer.")
+    ] = False,
     save_rules: options.SaveRules = None,
     min_loaded: options.MinLoaded = None,
     require: options.Require = None,
@@ -84,10 +88,12 @@ def command(
     given = {
         "--arg": arg, "--min-confidence": min_confidence, "--layout": layout, "--explain": explain,
         "--save-rules": save_rules, "--min-loaded": min_loaded, "--require": require, "--strict": strict,
-        "--like-root": like_root, "--no-values": not values,
+        "--like-root": like_root, "--no-values": not values, "--interactive": interactive,
     }  # fmt: skip
     if like is None and (senseless := [name for name, value in given.items() if value not in (None, False)]):
         raise UsageError(f"{', '.join(senseless)} {'go' if len(senseless) > 1 else 'goes'} with --like TARGET")
+    if interactive:
+        _require_terminal({"--json": as_json, "--explain": explain is not None})
     options.require_output(output, dry_run or bool(like and (explain or save_rules)))
     chosen = options.in_order(
         ctx, strip_prefix=strip_prefix, add_prefix=add_prefix, rename=rename, sub=sub, drop=drop, copy=copy,
@@ -110,7 +116,9 @@ def command(
         outputs.check([] if output is None else [output], [opened, target], save_map, save_rules)
         from ckptool.cli import like as finding
 
-        wanted = finding.Wanted(min_confidence, layout, explain, min_loaded, require, strict, allow_unused, values)
+        wanted = finding.Wanted(
+            min_confidence, layout, explain, min_loaded, require, strict, allow_unused, values, interactive
+        )
         return finding.run(opened, target, chosen, wanted, outputs, output, save_map, save_rules)
     outputs.check([] if output is None else [output], [opened], save_map)
     if invert is not None:
@@ -122,6 +130,14 @@ def command(
     begin = heading(dry_run, output)
     outputs.finish(replace(report, saved=None), report.notes, lambda: screen.lines(report, begin))
     return 0
+
+
+def _require_terminal(others: dict[str, bool]) -> None:
+    """Raises UsageError if nobody can be asked, or beside options that ask for an answer without questions."""
+    if wrong := [name for name, is_given in others.items() if is_given]:
+        raise UsageError(f"--interactive asks a person: leave out {' and '.join(wrong)}")
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+        raise UsageError("--interactive asks on a terminal: stdin or stdout is none")
 
 
 def _own_format(opened: Checkpoint, output: str) -> str | None:

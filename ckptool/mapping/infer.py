@@ -59,6 +59,18 @@ def infer(
     )  # fmt: skip
 
 
+def unproven(one: Entry, other: Entry, every: Iterable[Entry]) -> str | None:
+    """Returns what names and shapes do not show of a pair of which only a person says that it is one.
+
+    ``every``: the tensors of both sides.
+    """
+    for item, made in zip(items_of([one]), items_of([other]), strict=False):
+        is_rotary = not any(names.says_position(entry.key) for entry in every)
+        open_ = _unproven(item, made, {(item.leaf, made.leaf): None})
+        return open_ or (_ROTARY if is_rotary and _may_rotate(item, made) else None)
+    return None
+
+
 def _reason(pair: Pair) -> str:
     if pair.witnesses:
         return f"{' and '.join(pair.witnesses)} speak for it, not clearly enough"
@@ -92,6 +104,7 @@ class _Proposal:
         copies.turned(one, other)
         self._one, self._other = fold(one, other)
         self._matches: list[Match] = []
+        self._turned: Mapping[tuple[str, str], bool | None] = {}
         if self._one and self._other:
             ours_listed, theirs_listed = ([entry.key for entry in side] for side in (source, target))
             matcher = Matcher(Side(self._one, ours_listed), Side(self._other, theirs_listed), words)
@@ -122,10 +135,16 @@ class _Proposal:
             for copy, twin in zip(one.copies, other.copies, strict=False):
                 for item, made in _paired(copy, twin):
                     parts[made.key].append(_Part(item, made, match))
-        turned = _turned(part for some in parts.values() for part in some)
-        found = [pair for key, some in parts.items() if (pair := self._composed(key, some, turned))]
-        taken = {key for pair in self._settled.values() for key in pair.source}
-        known = [pair for pair in found if pair.target not in self._settled and not taken & {*pair.source}]
+        self._turned = _turned(part for some in parts.values() for part in some)
+        found = [pair for key, some in parts.items() if (pair := self._composed(key, some))]
+        taken = defaultdict[str, set[str]](set)
+        for pair in self._settled.values():
+            for key in pair.source:
+                taken[key].add(pair.op)
+        known = [
+            pair for pair in found
+            if pair.target not in self._settled and all(_is_free(pair.op, taken.get(key)) for key in pair.source)
+        ]  # fmt: skip
         known += self._settled.values()
         return known + self._counters(known)
 
@@ -150,36 +169,37 @@ class _Proposal:
         item = unit.copies[at].get(role) if at < len(unit.copies) else None
         if item is None or item.piece:
             return None
-        return Pair(made.key, [item.key], layouts.op_of(item.shape, self._shapes[made.key]) or "rename", 0.0)
+        op = self._op(item, self._shapes[made.key], made.leaf) or "rename"
+        return Pair(made.key, [item.key], op, 0.0, unproven=self._unproven(item, made))
 
-    def _composed(self, key: str, parts: list[_Part], turned: Mapping[tuple[str, str], bool | None]) -> Pair | None:
+    def _composed(self, key: str, parts: list[_Part]) -> Pair | None:
         """Returns the pair of a target that is made of these parts, if they make all of it in one way."""
         confidence = _scaled(min(part.match.margin for part in parts))
         witnesses = [name for name in parts[0].match.witnesses if all(name in part.match.witnesses for part in parts)]
-        unproven = next((text for part in parts if (text := self._unproven(part, turned))), None)
+        unproven = next((text for part in parts if (text := self._unproven(part.item, part.made))), None)
         if len(parts) == 1 and not parts[0].made.piece:
             item = parts[0].item
-            op = layouts.op_of(item.shape, self._shapes[key], turned.get((item.leaf, parts[0].made.leaf)))
+            op = self._op(item, self._shapes[key], parts[0].made.leaf)
             whole = ";".join(step for step in (item.piece, op) if step) or "rename"
             return Pair(key, [item.key], whole, confidence, witnesses, unproven)
         parts.sort(key=lambda part: part.made.number)
         if [part.made.number for part in parts] != list(range(parts[0].made.count)):
             return None
         ops = {
-            ";".join(step for step in (part.item.piece, self._op(part, turned)) if step) for part in parts
-        }  # fmt: skip
+            ";".join(step for step in (item.piece, self._op(item, made.shape, made.leaf)) if step)
+            for item, made in ((part.item, part.made) for part in parts)
+        }
         if len(ops) > 1:
             return None
         op = ";".join(step for step in (ops.pop(), f"concat:{parts[0].made.dim}") if step)
         return Pair(key, [part.item.key for part in parts], op, confidence, witnesses, unproven)
 
-    def _unproven(self, part: _Part, turned: Mapping[tuple[str, str], bool | None]) -> str | None:
-        """Returns what names and shapes do not show of a part."""
-        return _unproven(part, turned) or (_ROTARY if self._is_rotary and _may_rotate(part) else None)
+    def _unproven(self, item: Item, made: Item) -> str | None:
+        """Returns what names and shapes do not show of what is made of an item."""
+        return _unproven(item, made, self._turned) or (_ROTARY if self._is_rotary and _may_rotate(item, made) else None)
 
-    @staticmethod
-    def _op(part: _Part, turned: Mapping[tuple[str, str], bool | None]) -> str | None:
-        return layouts.op_of(part.item.shape, part.made.shape, turned.get((part.item.leaf, part.made.leaf)))
+    def _op(self, item: Item, shape: Sequence[int], leaf: str) -> str | None:
+        return layouts.op_of(item.shape, shape, self._turned.get((item.leaf, leaf)))
 
     def _counters(self, pairs: Sequence[Pair]) -> list[Pair]:
         """Returns pairs of counters, which follow the other tensors of their module."""
@@ -199,6 +219,11 @@ class _Proposal:
                 if len(here) == 1:
                     found.append(replace(moved, target=entry.key, source=here, op="rename", unproven=None))
         return found
+
+
+def _is_free(op: str, taken: set[str] | None) -> bool:
+    """Returns whether nothing of a source is taken by these operations, or other pieces of it than ``op`` takes."""
+    return not taken or (op not in taken and all("split:" in one or "slice:" in one for one in (op, *taken)))
 
 
 def _places(units: Sequence[Unit]) -> dict[str, list[tuple[int, int]]]:
@@ -240,21 +265,21 @@ _WOVEN = "whether the rows of q, k and v lie one behind the other or head by hea
 _ROTARY = "whether rotary heads lie in two halves or in pairs of rows"
 
 
-def _may_rotate(part: _Part) -> bool:
-    """Returns whether a part is a projection to queries or keys, in a module that another code base names otherwise."""
-    ours, theirs = (tuple(text.lower() for text in item.path[-3:]) for item in (part.item, part.made))
-    last = part.made.path[-1] if part.made.path else ""
+def _may_rotate(item: Item, made: Item) -> bool:
+    """Returns whether this is a projection to queries or keys, in a module that another code base names otherwise."""
+    ours, theirs = (tuple(text.lower() for text in one.path[-3:]) for one in (item, made))
+    last = made.path[-1] if made.path else ""
     return ours != theirs and names.projection(names.segment(last)) in ("query", "key")
 
 
-def _unproven(part: _Part, turned: Mapping[tuple[str, str], bool | None]) -> str | None:
-    """Returns what names and shapes do not show of a part, positions aside."""
-    for item in (part.item, part.made):
-        if item.piece and item.path[-1] in QKV and not names.is_in_proj(item.path[:-1]):
+def _unproven(item: Item, made: Item, turned: Mapping[tuple[str, str], bool | None]) -> str | None:
+    """Returns what names and shapes do not show of what is made of an item, positions aside."""
+    for one in (item, made):
+        if one.piece and one.path[-1] in QKV and not names.is_in_proj(one.path[:-1]):
             return _WOVEN
-    shape = part.item.shape
-    is_square = len(shape) == 2 and shape[0] == shape[1] > 1 and part.made.shape == shape
-    leaves = part.item.leaf, part.made.leaf
+    shape = item.shape
+    is_square = len(shape) == 2 and shape[0] == shape[1] > 1 and made.shape == shape
+    leaves = item.leaf, made.leaf
     if is_square and turned.get(leaves) is None and (leaves in turned or leaves[0] != leaves[1]):
         return "whether the square matrix is transposed"
     if is_square and turned.get(leaves):

@@ -154,6 +154,13 @@ LAYOUTS = ("as-is", "transposed", "heads:N", "halves:N", "interleaved:N")
 rotary heads the target has the two halves, the source pairs of rows; the target has pairs, the source halves."""
 
 
+def is_layout(text: str) -> bool:
+    """Returns whether a text is one of `LAYOUTS`, with a number for N."""
+    name, _, count = text.partition(":")
+    known = dict(layout.partition(":")[::2] for layout in LAYOUTS)
+    return known.get(name) == re.sub(r"^[1-9]\d{0,8}$", "N", count) and count != "N"
+
+
 def settled_layouts(
     pairs: Sequence[Pair], source: Sequence[Entry], target: Sequence[Entry], layouts: Sequence[tuple[str, str]]
 ) -> list[Pair]:
@@ -167,9 +174,9 @@ def settled_layouts(
         fitting = [key for key in made if keys.matches(pattern, key)]
         if not fitting:
             raise UsageError(f"--layout {pattern} fits no key that is matched{keys.near_pattern(pattern, made)}")
-        name, _, count = how.partition(":")
-        if re.sub(r"^[1-9]\d{0,8}$", "N", count) != dict(known.partition(":")[::2] for known in LAYOUTS).get(name):
+        if not is_layout(how):
             raise UsageError(f"--layout takes GLOB={', GLOB='.join(LAYOUTS)}, not {how!r}")
+        name, _, count = how.partition(":")
         for key in fitting:
             op = _laid_out(made[key].op, name, count, ours[made[key].source[0]])
             changed = replace(made[key], op=op, unproven=None)

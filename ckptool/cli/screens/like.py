@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ckptool.cli import render
 from ckptool.cli.screens import remap
 from ckptool.core import keys
 from ckptool.errors import UsageError
-from ckptool.mapping.like import InferReport, LikeReport, Question, questions
+from ckptool.mapping.like import LAYOUTS, InferReport, LikeReport, Question, questions
 from ckptool.mapping.pairs import Doubt, Pair
 
 BECAUSE = {
@@ -92,6 +93,38 @@ def _either(names: list[str], most: int = 3) -> str:
     return f"could be {' or '.join([*names[:most], *more])}" if names else "no candidate is likely enough"
 
 
+# --- questions -----------------------------------------------------------------------------------------------------
+
+
+def question(asked: Question, is_of_layout: bool, count: int) -> list[str]:
+    """Returns what is asked, the first of ``count`` questions: a line per candidate with its witnesses."""
+    what = f"of {asked.candidates[0]}: {asked.doubts[0].candidates[0].unproven}" if is_of_layout else "is made of what?"
+    more = f"  [1 of {count} open]" if count > 1 else ""
+    made = render.headline(f"{asked.target} {what}{_count(asked.doubts)}{more}")
+    options = zip(asked.candidates, asked.doubts[0].candidates, strict=True)
+    return made + render.aligned(
+        [str(number), _made(replace(pair, source=[name])), _said(pair)]
+        for number, (name, pair) in enumerate(() if is_of_layout else options, 1)
+    )
+
+
+def prompt(is_of_layout: bool) -> str:
+    """Returns what an answer may be."""
+    known = ", ".join(LAYOUTS) if is_of_layout else "A number, a key of the source"
+    return f"{known}; Enter to skip, q to stop"
+
+
+def learnt(answers: Sequence[Pair], before: InferReport, now: InferReport) -> list[str]:
+    """Returns the line that says what an answer settled, of what was asked and beside it, and what it undid."""
+    own = {pair.target for pair in answers}
+    had, has = ({pair.target for pair in found.pairs} for found in (before, now))
+    counts = [
+        (len(own & has), "settled"), (len(own - has), "left with a layout that is not known"),
+        (len(has - had - own), "more settled by that"), (len(had - has - own), "left out because of that"),
+    ]  # fmt: skip
+    return render.aligned([[", ".join(f"{count:,} {text}" for count, text in counts if count)]])
+
+
 # --- sentences -----------------------------------------------------------------------------------------------------
 
 
@@ -125,10 +158,7 @@ def _of_target(found: InferReport, key: str, pair: Pair | None, doubt: Doubt | N
         best = doubt.candidates[0]
         return f"{key} is left out: it is made of {_made(best)}, but {best.unproven} is not known. --layout says it."
     if doubt is not None and doubt.candidates:
-        shown = [
-            f"{_made(one)} (confidence {_rounded(one.confidence)}: {', '.join(one.witnesses) or 'no witness'})"
-            for one in doubt.candidates
-        ]
+        shown = [f"{_made(one)} ({_said(one)})" for one in doubt.candidates]
         return f"{key} is left out: it could be made of {', or of '.join(shown)}; none was taken, as {doubt.reason}."
     reason = f": {doubt.reason}" if doubt is not None else ""
     return f"{key} is left out: nothing in {found.source} could become it{reason}."
@@ -138,6 +168,10 @@ def _of_source(found: InferReport, key: str, targets: list[str] | None) -> str:
     if targets:
         return f"{key} becomes {_listed(targets)}, or a part of it; --explain of that says why."
     return f"{key} is dropped: no key of {found.target} is made of it."
+
+
+def _said(pair: Pair) -> str:
+    return f"confidence {_rounded(pair.confidence)}: {', '.join(pair.witnesses) or 'no witness'}"
 
 
 def _rounded(confidence: float) -> str:
