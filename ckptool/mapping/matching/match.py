@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptool.mapping.matching.assignment import assigned
 from ckptool.mapping.matching.contradictions import Contradictions
@@ -24,6 +25,9 @@ _STEPS = (4, 3, 2.5, 2, 1.6, 1.3, 1, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0, -0.2, -in
 
 _WORDS, _MODULES, _NUMBERS, _BESIDE, _ORDER = 2.0, 2.0, 0.8, 0.8, 0.8
 """What each kind of evidence counts for."""
+
+_ORDER_ALONE = 0.3
+"""What the order of siblings with names is worth where nothing else speaks."""
 
 _SPEAKS = 0.1
 """From how much on a kind of evidence is a witness."""
@@ -134,8 +138,10 @@ class Matcher:
         rows += [i for i, _, _ in block.accepted]
         columns += [j for _, j, _ in block.accepted]
         swaps = {name: _exchanged(kind, rows, columns) for name, kind in kinds.items()}
-        swaps["order"] = self._ordered(block, rows, columns, near, beside)
-        total: Array = sum(swaps.values())  # type: ignore[assignment]
+        named: Array = sum(swaps.values())  # type: ignore[assignment]
+        swaps["order"], alone_is_enough = self._ordered(block, rows, columns, near, beside)
+        total = named + swaps["order"]
+        total = np.where(alone_is_enough | (named > _SPEAKS), total, np.minimum(total, _ORDER_ALONE))
         total[:, count:] = np.maximum(total[:, count:], [margin for *_, margin in block.accepted])
         np.fill_diagonal(total, inf)
         broken = self._words.broken(mine, theirs) + block.opposed
@@ -170,14 +176,20 @@ class Matcher:
         )
         return [left[0][i] for i in rows], [left[1][j] for j in columns]
 
-    def _ordered(self, block: _Block, rows: list[int], columns: list[int], near: Array, beside: Array) -> Array:
-        """Returns what order says about exchanging pairs: 1 where both sides count them, else as far as it is trusted.
+    def _ordered(
+        self, block: _Block, rows: list[int], columns: list[int], near: Array, beside: Array
+    ) -> tuple[Array, NDArray[np.bool_]]:
+        """Returns (what order says about exchanging pairs, whether that alone is enough).
 
-        It says little where the modules above say much, and nothing beside a shortcut, see `names.SHORTCUT`.
+        It is 1 where both sides count them, else as far as order is trusted; little where the modules above say much,
+        and nothing beside a shortcut, see `names.SHORTCUT`. Of siblings with names, such as two projections or two
+        norms, it is not enough that one is listed first: each code base lists its own first. Places in a list are.
         """
         ours, theirs = np.array(rows), np.array(columns)
-        listed, counted, common = (part[ours[:, None], ours] for part in block.orders[0])
-        other_listed, other_counted, other_common = (part[theirs[:, None], theirs] for part in block.orders[1])
+        listed, counted, common, indexed = (part[ours[:, None], ours] for part in block.orders[0])
+        other_listed, other_counted, other_common, other_indexed = (
+            part[theirs[:, None], theirs] for part in block.orders[1]
+        )
         both = (counted != 0) & (other_counted != 0)
         sign = np.where(both, counted * other_counted, listed * other_listed)
         trust = np.where(both, 1.0, self._order.between(common, other_common))
@@ -185,7 +197,7 @@ class Matcher:
         found += _exchanged(beside, rows, columns)
         around = block.shortcuts[0][ours] != block.shortcuts[1][theirs]
         found[around, :] = found[:, around] = 0
-        return found
+        return found, both | indexed | other_indexed
 
     def _beside(self, mine: list[int], theirs: list[int]) -> Array:
         """Returns how many of the units listed before and after two units are accepted pairs: 0, 1/2 or 1."""

@@ -69,22 +69,31 @@ class Side:
             self.shares[at, above] = _FARTHER ** np.arange(len(above))
         self.shares /= self.shares.sum(1, keepdims=True)
 
-    def orders(self, units: Sequence[int]) -> tuple[Array, Array, NDArray[np.int64]]:
+    def orders(self, units: Sequence[int]) -> tuple[Array, Array, NDArray[np.int64], NDArray[np.bool_]]:
         """Returns, for every two of these units, what puts one before the other, and where both are.
 
         The signs of their positions; 1 and -1 where the names first differ by a number, else 0; the number of the
-        template of the module that they have in common.
+        template of the module that they have in common; whether they first differ by places in a list.
         """
         position = self.position[list(units)]
         listed = np.sign(position[:, None] - position[None, :]).astype(float)
         counted = np.zeros_like(listed)
         common = np.zeros(listed.shape, np.int64)
+        indexed = np.zeros(listed.shape, bool)
         for i, u in enumerate(units):
             for j, v in enumerate(units[:i]):
                 common[i, j] = common[j, i] = self.common(u, v)
                 counted[i, j] = self._counted(u, v)
                 counted[j, i] = -counted[i, j]
-        return listed, counted, common
+                indexed[i, j] = indexed[j, i] = self._indexed(u, v)
+        return listed, counted, common, indexed
+
+    def _indexed(self, u: int, v: int) -> bool:
+        """Returns whether two names first differ by numbers that stand alone: places in a list of modules."""
+        for a, b in zip(self.units[u].segments, self.units[v].segments, strict=False):
+            if a.text != b.text:
+                return a.stem == b.stem == "" and a.number >= 0 and b.number >= 0
+        return False
 
     def common(self, u: int, v: int) -> int:
         """Returns the number of the template of the module that holds both units."""
