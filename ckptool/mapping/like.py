@@ -138,9 +138,16 @@ def inferred(
 
 
 def _proven(pairs: Sequence[Pair], doubts: Sequence[Doubt]) -> tuple[list[Pair], list[Doubt]]:
-    """Returns the pairs whose layout is known, and the doubts with the others: a wrong layout loads without a word."""
-    unproven = [Doubt(pair.target, [pair], f"{pair.unproven} is not known") for pair in pairs if pair.unproven]
-    return [pair for pair in pairs if not pair.unproven], [*doubts, *unproven]
+    """Returns the pairs that rules can make, and the doubts with the others: a wrong layout loads without a word."""
+    kept, left = [], [*doubts]
+    for pair in pairs:
+        if pair.unproven:
+            left.append(Doubt(pair.target, [pair], f"{pair.unproven} is not known"))
+        elif any(map(keys.is_empty, (pair.target, *pair.source))):
+            left.append(Doubt(pair.target, [pair], "rules cannot write a name without a text between its dots"))
+        else:
+            kept.append(pair)
+    return kept, left
 
 
 def entries(checkpoint: Checkpoint) -> list[Entry]:
@@ -172,8 +179,8 @@ def settled_layouts(
     ours, theirs = ({entry.key: entry.shape for entry in side} for side in (source, target))
     for pattern, how in layouts:
         fitting = [key for key in made if keys.matches(pattern, key)]
-        if not fitting:
-            raise UsageError(f"--layout {pattern} fits no key that is matched{keys.near_pattern(pattern, made)}")
+        if not any(keys.matches(pattern, key) for key in theirs):
+            raise UsageError(f"--layout {pattern} fits no key of the target{keys.near_pattern(pattern, theirs)}")
         if not is_layout(how):
             raise UsageError(f"--layout takes GLOB={', GLOB='.join(LAYOUTS)}, not {how!r}")
         name, _, count = how.partition(":")

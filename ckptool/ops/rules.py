@@ -36,7 +36,7 @@ _TESTS: Mapping[str, Callable[[Any], bool]] = {
     "a whole number above 0": lambda value: type(value) is int and value > 0,
     "a list of whole numbers": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
     "a pattern, or a list of them": lambda value: (
-        value != [] and all(isinstance(item, str) and item for item in (value if isinstance(value, list) else [value]))
+        value != [] and all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
     ),
     "a list of two or more names": lambda value: (
         isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)

@@ -321,3 +321,27 @@ def test_the_row_order_of_rotary_heads_is_said_to_be_unproven_where_there_are_no
     assert not any(pair.unproven for pair in known.pairs)
     wrapped = infer(source, [entry._replace(key=f"model.{entry.key}") for entry in source])
     assert not any(pair.unproven for pair in wrapped.pairs)
+
+
+@pytest.mark.parametrize("order", [("w1", "w2"), ("w2", "w1"), ("x", "y")])
+def test_of_two_projections_with_names_the_order_alone_does_not_say_which_is_the_gate(order: tuple[str, str]) -> None:
+    def layers(name: str, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> list[Entry]:
+        return [Entry(f"{name}.{at}.{part}.weight", shape) for at in range(3) for part, shape in shapes]
+
+    source = layers("enc", [("attn.q_proj", (40, 32)), ("attn.o_proj", (32, 40)), ("gate", (64, 32)), ("up", (64, 32))])
+    target = layers("blocks", [("att.query", (40, 32)), ("att.out", (32, 40)), *((name, (64, 32)) for name in order)])
+    found = infer(source, target)
+    assert {pair.target.split(".")[2] for pair in found.pairs} <= {"att"}
+    assert {doubt.target.split(".")[2] for doubt in found.doubts} >= {*order}
+
+
+def test_a_decoder_whose_blocks_are_numbered_from_the_other_end_is_not_matched_by_number() -> None:
+    def block(name: str, upsamples: bool) -> list[Entry]:
+        found = [*linear(f"{name}.res.0.conv", 16, 16), *norm(f"{name}.res.0.norm", 16)]
+        return found + (linear(f"{name}.upsample.conv", 16, 32) if upsamples else [])
+
+    source = [entry for at in range(4) for entry in block(f"decoder.up.{at}", at != 0)]
+    target = [entry for at in range(4) for entry in block(f"decoder.up_blocks.{at}", at != 3)]
+    found = mapped(source, target)
+    assert found
+    assert all(int(key.split(".")[2]) == 3 - int(made.split(".")[2]) for key, made in found.items())

@@ -162,7 +162,7 @@ def test_other_dtypes_and_quantised_tensors_are_compared_by_their_values(saved: 
 
 def test_other_shapes_are_counted_and_measured_nowhere(saved: Saved, run: Run) -> None:
     a = {"fc.weight": normal(6, 4), "fc.bias": normal(6), "body.weight": normal(3, 3), "gone.w": normal(2)}
-    b = {"fc.weight": normal(9, 4), "fc.bias": a["fc.bias"] + 1, "body.weight": a["body.weight"], "new.w": normal(2)}
+    b = {"fc.weight": normal(9, 4), "fc.bias": a["fc.bias"] + 1, "body.weight": a["body.weight"], "new.w": normal(3)}
     paths = str(saved(a, "a.pth")), str(saved(b, "b.pth"))
     rows = rows_of(*paths, 1)
     assert_are(rows, oracle(a, b, 1))

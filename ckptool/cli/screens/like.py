@@ -152,7 +152,10 @@ def _fits(pattern: str, key: str) -> bool:
 
 def _of_target(found: InferReport, key: str, pair: Pair | None, doubt: Doubt | None) -> str:
     if pair is not None:
-        because = _listed([BECAUSE.get(one, one) for one in pair.witnesses]) or "nothing speaks against it"
+        because = (
+            _listed([BECAUSE.get(one, one) for one in pair.witnesses])
+            or "every other tensor of its shape goes elsewhere"
+        )
         return f"{key} is made of {_made(pair)}, because {because} (confidence {_rounded(pair.confidence)})."
     if doubt is not None and doubt.candidates and doubt.target in {one.target for one in found.unproven}:
         best = doubt.candidates[0]

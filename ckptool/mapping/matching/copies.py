@@ -81,7 +81,8 @@ def turned(source: list[Unit], target: list[Unit]) -> None:
     best: dict[tuple[tuple[tuple[str, ...], str], tuple[tuple[str, ...], str]], float] = {}
     for one, mine in ours.items():
         for other, others in theirs.items():
-            alike = len(mine.keys() & others.keys()) / len(mine.keys() | others.keys())
+            held, there = _held(mine), _held(others)
+            alike = len(held & there) / len(held | there)
             said, heard = (set(names.words_of(map(names.segment, (*path, stem)))) for path, stem in (one, other))
             alike += (0.5 * len(said & heard) / max(1, len(said | heard))) - names.opposed(said, heard)
             best[one, other] = alike
@@ -92,27 +93,38 @@ def turned(source: list[Unit], target: list[Unit]) -> None:
             _turn(target, *other)
 
 
-Family = dict[Hashable, set[int]]
-"""What a family of numbered siblings holds, and in which of them."""
+Family = dict[int, Counter[Hashable]]
+"""What each of numbered siblings holds, by its number."""
+
+_NEARLY_ALL = 0.95
 
 
 def _families(units: Sequence[Unit]) -> dict[tuple[tuple[str, ...], str], Family]:
-    found: dict[tuple[tuple[str, ...], str], Family] = defaultdict(lambda: defaultdict(set))
+    found: dict[tuple[tuple[str, ...], str], Family] = defaultdict(lambda: defaultdict(Counter))
     for unit in units:
         for depth, part in enumerate(unit.segments[:-1]):
             if part.number >= 0:
-                found[unit.path[:depth], part.stem][unit.main.kind].add(part.number)
+                found[unit.path[:depth], part.stem][part.number][unit.main.kind] += 1
                 break
-    return {key: family for key, family in found.items() if len(set().union(*family.values())) > 1}
+    return {key: family for key, family in found.items() if len(family) > 1}
+
+
+def _held(family: Family) -> set[tuple[Hashable, int]]:
+    """Returns what all siblings hold together."""
+    return set(sum(family.values(), Counter()).items())
 
 
 def _runs_backwards(mine: Family, theirs: Family) -> bool:
-    anchors = [
-        (next(iter(mine[kind])), next(iter(theirs[kind])))
-        for kind in mine.keys() & theirs.keys() if len(mine[kind]) == len(theirs[kind]) == 1
-    ]  # fmt: skip
-    pairs = [(a - b) * (c - d) for (a, c), (b, d) in combinations(anchors, 2) if a != b or c != d]
-    return len(anchors) >= 3 and bool(pairs) and all(sign < 0 for sign in pairs)
+    """Returns whether what siblings hold fits nearly all of the others read backwards, and less read forwards."""
+    if len(mine) != len(theirs):
+        return False
+    ours, others = ([family[number] for number in sorted(family)] for family in (mine, theirs))
+    ahead, back = (sum(map(_shared, ours, read)) for read in (others, others[::-1]))
+    return back >= _NEARLY_ALL * len(ours) and back > ahead
+
+
+def _shared(one: Counter[Hashable], other: Counter[Hashable]) -> float:
+    return (one & other).total() / (one | other).total()
 
 
 def _turn(units: list[Unit], prefix: tuple[str, ...], stem: str) -> None:

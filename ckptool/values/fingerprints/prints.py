@@ -30,7 +30,7 @@ from ckptool.values.scan import Job, read
 TILE = 1 << 16
 """Elements hashed at a time: their hashes fit into the cache."""
 
-MAX_LINES = 1 << 20
+TENSOR_LINES = 1 << 20
 """Most rows and columns of one tensor that are hashed one by one; of others only the whole is."""
 
 ALL_LINES = 1 << 24
@@ -146,7 +146,7 @@ def take(tensors: Sequence[TensorInfo], others: Iterable[str], files: Files, lin
         if tensor.numel <= SMALL:
             small[one.dtype, one.shape].append(number)
         else:
-            few = lines and many[number] <= MAX_LINES and kept <= ALL_LINES
+            few = lines and many[number] <= TENSOR_LINES and kept <= ALL_LINES
             sketches[number] = Sketch(one.dtype, one.shape, meets[one.dtype], few)
     read([Job(tensors[number], sketch=sketch) for number, sketch in sketches.items()], files)
     for number, sketch in sketches.items():
