@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ckptool.api.sources import Pairs, Patterns, Source, open, open_whole, tags_of
-from ckptool.api.writing import better_hint, remap
+from ckptool.api.writing import auto_mapped, better_hint, refuse_auto_remap, remap
 from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.tree import Path, replaced
@@ -25,6 +25,7 @@ def plan_partial(
     target: Any,
     *,
     rules: Any = None,
+    auto_remap: bool = False,
     allow_unused: bool = False,
     adapt: Pairs = (),
     init: Pairs = (),
@@ -42,18 +43,19 @@ def plan_partial(
 ) -> tuple[Checkpoint, LoadPartialReport]:
     """Returns (checkpoint, report): the target with what fits of the source, and the rest adapted or initialised.
 
-    ``target`` is a source too, or a live torch.nn.Module: then the checkpoint is its state_dict. Keys are matched
-    as in `filter`, after ``rules`` (see `remap`); values are cast to the target's dtypes. ``adapt`` {key pattern:
-    adapter} is for shapes that differ (``"rows"``, ``"pos-embed"``, ...), ``init`` {key pattern: rule} for keys
-    that are not loaded (``"kaiming_normal(mode=fan_out)"``, the methods of torch.nn.init); the last pattern that
-    matches a key takes precedence. ``init_preset`` names recipes for whole models. The same ``seed`` gives the same
-    values on one version of numpy. ``freeze``: ``loaded``, ``first:N``, key patterns. ``optimizer``: ``drop``, or
-    ``remap`` to carry the source's optimizer state. ``source`` None only initialises.
+    ``target`` is a source too, or a live torch.nn.Module: then the checkpoint is its state_dict. Keys are matched as in
+    `filter`, after ``rules`` (see `remap`) or ``auto_remap`` (see `filter`); values are cast to the target's dtypes.
+    ``adapt`` {key pattern: adapter} is for shapes that differ (``"rows"``, ``"pos-embed"``, ...), ``init`` {key
+    pattern: rule} for keys that are not loaded (``"kaiming_normal(mode=fan_out)"``, the methods of torch.nn.init); the
+    last pattern that matches a key takes precedence. ``init_preset`` names recipes for whole models. The same ``seed``
+    gives the same values on one version of numpy. ``freeze``: ``loaded``, ``first:N``, key patterns. ``optimizer``:
+    ``drop``, or ``remap`` to carry the source's optimizer state. ``source`` None only initialises.
 
     Nothing is written: pass the checkpoint to `save`. Reads headers only, except where tied names are compared.
     Raises: what `open` raises, UsageError with everything that forbids the plan, NoTensorsError, CollisionError.
     """
     from ckptool.io.source import Files
+    from ckptool.ops.rows import counts_of
     from ckptool.partial import adapters
     from ckptool.partial import plan as op
     from ckptool.values.adapt import read_object
@@ -70,6 +72,8 @@ def plan_partial(
         new_lr_mult, weight_decay, optimizer, include, exclude, strip_prefix, add_prefix, allow_unused,
     )  # fmt: skip
     opened = None if source is None else open_whole(open(source, root), "it cannot be a source")
+    if auto_remap:
+        refuse_auto_remap(int(opened is not None), True, rules, strip_prefix, add_prefix)
     origins: dict[str, str] = {}
     if rules is not None and opened is not None:
         opened, renamed = remap(opened, rules, allow_unused=allow_unused)
@@ -81,13 +85,21 @@ def plan_partial(
         from ckptool.partial import live
 
         into, classes = live.checkpoint_of(target, opened, strip_prefix, add_prefix), live.classes_of(target)
+    mapped = None
+    if auto_remap and opened is not None:
+        mapped = auto_mapped(opened, into)
+        opened, origins = mapped.checkpoint, mapped.origins
     with Files() as files:
         planned, report = op.load_partial(
             opened, into, options, same=partial(same_bytes, files=files), read=read_object, classes=classes,
             origins=origins,
         )  # fmt: skip
-    if opened is not None and rules is None and not (include or exclude):
+    if opened is not None and rules is None and not (auto_remap or include or exclude):
         report = replace(report, hint=better_hint(report.hint, opened, into, len(report.loaded)))
+    if mapped is not None:
+        told = mapped.told(report.rows)
+        hint = report.hint if "(--adapt " in (report.hint or "") else None  # other names do not go with these
+        report = replace(report, rows=told, counts=counts_of(told), hint=hint)
     if classes is not None:
         planned = planned.with_state_dict(detached(planned.state_dict()))
         if opened is not None:
@@ -109,6 +121,7 @@ def load_partial(
     assign: bool = False,
     strict: bool = False,
     rules: Any = None,
+    auto_remap: bool = False,
     allow_unused: bool = False,
     adapt: Pairs = (),
     init: Pairs = (),
@@ -142,9 +155,10 @@ def load_partial(
         raise UsageError("load_partial carries no optimizer state: plan_partial and save write it to a file")
     try:
         planned, report = plan_partial(
-            source, model, rules=rules, allow_unused=allow_unused, adapt=adapt, init=init, init_preset=init_preset,
-            seed=seed, freeze=freeze, new_lr_mult=new_lr_mult, weight_decay=weight_decay, optimizer=optimizer,
-            include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix, root=root,
+            source, model, rules=rules, auto_remap=auto_remap, allow_unused=allow_unused, adapt=adapt, init=init,
+            init_preset=init_preset, seed=seed, freeze=freeze, new_lr_mult=new_lr_mult,
+            weight_decay=weight_decay, optimizer=optimizer, include=include, exclude=exclude,
+            strip_prefix=strip_prefix, add_prefix=add_prefix, root=root,
         )  # fmt: skip
     except UnsetError as error:  # what is missing is judged first
         planned, report = error.planned

@@ -18,6 +18,7 @@ from ckptool.errors import UsageError
 
 # Operations are imported by the functions that use them: a command needs one or two of them.
 if TYPE_CHECKING:
+    from ckptool.mapping.auto import Mapped
     from ckptool.ops.convert import ConvertReport
     from ckptool.ops.remap import RemapReport
     from ckptool.ops.rows import FilterReport
@@ -171,6 +172,7 @@ def filter(
     strip_prefix: Patterns | None = None,
     add_prefix: str | None = None,
     rules: Any = None,
+    auto_remap: bool = False,
     allow_unused: bool = False,
     optimizer: str | None = None,
     only_matched: bool = False,
@@ -182,7 +184,9 @@ def filter(
     A tensor fits when its key (without wrapper prefixes such as ``module.``) and its shape agree. Without
     ``match``, the result is the first source with the keys of all sources that ``include`` and ``exclude`` choose; a
     key in two of them must have the same bytes, unless ``first_wins``. ``rules`` (see `remap`) and the prefixes change
-    the sources' keys: before they are matched, or, without ``match``, after they are chosen. ``optimizer``: ``keep`` or
+    the sources' keys: before they are matched, or, without ``match``, after they are chosen.
+    ``auto_remap`` maps the source's names to the target's first, by names and shapes (see `infer`): rows of these keys
+    have a confidence and witnesses, and those in doubt say so. ``optimizer``: ``keep`` or
     ``drop`` the optimizer state beside the weights; None keeps it and notes its size. Nothing is written: pass the
     checkpoint to `save`. Reads headers only, except where tied names or keys in two sources must be compared.
 
@@ -203,6 +207,11 @@ def filter(
     elif opened:
         opened[0], notes = with_optimizers(opened[0], optimizer)
     origins: dict[str | None, dict[str, str]] = {}
+    mapped = None
+    if auto_remap:
+        refuse_auto_remap(len(opened), target is not None, rules, strip_prefix, add_prefix)
+        mapped = auto_mapped(opened[0], target)  # type: ignore[arg-type]
+        opened, origins = [mapped.checkpoint], {None: mapped.origins}
     if rules is not None and target is not None:
         from ckptool.ops.remap import remap_all
 
@@ -211,10 +220,13 @@ def filter(
         made, report = op.filter(
             opened, target, include=include, exclude=exclude, strip_prefix=strip_prefix, add_prefix=add_prefix,
             only_matched=only_matched, cast=cast, first_wins=first_wins, same=partial(same_bytes, files=files),
-            roots=("" if rules is not None else "--root", "" if optimizer == "drop" else "--match-root"),
+            roots=("" if rules is not None or auto_remap else "--root", "" if optimizer == "drop" else "--match-root"),
         )  # fmt: skip
     report = replace(report, rows=rows.sourced(report.rows, origins), notes=[*report.notes, *notes])
-    if target is not None and len(opened) == 1 and rules is None and not (include or exclude):
+    if mapped is not None:
+        told = mapped.told(report.rows)
+        report = replace(report, rows=told, counts=rows.counts_of(told), hint=None)
+    if target is not None and len(opened) == 1 and rules is None and not (auto_remap or include or exclude):
         report = replace(report, hint=better_hint(report.hint, opened[0], target, report.loaded))
     if target is not None and target.format == "model":
         made = made.with_state_dict(detached(made.state_dict()))
@@ -225,6 +237,24 @@ def filter(
         made, renamed = remap(made, changes, allow_unused=allow_unused)
         report = rows.followed(report, made, renamed)
     return made, report
+
+
+def refuse_auto_remap(sources: int, target: bool, rules: Any, strip_prefix: Patterns | None, add_prefix: Any) -> None:
+    """Raises UsageError for what does not go with ``auto_remap``."""
+    if rules is not None or strip_prefix or add_prefix:
+        raise UsageError("--auto-remap finds the names: leave out --rename, --rules, --strip-prefix and --add-prefix")
+    if sources != 1 or not target:
+        raise UsageError("--auto-remap needs one SOURCE and the target whose names it takes (--match or --into)")
+
+
+def auto_mapped(source: Checkpoint, target: Checkpoint) -> Mapped:
+    """Returns the source under the target's names. Raises: NoTensorsError."""
+    from ckptool.mapping.auto import mapped
+    from ckptool.ops.notes import require_tensors
+
+    for side in (source, target):
+        require_tensors(side)
+    return mapped(source, target)
 
 
 MOST_KEYS, MOST_NAMES = 20_000, 200

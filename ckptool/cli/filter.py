@@ -39,6 +39,7 @@ def command(
     add_prefix: options.AddPrefix = None,
     rename: options.Rename = None,
     rules: options.RulesFiles = None,
+    auto_remap: options.AutoRemap = False,
     allow_unused: options.AllowUnused = False,
     optimizer: Annotated[
         str | None, typer.Option(metavar="keep|drop", help="Optimizer state: keep it (the default), or leave it out.")
@@ -87,6 +88,7 @@ def command(
     merge = partial(
         ckptool.filter, *opened, include=include or (), exclude=exclude or (), strip_prefix=strip_prefix or (),
         add_prefix=add_prefix, only_matched=only_matched, cast=cast, first_wins=first_wins, optimizer=optimizer,
+        auto_remap=auto_remap,
         rules=options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None, allow_unused=allow_unused,
     )  # fmt: skip
     checkpoint, report = merge(match=target)

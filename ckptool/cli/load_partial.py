@@ -39,6 +39,7 @@ def command(
     with_files: options.WithFiles = False,
     rename: options.Rename = None,
     rules: options.RulesFiles = None,
+    auto_remap: options.AutoRemap = False,
     allow_unused: options.AllowUnused = False,
     adapt: Annotated[
         Texts, typer.Option(metavar="GLOB=ADAPTER", help="Where shapes differ: rows, crop, pos-embed, ...")
@@ -122,7 +123,7 @@ def command(
     changes = options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None
     try:
         checkpoint, report = ckptool.plan_partial(
-            opened, target, rules=changes, allow_unused=allow_unused,
+            opened, target, auto_remap=auto_remap, rules=changes, allow_unused=allow_unused,
             adapt=[(pattern, adapter.text) for pattern, adapter in map(adapters.parse_option, adapt or ())],
             init=[init_rules.parse_option(text) for text in init or ()],
             init_preset=init_preset or (), seed=seed, freeze=freeze or (), new_lr_mult=new_lr_mult,

@@ -32,6 +32,7 @@ MinConfidence = Annotated[
 SaveRules = Annotated[
     str | None, typer.Option(metavar="FILE", help="Write the rules that were found, for --rules: TOML, or .json.")
 ]
+AutoRemap = Annotated[bool, typer.Option("--auto-remap", help="Find the target's names for SOURCE's keys first.")]
 AllowUnused = Annotated[bool, typer.Option("--allow-unused", help="Allow rules and patterns that match no key.")]
 MinLoaded = Annotated[
     str | None, typer.Option(metavar="90%", help="Exit 1 if fewer of the target's parameters are loaded.")

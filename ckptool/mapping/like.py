@@ -122,7 +122,7 @@ def inferred(
         return infer(ours, theirs, min_confidence=min_confidence, settled=every, layouts=told, words=words)
 
     found = propose(()) if decided is None else decided(propose)
-    pairs, doubts = _proven(settled_layouts(found.pairs, ours, theirs, layouts), found.doubts)
+    pairs, doubts = proven(settled_layouts(found.pairs, ours, theirs, layouts), found.doubts)
     used = {key for pair in pairs for key in pair.source}
     left = [entry.key for entry in ours if entry.key not in used]
     every = {entry.key: entry for entry in ours}
@@ -137,7 +137,7 @@ def inferred(
     return Rules.parse(made), report
 
 
-def _proven(pairs: Sequence[Pair], doubts: Sequence[Doubt]) -> tuple[list[Pair], list[Doubt]]:
+def proven(pairs: Sequence[Pair], doubts: Sequence[Doubt]) -> tuple[list[Pair], list[Doubt]]:
     """Returns the pairs that rules can make, and the doubts with the others: a wrong layout loads without a word."""
     kept, left = [], [*doubts]
     for pair in pairs:

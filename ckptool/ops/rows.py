@@ -44,6 +44,10 @@ class Row:
     """Of several sources: the path of the one."""
     detail: str | None = None
     """Why, or how."""
+    confidence: float | None = None
+    """With auto_remap, of a key that was renamed or made of others: from 0 to 1."""
+    witnesses: list[str] | None = None
+    """With auto_remap: what speaks for it, such as ``words`` and ``order``."""
     tensors: int | None = None
     """How many tensors are inside an entry that is no tensor, such as packed parameters."""
 

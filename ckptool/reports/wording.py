@@ -174,6 +174,8 @@ def row_text(row: Row) -> str:
     shape = dims(row.shape)
     where = f"  in {row.file}" if row.file else ""
     detail = f"  {row.detail}" if row.detail else ""
+    if row.confidence is not None:
+        detail += f"  {row.confidence:.2f}: {', '.join(row.witnesses or ()) or 'no witness'}"
     if row.reason == "mismatched":
         return f"target {shape}, source {dims(row.source_shape)}{detail}{where}"
     if row.reason == "adapted":
@@ -181,9 +183,11 @@ def row_text(row: Row) -> str:
         return f"{dims(row.source_shape)} -> {shape}  {before}{row.detail}{where}"
     if row.reason == "cast":
         before = f"{row.source_dtype} -> " if row.source_dtype else ""
-        return f"{shape}  {before}{row.dtype}{detail}{where}"
+        origin = f"  from {row.source}" if row.confidence is not None else ""
+        return f"{shape}  {before}{row.dtype}{origin}{detail}{where}"
     if row.reason in ("missing", "unexpected", "bookkeeping"):
-        return f"{shape}  {row.dtype}{where}"
+        known = detail if (row.detail or "").startswith("in doubt") else ""
+        return f"{shape}  {row.dtype}{known}{where}"
     if row.reason == "initialised":
         return f"{shape}  {row.dtype}  {row.detail}"
     renamed = f"  from {row.source}" if row.source and row.source != row.key else ""

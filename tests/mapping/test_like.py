@@ -460,3 +460,79 @@ def test_keys_that_rules_cannot_write_are_left_out_and_named(saved: Saved, run: 
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "out.pth: matched 1 of 2, 1 in doubt, 1 dropped"
     assert [*torch.load("out.pth")] == ["m.1"]
+
+
+def two_spellings(saved: Saved) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Saves a source and a target of other names; returns (the source, {key of the target: key of the source})."""
+    torch.manual_seed(6)
+    source, target, truth = {}, {}, {}
+    for i in range(3):
+        for one, other, rows in (("attn.out_proj", "self_attn.o_proj", 6), ("mlp.up", "ffn.up_proj", 12)):
+            for leaf, shape in (("weight", (rows, 8)), ("bias", (rows,))):
+                old, new = f"encoder.layers.{i}.{one}.{leaf}", f"model.blocks.{i}.{other}.{leaf}"
+                source[old], target[new], truth[new] = torch.randn(shape), torch.randn(shape), old
+    source["head.weight"], target["head.weight"] = torch.randn(5, 8), torch.randn(3, 8)
+    source["extra.table"] = torch.randn(2, 2, 2)
+    saved(source, "a.pth")
+    saved(target, "b.pth")
+    return source, truth
+
+
+@pytest.mark.parametrize("command", [["filter", "--match"], ["load-partial", "--into"]])
+def test_auto_remap_loads_what_is_certain_and_names_the_rest(command: list[str], saved: Saved, run: Run) -> None:
+    source, truth = two_spellings(saved)
+    options = [command[0], "a.pth", *command[1:], "b.pth", "--auto-remap"]
+    code, out, _ = run(*options, "-o", "out.pth", "--json")
+    made, rows = torch.load("out.pth"), {row["key"]: row for row in json.loads(out)["result"]["rows"]}
+    loaded = {key: row for key, row in rows.items() if row["reason"] == "loaded"}
+    assert code == 0
+    assert {*loaded} == {*truth}
+    for key, row in loaded.items():
+        assert torch.equal(made[key], source[truth[key]])
+        assert row["source"] == truth[key]
+        assert row["confidence"] >= 0.8
+        assert row["witnesses"]
+    assert rows["head.weight"]["reason"] == "mismatched"
+    assert rows["extra.table"]["reason"] == "unexpected"
+    _, out, _ = run(*options, "--dry-run")
+    assert "from encoder.layers.0.mlp.up.weight" in out
+    code, _, err = run(*options, "--rename", "a=b", "--dry-run")
+    assert (code, "--auto-remap finds the names" in err) == (2, True)
+
+
+def test_auto_remap_of_a_model_in_two_spellings_takes_no_wrong_tensor_in_the_library_too() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    source = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).state_dict()
+    source = {key: torch.randn_like(value) for key, value in source.items()}
+    names = {"layers.": "blocks.", "self_attn.out_proj": "attention.proj", "self_attn.in_proj_": "attention.qkv."}
+    names |= {"linear1": "mlp.fc1", "linear2": "mlp.fc2", "norm1": "ln_1", "norm2": "ln_2"}
+    truth = {}
+    for key in source:
+        new = key
+        for old, text in names.items():
+            new = new.replace(old, text)
+        truth[new] = key
+    target = {new: torch.randn_like(source[key]) for new, key in truth.items()}
+    for made, report in (
+        ckptool.filter(source, match=target, auto_remap=True),
+        ckptool.plan_partial(source, target, auto_remap=True),
+    ):
+        values = made.to_torch()
+        assert all(torch.equal(values[new], source[key]) for new, key in truth.items())
+        assert {row.confidence is not None for row in report.rows} == {True}
+
+
+def test_auto_remap_names_what_is_in_doubt_and_loses_no_key(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.setattr("ckptool.mapping.auto.infer", like.infer)
+    _, out, _ = run("filter", files[0], "--match", files[1], "--auto-remap", "--dry-run", "--json")
+    rows = {row["key"]: row for row in json.loads(out)["result"]["rows"]}
+    assert {*rows} == {*TARGET, *(key for key in SOURCE if "qkv" not in key)}
+    assert (rows["h.1.k"]["source"], rows["h.1.k"]["detail"]) == ("enc.1.qkv", "split:0:1/3")
+    assert rows["h.0.n1"]["detail"].startswith("in doubt: could be enc.0.ln_a or enc.0.ln_b; ")
+    assert rows["h.0.proj"]["detail"] == "in doubt: could be enc.0.w; whether it is transposed is not known"
+    assert rows["enc.0.w"]["reason"] == "unexpected"
+    _, out, _ = run("filter", files[0], "--match", files[1], "--auto-remap", "--dry-run")
+    assert "in doubt: could be enc.0.ln_a" in out

@@ -54,7 +54,7 @@ def _rows(report: FilterReport | LoadPartialReport, all_rows: bool) -> list[list
     shown = []
     for row in report.rows:
         lost = row.tensors or (row.detail or "").endswith(": not chosen")  # an object, which no count covers
-        if row.reason in ("loaded", "ignored") and not all_rows and not lost:
+        if row.reason in ("loaded", "ignored") and not all_rows and not lost and row.confidence is None:
             continue
         shown.append((row.reason, row.key, row_text(row)))
     lines: list[list[str]] = []
