@@ -48,6 +48,8 @@ def infer(
             doubts.append(Doubt(pair.target, [pair, *found.others(pair)], _reason(pair)))
         else:
             doubts.append(Doubt(pair.target, [pair], f"{pair.unproven} is not known"))
+    met = {pair.target for pair in kept} | {doubt.target for doubt in doubts}
+    doubts += [Doubt(key, [], "too many tensors have its shape") for key in found.skipped() if key not in met]
     order = {entry.key: at for at, entry in enumerate(target)}
     kept.sort(key=lambda pair: order[pair.target])
     doubts.sort(key=lambda doubt: order[doubt.target])
@@ -104,11 +106,18 @@ class _Proposal:
         copies.turned(one, other)
         self._one, self._other = fold(one, other)
         self._matches: list[Match] = []
+        self._skipped: list[int] = []
         self._turned: Mapping[tuple[str, str], bool | None] = {}
         if self._one and self._other:
             ours_listed, theirs_listed = ([entry.key for entry in side] for side in (source, target))
             matcher = Matcher(Side(self._one, ours_listed), Side(self._other, theirs_listed), words)
             self._matches = matcher.run(self._settled_units())
+            self._skipped = matcher.skipped
+
+    def skipped(self) -> list[str]:
+        """Returns the targets of which there are too many of one shape to tell them apart."""
+        units = (self._other[at] for at in self._skipped)
+        return list(dict.fromkeys(item.key for unit in units for copy in unit.copies for item in copy.values()))
 
     def _settled_units(self) -> list[tuple[int, int]]:
         """Returns the pairs of units of which settled pairs speak, where those of their copies agree."""

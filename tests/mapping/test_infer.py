@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -345,3 +347,15 @@ def test_a_decoder_whose_blocks_are_numbered_from_the_other_end_is_not_matched_b
     found = mapped(source, target)
     assert found
     assert all(int(key.split(".")[2]) == 3 - int(made.split(".")[2]) for key, made in found.items())
+
+
+def test_names_that_say_nothing_are_left_in_bounded_time() -> None:
+    def names(seed: int) -> list[Entry]:
+        chosen = random.Random(seed)
+        return [Entry("".join(chosen.choices("abcdefghijklm", k=12)) + ".w", (5, at % 2 + 2)) for at in range(1500)]
+
+    began = time.process_time()
+    found = infer(names(1), names(2))
+    assert time.process_time() - began < 15  # of a shared machine
+    assert {doubt.reason for doubt in found.doubts} == {"too many tensors have its shape"}
+    assert len(found.doubts) == 1500

@@ -17,6 +17,9 @@ Pairs = Sequence[tuple[int, int]]
 
 _ROUNDS = 4
 
+_COMPARED = 1 << 19
+"""Most pairs of words that are compared letter by letter; names of more words are hardly names."""
+
 _COMMON = 0.6
 """The share of a side's units from which on a word of their names contradicts nothing: that of the whole model."""
 
@@ -27,12 +30,19 @@ class Words:
     def __init__(self, one: Side, other: Side, field_words: bool) -> None:
         self._one, self._other = one, other
         shape = len(one.vocabulary), len(other.vocabulary)
-        alike = [[names.similarity(w, x, field_words) for x in other.vocabulary] for w in one.vocabulary]
-        self._alike = np.array(alike, float).reshape(shape)
-        self._equal = np.array([[w == x for x in other.vocabulary] for w in one.vocabulary], bool).reshape(shape)
+        self._equal = np.array(one.vocabulary)[:, None] == np.array(other.vocabulary)[None, :]
+        self._alike = self._equal.astype(float)
+        if self._equal.size <= _COMPARED:
+            alike = [[names.similarity(w, x, field_words) for x in other.vocabulary] for w in one.vocabulary]
+            self._alike = np.array(alike, float).reshape(shape)
         self._present = [(side.weights > 0).astype(float) for side in (one, other)]
         self._rare = [said.mean(0) <= _COMMON for said in self._present]
         self.learn([])
+
+    @property
+    def size(self) -> int:
+        """Returns how many pairs of words there are."""
+        return int(self._equal.size)
 
     def learn(self, pairs: Pairs) -> None:
         """Learns from all accepted pairs."""

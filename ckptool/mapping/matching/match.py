@@ -26,6 +26,12 @@ _STEPS = (4, 3, 2.5, 2, 1.6, 1.3, 1, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0, -0.2, -in
 _WORDS, _MODULES, _NUMBERS, _BESIDE, _ORDER = 2.0, 2.0, 0.8, 0.8, 0.8
 """What each kind of evidence counts for."""
 
+_TOLD_APART = 1 << 16
+"""Most pairs of units that are compared in all: kinds of fewer units first. Of the others nothing is said."""
+
+_MOST = 1 << 23
+"""Most pairs of units, and of words, that are weighed in all rounds together; what is open then has no match."""
+
 _ORDER_ALONE = 0.3
 """What the order of siblings with names is worth where nothing else speaks."""
 
@@ -73,9 +79,16 @@ class Matcher:
         self._one, self._other = one, other
         mine, theirs = _by_kind(one.units), _by_kind(other.units)
         blocks = {kind: (mine[kind], theirs[kind]) for kind in mine if kind in theirs}
+        self.skipped: list[int] = []
+        pairs = 0
+        for kind in sorted(blocks, key=lambda kind: len(blocks[kind][0]) * len(blocks[kind][1])):
+            pairs += len(blocks[kind][0]) * len(blocks[kind][1])
+            if pairs > _TOLD_APART:
+                self.skipped += blocks.pop(kind)[1]
         against = Contradictions(one, other, blocks.values(), words)
         self._blocks = {kind: _Block(*both, one, other, against) for kind, both in blocks.items()}
         self._words, self._modules, self._order = Words(one, other, words), Modules(one, other), Order(one, other)
+        self._weighed = 0
         self._matches: list[Match] = []
         self._partner: dict[int, int] = {}
 
@@ -85,7 +98,7 @@ class Matcher:
             self._accept(Match(u, v, inf))
         self._weigh()
         step, least, proposed = 0, inf, self._proposed()
-        while proposed and step < len(_STEPS):
+        while proposed and step < len(_STEPS) and self._weighed <= _MOST:
             found = [match for match in proposed if match.margin >= _STEPS[step]]
             for match in found:
                 match.margin = min(match.margin, least)
@@ -116,7 +129,9 @@ class Matcher:
         self._numbers = 0.2 + 0.8 * (agree / len(pairs) if pairs else 0.5)
 
     def _proposed(self) -> list[Match]:
-        return [match for block in self._blocks.values() if all(block.left) for match in self._of_block(block)]
+        open_ = [block for block in self._blocks.values() if all(block.left)]
+        self._weighed += sum(len(block.mine) * len(block.theirs) for block in open_) + self._words.size * bool(open_)
+        return [match for block in open_ for match in self._of_block(block)] if self._weighed <= _MOST else []
 
     def _of_block(self, block: _Block) -> list[Match]:
         """Returns the best assignment of the open units of a block, with margins against all others of the block."""
