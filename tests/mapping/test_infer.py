@@ -359,3 +359,7 @@ def test_names_that_say_nothing_are_left_in_bounded_time() -> None:
     assert time.process_time() - began < 15  # of a shared machine
     assert {doubt.reason for doubt in found.doubts} == {"too many tensors have its shape"}
     assert len(found.doubts) == 1500
+
+
+def test_a_pair_that_is_certain_has_a_witness() -> None:
+    assert all(pair.witnesses for pair in infer(encoder(), blocks()).pairs)

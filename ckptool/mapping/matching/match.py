@@ -170,6 +170,7 @@ class Matcher:
             margins += [1.5 * float((score[i, j] - score[i, free[1]]).min())] if free[1] else []
             margin = min(min(margins) - gap[i, j] - 2 * broken[i, j], alone[i, j])
             witnesses = [name for name, swap in swaps.items() if swap[at, rival] > _SPEAKS and name != "shape"]
+            witnesses += ["only one of its shape"] if swaps["shape"][at, rival] > 1 else []
             if len(rows) + len(free[0]) + len(free[1]) == 1:
                 witnesses = _of_only_one(alike[i, j], beside[i, j], inner[i, j])
             best = [
