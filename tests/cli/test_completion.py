@@ -236,7 +236,7 @@ def test_a_shell_that_has_no_script_is_refused(run: Run, monkeypatch: pytest.Mon
 
 
 def typed(shell: list[str], keys: list[str], environment: dict[str, str]) -> str:
-    """What a shell on a terminal shows when this is typed, the tabs last."""
+    """What a shell on a terminal shows when this is typed: what makes its prompt READY>, then a line and a tab."""
     import pty
 
     pid, fd = pty.fork()
@@ -255,10 +255,10 @@ def typed(shell: list[str], keys: list[str], environment: dict[str, str]) -> str
                     return
 
     try:
-        until(120, b"READY>")
-        for text in keys:
+        until(5, b"\x1b[?2004h")  # what most shells say when they listen
+        for text, answer in zip(keys, (b"READY>", b"head.weight"), strict=True):
             os.write(fd, text.encode())
-            until(120, b"head.weight")
+            until(120, answer)
     finally:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
@@ -267,9 +267,9 @@ def typed(shell: list[str], keys: list[str], environment: dict[str, str]) -> str
 
 
 START = {
-    "bash": (["bash", "--norc", "-i"], "source script.bash; PS1='READY>'\n"),
-    "zsh": (["zsh", "-f", "-i"], "autoload -Uz compinit; compinit -u -D; source ./script.zsh; PS1='READY>'\n"),
-    "fish": (["fish", "--no-config", "-i"], "source script.fish; function fish_prompt; echo 'READY>'; end\n"),
+    "bash": (["bash", "--norc", "-i"], "source script.bash; PS1='REA''DY>'\n"),
+    "zsh": (["zsh", "-f", "-i"], "autoload -Uz compinit; compinit -u -D; source ./script.zsh; PS1='REA''DY>'\n"),
+    "fish": (["fish", "--no-config", "-i"], "source script.fish; function fish_prompt; echo 'REA''DY>'; end\n"),
 }
 
 
