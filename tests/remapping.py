@@ -297,3 +297,18 @@ def in_memory(keys: list[dict[str, Any]]) -> Checkpoint:
         storage = Storage(Span("", 0, 4 * numel), "float32")
         tree[row["key"]] = TensorInfo("float32", shape, contiguous_stride(shape), 0, storage)
     return Checkpoint(tree)
+
+
+def fused() -> tuple[State, State]:
+    """Three blocks of which q, k and v are fused, and the same in other names where they are not; with other values."""
+    torch.manual_seed(3)
+    source: State = {}
+    target: State = {}
+    for i in range(3):
+        for leaf, rows in (("weight", (24, 8)), ("bias", (24,))):
+            source[f"h.{i}.attn.qkv.{leaf}"] = torch.randn(rows)
+            for part in ("query", "key", "value"):
+                target[f"layer.{i}.attention.{part}.{leaf}"] = torch.randn(8, *rows[1:])
+        source[f"h.{i}.mlp.fc.weight"] = torch.randn(20, 8)
+        target[f"layer.{i}.mlp.dense.weight"] = torch.randn(20, 8)
+    return source, target

@@ -210,7 +210,8 @@ def filter(
     mapped = None
     if auto_remap:
         refuse_auto_remap(len(opened), target is not None, rules, strip_prefix, add_prefix)
-        mapped = auto_mapped(opened[0], target)  # type: ignore[arg-type]
+    if auto_remap and target is not None:
+        mapped = auto_mapped(opened[0], target)
         opened, origins = [mapped.checkpoint], {None: mapped.origins}
     if rules is not None and target is not None:
         from ckptool.ops.remap import remap_all

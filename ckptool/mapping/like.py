@@ -173,7 +173,7 @@ def settled_layouts(
 ) -> list[Pair]:
     """Returns the pairs with the layouts that a person settled: (pattern of the target's keys, one of `LAYOUTS`).
 
-    Raises: UsageError for a pattern that fits no key of a pair, and a layout that does not fit its tensors.
+    Raises: UsageError for a pattern that fits no key of the target, and a layout that does not fit its tensors.
     """
     made = {pair.target: pair for pair in pairs}
     ours, theirs = ({entry.key: entry.shape for entry in side} for side in (source, target))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 WITNESSES = ("words", "order", "numbers", "neighbours", "only one of its shape", "values", "a person")
-"""What can speak for a pair. The default confidence wants two of them that do not depend on each other."""
+"""What can speak for a pair. Order alone is not enough for the default where siblings have names."""
 
 DEFAULT_CONFIDENCE = 0.8
 """Pairs with less are left out and listed."""

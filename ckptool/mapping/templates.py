@@ -341,16 +341,15 @@ def _forms(text: str) -> set[str]:
 
 def _ranged(patterns: Sequence[str]) -> list[str]:
     """Returns patterns of which those that differ in one number alone are one regular expression."""
-    groups: dict[object, list[str]] = {}
+    groups: dict[tuple[int, tuple[str | None, ...]], list[str]] = {}
     for pattern in patterns:
         pieces = _NUMBER.split(pattern)
         for at in range(1, len(pieces), 2):
-            groups.setdefault((at, *pieces[:at], None, *pieces[at + 1 :]), []).append(pattern)
+            groups.setdefault((at, (*pieces[:at], None, *pieces[at + 1 :])), []).append(pattern)
     made: dict[str, str] = {}
-    for key, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+    for (at, _), group in sorted(groups.items(), key=lambda item: -len(item[1])):
         rest = [pattern for pattern in group if pattern not in made]
         if len(rest) > 1:
-            at = key[0]  # type: ignore[index]
             numbers = [_NUMBER.split(pattern)[at] for pattern in rest]
             pieces = _NUMBER.split(rest[0])
             head, tail = ("".join(part) for part in (pieces[:at], pieces[at + 1 :]))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import State
+from remapping import fused
 
 import ckptool
 from ckptool.errors import UsageError
@@ -17,30 +19,22 @@ from ckptool.mapping.pairs import Doubt, Pair
 from tests.ptys import shown
 
 Saved = Callable[..., Path]
-Weights = dict[str, torch.Tensor]
 
 
-def blocks() -> tuple[Weights, Weights]:
+def blocks() -> tuple[State, State]:
     """Three blocks of which q, k and v are fused, and in which two vectors have names that say nothing."""
-    torch.manual_seed(3)
-    source, target = {}, {}
+    source, target = fused()
     for i in range(3):
-        for leaf, rows in (("weight", (24, 8)), ("bias", (24,))):
-            source[f"h.{i}.attn.qkv.{leaf}"] = torch.randn(rows)
-            for part in ("query", "key", "value"):
-                target[f"layer.{i}.attention.{part}.{leaf}"] = torch.randn(8, *rows[1:])
-        source[f"h.{i}.mlp.fc.weight"] = torch.randn(20, 8)
-        target[f"layer.{i}.mlp.dense.weight"] = torch.randn(20, 8)
         source |= {f"h.{i}.ln_{name}": torch.randn(7) for name in "ab"}
         target |= {f"layer.{i}.foo_{name}": torch.randn(7) for name in "xy"}
     return source, target
 
 
-def asks(source: Weights, target: Weights, settled: list[Pair] | None = None) -> list[tuple[Question, bool]]:
+def asks(source: State, target: State, settled: list[Pair] | None = None) -> list[tuple[Question, bool]]:
     return [*left(ckptool.infer(source, target, settled=settled or ())[1], ())]
 
 
-def answer(asked: tuple[Question, bool], text: str, source: Weights, target: Weights) -> list[Pair]:
+def answer(asked: tuple[Question, bool], text: str, source: State, target: State) -> list[Pair]:
     ours, theirs = (entries(ckptool.open(side)) for side in (source, target))
     return answered(*asked, text, ours, theirs)
 

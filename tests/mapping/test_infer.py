@@ -142,7 +142,9 @@ def test_a_head_of_another_size_is_left_and_named() -> None:
 def test_a_lone_survivor_of_the_right_shape_is_not_taken_for_a_layer_that_is_missing(gone: str) -> None:
     missing = {gone.format(at) for at in range(3)}
     source = [entry for entry in encoder() if entry.key.rpartition(".")[0] not in missing]
-    assert mapped(source, blocks()).items() <= truth().items()
+    found = mapped(source, blocks())
+    assert found.items() <= truth().items()
+    assert len(found) > len(truth()) / 2
     fate_is_told(source, blocks())
 
 
@@ -246,11 +248,15 @@ def test_what_a_person_settled_stays_and_speaks_for_the_rest_of_its_layer() -> N
     found = {pair.target: pair for pair in infer(source, target, settled=[said]).pairs}
     assert found["y.two.weight"] is said
     assert found["y.two.bias"].source == ["a.0.bias"]
+    assert found["y.two.bias"].witnesses == ["neighbours"]
+    assert found["y.two.bias"].confidence < 1
     assert "x.one.weight" not in found or found["x.one.weight"].source == ["a.1.weight"]
 
 
 def test_the_result_does_not_depend_on_the_table_of_field_words_alone() -> None:
-    assert mapped(encoder(), blocks(), words=False).items() <= truth().items()
+    found = mapped(encoder(), blocks(), words=False)
+    assert found.items() <= truth().items()
+    assert len(found) > len(truth()) / 2
 
 
 def test_confidence_moves_the_line_between_pairs_and_doubts() -> None:
@@ -333,7 +339,7 @@ def test_of_two_projections_with_names_the_order_alone_does_not_say_which_is_the
     source = layers("enc", [("attn.q_proj", (40, 32)), ("attn.o_proj", (32, 40)), ("gate", (64, 32)), ("up", (64, 32))])
     target = layers("blocks", [("att.query", (40, 32)), ("att.out", (32, 40)), *((name, (64, 32)) for name in order)])
     found = infer(source, target)
-    assert {pair.target.split(".")[2] for pair in found.pairs} <= {"att"}
+    assert {pair.target.split(".")[2] for pair in found.pairs} == {"att"}
     assert {doubt.target.split(".")[2] for doubt in found.doubts} >= {*order}
 
 

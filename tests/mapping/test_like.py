@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from remapping import fused
 from torch import nn
 
 import ckptool
@@ -388,15 +389,7 @@ def test_equal_values_decide_what_names_leave_in_doubt(saved: Saved, run: Run) -
 
 
 def test_what_is_fused_is_cut_where_its_layout_is_said(saved: Saved, run: Run) -> None:
-    torch.manual_seed(3)
-    source, target = {}, {}
-    for i in range(3):
-        for leaf, rows in (("weight", (24, 8)), ("bias", (24,))):
-            source[f"h.{i}.attn.qkv.{leaf}"] = torch.randn(rows)
-            for part in ("query", "key", "value"):
-                target[f"layer.{i}.attention.{part}.{leaf}"] = torch.randn(8, *rows[1:])
-        source[f"h.{i}.mlp.fc.weight"] = torch.randn(20, 8)
-        target[f"layer.{i}.mlp.dense.weight"] = torch.randn(20, 8)
+    source, target = fused()
     saved(source, "a.pth")
     saved(target, "b.pth")
     _, out, _ = run("remap", "a.pth", "--like", "b.pth", "--dry-run")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ckptool.mapping.matching import names
+from ckptool.mapping.matching.layouts import solid
 from ckptool.mapping.matching.sides import Array, Side
 from ckptool.mapping.matching.units import Unit
 
@@ -69,7 +70,7 @@ class Contradictions:
     def _by_shape(self, one: Unit, other: Unit) -> float:
         """Returns what speaks against two tensors by the order of their dimensions, where other tensors of the same
         leaves show whether matrices are transposed."""
-        mine, theirs = (_solid(unit.main.shape) for unit in (one, other))
+        mine, theirs = (solid(unit.main.shape) for unit in (one, other))
         turns = self._turns.get((one.main.leaf, other.main.leaf))
         if mine == theirs:
             if turns == {True} and len(set(mine)) > 1:
@@ -82,13 +83,9 @@ class Contradictions:
         found: dict[tuple[str, str], set[bool]] = defaultdict(set)
         for mine, theirs in blocks:
             ours, others = [self._one.units[u].main for u in mine], [self._other.units[v].main for v in theirs]
-            shapes, other_shapes = ({_solid(item.shape) for item in items} for items in (ours, others))
+            shapes, other_shapes = ({solid(item.shape) for item in items} for items in (ours, others))
             if len(shapes) == len(other_shapes) == 1 and len(set(*shapes)) > 1:
                 for leaf in {item.leaf for item in ours}:
                     for other in {item.leaf for item in others}:
                         found[leaf, other].add(shapes != other_shapes)
         return found
-
-
-def _solid(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)

@@ -20,15 +20,16 @@ def op_of(shape: Shape, target: Shape, turned: bool | None = None) -> str | None
         return None
     if len(shape) == 2 and shape[::-1] == target:
         return "transpose"
-    if _solid(shape) == _solid(target):
+    if solid(shape) == solid(target):
         return "reshape"
     if len(shape) == len(target) and sorted(shape) == sorted(target):
         return "permute:" + ",".join(map(str, _axes(shape, target)))
     return "reshape"
 
 
-def _solid(shape: Shape) -> list[int]:
-    return [size for size in shape if size != 1]
+def solid(shape: Shape) -> tuple[int, ...]:
+    """Returns a shape without its dimensions of 1, which change nothing."""
+    return tuple(size for size in shape if size != 1)
 
 
 def _axes(shape: Shape, target: Shape) -> list[int]:

@@ -95,7 +95,7 @@ class Matcher:
     def run(self, settled: Sequence[tuple[int, int]] = ()) -> list[Match]:
         """Returns a match for every unit that has one, the most certain first; ``settled`` are accepted at once."""
         for u, v in settled:
-            self._accept(Match(u, v, inf))
+            self._accept(Match(u, v, _STEPS[0], ["neighbours"]))  # of what they hold, not all need be settled
         self._weigh()
         step, least, proposed = 0, inf, self._proposed()
         while proposed and step < len(_STEPS) and self._weighed <= _MOST:
@@ -153,7 +153,7 @@ class Matcher:
         rows += [i for i, _, _ in block.accepted]
         columns += [j for _, j, _ in block.accepted]
         swaps = {name: _exchanged(kind, rows, columns) for name, kind in kinds.items()}
-        named: Array = sum(swaps.values())  # type: ignore[assignment]
+        named: Array = np.sum([*swaps.values()], axis=0)
         swaps["order"], alone_is_enough = self._ordered(block, rows, columns, near, beside)
         total = named + swaps["order"]
         total = np.where(alone_is_enough | (named > _SPEAKS), total, np.minimum(total, _ORDER_ALONE))

@@ -103,7 +103,7 @@ def role(leaf: str, words: bool = True) -> str:
         return leaf
     parts = segment(leaf).words
     if "running" in parts or "moving" in parts:
-        return "mean" if {"mean"} & set(parts) else "var"
+        return "mean" if "mean" in parts else "var"
     if leaf.lower() in ROLES:
         return ROLES[leaf.lower()]
     return ROLES.get(parts[0], leaf) if len(parts) == 1 and parts[0] not in ("mean", "var") else leaf

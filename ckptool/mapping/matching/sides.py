@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptool.mapping.matching import names
+from ckptool.mapping.matching.names import Segment
 from ckptool.mapping.matching.units import Unit
 
 Array = NDArray[np.float64]
@@ -82,24 +83,26 @@ class Side:
         indexed = np.zeros(listed.shape, bool)
         for i, u in enumerate(units):
             for j, v in enumerate(units[:i]):
-                common[i, j] = common[j, i] = self.common(u, v)
-                counted[i, j] = self._counted(u, v)
-                counted[j, i] = -counted[i, j]
-                indexed[i, j] = indexed[j, i] = self._indexed(u, v)
+                depth = self._parting(u, v)
+                common[i, j] = common[j, i] = self._template(u, depth)
+                if depth is not None:
+                    one, other = (self.units[at].segments[depth] for at in (u, v))
+                    counted[i, j] = _counted(one, other)
+                    counted[j, i] = -counted[i, j]
+                    indexed[i, j] = indexed[j, i] = one.stem == other.stem == "" and min(one.number, other.number) >= 0
         return listed, counted, common, indexed
-
-    def _indexed(self, u: int, v: int) -> bool:
-        """Returns whether two names first differ by numbers that stand alone: places in a list of modules."""
-        for a, b in zip(self.units[u].segments, self.units[v].segments, strict=False):
-            if a.text != b.text:
-                return a.stem == b.stem == "" and a.number >= 0 and b.number >= 0
-        return False
 
     def common(self, u: int, v: int) -> int:
         """Returns the number of the template of the module that holds both units."""
-        one, other = self.units[u], self.units[v]
-        depth = next((at for at, (a, b) in enumerate(zip(one.path, other.path, strict=False)) if a != b), 0)
-        text = "/".join(part.stem for part in one.segments[:depth])
+        return self._template(u, self._parting(u, v))
+
+    def _parting(self, u: int, v: int) -> int | None:
+        """Returns where two names first differ, as a number of segments; None where one begins with the other."""
+        both = zip(self.units[u].path, self.units[v].path, strict=False)
+        return next((at for at, (a, b) in enumerate(both) if a != b), None)
+
+    def _template(self, u: int, depth: int | None) -> int:
+        text = "/".join(part.stem for part in self.units[u].segments[: depth or 0])
         return self._templates.setdefault(text, len(self._templates))
 
     @property
@@ -107,16 +110,15 @@ class Side:
         """Returns how many templates `common` has numbered."""
         return len(self._templates)
 
-    def _counted(self, u: int, v: int) -> int:
-        """Returns the sign of the numbers, or of "pre" and "post", by which two names first differ; 0 for neither."""
-        for a, b in zip(self.units[u].segments, self.units[v].segments, strict=False):
-            if a.text != b.text:
-                if a.stem == b.stem and a.number >= 0 and b.number >= 0:
-                    return 1 if a.number > b.number else -1
-                one, other = names.ordinal(a), names.ordinal(b)
-                comparable = one is not None and other is not None and set(a.words) & set(b.words)
-                return (one > other) - (one < other) if comparable else 0  # type: ignore[operator]
+
+def _counted(a: Segment, b: Segment) -> int:
+    """Returns the sign of the numbers, or of "pre" and "post", by which two segments differ; 0 for neither."""
+    if a.stem == b.stem and a.number >= 0 and b.number >= 0:
+        return 1 if a.number > b.number else -1
+    one, other = names.ordinal(a), names.ordinal(b)
+    if one is None or other is None or not set(a.words) & set(b.words):
         return 0
+    return (one > other) - (one < other)
 
 
 def _places(units: Sequence[Unit]) -> list[int | None]:

@@ -11,6 +11,7 @@ from math import prod
 
 from ckptool.core.keys import is_counter
 from ckptool.mapping.matching import names
+from ckptool.mapping.matching.layouts import solid
 from ckptool.mapping.matching.names import Segment
 from ckptool.mapping.pairs import Entry
 
@@ -72,7 +73,7 @@ class Unit:
 def class_of(shape: Sequence[int], dtype: str) -> Class:
     """Returns the class of a tensor."""
     whole = dtype.startswith(("int", "uint", "bool"))
-    return ("i" if whole else "f"), tuple(sorted(size for size in shape if size != 1))
+    return ("i" if whole else "f"), tuple(sorted(solid(shape)))
 
 
 def is_counting(entry: Entry) -> bool:
@@ -85,11 +86,10 @@ def items_of(entries: Sequence[Entry]) -> list[Item]:
     marks = names.separators([entry.key for entry in entries])
     found = []
     for entry in entries:
-        kind = class_of(entry.shape, entry.dtype)
         if is_counting(entry):
             continue
         *path, leaf = names.split(entry.key, marks)
-        found.append(Item(entry.key, tuple(entry.shape), kind, tuple(path), leaf))
+        found.append(Item(entry.key, tuple(entry.shape), class_of(entry.shape, entry.dtype), tuple(path), leaf))
     _place(found)
     return found
 
@@ -145,9 +145,9 @@ def join_classes(source: list[Item], target: list[Item]) -> None:
             near = [
                 candidate for candidate, count in others.items()
                 if prod(candidate[1]) == size and candidate[0] == kind[0]
-                and sorted((len(candidate[1]), len(kind[1])))[0] == 2 < max(len(candidate[1]), len(kind[1]))
+                and min(len(candidate[1]), len(kind[1])) == 2 < max(len(candidate[1]), len(kind[1]))
                 and set(candidate[1]) & set(kind[1])
-                and count - counts[candidate] >= 0.6 * counts[kind]
+                and count - counts[candidate] >= _ENOUGH * counts[kind]
             ]  # fmt: skip
             if len(near) == 1:
                 for item in one:
