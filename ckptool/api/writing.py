@@ -267,17 +267,21 @@ def better_hint(hint: str | None, source: Checkpoint, target: Checkpoint, loaded
 
     Few is less than half of the target's keys, by what ``hint`` says; clearly more is over twice as many and two.
     """
+    from ckptool.core import modules
+    from ckptool.core.roots import is_flat
     from ckptool.ops.notes import hinted
 
     sides, known = (source.state_dict(), target.state_dict()), max(loaded, hinted(hint))
     total = len(sides[1])
     if 2 * known >= total or max(map(len, sides)) > MOST_KEYS:
         return hint
+    if not (modules.is_module(node := source.at(source.root)) or is_flat(node)):  # remap writes no nested containers
+        return hint
     if max(len({re.sub("[0-9]+", "", key) for key in side}) for side in sides) > MOST_NAMES:
         return hint
     from ckptool.mapping.infer import infer
-    from ckptool.mapping.like import entries
+    from ckptool.mapping.like import entries, proven
 
-    found = sum(not pair.unproven for pair in infer(entries(source), entries(target)).pairs)
+    found = len(proven(infer(entries(source), entries(target)).pairs, ())[0])
     clear = found > max(2 * known + 2, total // 10)
     return f"remap --like {target.url} would match {found} of {total}" if clear else hint

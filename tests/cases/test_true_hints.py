@@ -123,7 +123,7 @@ def loaded(command: str, result: dict[str, Any]) -> int:
 @thinned(80)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_hint_added_to_its_command_gives_the_number_that_it_promised(step: int, saved: Saved, run: Run) -> None:
-    given = 0
+    given = mapped = 0
     for seed in range(0, 4000, step):
         dice = random.Random(seed)
         seed_torch(seed)
@@ -143,12 +143,22 @@ def test_every_hint_added_to_its_command_gives_the_number_that_it_promised(step:
         notes = [note for note in found["notes"] if " would match " in note]
         for hint in notes if command == "diff" else filter(None, [found["result"].get("hint")]):
             match = re.search(r"would match (\d+) of \d+", hint)
+            assert match, hint
+            if hint.startswith("remap --like"):
+                root = ["--root", "0"] if "--root" in call else []
+                like = json.loads(
+                    run("remap", source, "--like", target, "--no-values", "--dry-run", "--json", *root)[1]
+                )
+                assert "result" in like, (seed, hint, like)
+                assert len(like["result"]["like"]["pairs"]) == int(match[1]), (seed, hint)
+                mapped += 1
+                continue
             added = hint.split(" would match ")[0] if command == "diff" else hint[hint.index("(--") + 1 : -1]
             after = json.loads(run(*call, *shlex.split(added))[1])
             told = (seed, shlex.join(map(str, call)), hint, after.get("error"))
-            assert match, told
             assert "result" in after, told
             assert loaded(command, after["result"]) == int(match[1]), told
             assert loaded(command, found["result"]) < int(match[1]), told
             given += 1
     assert given > 1000 / step
+    assert mapped or step > 1

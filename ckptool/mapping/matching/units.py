@@ -240,7 +240,7 @@ def _ways(shape: tuple[int, ...], want: Iterable[Class]) -> Ways:
             for _, dims in want:
                 if len(dims) == 2 and rest in dims:
                     part = dims[0] if dims[1] == rest else dims[1]
-                    if size % part == 0 and size // part > 3:
+                    if part and size % part == 0 and size // part > 3:
                         yield dim, [part] * (size // part)
                     if 0 < 2 * part < size - part and ("f", tuple(sorted((size - 2 * part, rest)))) in want:
                         yield dim, [size - 2 * part, part, part]
