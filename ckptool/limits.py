@@ -158,6 +158,14 @@ MAX_INDEX = Limit("MAX_INDEX", 200_000_000)
 MAX_LIST = Limit("MAX_LIST", 1 << 28)
 """Bytes of a file that lists rows or tokens. The largest tokenizer.json are below 40 MB."""
 
+# --- remote files ----------------------------------------------------------------------------------------------------
+
+MAX_DOWNLOAD = Limit("MAX_DOWNLOAD", 1 << 26)
+"""Bytes of a file of which no part can be read alone: from a server without ranges, or deflated in an archive."""
+
+MAX_WAIT = Limit("MAX_WAIT", 30)
+"""Seconds in which a server connects, and sends more of an answer; there are some tries."""
+
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 MAX_EXPANDED = Limit("MAX_EXPANDED", 1 << 30)

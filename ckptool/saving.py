@@ -17,8 +17,10 @@ from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
 from ckptool.core.tree import Global, key_text, nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed, near
 from ckptool.io import tally
+from ckptool.io.files import Files, identity, names_in
 from ckptool.io.output import EXISTS, Output, SetOptions, is_stream, write_stream
-from ckptool.io.source import Files, LocalFile, identity, names_in
+from ckptool.io.paths import is_url
+from ckptool.io.source import LocalFile
 from ckptool.io.system import canonical, same_file
 from ckptool.text import plural
 from ckptool.values.blocks import changed_values, same_bytes
@@ -109,11 +111,17 @@ def save(
             by = "as was asked for" if options.to else "by its name"
             tally.current.say(f"{url}: written as {row.name}, {by}")
         with Files() as files:
+            files.expect(tensor for _, tensor in checkpoint.tensors())
             saved = write(checkpoint, row, url, options, tags, files, progress)
         saved = replace(
             saved,
             left_out=saved.left_out + _lost(checkpoint, row),
-            notes=(*saved.notes, *_notes(checkpoint, row, url), *_untagged(checkpoint, row, options.map_location)),
+            notes=(
+                *saved.notes,
+                *files.notes(),
+                *_notes(checkpoint, row, url),
+                *_untagged(checkpoint, row, options.map_location),
+            ),
         )
         return replace(saved, verified=options.verify, **changed_values(checkpoint.state_dict(), files))
     except CkptoolError as error:
@@ -404,6 +412,7 @@ def check_output(
 ) -> None:
     """Raises as `save` would for this path: an unknown suffix, a file that exists, an input."""
     url = os.fspath(path)
+    _refuse_remote(url)
     row = formats.writable(url, options.to)
     if not row.is_directory and (options.with_files or options.shard_name is not None):
         raise UsageError("--shard-name and --with-files go with a directory: --to sharded", url)
@@ -423,6 +432,11 @@ def check_output(
         url = _with_digest(url, PENDING)
     spared = () if options.in_place else inputs
     _check_place(url, options.overwrites, spared, "is one of the inputs; --in-place replaces it")
+
+
+def _refuse_remote(url: str) -> None:
+    if is_url(url):
+        raise OutputError("a URL is read, and not written: write to a path of this machine, and copy it there", url)
 
 
 def _holds_input(directory: str, inputs: Sequence[Checkpoint]) -> bool:
@@ -446,6 +460,7 @@ def _refuse_linked(directory: str, names: Collection[Names], inputs: Sequence[Ch
 def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
     """Raises as `write_text` would for this path, and OutputError if it is an input."""
     url = os.fspath(path)
+    _refuse_remote(url)
     if not is_stream(url):
         _check_place(url, force, inputs, "is one of the inputs")
 

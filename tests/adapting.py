@@ -13,7 +13,7 @@ from oracles import bits
 
 from ckptool import open as open_checkpoint
 from ckptool.core.tensor import TensorInfo
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.partial.adapt import Adapted, Adapting
 from ckptool.partial.adapters import Adapter, parse
 from ckptool.values import adapt as adapted

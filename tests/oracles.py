@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ckptool.core.tensor import Derived, Storage, TensorInfo
 from ckptool.core.tree import Global, PyObject, as_mapping, attributes
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values import blocks as data
 
 Saved = Callable[..., Path]

@@ -73,15 +73,15 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 """The packages of others that a command line may need: typer, and what it imports. pydantic would take 75 ms."""
 
 BEGIN = (
-    "cli cli.app cli.progress cli.render cli.terminal cli.terminal.colours cli.terminal.tables errors io io.system "
-    "io.tally errno typer contextlib dataclasses re reports signal text typing"
+    "cli cli.app cli.progress cli.render cli.terminal cli.terminal.colours cli.terminal.tables errors io io.paths "
+    "io.system io.tally errno typer contextlib dataclasses re reports signal text typing"
 )
 CORE = (
     f"{BEGIN} limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "
     "core.tensor core.tree core.versions text fnmatch math"
 )
 READ = (
-    f"{CORE} api api.sources core.pickled_names core.roots formats io.probe io.source io.zip_read "
+    f"{CORE} api api.sources core.pickled_names core.roots formats io.files io.probe io.source io.zip_read "
     "pickling pickling.guard pickling.load pickling.torch_calls array bisect struct zlib _pickle _compat_pickle"
 )
 WRITE = (

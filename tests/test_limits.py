@@ -70,6 +70,12 @@ def a_view_without_end() -> str:
     return zipped(beside(b"N").replace(b"K\x01\x85K\x01", b"J\0\0\0\x7f\x85K\x00"))
 
 
+def deflated_in_a_zip() -> str:
+    with zipfile.ZipFile("all.zip", "w", zipfile.ZIP_DEFLATED) as made:
+        made.write("given.pth", "archive/given.pth")
+    return "all.zip"
+
+
 def a_list_of_rows() -> list[str]:
     torch.save({"w": torch.arange(8.0).view(4, 2)}, "old.pth")
     torch.save({"w": torch.zeros(2, 2)}, "new.pth")
@@ -154,6 +160,7 @@ REACHED: dict[str, tuple[int, Call]] = {
     "MAX_INDEX": (10, lambda: looked_at(indexed())),
     "MAX_INDEX of rules": (10, a_file_of_rules),
     "MAX_LIST": (3, a_list_of_rows),
+    "MAX_DOWNLOAD": (100, lambda: looked_at(f"zip://archive/{zipped(beside(b'N'))}::{deflated_in_a_zip()}")),
     "MAX_EXPANDED": (100, lambda: [*looked_at(expanded()), "--hash"]),
     "MAX_EXPANDED compared": (100, lambda: ["diff", expanded(), "given.pth", "--values", "--json"]),
 }  # fmt: skip
@@ -225,7 +232,8 @@ def test_what_a_limit_refuses_is_read_right_when_it_is_raised_as_the_error_says(
 def test_each_limit_is_tried_and_each_that_can_be_is_raised() -> None:
     raised = {name.split()[0] for name in REACHED}
     raisable = {name for name, limit in limits.ALL.items() if limit.raisable}
-    assert raised | {"MAX_EXPANSION", "MAX_MATCH"} == raisable  # see the next test; a time is no size: test_regexes.py
+    times = {"MAX_MATCH", "MAX_WAIT"}  # they are no sizes: test_regexes.py, test_faults.py
+    assert raised | times | {"MAX_EXPANSION"} == raisable  # see the next test
     tried = {name.split()[0] for name in BOMBS} | {"MAX_HEADER"}
     assert limits.ALL.keys() - raisable <= tried
 

@@ -29,9 +29,9 @@ import ckptool
 from ckptool.cli import main
 from ckptool.directories import place, sharded
 from ckptool.errors import FormatError, OutputError
+from ckptool.io.files import Files
 from ckptool.io.leftovers import PARTIAL
 from ckptool.io.output import Output
-from ckptool.io.source import Files
 from ckptool.values import blocks as data
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions, links and signals of POSIX")

@@ -54,7 +54,7 @@ def plan_partial(
     Nothing is written: pass the checkpoint to `save`. Reads headers only, except where tied names are compared.
     Raises: what `open` raises, UsageError with everything that forbids the plan, NoTensorsError, CollisionError.
     """
-    from ckptool.io.source import Files
+    from ckptool.io.files import Files
     from ckptool.ops.rows import counts_of
     from ckptool.partial import adapters
     from ckptool.partial import plan as op

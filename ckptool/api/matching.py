@@ -24,7 +24,7 @@ def decided_by_values(
     most of the target is settled, the pairs that names propose are compared too (see `ckptool.mapping.values.checked`).
     A target without values, such as a lock file or a model in code, settles nothing, and no side is read.
     """
-    from ckptool.io.source import Files
+    from ckptool.io.files import Files
     from ckptool.mapping.values import checked, settle
     from ckptool.values.fingerprints.evidence import ValueEvidence
 

@@ -125,7 +125,7 @@ def diff(
         return differences()
     from ckptool import saving
     from ckptool.core.findings import Distance
-    from ckptool.io.source import Files
+    from ckptool.io.files import Files
     from ckptool.values.compare import Prefixes, compare, compare_bytes, compare_hashes
 
     below = None
@@ -133,6 +133,7 @@ def diff(
         chosen = filter(keys.chooser((), ignore), first.state_dict())
         below = Prefixes([*chosen], chain.from_iterable(first.shared()), depth)
     with Files(progress) as files:
+        files.expect(tensor for one in (first, second) for tensor in one.state_dict().values())
 
         def compared(one: TensorInfo, other: TensorInfo) -> Distance:
             with saving.share(files, one.nbytes + other.nbytes):

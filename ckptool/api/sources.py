@@ -11,7 +11,7 @@ from ckptool.core.checkpoint import Checkpoint, Module, set_realise
 from ckptool.core.keys import ROOTS
 from ckptool.core.tree import Path, path_text
 from ckptool.errors import UnreadableError, UsageError, kind_of
-from ckptool.io import tally
+from ckptool.io import files, paths, tally
 from ckptool.references import is_code
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ def open(source: Source, root: str | Path | None = None, *, tp_rules: Any = None
     if isinstance(source, Checkpoint):
         opened = source
     elif isinstance(source, (str, os.PathLike)):
-        if is_code(os.fspath(source)):
+        path = paths.given(os.fspath(source))
+        files.look_again(path)
+        if is_code(path):
             what = "there is no such file, and a model in code is a reference: for `inspect`, a side of `diff`"
-            raise UnreadableError(f"{what}, `filter --match`, `load-partial --into`", os.fspath(source))
-        opened, root = formats.read_at(os.fspath(source), root)
+            raise UnreadableError(f"{what}, `filter --match`, `load-partial --into`", path)
+        opened, root = formats.read_at(path, root)
     else:
         from ckptool.partial import live
 
@@ -92,7 +94,7 @@ def tags_of(map_location: MapLocation) -> MapLocation:
 
 
 def _realise(tree: Any, map_location: Any, module_state_dict: Callable[[Any], Any], arrays: bool) -> Any:
-    from ckptool.io.source import Files
+    from ckptool.io.files import Files
     from ckptool.values import torch_bridge
 
     with Files() as files:

@@ -15,6 +15,8 @@ from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint, detached
 from ckptool.core.tree import Path
 from ckptool.errors import UsageError
+from ckptool.io import paths
+from ckptool.io.files import is_directory
 
 # Operations are imported by the functions that use them: a command needs one or two of them.
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def invert(source: Source, saved: Any) -> tuple[Checkpoint, RemapReport]:
 
     Weights that the remap untied are tied again if their bytes are still equal; those bytes are read.
     """
-    from ckptool.io.source import Files
+    from ckptool.io.files import Files
     from ckptool.ops.remap import invert as op
     from ckptool.values.blocks import same_bytes
 
@@ -138,7 +140,7 @@ def convert(
         opened, dtype=None if dtype is None else lookup(dtype).name, keep=keep, dequantize=dequantize, untie=untie,
         publish=publish, metadata=metadata,
     )  # fmt: skip
-    directory = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
+    directory = isinstance(source, (str, os.PathLike)) and is_directory(paths.given(os.fspath(source)))
     row = formats.writable(url, to, opened.format if directory else "")
     given, gone = keys.pairs(set_metadata or {}, "set_metadata", "text"), keys.texts(unset_metadata, "unset_metadata")
     if (metadata or given or gone) and not row.holds.metadata:
@@ -192,7 +194,7 @@ def filter(
 
     Raises: what `open` raises, NoTensorsError, CollisionError for tied names or one key with different values.
     """
-    from ckptool.io.source import Files
+    from ckptool.io.files import Files
     from ckptool.ops import filter as op
     from ckptool.ops import rows
     from ckptool.ops.notes import with_optimizers

@@ -20,7 +20,7 @@ from ckptool import reports
 from ckptool.cli import progress, render
 from ckptool.cli.terminal import colours
 from ckptool.errors import CkptoolError, OutputError, UsageError, near, one_of
-from ckptool.io import system, tally
+from ckptool.io import paths, system, tally
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C. No command returns it."""
@@ -238,6 +238,7 @@ VARIABLES = {
 
 def run(args: list[str]) -> int:
     """Runs one command line. Any exception but ckptool's and typer's is a bug and keeps its traceback."""
+    args = list(map(_without_secrets, args))
     command = next((arg for arg in args if arg in COMMANDS), "")
     form = _form(args)
     render.quiet, tally.current = False, None
@@ -258,6 +259,12 @@ def run(args: list[str]) -> int:
             _tell(tally.current, time.perf_counter() - begun)
             tally.current = None
     return code if isinstance(code, int) else 0
+
+
+def _without_secrets(arg: str) -> str:
+    """Returns an argument whose URL, if it is one, has masks for its secrets: no message or report can show them."""
+    option, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+    return f"{option}{equals}{paths.given(value)}"
 
 
 COMPLETION = ("--install-completion", "--show-completion")
@@ -309,10 +316,14 @@ def _tell(told: tally.Tally, seconds: float) -> None:
 
     most = sorted(told.read.items(), key=lambda item: -item[1])
     for path, nbytes in most[:20]:
-        render.note(f"{path}: read {size(nbytes)}")
+        render.note(f"{path}: read {size(nbytes)}{_requests(told.requests.get(path, 0))}")
     more = f", {len(most) - 20} more than these" if len(most) > 20 else ""
-    files = f"{len(most)} file{'s' * (len(most) != 1)}"
+    files = f"{len(most)} file{'s' * (len(most) != 1)}{_requests(sum(told.requests.values()))}"
     render.note(f"read {size(sum(told.read.values()))} of {files}{more}, in {seconds:.2f} s")
+
+
+def _requests(count: int) -> str:
+    return f" in {count} request{'s' * (count != 1)}" if count else ""
 
 
 def _wrong(error: Any) -> str:

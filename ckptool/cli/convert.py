@@ -15,6 +15,8 @@ from ckptool.cli.progress import bar
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.io import system
+from ckptool.io.files import is_directory
+from ckptool.io.paths import is_url
 from ckptool.ops.convert import ConvertReport
 from ckptool.ops.notes import changed_lines
 from ckptool.text import plural, size
@@ -130,10 +132,12 @@ class Job(NamedTuple):
     @classmethod
     def of(cls, source: str, checkpoint: Checkpoint, to: str | None, output: str | None) -> "Job":
         """Returns the job; without an ``output`` its path is the input's stem with the format's suffix."""
-        path = os.path.normpath(source)
+        if output is None and is_url(source):
+            raise UsageError("name the output with -o: it cannot be beside an input that is read from a URL", source)
+        path = source if is_url(source) else os.path.normpath(source)
         name = re.sub(r"\.index(\.[\w-]+)?\.json$", "", path)
-        stem = name if os.path.isdir(path) else saving.split_suffix(name)[0]
-        row = formats.writable(output or "", to, checkpoint.format if os.path.isdir(path) else "")
+        stem = name if is_directory(path) else saving.split_suffix(name)[0]
+        row = formats.writable(output or "", to, checkpoint.format if is_directory(path) else "")
         return cls(source, checkpoint, stem + row.ending if output is None else output, row)
 
 

@@ -182,7 +182,7 @@ def read_data(path: str) -> Any:
     import json
     import tomllib
 
-    from ckptool.io.source import read_given
+    from ckptool.io.files import read_given
 
     try:
         text = read_given(path, "a file of rules").decode()

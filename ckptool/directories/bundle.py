@@ -9,7 +9,6 @@ Sources: ``common/save_util.py`` of stable-baselines3 2.7; ``pipelines/pipeline_
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -20,6 +19,7 @@ from ckptool.directories import sets
 from ckptool.directories.names import WEIGHTS, sets_in
 from ckptool.errors import CkptoolError, listed
 from ckptool.io.archives import HEAD, MOST_MEMBERS
+from ckptool.io.paths import join
 from ckptool.io.probe import Probe
 from ckptool.io.source import Section, locate
 from ckptool.pickling.streams import CHECKPOINTS
@@ -43,7 +43,7 @@ def read(probe: Probe, open_: Open) -> Checkpoint | None:
     """
     if probe.is_directory:
         names = sets.components(probe.path, probe.names)
-        parts = {name: open_(os.path.join(probe.path, name)) for name in names}
+        parts = {name: open_(join(probe.path, name)) for name in names}
         return _joined(probe, parts, [name for name in probe.names if name.endswith(WEIGHTS)])
     parts, left = {}, dict.fromkeys(probe.members, "")
     for name, section in _sections(probe):

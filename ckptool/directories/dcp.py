@@ -13,7 +13,6 @@ there, so the ids in an optimizer's state are made integers again. Source: ``met
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -33,9 +32,11 @@ from ckptool.errors import (
     listed,
 )
 from ckptool.formats.safetensors_file import sharding
+from ckptool.io.files import Files, ahead, exists, names_in, size_of
 from ckptool.io.leftovers import leftovers
+from ckptool.io.paths import basename, dirname, join
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files, Section, names_in
+from ckptool.io.source import Section
 from ckptool.limits import MAX_LEVELS, MAX_PICKLE
 from ckptool.pickling.archives import Single, is_saved, unpickled
 from ckptool.pickling.load import with_arrays
@@ -58,7 +59,7 @@ def matches(probe: Probe) -> bool:
             return False
         if METADATA.fullmatch(probe.name):
             return probe.head[:1] == b"\x80"
-        return probe.name.endswith(".distcp") and bool(_metadata_files(names_in(os.path.dirname(probe.path) or ".")))
+        return probe.name.endswith(".distcp") and bool(_metadata_files(names_in(dirname(probe.path) or ".")))
     ours = any(METADATA.fullmatch(name) or name.endswith((".distcp", ".metadata.tmp")) for name in probe.names)
     return ours and not any(found.loader for found in sets_in(probe.names))
 
@@ -74,8 +75,8 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     Raises: IncompleteError for files, items or parts of tensors that are missing; UnsupportedError for transformed
     (compressed) items; FormatError, LimitError.
     """
-    directory = probe.path if probe.is_directory else os.path.dirname(probe.path) or "."
-    names = sorted(names_in(directory))
+    directory = probe.path if probe.is_directory else dirname(probe.path) or "."
+    names = sorted({*names_in(directory), *([] if probe.is_directory else [probe.name])})
     files = _metadata_files(names)
     if not files:
         why = "was its save cut off?"
@@ -92,7 +93,7 @@ def _opened(
     """Returns the checkpoint that these files of metadata describe. ``staged``: {name: where it is instead}."""
     saved = Saved()
     for name in files:
-        path = staged.get(name) or os.path.join(directory, name)
+        path = staged.get(name) or join(directory, name)
         try:
             saved.add(path)
         except CkptoolError as error:
@@ -107,13 +108,13 @@ def _opened(
             raise
         nbytes = sum(reader.files.open(path).size for path in reader.used)
         merged = list(_merge(tree, directory, names, open_))
-    used = {*files, *map(os.path.basename, [*reader.used, *(one.url for one, _ in merged)])}
+    used = {*files, *map(basename, [*reader.used, *(one.url for one, _ in merged)])}
     notes = (*reader.notes(), *(note for _, note in merged), *_beside(directory, names, used))
     nbytes += sum(one.nbytes for one, _ in merged)
-    nbytes += sum(os.path.getsize(staged.get(name) or os.path.join(directory, name)) for name in files)
-    url = os.path.join(directory, files[0])
+    nbytes += sum(size_of(staged.get(name) or join(directory, name)) for name in files)
+    url = join(directory, files[0])
     every = tuple(dict.fromkeys((*saved.names, *reader.names, *(name for one, _ in merged for name in one.names))))
-    held = tuple(sorted(map(os.path.basename, reader.used)))
+    held = tuple(sorted(map(basename, reader.used)))
     return Checkpoint(tree, format=LABEL, url=url, nbytes=nbytes, names=every, notes=notes, files=held)
 
 
@@ -123,7 +124,7 @@ def _merge(
     """Adds to the tree what lies in a file beside the items, as its loader does; yields the file and a note."""
     for name in MERGED:
         if name in names and isinstance(tree, dict):
-            found = open_(os.path.join(directory, name))
+            found = open_(join(directory, name))
             if isinstance(found.tree, dict):
                 twice = [key for key in found.tree if key in tree]
                 tree.update((key, value) for key, value in found.tree.items() if key not in tree)
@@ -164,9 +165,10 @@ class _Items:
         self.raw: list[str] = []
         self.whole: list[str] = []
         there = {*names_in(directory), *staged}
+        ahead(join(directory, name) for name in sorted(saved.files) if name not in staged)
         gone: dict[str, list[str]] = {}
         for (key, _), item in saved.items.items():
-            if item.file not in there and not os.path.exists(os.path.join(directory, item.file)):
+            if item.file not in there and not exists(join(directory, item.file)):
                 gone.setdefault(item.file, []).append(key)
         if gone:
             what = "; ".join(f"{name}, which has {listed(dict.fromkeys(keys), 4)}" for name, keys in gone.items())
@@ -202,7 +204,7 @@ class _Items:
             where = "" if offset is None else f" the part at {brief(offset)} of"
             raise IncompleteError(f"the metadata say of no file that it has{where} {key}", self.directory)
         self.left.discard((key, offset))
-        path = self.staged.get(item.file) or os.path.join(self.directory, item.file)
+        path = self.staged.get(item.file) or join(self.directory, item.file)
         self.used[path] = None
         file = self.files.open(path)
         if item.offset + item.nbytes > file.size:

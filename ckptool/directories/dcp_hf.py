@@ -9,7 +9,6 @@ Source: ``hf_storage.py`` and ``_hf_utils.py`` of ``torch/distributed/checkpoint
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from itertools import islice
 from typing import NamedTuple
@@ -22,8 +21,10 @@ from ckptool.directories import sets
 from ckptool.directories.names import SHARDED, sets_in
 from ckptool.errors import CkptoolError, FormatError, IncompleteError, UnsupportedError, listed
 from ckptool.formats.safetensors_file import OWN, sharding
+from ckptool.io.files import Files, ahead, names_in
+from ckptool.io.paths import dirname, join
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files, Section, names_in
+from ckptool.io.source import Section
 
 LABEL = "dcp-hf"
 
@@ -52,7 +53,7 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     If all files of a number are missing, `Checkpoint.broken` is set. Raises: IncompleteError if the parts of a tensor
     do not cover it; FormatError for files of several saves, or what is no shard; LimitError.
     """
-    directory = probe.path if probe.is_directory else os.path.dirname(probe.path) or "."
+    directory = probe.path if probe.is_directory else dirname(probe.path) or "."
     names = names_in(directory)
     matched = [one for one in map(SHARDED.fullmatch, names) if one]
     found = sorted(_File(int(one[2]), int(one[1]), int(one[3]), one[0]) for one in matched)
@@ -63,9 +64,10 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     twice: dict[str, None] = {}
     differ: dict[str, None] = {}
     nbytes = 0
+    ahead(join(directory, file.name) for file in found)
     with Files() as files:
         for file in found:
-            path = os.path.join(directory, file.name)
+            path = join(directory, file.name)
             source = files.open(path)
             nbytes += source.size
             shard = open_(path, lambda _, source=source: Section(source, 0, source.size))
@@ -99,7 +101,7 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     return Checkpoint(
         tree,
         format=LABEL,
-        url=os.path.join(directory, found[0].name),
+        url=join(directory, found[0].name),
         nbytes=nbytes,
         metadata=metadata,
         problems=(f"there is no file of {listed(absent, 5)}: what was in them is missing",) if absent else (),

@@ -17,7 +17,7 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import TensorInfo, is_countable
 from ckptool.core.tree import LONG, Global, PyObject, brief
 from ckptool.errors import FormatError, UnsupportedError
-from ckptool.io.source import LocalFile
+from ckptool.io.files import opened
 from ckptool.limits import MAX_PICKLE, MAX_SHARED
 from ckptool.pickling import load as pickles
 from ckptool.pickling import torch_calls
@@ -76,7 +76,7 @@ class Saved:
 
     def add(self, path: str) -> None:
         """Reads one file of metadata. Raises: FormatError, LimitError."""
-        with LocalFile(path) as file:
+        with opened(path) as file:
             if file.size > MAX_PICKLE.now():
                 raise MAX_PICKLE.passed("the pickle is too long", file.size)
             pickled = file.read(0, file.size)

@@ -15,7 +15,6 @@ Source: ``runtime/engine.py``, ``utils/zero_to_fp32.py`` and ``checkpoint/ds_to_
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from math import prod
@@ -29,8 +28,9 @@ from ckptool.directories import deepspeed_files as files
 from ckptool.directories import zero
 from ckptool.directories.names import sets_in
 from ckptool.errors import CkptoolError, FormatError, IncompleteError, UnsupportedError, listed
+from ckptool.io.files import is_directory, names_in
+from ckptool.io.paths import join
 from ckptool.io.probe import Probe
-from ckptool.io.source import names_in
 
 LABEL = "deepspeed"
 
@@ -102,7 +102,7 @@ class _Weights:
 
     def read(self) -> tuple[Mapping[Any, Any], Any]:
         """Returns (the model states, the module with its weights)."""
-        if "zero" in self.saved.names and os.path.isdir(os.path.join(self.saved.directory, "zero")):
+        if "zero" in self.saved.names and is_directory(join(self.saved.directory, "zero")):
             return self._universal()
         if self.saved.layers:
             return self._pipeline()
@@ -177,11 +177,11 @@ class _Weights:
     def _optimizer(self, name: str) -> dict[Any, Any]:
         found = as_mapping(self.saved.mapping(name).get("optimizer_state_dict"))
         if found is None:
-            raise FormatError("has no optimizer_state_dict", os.path.join(self.saved.directory, name))
+            raise FormatError("has no optimizer_state_dict", join(self.saved.directory, name))
         return found
 
     def _groups(self, optimizer: Mapping[Any, Any], key: str, name: str) -> list[TensorInfo]:
-        path = os.path.join(self.saved.directory, name)
+        path = join(self.saved.directory, name)
         if not isinstance(found := optimizer.get(key), list):
             what = "local_sub_partitions_of_fp32_groups"
             older = ", but those of an older version, which is not supported" if what in optimizer else ""
@@ -210,7 +210,7 @@ class _Weights:
     def _state(self, name: str) -> dict[Any, Any]:
         found = self.saved.mapping(name)
         if "module" not in found:
-            raise FormatError("holds no model states of DeepSpeed: no module", os.path.join(self.saved.directory, name))
+            raise FormatError("holds no model states of DeepSpeed: no module", join(self.saved.directory, name))
         return found
 
     def _trained(self, state: Mapping[Any, Any], parts: _Parts) -> dict[str, TensorInfo]:
@@ -352,7 +352,7 @@ class _Weights:
         for (_, expert), name in sorted(experts.items()):
             for key, tensor in self.saved.mapping(name).items():
                 if not isinstance(tensor, TensorInfo) or f".deepspeed_experts.{expert}." not in str(key) or key in made:
-                    path = os.path.join(self.saved.directory, name)
+                    path = join(self.saved.directory, name)
                     raise UnsupportedError(
                         f"{key!r} is no weight of expert {expert} by its name: name this file to read it", path
                     )
@@ -390,12 +390,12 @@ class _Weights:
     def _universal(self) -> tuple[Mapping[Any, Any], Any]:
         """Returns (model states, module) of what ds_to_universal.py wrote."""
         saved, found = self.saved, {}
-        for name in sorted(names_in(os.path.join(saved.directory, "zero")), key=_in_order):
-            held = names_in(os.path.join(saved.directory, "zero", name))
+        for name in sorted(names_in(join(saved.directory, "zero")), key=_in_order):
+            held = names_in(join(saved.directory, "zero", name))
             if held and "fp32.pt" not in held:
                 raise IncompleteError(f"a file is missing: zero/{name}/fp32.pt")
             if held:
-                found[name] = saved.tree(os.path.join("zero", name, "fp32.pt"))
+                found[name] = saved.tree(join("zero", name, "fp32.pt"))
                 self.held |= dict.fromkeys(one.removesuffix(".pt") for one in sorted(held) if one != "fp32.pt")
         names = [name for _, name in sorted(saved.models.items())]
         states = [self._state(names[0])] if names else [{}]

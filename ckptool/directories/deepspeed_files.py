@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
@@ -12,7 +11,8 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tree import as_mapping, brief
 from ckptool.directories import sets
 from ckptool.errors import FormatError, IncompleteError, UnsupportedError, listed
-from ckptool.io.source import LocalFile, names_in
+from ckptool.io.files import is_directory, is_file, names_in, opened
+from ckptool.io.paths import join
 
 STATES = re.compile(r"(?:(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,6})_(model|optim)_states\.pt")
 LAYER = re.compile(r"layer_(\d{1,6})-(?:(.*)-)?model_states\.pt")
@@ -35,22 +35,22 @@ def is_tag(directory: str, names: Collection[str]) -> bool:
     """Returns whether a directory has the files of one save."""
     if any(STATES.fullmatch(name) or LAYER.fullmatch(name) or EXPERT.fullmatch(name) for name in names):
         return True
-    zero = os.path.join(directory, "zero")
-    return "zero" in names and any(os.path.isfile(os.path.join(zero, name, "fp32.pt")) for name in names_in(zero))
+    zero = join(directory, "zero")
+    return "zero" in names and any(is_file(join(zero, name, "fp32.pt")) for name in names_in(zero))
 
 
 def tags_in(directory: str, names: Iterable[str]) -> list[str]:
     """Returns the names of the directories in one that are a save each, of those that DeepSpeed itself gives names."""
     found = sorted((name for name in names if TAG.fullmatch(name)), key=lambda name: (len(name), name))
-    return [name for name in found if is_tag(path := os.path.join(directory, name), names_in(path))]
+    return [name for name in found if is_tag(path := join(directory, name), names_in(path))]
 
 
 def latest_in(directory: str, names: Collection[str]) -> str:
     """Returns the name of the file that names a tag, or of a directory of that name which is one; "" without."""
     for name in LATEST:
         if name in names:
-            path = os.path.join(directory, name)
-            if os.path.isfile(path) or is_tag(path, names_in(path)):
+            path = join(directory, name)
+            if is_file(path) or is_tag(path, names_in(path)):
                 return name
     return ""
 
@@ -64,16 +64,16 @@ def choose(directory: str, names: Sequence[str]) -> tuple[str, list[str]]:
         if len(tags) > 1:
             what = f"holds several DeepSpeed checkpoints and no file latest: name one of {listed(tags)}"
             raise UnsupportedError(what, directory)
-        return os.path.join(directory, tags[0]), [f"there is no file latest: {tags[0]} was read"]
-    path = os.path.join(directory, latest)
-    if os.path.isdir(path):
+        return join(directory, tags[0]), [f"there is no file latest: {tags[0]} was read"]
+    path = join(directory, latest)
+    if is_directory(path):
         return path, []
-    with LocalFile(path) as file:
+    with opened(path) as file:
         tag = file.read(0, min(file.size, 1000)).decode("utf-8", "replace").strip()
     if tag in ("", ".", "..") or any(odd in tag for odd in "/\0\\") or len(tag.encode()) > 255:
         raise FormatError(f"its file {latest} names no directory of a DeepSpeed checkpoint: {brief(tag)}", directory)
-    others, named = [name for name in tags if name != tag], os.path.join(directory, tag)
-    if os.path.isfile(named):
+    others, named = [name for name in tags if name != tag], join(directory, tag)
+    if is_file(named):
         raise UnsupportedError(f"its file {latest} names a file, not a DeepSpeed checkpoint: name {tag}", directory)
     if not is_tag(named, names_in(named)):
         there = f"; there is {listed(others)}" if others else ""
@@ -125,9 +125,9 @@ class Saved:
 
     def tree(self, name: str) -> Any:
         """Returns what torch.save wrote into a file, and counts it. Raises: CkptoolError with its path."""
-        path = os.path.join(self.directory, name)
-        if not os.path.isfile(path):
-            what = "is a directory" if os.path.isdir(path) else "is a link to nowhere"
+        path = join(self.directory, name)
+        if not is_file(path):
+            what = "is a directory" if is_directory(path) else "is a link to nowhere"
             raise IncompleteError(f"{what}: expected a file of DeepSpeed's", path)
         opened = self.open_(path)
         self.nbytes += opened.nbytes
@@ -138,7 +138,7 @@ class Saved:
     def mapping(self, name: str) -> dict[Any, Any]:
         """Returns the dict in a file. Raises: FormatError for anything else."""
         if (found := as_mapping(self.tree(name))) is None:
-            raise FormatError("holds no dict, as DeepSpeed's files do", os.path.join(self.directory, name))
+            raise FormatError("holds no dict, as DeepSpeed's files do", join(self.directory, name))
         return found
 
     def beside(self) -> list[str]:

@@ -16,9 +16,10 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.directories import sets
 from ckptool.directories.names import DCP, Distributed, Names, beside_it, is_part, parse, reader, sets_in
 from ckptool.errors import CkptoolError, OutputError, explain, listed
+from ckptool.io.files import Files, names_in, opened
 from ckptool.io.leftovers import locked, sweep
 from ckptool.io.output import EXISTS, Output, SetOptions, commit_set
-from ckptool.io.source import Files, LocalFile, names_in
+from ckptool.io.paths import is_url, join, split
 from ckptool.io.system import same_file
 
 
@@ -36,7 +37,7 @@ class Place:
         self.names = names
         self.new = new
         self.force, self.with_files, self.fsync = options.force, options.with_files, options.fsync
-        self.origin, self.source = os.path.split(checkpoint.url)
+        self.origin, self.source = split(checkpoint.url)
         self.within = same_file(self.origin or ".", directory)
         self.in_place = options.in_place and self.within
         small = sets.small_files(self.origin or ".") if parse(self.source) and not self.within else []
@@ -140,7 +141,7 @@ class Place:
     def _refuse_other_files(self) -> None:
         """Raises OutputError if small files of the same names, and other content, are there."""
         for name in self.small:
-            if not os.access(os.path.join(self.origin, name), os.R_OK):
+            if not is_url(self.origin) and not os.access(join(self.origin, name), os.R_OK):
                 raise OutputError(f"{name} cannot be copied: permission denied", self.origin)
         self.small = [name for name in self.small if not self._is_there(name)]
         other = [name for name in self.small if os.path.lexists(self._path(name))]
@@ -148,18 +149,16 @@ class Place:
             raise OutputError(f"{listed(other)}: {EXISTS}", self.directory)
 
     def _is_there(self, name: str) -> bool:
-        import filecmp
-
-        try:
-            return filecmp.cmp(os.path.join(self.origin, name), self._path(name), shallow=False)
-        except OSError:
+        if not os.path.isfile(self._path(name)):
             return False
+        with opened(join(self.origin, name)) as one, opened(self._path(name)) as other:
+            return one.size == other.size and one.read(0, one.size) == other.read(0, other.size)
 
     def _copy(self) -> None:
         """Copies the small files. Raises: OutputError, UnreadableError."""
         for name in self.small if self.with_files else ():
             output = Output(self._path(name), force=self.force, fsync=self.fsync)
-            with LocalFile(os.path.join(self.origin, name)) as file, output:
+            with opened(join(self.origin, name)) as file, output:
                 output.readers = file.mode
                 output.write(file.read(0, file.size))
                 output.commit()
@@ -205,7 +204,7 @@ def recover(directory: str) -> None:
         links = {os.path.realpath(os.path.join(directory, name)): name for name in written}
 
         def meant(path: str) -> str:
-            parent, name = os.path.split(path)
+            parent, name = split(path)
             return links.get(path) or (name if parent == real else "")
 
         def ours(path: str) -> bool:

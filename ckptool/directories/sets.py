@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
@@ -30,9 +29,12 @@ from ckptool.directories.names import (
     parse,
     sets_in,
 )  # fmt: skip
-from ckptool.errors import FormatError, IncompleteError, UnsupportedError, listed
+from ckptool.errors import FormatError, IncompleteError, UnreadableError, UnsupportedError, listed
+from ckptool.io import paths
+from ckptool.io.files import exists, is_directory, is_file, names_in, opened, size_of
 from ckptool.io.leftovers import held, leftovers
-from ckptool.io.source import LocalFile, Source, names_in
+from ckptool.io.paths import basename, dirname, join, split
+from ckptool.io.source import Source
 from ckptool.limits import MAX_INDEX
 
 STATE = re.compile(
@@ -61,7 +63,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 def shards_of(path: str) -> set[str]:
     """Returns the files that the index at a path names. Raises: FormatError, LimitError, UnreadableError."""
-    with LocalFile(path) as file:
+    with opened(path) as file:
         return set(weight_map_of(index_of(file)).values())
 
 
@@ -87,9 +89,9 @@ def index_of(file: Source) -> dict[str, Any]:
     if not isinstance(index.get("metadata") or {}, dict):
         raise FormatError("an index whose metadata is no object", file.path)
     for shard in sorted(set(weight_map.values())):
-        if os.path.basename(shard) != shard or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
+        if basename(shard) != shard or shard in ("", ".", "..") or "\0" in shard or "\\" in shard:
             raise FormatError(f"its index names a file outside its directory: {shard!r}", file.path)
-        if INDEX.fullmatch(shard) or os.path.isdir(os.path.join(os.path.dirname(file.path), shard)):
+        if INDEX.fullmatch(shard) or is_directory(join(dirname(file.path), shard)):
             raise FormatError(f"its index names something that is no shard: {shard!r}", file.path)
     return dict(index)
 
@@ -110,8 +112,8 @@ def small_files(directory: str) -> list[str]:
             and not INDEX.fullmatch(name)
             and name not in ("trainer_state.json", "zero_to_fp32.py")
         ):
-            path = os.path.join(directory, name)
-            if os.path.isfile(path) and os.path.getsize(path) <= SMALL_BYTES:
+            path = join(directory, name)
+            if is_file(path) and size_of(path) <= SMALL_BYTES:
                 found.append(name)
     return sorted(found)
 
@@ -157,7 +159,7 @@ def choose(directory: str, names: Sequence[str]) -> Choice | None:
         if not first.is_index:  # it may be a shard itself, beside one that was added to it
             indexes = (found for found in sorted(there, key=lambda found: found.rank) if found.is_index)
             for index in indexes:
-                shards = shards_of(os.path.join(directory, index.name))
+                shards = shards_of(join(directory, index.name))
                 if first.name in shards and len(shards) > 1:
                     return Choice(index.name, index.loader)
         return Choice(first.name, first.loader)
@@ -183,9 +185,9 @@ def _inside(directory: str, names: Sequence[str]) -> Choice | None:
     No iteration is looked for in one, and no `checkpoint-N` in either: that could go on for a thousand levels.
     """
     there = inside(directory, names)
-    within = _looked_for_by(os.path.basename(os.path.abspath(directory)))
+    within = _looked_for_by(basename(paths.absolute(directory)))
     if TRACKER in names and within != "Megatron-LM":
-        with LocalFile(os.path.join(directory, TRACKER)) as file:
+        with opened(join(directory, TRACKER)) as file:
             said = file.read(0, min(file.size, 32)).decode("utf-8", "replace").strip()
         name = f"iter_{int(said):07d}" if said.isascii() and said.isdecimal() else said
         if name not in there:
@@ -198,7 +200,7 @@ def _inside(directory: str, names: Sequence[str]) -> Choice | None:
     if saves and within not in ("Megatron-LM", "transformers' Trainer"):
         last = max(saves, key=lambda name: int(name.partition("-")[2]))
         return Choice(last, there[last])
-    held = [name for name in there if any(map(DISTRIBUTED.fullmatch, names_in(os.path.join(directory, name))))]
+    held = [name for name in there if any(map(DISTRIBUTED.fullmatch, names_in(join(directory, name))))]
     if len(held) > 1:
         raise UnsupportedError(f"holds weights in several directories: name one of {listed(held)}", directory)
     return Choice(held[0], there[held[0]]) if held else None
@@ -207,7 +209,7 @@ def _inside(directory: str, names: Sequence[str]) -> Choice | None:
 def inside(directory: str, names: Iterable[str]) -> dict[str, str]:
     """Returns {directory in it whose name says that weights are in it: whose layout that is}."""
     found = {name: loader for name in names if (loader := _looked_for_by(name))}
-    return {name: loader for name, loader in found.items() if os.path.isdir(os.path.join(directory, name))}
+    return {name: loader for name, loader in found.items() if is_directory(join(directory, name))}
 
 
 def _looked_for_by(name: str) -> str:
@@ -228,12 +230,12 @@ def _refuse_backend(directory: str, names: Sequence[str]) -> None:
 
 
 def _is_file(directory: str, name: str) -> bool:
-    return os.path.isfile(os.path.join(directory, name))
+    return is_file(join(directory, name))
 
 
 def _dangling(directory: str, names: Iterable[str]) -> list[str]:
     """Returns those of a directory's names that are links to nowhere."""
-    return [name for name in names if not os.path.exists(os.path.join(directory, name))]
+    return [name for name in names if not exists(join(directory, name))]
 
 
 def _weights(names: Iterable[str]) -> list[str]:
@@ -270,9 +272,9 @@ def _json(directory: str, name: str) -> dict[str, Any]:
     try:
         if not _is_file(directory, name):
             return {}
-        with open(os.path.join(directory, name), encoding="utf-8") as file:
-            found = json.loads(file.read(1 << 20))
-    except (OSError, ValueError, RecursionError):  # it decides nothing then
+        with opened(join(directory, name)) as file:
+            found = json.loads(file.read(0, min(file.size, 1 << 20)))
+    except (UnreadableError, ValueError, RecursionError):  # it decides nothing then
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -281,7 +283,7 @@ def components(directory: str, names: Sequence[str]) -> list[str]:
     """Returns the directories of a diffusers pipeline that hold weights; none if it is no pipeline."""
     if "model_index.json" not in names:
         return []
-    inner = {name: names_in(path) for name in names if os.path.isdir(path := os.path.join(directory, name))}
+    inner = {name: names_in(path) for name in names if is_directory(path := join(directory, name))}
     return [
         name
         for name, there in inner.items()
@@ -328,7 +330,7 @@ def _refuse_unfinished(directory: str, names: Sequence[str]) -> None:
         if own.index in names or own.whole in names:
             continue
         named = any(own.gives(name) for name in names)
-        if any(held(os.path.join(directory, name)) for name in begun):
+        if any(held(join(directory, name)) for name in begun):
             if aside or named:
                 raise FormatError("another run is giving its files their names; try again", directory)
         elif aside:
@@ -349,7 +351,7 @@ def beside(directory: str, names: Sequence[str], choice: Choice, used: Collectio
         *others(directory, names, {*used, *dangling}),
         *(name for name in inside(directory, names) if name not in used),
     ]
-    if rest or os.path.isdir(os.path.join(directory, choice.name)):
+    if rest or is_directory(join(directory, choice.name)):
         rule = f", as {choice.loader} does" if choice.loader else ""
         notes.append(f"{choice.name} was read{rule}" + f"; also here, and not read: {listed(rest)}" * bool(rest))
     notes += trainers_state(names, used)
@@ -373,7 +375,7 @@ def others(directory: str, names: Sequence[str], used: Collection[str]) -> list[
 
     Shards of an index that is named too are left out; those of a set that is ``used`` in part have their own names.
     """
-    rest = [name for name in _weights(names) if name not in used and not os.path.isdir(os.path.join(directory, name))]
+    rest = [name for name in _weights(names) if name not in used and not is_directory(join(directory, name))]
     covered = {base for found in sets_in(rest) if found.is_index for base in (found.stem, Names(*found[1:3]).base)}
     in_part = {_pattern(name) for name in used}
     rest = [name for name in rest if not ((shard := SHARD.fullmatch(name)) and shard[1] in covered)]
@@ -400,7 +402,7 @@ def rivals(names: Names | Distributed, there: Collection[str]) -> list[str]:
 
 def beside_file(path: str) -> list[str]:
     """Returns a note on the sets beside a file of weights of which its loader takes one only."""
-    directory, name = os.path.split(path)
+    directory, name = split(path)
     own = parse(name)
     if own is None or not own.loader:
         return []

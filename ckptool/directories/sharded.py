@@ -23,8 +23,10 @@ from ckptool.directories import deepspeed_files, sets
 from ckptool.directories.names import INDEX, Names, named, output_names
 from ckptool.errors import UsageError, listed
 from ckptool.formats import safetensors_file
+from ckptool.io.files import Files, ahead, exists
+from ckptool.io.paths import basename, dirname, join
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files, Source
+from ckptool.io.source import Source
 
 # Needed only to write, so imported by the functions that do.
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def read(probe: Probe, open_: Open) -> Checkpoint | None:
     choice = sets.choose(probe.path, probe.names)
     if choice is None:
         return None
-    with Probe(os.path.join(probe.path, choice.name)) as inner:
+    with Probe(join(probe.path, choice.name)) as inner:
         joined = not inner.is_directory and matches(inner)
         opened, used = _joined(inner.file, open_) if joined else (open_(inner.path), ())
     notes = sets.beside(probe.path, probe.names, choice, {choice.name, *used})
@@ -69,7 +71,7 @@ def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
     """Returns the checkpoint of an index, and the names of its shards."""
     index = sets.index_of(file)
     weight_map = sets.weight_map_of(index)
-    directory = os.path.dirname(file.path)
+    directory = dirname(file.path)
     tree: dict[str, TensorInfo] = {}
     shard_of: dict[str, str] = {}
     names: dict[tuple[str, str], None] = {}
@@ -84,9 +86,10 @@ def _joined(file: Source, open_: Open) -> tuple[Checkpoint, list[str]]:
     trailing: list[str] = []
     nbytes = file.size
     shards = sorted(set(weight_map.values()), key=natural)
+    ahead(join(directory, shard) for shard in shards)
     for shard in shards:
-        path = os.path.join(directory, shard)
-        if not os.path.exists(path):
+        path = join(directory, shard)
+        if not exists(path):
             missing.append(shard)
             continue
         part = open_(path)
@@ -138,7 +141,7 @@ def _contradictions(
     indexed = {tree[key].view for key in weight_map if key in tree}
     extra = [key for key, tensor in tree.items() if key not in weight_map and tensor.view not in indexed]
     moved = [key for key, shard in shard_of.items() if key in weight_map and weight_map[key] != shard]
-    links = [shard for shard in missing if os.path.islink(os.path.join(directory, shard))]
+    links = [shard for shard in missing if os.path.islink(join(directory, shard))]
     settled, unsettled = [], []
     for key, shards in twice.items():
         kept = weight_map.get(key)
@@ -203,7 +206,7 @@ def names_for(checkpoint: Checkpoint, shard_name: str | None, kind: str) -> Name
     Raises: UsageError if ``shard_name`` cannot be the beginning of a file's name.
     """
     if shard_name is None:
-        return output_names(os.path.basename(checkpoint.url), checkpoint.state_dict(), kind)
+        return output_names(basename(checkpoint.url), checkpoint.state_dict(), kind)
     return named(shard_name, kind)
 
 

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import CkptoolError, DependencyError, OutputError, UsageError, near
+from ckptool.io import files, paths
 from ckptool.io.probe import Probe
-from ckptool.io.source import LocalFile, Source
+from ckptool.io.source import Source
 
 if TYPE_CHECKING:
     from typing import Protocol
 
     from ckptool.core.tensor import TensorInfo
+    from ckptool.io.files import Files
     from ckptool.io.output import Output, SetOptions
-    from ckptool.io.source import Files
 
     class Open(Protocol):
         """What opens a file of several: its path, and what opens that if a part is meant (a `Section`)."""
@@ -243,7 +244,7 @@ SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one shard unless another limit is given: huggingface_hub's default."""
 
 
-def read(path: str, opener: Callable[[str], Source] = LocalFile) -> Checkpoint:
+def read(path: str, opener: Callable[[str], Source] = files.opened) -> Checkpoint:
     """Returns the checkpoint at a path: a file, an index, or a directory; headers only. Raises: CkptoolError."""
     enabled = gc.isenabled()
     gc.disable()  # the collector would visit all new containers again and again: twice the time at 100,000 keys
@@ -264,8 +265,8 @@ def read_at(path: str, root: Any) -> tuple[Checkpoint, Any]:
     from ckptool.core.roots import steps
 
     opened = read(path)
-    inner = os.path.join(path, root) if isinstance(root, str) and root == os.path.basename(root) != "" else ""
-    if inner and os.path.isdir(inner) and root not in steps(opened.tree):
+    inner = paths.join(path, root) if isinstance(root, str) and root == os.path.basename(root) != "" else ""
+    if inner and files.is_directory(inner) and root not in steps(opened.tree):
         return read(inner), None
     return opened, root
 

@@ -13,7 +13,6 @@ Source: ``ggml/docs/gguf.md``, and ``gguf/constants.py`` of gguf 0.19.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from dataclasses import replace
@@ -26,8 +25,10 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Opaque, Storage, TensorInfo, contiguous_stride, is_countable
 from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError, UnsupportedError, listed
+from ckptool.io.files import names_in
+from ckptool.io.paths import dirname, join
 from ckptool.io.probe import Probe
-from ckptool.io.source import Source, names_in
+from ckptool.io.source import Source
 from ckptool.limits import MAX_DIMS, MAX_GGUF, MAX_NESTING
 from ckptool.text import plural
 
@@ -81,7 +82,7 @@ def read(probe: Probe) -> Checkpoint:
     count = found.metadata.get("split.count", "")
     if not count.isdecimal() or int(count) < 2:
         return found
-    own, directory = SPLIT.fullmatch(probe.name), os.path.dirname(probe.path)
+    own, directory = SPLIT.fullmatch(probe.name), dirname(probe.path)
     if own is None or int(own[3]) != int(count):
         note = (
             f"one of {count} files of a split model, read alone as its name is not NAME-00001-of-{int(count):05}.gguf"
@@ -95,7 +96,7 @@ def read(probe: Probe) -> Checkpoint:
     for _, name in sorted(files.items()):
         part = found
         if name != probe.name:
-            with Probe(os.path.join(directory, name)) as other:
+            with Probe(join(directory, name)) as other:
                 if not other.head.startswith(b"GGUF"):
                     raise FormatError("a file of a split GGUF model that does not begin as one", other.path)
                 part = _read(other)

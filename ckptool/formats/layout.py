@@ -14,7 +14,8 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, Span, Storage, TensorInfo, contiguous_stride, reach
 from ckptool.core.tree import PyObject, nodes
 from ckptool.errors import UnsupportedError
-from ckptool.io.source import Bytes, Files
+from ckptool.io.files import Files
+from ckptool.io.source import Bytes
 from ckptool.pickling import dump as picklewriter
 from ckptool.pickling import torch_calls as rebuild
 from ckptool.values.blocks import blocks_ahead, storage_blocks

@@ -26,8 +26,9 @@ from ckptool.core.keys import has_surrogate
 from ckptool.core.tensor import Opaque, Span, Storage, TensorInfo, contiguous_stride, is_countable
 from ckptool.core.tree import Global, brief
 from ckptool.errors import FormatError, UnsupportedError, listed
+from ckptool.io.files import Files
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files, Source, locate, read_span
+from ckptool.io.source import Source, locate, read_span
 
 if TYPE_CHECKING:  # what only an output needs is imported by the functions that write one
     from ckptool.formats.layout import MapLocation

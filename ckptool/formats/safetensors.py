@@ -26,8 +26,9 @@ from ckptool.core.tensor import Span, Storage, TensorInfo, contiguous_stride, is
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, IncompleteError, UnsupportedError, listed
 from ckptool.formats import safetensors_file
+from ckptool.io.files import Files
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files, Section, Source
+from ckptool.io.source import Section, Source
 from ckptool.limits import MAX_HEADER, MAX_NESTING
 
 if TYPE_CHECKING:

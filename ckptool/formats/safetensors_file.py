@@ -16,7 +16,7 @@ from ckptool.core.keys import has_surrogate
 from ckptool.core.tensor import Span, TensorInfo
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, LossError, listed
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.limits import MAX_HEADER
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from ckptool.core.tensor import Span, Storage
 from ckptool.core.tree import path_text
 from ckptool.errors import LossError, UnsupportedError, listed
 from ckptool.formats.layout import Content, Layout, MapLocation
+from ckptool.io.files import Files
 from ckptool.io.output import Output
-from ckptool.io.source import Files
 from ckptool.io.zip_write import THREADED, Record, ZipWriter
 
 

@@ -11,8 +11,10 @@ from itertools import islice
 from ckptool.errors import CkptoolError, FormatError, UnsupportedError, listed
 from ckptool.io import protobuf
 from ckptool.io.archives import HEAD, MOST_MEMBERS, ReadAt, is_tar, reader, tar_members, unpacked
+from ckptool.io.files import is_file, names_in
+from ckptool.io.paths import is_url, join
 from ckptool.io.probe import Probe
-from ckptool.io.source import Source, names_in, read_span
+from ckptool.io.source import Source, read_span
 from ckptool.io.zip_read import archive_start, is_zip
 from ckptool.pickling.streams import CHECKPOINTS, MAGICS
 
@@ -114,8 +116,8 @@ def _directory(probe: Probe) -> CkptoolError:
     """Returns the error for a directory: another framework's, or one without weights, which directories in it have."""
     if kind := _foreign_names(probe.names):
         return _not_read(kind, probe.path)
-    paths = {name: os.path.join(probe.path, name) for name in probe.names[:MOST_MEMBERS]}
-    found = {name: names_in(path) for name, path in paths.items() if os.access(path, os.R_OK)}
+    paths = {name: join(probe.path, name) for name in probe.names[:MOST_MEMBERS]}
+    found = {name: names_in(path) for name, path in paths.items() if is_url(path) or os.access(path, os.R_OK)}
     weights = (*WEIGHTS, ".metadata", ".distcp", ".index.json")
     inside = [name for name, names in found.items() if any(one.endswith(weights) for one in names)]
     lacks = "a directory without an index or a file of weights"
@@ -188,9 +190,9 @@ def _foreign(probe: Probe) -> str | None:
     if head[:8] == b"\3\0\0\0\1\0\0\0" and head[12:16] in (b"\1\0\0\0", b"\2\0\0\0"):
         return "a Torch7 file (.t7, of Lua: a table)"
     index = re.sub(r"\.data-\d{5}-of-\d{5}$", ".index", probe.path)
-    if index != probe.path and os.path.isfile(index):
+    if index != probe.path and is_file(index):
         return "the data of a TensorFlow checkpoint"
-    if probe.path.endswith(".bin") and os.path.isfile(probe.path.removesuffix(".bin") + ".param"):
+    if probe.path.endswith(".bin") and is_file(probe.path.removesuffix(".bin") + ".param"):
         return "an ncnn model's weights (.bin beside .param)"
     return protobuf.kind(read_at, file.size)
 

@@ -37,8 +37,13 @@ def is_tar(head: bytes) -> bool:
 
 def tar_members(read_at: ReadAt) -> Iterator[tuple[str, bytes]]:
     """Yields (name, first bytes) of the files in a tar archive; ends at the first header that makes no sense."""
+    return ((name, head) for name, head, _, _ in tar_entries(read_at))
+
+
+def tar_entries(read_at: ReadAt, most: int = MOST_MEMBERS) -> Iterator[tuple[str, bytes, int, int]]:
+    """Yields (name, first bytes, offset, number of bytes) of the files in a tar archive, as `tar_members` does."""
     at, long = 0, b""
-    for _ in range(MOST_MEMBERS):
+    for _ in range(most):
         header = read_at(at, 512)
         digits = header[124:136].strip(b"\0 ")
         kind, binary = header[156:157], digits[:1] == b"\x80"
@@ -46,6 +51,7 @@ def tar_members(read_at: ReadAt) -> Iterator[tuple[str, bytes]]:
             return
         size = int.from_bytes(header[125:136], "big") if binary else int(digits or b"0", 8)
         data = read_at(at + 512, min(size, 4096 if kind in (b"L", b"x") else HEAD))
+        offset = at + 512
         at += 512 + -(-size // 512) * 512
         if kind == b"L":
             long = data.partition(b"\0")[0]
@@ -57,7 +63,7 @@ def tar_members(read_at: ReadAt) -> Iterator[tuple[str, bytes]]:
             name = long or (prefix + b"/" + name if prefix else name)
             long = b""
             if name:
-                yield name.decode("utf-8", "backslashreplace"), data
+                yield name.decode("utf-8", "backslashreplace"), data, offset, size
 
 
 def unpacked(file: Source, head: bytes) -> ReadAt | None:

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 
 from ckptool.io import system
-from ckptool.io.source import identity
+from ckptool.io.files import identity
 
 PARTIAL = re.compile(r"\.(.+)\.([0-9a-f]{8})\.ckptool-(partial|old)", re.DOTALL)
 """Names beside an output: (its name, the run's id, "partial" for a staging file or "old" for a replaced file)."""

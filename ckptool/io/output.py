@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptool.core.tensor import Span
 from ckptool.errors import OutputError, explain
 from ckptool.io import system
+from ckptool.io.files import Files, identity
 from ckptool.io.leftovers import short, sweep
-from ckptool.io.source import Files, Source, identity
+from ckptool.io.source import Source
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from ckptool.errors import FormatError, UnreadableError, explain, listed
-from ckptool.io.source import LocalFile, Source
+from ckptool.errors import FormatError, UnreadableError, UnsupportedError, explain, listed
+from ckptool.io import files, paths
+from ckptool.io.source import Source
 from ckptool.io.zip_read import Member, archive_end, read_directory, read_small
 from ckptool.limits import Limit
 
@@ -23,10 +24,10 @@ class Probe:
     ``end``: where the content ends; a reader sets it if more bytes may follow.
     """
 
-    def __init__(self, path: str, opener: Callable[[str], Source] = LocalFile) -> None:
+    def __init__(self, path: str, opener: Callable[[str], Source] = files.opened) -> None:
         self.path = path
-        self.name = os.path.basename(path)
-        self.is_directory = os.path.isdir(path)
+        self.name = paths.basename(path)
+        self.is_directory = opener is files.opened and files.is_directory(path)
         self._file = None if self.is_directory else opener(path)
         begin, end = (self._file.begin, self._file.size) if self._file else (0, 0)
         self.size = self.end = end - begin
@@ -49,6 +50,11 @@ class Probe:
     @cached_property
     def names(self) -> list[str]:
         """Returns the names in the directory, sorted. Raises: UnreadableError."""
+        if paths.is_web(self.path):
+            what = "a directory over https, which lists no names: name a file, such as model.safetensors.index.json"
+            raise UnsupportedError(what, self.path)
+        if paths.is_url(self.path):
+            return sorted(files.names_in(self.path))
         try:
             return sorted(os.listdir(self.path))
         except OSError as error:

@@ -6,15 +6,12 @@ import os
 import stat
 import struct
 import zlib
-from _thread import allocate_lock  # importing `threading` takes a millisecond, and every command imports this file
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, OutputError, UnreadableError, explain
 from ckptool.io import system, tally
-from ckptool.limits import MAX_INDEX, Limit
 
 Bytes = bytes | memoryview
 
@@ -26,9 +23,6 @@ SMALL_MEMBER = 1 << 16
 
 HEADER = 30 + 256
 """Bytes read for a zip member's local header and what follows its payload; longer ones take another read."""
-
-MAX_OPEN = 32
-"""Files kept open for reading at once (a checkpoint may have hundreds of shards)."""
 
 
 class Source(Protocol):
@@ -59,8 +53,8 @@ class Source(Protocol):
         """Returns the range as a memory map; None where that is not supported."""
         return None
 
-    def read_ahead(self) -> None:
-        """Hints that it will be read sequentially."""
+    def read_ahead(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
+        """Hints that it will be read, mostly in order: these ranges (begin, end), if they are known."""
 
     def clone(self, fd: int, offset: int, nbytes: int, to: int) -> bool:
         """Clones a range (reflink) to byte ``to`` of another file; returns whether it could."""
@@ -71,6 +65,10 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Closes the file."""
+
+    def notes(self) -> list[str]:
+        """Returns what is to be known of how it was read."""
+        return []
 
     def span(self, offset: int, nbytes: int) -> Span:
         """Returns the span of this version of these bytes."""
@@ -172,7 +170,7 @@ class LocalFile(Source):
         ahead = offset % ALLOCATIONGRANULARITY
         return memoryview(mmap(self.fd, ahead + nbytes, access=ACCESS_READ, offset=offset - ahead))[ahead:]
 
-    def read_ahead(self) -> None:
+    def read_ahead(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
         system.read_ahead(self.fd)
 
     def clone(self, fd: int, offset: int, nbytes: int, to: int) -> bool:
@@ -198,8 +196,8 @@ class Section(Source):
             return self._held[offset - self.begin : offset - self.begin + nbytes]
         return self.file.read(offset, nbytes)
 
-    def read_ahead(self) -> None:
-        self.file.read_ahead()
+    def read_ahead(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
+        self.file.read_ahead(ranges)
 
     def check(self) -> None:
         self.file.check()
@@ -233,141 +231,14 @@ class Spool(LocalFile):
         self._file.close()
 
 
-class Files:
-    """The files that spans point into, opened on first use, at most `MAX_OPEN` at once.
-
-    Raises FormatError if a file is not the version that the span was made from, or was changed while it was open.
-    ``progress`` is called with numbers of bytes read. ``changed`` counts values that a cast changed in kind, by the id
-    of the `Derived` (see `core.dtypes.Changed`). ``mode``: the permissions that all files have in common. Plain bytes
-    are read ``block`` at a time.
-    ``opener`` opens a file by its name. One object is for one thread; `beside` makes another for the same files.
-    """
-
-    def __init__(
-        self,
-        progress: Callable[[int], None] | None = None,
-        block: int = BLOCK,
-        opener: Callable[[str], Source] = LocalFile,
-    ) -> None:
-        self.progress = progress
-        self.block = block
-        self.opener = opener
-        self.changed: dict[int, tuple[int, ...]] = {}
-        self.mode = 0o777
-        self._open: OrderedDict[str, Source] = OrderedDict()
-        self._lock = allocate_lock()
-        self._rooms: list[bytearray] = []
-
-    def beside(self, progress: Callable[[int], None] | None = None) -> Files:
-        """Returns another object with the same open files and its own counts; it need not be closed."""
-        made = Files(progress, self.block, self.opener)
-        made._open, made._lock = self._open, self._lock
-        return made
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(check=kind is None)
-
-    def close(self, *, check: bool = True) -> None:
-        """Closes all files. Raises: FormatError if one was changed since it was opened."""
-        try:
-            if check:
-                self.check()
-        finally:
-            for file in self._open.values():
-                file.close()
-            self._open.clear()
-
-    def check(self) -> None:
-        """Raises FormatError if one of the open files was changed since it was opened."""
-        for file in self._open.values():
-            file.check()
-
-    def open(self, url: str) -> Source:
-        """Returns the open file of that name. Raises: UnreadableError; FormatError if an evicted file was changed.
-
-        An evicted file is closed by its last reference: another thread may still read it.
-        """
-        with self._lock:
-            file = self._open.get(url)
-            if file is not None:
-                self._open.move_to_end(url)
-                return file
-            file = self._open[url] = self.opener(url)
-            self.mode &= file.mode
-            file.read_ahead()
-            if len(self._open) > MAX_OPEN:
-                self._open.popitem(last=False)[1].check()
-        return file
-
-    def get(self, span: Span) -> Source:
-        """Returns the open file of a span. Raises: UnreadableError, FormatError."""
-        file = self.open(span.url)
-        if span.version is not None and span.version != file.version:
-            raise FormatError("it was changed since it was opened", span.url)
-        return file
-
-    def locate(self, span: Span) -> Span:
-        """Returns the span with the offset of its first byte: behind the local header, if in a zip."""
-        return span if span.member is None else locate(self.get(span), span)
-
-    def member_name(self, span: Span) -> str:
-        """Returns the name in the local header of a zip member."""
-        file = self.get(span)
-        length, _ = struct.unpack("<HH", file.read(span.offset + 26, 4))
-        return file.read(span.offset + 30, length).decode("utf-8", "replace")
-
-    def blocks(self, span: Span, offset: int = 0, nbytes: int | None = None) -> Iterator[memoryview | bytes]:
-        """Yields bytes ``offset`` to ``offset + nbytes`` of a span in blocks, inflated if it is deflated."""
-        nbytes = span.nbytes - offset if nbytes is None else nbytes
-        if not nbytes:
-            return
-        blocks: Iterator[memoryview | bytes]
-        if span.memory is not None:
-            if span.url:  # an array in a pickle: the file's permissions, and whether it is still that file
-                self.get(span)
-            held = span.memory()[offset : offset + nbytes]
-            blocks = (held[start : start + BLOCK] for start in range(0, nbytes, BLOCK))
-        elif span.member == "stored" and nbytes == span.nbytes < SMALL_MEMBER:
-            blocks = iter((_small_member(self.get(span), span),))
-        else:
-            blocks = self._blocks(span, offset, nbytes)
-        for block in blocks:
-            if self.progress is not None:
-                self.progress(len(block))
-            yield block
-
-    def _blocks(self, span: Span, offset: int, nbytes: int) -> Iterator[memoryview | bytes]:
-        file = self.get(span)
-        found = locate(file, span)
-        if found.member == "deflated":
-            yield from _window(_inflated(file, found), offset, nbytes)
-        elif nbytes < self.block:
-            yield from file.blocks(found.offset + offset, nbytes, bytearray(nbytes))
-        else:  # reuses buffers: touching new memory takes longer than reading into it
-            room = self._rooms.pop() if self._rooms else bytearray(self.block)
-            try:
-                yield from file.blocks(found.offset + offset, nbytes, room)
-            finally:
-                self._rooms.append(room)
-        if self._open.get(span.url) is not file:  # it was evicted meanwhile, and checked then
-            file.check()
-
-    def read(self, span: Span) -> bytes:
-        """Returns the whole span; for small ones."""
-        return b"".join(bytes(block) for block in self.blocks(span))
-
-
 def read_span(file: Source, span: Span, nbytes: int | None = None) -> bytes:
     """Returns the first ``nbytes`` bytes, by default all, of a span of an open file. Raises: FormatError."""
     nbytes = span.nbytes if nbytes is None else min(nbytes, span.nbytes)
     if span.member == "stored" and nbytes == span.nbytes < SMALL_MEMBER:
-        return _small_member(file, span)
+        return small_member(file, span)
     found = locate(file, span)
     if found.member == "deflated":
-        return b"".join(_window(_inflated(file, found), 0, nbytes))
+        return b"".join(window(inflated(file, found), 0, nbytes))
     return file.read(found.offset, nbytes)
 
 
@@ -379,7 +250,7 @@ def locate(file: Source, span: Span) -> Span:
     return span._replace(offset=span.offset + start)
 
 
-def _small_member(file: Source, span: Span) -> bytes:
+def small_member(file: Source, span: Span) -> bytes:
     """Returns a small zip member with one read of its local header and what follows."""
     guess = file.read(span.offset, min(HEADER + span.nbytes, file.size - span.offset))
     start = _payload(file, span, guess)
@@ -423,7 +294,7 @@ def _is_whole(data: bytes, begin: int, end: int) -> bool:
     return begin == end or (begin < end and not any(data[begin:end]))
 
 
-def _inflated(file: Source, span: Span) -> Iterator[bytes]:
+def inflated(file: Source, span: Span) -> Iterator[bytes]:
     """Yields a deflated member in pieces of `BLOCK` bytes. Raises: FormatError unless it has the declared size."""
     inflater = zlib.decompressobj(-15)
     left = span.nbytes
@@ -449,7 +320,8 @@ def _inflated(file: Source, span: Span) -> Iterator[bytes]:
     yield bytes(pending) + tail
 
 
-def _window(pieces: Iterator[bytes], offset: int, nbytes: int) -> Iterator[bytes]:
+def window(pieces: Iterator[bytes], offset: int, nbytes: int) -> Iterator[bytes]:
+    """Yields a range of what some pieces are, one behind the other."""
     position = 0
     for piece in pieces:
         begin, end = max(offset - position, 0), min(offset + nbytes - position, len(piece))
@@ -458,34 +330,3 @@ def _window(pieces: Iterator[bytes], offset: int, nbytes: int) -> Iterator[bytes
         position += len(piece)
         if position > offset + nbytes:  # not at the exact end: `_inflated` then checks the size
             return
-
-
-def identity(path: str) -> tuple[int, int] | None:
-    """Returns the file's (device, inode); None if there is no file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def read_given(path: str, what: str, limit: Limit = MAX_INDEX) -> bytes:
-    """Returns all of a small file that a user names, such as rules; a pipe is read, too.
-
-    ``what``: it is, for the error. Raises: LimitError for more bytes than the ``limit``, OSError.
-    """
-    with open(path, "rb") as file:
-        content = file.read(limit.now() + 1)
-        nbytes = os.fstat(file.fileno()).st_size  # 0 for a pipe
-    if len(content) > limit.now():
-        enough = max(nbytes, len(content)) if nbytes else None
-        raise limit.passed(f"{what} of {f'{enough:,} bytes' if enough else 'more bytes than are read'}", enough, path)
-    return content
-
-
-def names_in(directory: str) -> list[str]:
-    """Returns the names in a directory; empty without one. One call: another process may remove it meanwhile."""
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []

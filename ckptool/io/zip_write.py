@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.core.tensor import Span
+from ckptool.io.files import Files
 from ckptool.io.output import CLONED, Output
-from ckptool.io.source import Files, Source
+from ckptool.io.source import Source
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor

@@ -16,7 +16,7 @@ from ckptool.core.dtypes import DTYPES, nbytes_of
 from ckptool.core.tensor import Described, Extras, Opaque, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.core.tree import Global, PyObject, nodes, ordered_dict
 from ckptool.errors import CkptoolError, UnsupportedError, UsageError, kind_of, listed
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.pickling.load import stand_in
 from ckptool.pickling.torch_calls import builders
 from ckptool.values.blocks import changed_values

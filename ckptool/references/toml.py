@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 
 from ckptool.core.tree import brief
 from ckptool.errors import CkptoolError, FormatError, UnreadableError, explain, near
-from ckptool.io.source import read_given
+from ckptool.io.files import read_given
+from ckptool.io.paths import given
 
 T = TypeVar("T")
 
 
 def read(path: str | os.PathLike[str], what: str, parse: Callable[[dict[str, Any]], T]) -> T:
     """Returns what ``parse`` makes of a file, which is ``what``. Raises: UnreadableError, FormatError."""
-    url = os.fspath(path)
+    url = given(os.fspath(path))
     try:
         return parse(tomllib.loads(read_given(url, what).decode()))
     except OSError as error:

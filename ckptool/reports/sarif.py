@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
+from ckptool.io.paths import is_url
 from ckptool.reports.outcome import Outcome, Problem
 
 HOME = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -79,6 +80,8 @@ def _message(said: str) -> dict[str, str]:
 
 
 def _uri(path: str) -> str:
-    """Returns a path as a relative reference, or as a URI of the file if it is absolute."""
+    """Returns a path as a relative reference, or as a URI if it is absolute or one already."""
+    if is_url(path):
+        return quote(path, safe="/:?&=%*@+")
     quoted = quote(os.fsencode(path.replace(os.sep, "/")))
     return f"file://{quoted}" if os.path.isabs(path) else quoted

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Mix, Resample, Run, TensorInfo, narrow, shaped, storage_range
 from ckptool.errors import FormatError, UnreadableError, explain
-from ckptool.io.source import BLOCK, Bytes, Spool, read_given
+from ckptool.io.files import read_given
+from ckptool.io.source import BLOCK, Bytes, Spool
 from ckptool.limits import MAX_LIST
 from ckptool.values.streams import Stream, gathered
 

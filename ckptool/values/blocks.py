@@ -13,7 +13,8 @@ from ckptool.core.dtypes import DTYPES, Changed
 from ckptool.core.tensor import Box, Derived, Opaque, Span, Storage, TensorInfo, plain_range, reach, storage_range
 from ckptool.core.tree import brief
 from ckptool.errors import FormatError, UnsupportedError
-from ckptool.io.source import BLOCK, Bytes, Files, Source, Spool
+from ckptool.io.files import Files
+from ckptool.io.source import BLOCK, Bytes, Source, Spool
 from ckptool.limits import MAX_EXPANDED, MAX_EXPANSION
 from ckptool.values.streams import Stream, gathered, in_step
 

@@ -13,7 +13,7 @@ from ckptool.core import keys as names
 from ckptool.core.findings import Distance, PrefixDistance
 from ckptool.core.tensor import Opaque, TensorInfo, whole_storage
 from ckptool.core.tree import Global, PyObject
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values.blocks import same_bytes
 
 if TYPE_CHECKING:

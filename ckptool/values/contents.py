@@ -12,7 +12,6 @@ None depends on the file format, on the order of keys, or on how the elements li
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,7 +23,8 @@ from ckptool.core.tensor import Opaque, Span, Storage, TensorInfo, quantization,
 from ckptool.core.tree import path_text, walk
 from ckptool.errors import FormatError, listed
 from ckptool.io import zip_read as zips
-from ckptool.io.source import Files
+from ckptool.io.files import Files, is_file
+from ckptool.io.paths import basename
 from ckptool.values.scan import CHUNK, Job, read
 
 if TYPE_CHECKING:
@@ -245,11 +245,11 @@ def _records(checkpoint: Checkpoint, plan: _Plan, found: Contents, files: Files)
     for url in _urls(checkpoint):
         file = files.open(url)
         if not zips.is_zip(file):
-            bare.append(os.path.basename(url))
+            bare.append(basename(url))
             continue
         members, behind = _members(checkpoint, url, files)
         if behind:
-            bare.append(os.path.basename(url))
+            bare.append(basename(url))
         known = any(member.crc32 for _, member in members)
         if members and not known:
             found.unchecked.append(f"{url}: its checksums are all 0, torch was told to compute none")
@@ -300,7 +300,7 @@ def _urls(checkpoint: Checkpoint) -> list[str]:
         elif isinstance(node, TensorInfo):
             found.update((storage.span.url, None) for storage in node.storages())
     urls = [url for url in found if url]
-    return urls or ([checkpoint.url] if os.path.isfile(checkpoint.url) else [])
+    return urls or ([checkpoint.url] if is_file(checkpoint.url) else [])
 
 
 def _moved(name: str, span: Span, files: Files) -> Finding | None:

@@ -17,7 +17,8 @@ from ckptool.core.findings import Distance
 from ckptool.core.tensor import Opaque, TensorInfo, plain_range
 from ckptool.core.tree import Global
 from ckptool.errors import UnsupportedError
-from ckptool.io.source import Bytes, Files
+from ckptool.io.files import Files
+from ckptool.io.source import Bytes
 from ckptool.values.blocks import tensor_blocks
 from ckptool.values.codec import FOUR_BITS, Array, decode, decode_unordered, has_values
 from ckptool.values.stats import HUGE, LARGE, TINY, dot

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ckptool.core.tensor import Span, TensorInfo, storage_range
 from ckptool.errors import FormatError
 from ckptool.io import system
-from ckptool.io.source import Bytes, Files
+from ckptool.io.files import Files
+from ckptool.io.source import Bytes
 from ckptool.values.blocks import storage_blocks, tensor_blocks
 
 if TYPE_CHECKING:

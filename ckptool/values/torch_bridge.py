@@ -18,7 +18,8 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo, is_countable
 from ckptool.core.tree import Global, PyObject, as_mapping
 from ckptool.errors import FormatError, UnsupportedError, UsageError, kind_of
-from ckptool.io.source import Bytes, Files
+from ckptool.io.files import Files
+from ckptool.io.source import Bytes
 from ckptool.limits import MAX_DEPTH
 from ckptool.pickling.numpy_calls import SCALAR, array_call, itemsize, raw_bytes
 from ckptool.values.blocks import storage_blocks, tensor_blocks

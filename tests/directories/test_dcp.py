@@ -31,7 +31,8 @@ from ckptool.core.pickled_names import beyond_tensors
 from ckptool.core.tensor import Storage
 from ckptool.errors import FormatError, IncompleteError, LimitError, UnsupportedError
 from ckptool.formats import read
-from ckptool.io.source import Files, LocalFile
+from ckptool.io.files import Files
+from ckptool.io.source import LocalFile
 from ckptool.pickling import guard
 from ckptool.pickling import load as pickles
 from ckptool.values.blocks import read_bytes

@@ -18,7 +18,8 @@ from oracles import Run, assert_same_tensors
 from partitioned import edit, frozen, groups, optim, said, written
 
 import ckptool
-from ckptool.io.source import Files, LocalFile
+from ckptool.io.files import Files
+from ckptool.io.source import LocalFile
 from ckptool.values.blocks import read_bytes
 
 

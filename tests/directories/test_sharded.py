@@ -33,8 +33,8 @@ from ckptool.errors import (
     UsageError,
 )
 from ckptool.formats import read
+from ckptool.io.files import Files
 from ckptool.io.output import Output, SetOptions
-from ckptool.io.source import Files
 
 INDEX = "model.safetensors.index.json"
 

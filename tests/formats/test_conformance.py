@@ -53,7 +53,7 @@ from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.errors import DependencyError, FormatError, LossError
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values.blocks import read_bytes
 from tests.fuzz import judge
 from tests.transcripts import DOCS, files_of

@@ -26,7 +26,7 @@ import ckptool
 from ckptool import formats
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.io.zip_write import ZipWriter
 from ckptool.values.blocks import read_bytes
 from tests.fuzz import judge

@@ -20,7 +20,7 @@ from ckptool import limits
 from ckptool import open as open_checkpoint
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import FormatError, LimitError, UnsupportedError
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.ops.scales import of_blocks
 from ckptool.values.blocks import read_bytes
 

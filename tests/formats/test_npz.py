@@ -22,7 +22,7 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.tensor import Span, Storage, TensorInfo
 from ckptool.errors import CkptoolError, FormatError, LossError, UnsupportedError
 from ckptool.formats import npz, read
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values.blocks import read_bytes
 
 Saved = Callable[..., Path]

@@ -20,7 +20,7 @@ from ckptool import open as open_checkpoint
 from ckptool import save
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import CkptoolError, FormatError, LimitError
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.limits import limited
 from ckptool.values.blocks import read_bytes
 

@@ -19,7 +19,7 @@ from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import as_mapping, attributes, walk
 from ckptool.errors import CkptoolError, FormatError
 from ckptool.formats import read
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values import blocks as data
 
 

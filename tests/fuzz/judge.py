@@ -25,7 +25,7 @@ import ckptool
 from ckptool.cli import main
 from ckptool.core.tensor import Opaque
 from ckptool.errors import CkptoolError
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values import blocks as data
 from tests.oracles import tree_equal
 

@@ -9,8 +9,9 @@ import pytest
 
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError, UnreadableError
-from ckptool.io import source as files
-from ckptool.io.source import BLOCK, Files, LocalFile
+from ckptool.io import files
+from ckptool.io.files import Files
+from ckptool.io.source import BLOCK, LocalFile
 from ckptool.io.system import same_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions and links of POSIX")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from oracles import FIXTURES
 
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 
 NEW, OLD = FIXTURES / "resnet_new.pth", FIXTURES / "resnet_old.pth"
 

@@ -14,8 +14,9 @@ from ckptool.errors import FormatError
 from ckptool.formats import safetensors
 from ckptool.formats.pytorch import legacy as torch_legacy
 from ckptool.formats.pytorch import zip as torch_zip
+from ckptool.io.files import Files
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files, LocalFile, Source, Spool
+from ckptool.io.source import LocalFile, Source, Spool
 from ckptool.values import blocks as data
 from ckptool.values.blocks import read_bytes
 

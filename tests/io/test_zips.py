@@ -13,7 +13,8 @@ import pytest
 from ckptool import limits
 from ckptool.errors import CkptoolError, FormatError, LimitError, UnsupportedError
 from ckptool.io import zip_read as zips
-from ckptool.io.source import Files, LocalFile
+from ckptool.io.files import Files
+from ckptool.io.source import LocalFile
 
 FIX = struct.Struct("<4sHHHHHHIIIHHHHHII")  # a central entry
 

@@ -20,8 +20,8 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Span
 from ckptool.errors import FormatError
 from ckptool.io import zip_write as zipwriter
+from ckptool.io.files import Files
 from ckptool.io.output import Output
-from ckptool.io.source import Files
 from ckptool.io.zip_write import ZipWriter
 
 Saved = Callable[..., Path]
@@ -118,7 +118,8 @@ def test_records_beyond_four_gigabytes_are_laid_out_as_torch_does(
     assert theirs.get_record("data/1") == b"behind four gigabytes"
     assert theirs.get_record_offset("data/0") % 64 == 0
     assert theirs.get_record_offset("data/1") % 64 == 0
-    from ckptool.io.source import Files, LocalFile
+    from ckptool.io.files import Files
+    from ckptool.io.source import LocalFile
     from ckptool.io.zip_read import read_directory
 
     with LocalFile(str(path)) as file, Files() as files:

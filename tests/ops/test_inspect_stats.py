@@ -24,7 +24,7 @@ from ckptool.core.dtypes import DTYPES
 from ckptool.core.findings import Stats
 from ckptool.errors import FormatError
 from ckptool.io import system
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values import scan, stats
 from ckptool.values.codec import count_special, has_values
 from ckptool.values.scan import Job, read

@@ -23,7 +23,8 @@ from ckptool import open as open_checkpoint
 from ckptool import save
 from ckptool.core.tensor import TensorInfo
 from ckptool.errors import DependencyError, FormatError, UnreadableError
-from ckptool.io.source import BLOCK, Files
+from ckptool.io.files import Files
+from ckptool.io.source import BLOCK
 from ckptool.partial.adapt import Adapting
 from ckptool.partial.adapters import parse
 from ckptool.values import blocks

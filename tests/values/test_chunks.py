@@ -17,7 +17,8 @@ import ckptool
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Box, TensorInfo, chunks, narrow, view
 from ckptool.errors import FormatError, IncompleteError
-from ckptool.io.source import BLOCK, Files
+from ckptool.io.files import Files
+from ckptool.io.source import BLOCK
 from ckptool.values.blocks import read_bytes, same_bytes, tensor_blocks
 
 Saved = Callable[..., Path]

@@ -16,7 +16,8 @@ from ckptool import save
 from ckptool.core.tensor import Derived, Span, Storage, TensorInfo, contiguous_stride
 from ckptool.errors import FormatError, OutputError, UnsupportedError
 from ckptool.formats import read
-from ckptool.io.source import BLOCK, Files
+from ckptool.io.files import Files
+from ckptool.io.source import BLOCK
 from ckptool.values import blocks
 
 Saved = Callable[..., Path]

@@ -12,7 +12,7 @@ from oracles import seed_torch
 
 import ckptool
 from ckptool.core.findings import Distance
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values import distance
 from ckptool.values.compare import compare
 

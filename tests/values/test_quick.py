@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckptool
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values import compare, distance
 
 Saved = Callable[..., Path]

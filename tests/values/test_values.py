@@ -15,7 +15,7 @@ from oracles import FIXTURES, bits, seed_torch
 from ckptool.core.dtypes import DTYPES
 from ckptool.errors import UnsupportedError
 from ckptool.formats import read
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values.codec import decode, decode_unordered, has_values
 from ckptool.values.compare import compare
 

@@ -5,7 +5,6 @@ A single file is read as any other. Source: ``llama/generation.py`` of Meta's re
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from ckptool.core.tree import as_mapping
 from ckptool.directories.names import sets_in
 from ckptool.directories.parallel.joining import listing
 from ckptool.errors import FormatError
+from ckptool.io.paths import join
 from ckptool.io.probe import Probe
 
 LABEL = "consolidated"
@@ -36,7 +36,7 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     numbers = sorted((int(found[1]), name) for name in probe.names if (found := PIECE.fullmatch(name)))
     ranks, tree = [], {}
     for number, name in numbers:
-        opened = open_(os.path.join(probe.path, name))
+        opened = open_(join(probe.path, name))
         opened = replace(opened, root=find_root(opened.tree).path)
         if as_mapping(opened.at(opened.root)) is None:
             raise FormatError("a piece of a model without a state_dict", opened.url)

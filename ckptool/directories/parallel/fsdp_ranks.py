@@ -10,7 +10,6 @@ joined: who names a file means that rank. Source: ``tensor/_dtensor_spec.py``, `
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,8 @@ from ckptool.core.tree import Path, PyObject, as_mapping, attributes, brief, nod
 from ckptool.directories import sets
 from ckptool.directories.names import sets_in
 from ckptool.errors import CkptoolError, FormatError, IncompleteError, UnsupportedError, listed
+from ckptool.io.files import is_file
+from ckptool.io.paths import join
 from ckptool.io.probe import Probe
 from ckptool.limits import MAX_LEVELS
 
@@ -57,7 +58,7 @@ class _Set:
 
     def path(self, rank: int) -> str:
         """Returns the path of a rank's file, which is there."""
-        return os.path.join(self.directory, self.files[rank])
+        return join(self.directory, self.files[rank])
 
     @property
     def world(self) -> int:
@@ -115,7 +116,7 @@ def _sets(directory: str, names: Sequence[str]) -> list[_Set]:
     found: dict[tuple[str, str], _Set] = {}
     for name in names:
         match = RANK.fullmatch(name)
-        if match and os.path.isfile(os.path.join(directory, name)):
+        if match and is_file(join(directory, name)):
             one = found.setdefault((match[1], match[3]), _Set(directory, match[1], match[3]))
             if (other := one.files.setdefault(int(match[2]), name)) != name:
                 raise FormatError(f"two files of rank {int(match[2])}: {other} and {name}", directory)

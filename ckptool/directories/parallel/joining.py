@@ -39,7 +39,9 @@ from ckptool.errors import (
     listed,
     near,
 )
-from ckptool.io.source import read_given
+from ckptool.io.files import read_given
+from ckptool.io.paths import given as known
+from ckptool.io.paths import relative
 from ckptool.ops import segments
 from ckptool.text import dims
 
@@ -133,7 +135,7 @@ class JoinRules:
             return cls._parsed("the rules", given)
         if not isinstance(given, (str, os.PathLike)):
             raise UsageError(f"tp_rules is a path, a name or a dict, not {kind_of(given)}")
-        url = os.fspath(given)
+        url = known(os.fspath(given))
         path = os.path.join(SETS, f"{url}.toml") if url in shipped() else url
         try:
             return cls._parsed(url, tomllib.loads(read_given(path, "a file of rules").decode()))
@@ -219,17 +221,17 @@ def listing(
     """Returns the checkpoint that lists what each rank holds; with ``problems`` it is not whole."""
     files = list(files)
     every = tuple(dict.fromkeys(name for file in files for name in file.names))
-    trailing = [f"{os.path.relpath(file.url, directory)}: {file.trailing}" for file in files if file.trailing]
+    trailing = [f"{relative(file.url, directory)}: {file.trailing}" for file in files if file.trailing]
     return Checkpoint(
         dict(tree), format=label, url=directory, nbytes=sum(file.nbytes for file in files), names=every,
         problems=tuple(problems), broken=bool(problems), trailing="; ".join(trailing), ranks=tuple(ranks),
-        files=tuple(os.path.relpath(file.url, directory) for file in files),
+        files=tuple(relative(file.url, directory) for file in files),
     )  # fmt: skip
 
 
 def joined(checkpoint: Checkpoint, rules: Any) -> Checkpoint:
     """Returns what `join` does, by rules that `JoinRules.of` takes. Raises: what both do."""
-    from ckptool.io.source import Files
+    from ckptool.io.files import Files
     from ckptool.values.blocks import same_bytes
 
     with Files() as files:

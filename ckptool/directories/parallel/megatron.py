@@ -10,7 +10,6 @@ chunks come before their second ones. Source: ``megatron/training/checkpointing.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,8 +22,9 @@ from ckptool.core.tree import as_mapping, attributes
 from ckptool.directories.names import sets_in
 from ckptool.directories.parallel.joining import is_model, listing
 from ckptool.errors import FormatError, IncompleteError, listed
+from ckptool.io.files import is_file, names_in
+from ckptool.io.paths import basename, join
 from ckptool.io.probe import Probe
-from ckptool.io.source import names_in
 
 LABEL = "megatron"
 
@@ -49,12 +49,10 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
     absent, left = [], []
     ranks: list[_File] = []
     for name, numbers in found:
-        path = next(
-            (path for path in (os.path.join(probe.path, name, one) for one in FILES) if os.path.isfile(path)), ""
-        )
+        path = next((path for path in (join(probe.path, name, one) for one in FILES) if is_file(path)), "")
         if path:
             ranks.append(_File(name, tuple(int(number) for number in numbers if number), open_(path)))
-            other = sorted({*names_in(os.path.join(probe.path, name))} - {os.path.basename(path)})
+            other = sorted({*names_in(join(probe.path, name))} - {basename(path)})
             left += [f"{name}/{file}" for file in other]
         else:
             absent.append(f"{name}/{FILES[0]}")

@@ -17,8 +17,8 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import Derived, Storage, TensorInfo
 from ckptool.core.tree import Global, PyObject, brief, path_text, walk
 from ckptool.errors import CkptoolError, FormatError, LossError, UnsupportedError, listed
+from ckptool.io.files import Files
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files
 from ckptool.pickling import torch_calls as rebuild
 from ckptool.pickling.load import with_arrays
 from ckptool.pickling.streams import FIRST, MAGIC, MAGIC_NUMBER, MAGICS, PickleStream, calls

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tree import as_mapping
+from ckptool.io.files import Files
 from ckptool.io.probe import Probe
-from ckptool.io.source import Files
 from ckptool.pickling.archives import is_saved, unpickled
 from ckptool.pickling.load import with_arrays
 

@@ -21,6 +21,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, PyObject, brief, children, key_text, path_text
 from ckptool.errors import UsageError
+from ckptool.io.paths import basename, is_url
 from ckptool.reports.html import data
 
 SCRIPTS = ("data", "map", "charts", "table", "panels", "page")
@@ -56,7 +57,7 @@ def page(document: Mapping[str, Any], paths: Sequence[str], **more: Any) -> str:
     held = json.dumps(whole, allow_nan=False, separators=(",", ":"))
     script = "\n".join(_part(f"{name}.js") for name in SCRIPTS)
     style = _part("page.css")
-    names = " and ".join(os.path.basename(os.path.normpath(path)) for path in paths)
+    names = " and ".join(basename(path.rstrip("/") if is_url(path) else os.path.normpath(path)) for path in paths)
     names = names.encode("utf-8", "replace").decode()
     parts = {
         "title": names.replace("&", "&amp;").replace("<", "&lt;"), "data": held.replace("<", "\\u003c"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 from ckptool.core.tensor import Derived, TensorInfo, computed_as
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values.blocks import same_bytes
 from ckptool.values.fingerprints import search
 from ckptool.values.fingerprints.prints import Print, meeting, take

@@ -22,7 +22,8 @@ import numpy as np
 
 from ckptool.core.dtypes import COMMON_FLOATS, DTYPES
 from ckptool.core.tensor import Opaque, TensorInfo
-from ckptool.io.source import Bytes, Files
+from ckptool.io.files import Files
+from ckptool.io.source import Bytes
 from ckptool.values.blocks import tensor_blocks
 from ckptool.values.codec import Array, decode_float, encode
 from ckptool.values.scan import Job, read

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from ckptool.core.tensor import TensorInfo
-from ckptool.io.source import Files
+from ckptool.io.files import Files
 from ckptool.values.fingerprints.prints import Print, take
 
 
