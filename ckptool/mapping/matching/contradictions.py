@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from ckptool.mapping.matching import names
 from ckptool.mapping.matching.layouts import solid
-from ckptool.mapping.matching.sides import Array, Side
+from ckptool.mapping.matching.sides import Array, Pairs, Side
 from ckptool.mapping.matching.units import Unit
 
 NEVER = 9.0
@@ -24,20 +24,26 @@ class Contradictions:
         self._leaves = [{leaf for unit in side.units for leaf in unit.items} for side in (one, other)]
         self._turns = self._forced_turns(blocks)
 
-    def of(self, mine: Sequence[int], theirs: Sequence[int]) -> Array:
+    def of(self, pairs: Pairs) -> Array:
         """Returns what speaks against each pair by role and shape: 0 for nothing, down to -`NEVER`."""
-        found = np.zeros((len(mine), len(theirs)))
-        for i, u in enumerate(mine):
-            for j, v in enumerate(theirs):
-                one, other = self._one.units[u], self._other.units[v]
-                found[i, j] = self._by_role(one, other) + self._by_shape(one, other)
-        return found
+        one, other = self._one.units, self._other.units
+        ours, theirs = ([unit.content for unit in side] for side in (one, other))
+        found = pairs.each(lambda u, v: self._by_role(one[u], other[v]), ours, theirs)
+        mine, others = ([(unit.main.shape, unit.main.leaf) for unit in side] for side in (one, other))
+        return found + pairs.each(lambda u, v: self._by_shape(one[u], other[v]), mine, others)
 
-    def opposed(self, mine: Sequence[int], theirs: Sequence[int]) -> Array:
+    def opposed(self, pairs: Pairs) -> Array:
         """Returns 1 for the pairs whose words exclude each other, 0 for others."""
         if not self._words:
-            return np.zeros((len(mine), len(theirs)))
-        return np.array([[float(self._opposed(u, v)) for v in theirs] for u in mine])
+            return np.zeros(len(pairs.ours))
+        ours, theirs = (
+            [
+                (unit.segments[-1], said, place)
+                for unit, said, place in zip(side.units, side.words, side.places, strict=True)
+            ]
+            for side in (self._one, self._other)
+        )
+        return pairs.each(self._opposed, ours, theirs)
 
     def _opposed(self, u: int, v: int) -> bool:
         one, other = self._one, self._other

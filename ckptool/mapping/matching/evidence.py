@@ -3,17 +3,13 @@ worth."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptool.mapping.matching import names
-from ckptool.mapping.matching.sides import Array, Side
-
-Pairs = Sequence[tuple[int, int]]
-"""Accepted pairs: the numbers of the units of both sides."""
+from ckptool.mapping.matching.sides import Array, Distinct, Numbers, Pairs, Side, distinct
 
 _ROUNDS = 4
 
@@ -23,116 +19,167 @@ _COMPARED = 1 << 19
 _COMMON = 0.6
 """The share of a side's units from which on a word of their names contradicts nothing: that of the whole model."""
 
+_TILE = 1 << 20
+"""Numbers of a table of words that are looked up together."""
+
 
 class Words:
-    """How alike the words of two units are, by themselves and by the translations that accepted pairs show."""
+    """How alike the words of two units are, by themselves and by the translations that accepted pairs show.
+
+    Tables of words have a row and a column more, for what is behind a name's last word.
+    """
 
     def __init__(self, one: Side, other: Side, field_words: bool) -> None:
         self._one, self._other = one, other
-        shape = len(one.vocabulary), len(other.vocabulary)
-        self._equal = np.array(one.vocabulary)[:, None] == np.array(other.vocabulary)[None, :]
-        self._alike = self._equal.astype(float)
-        if self._equal.size <= _COMPARED:
+        self._shape = len(one.vocabulary), len(other.vocabulary)
+        number = {word: at for at, word in enumerate(other.vocabulary)}
+        equal = [(at, number[word]) for at, word in enumerate(one.vocabulary) if word in number]
+        self._equal = np.array(equal, int).reshape(-1, 2).T
+        self._alike = np.zeros((self._shape[0] + 1, self._shape[1] + 1))
+        self._alike[*self._equal] = 1
+        if self.size <= _COMPARED:
             alike = [[names.similarity(w, x, field_words) for x in other.vocabulary] for w in one.vocabulary]
-            self._alike = np.array(alike, float).reshape(shape)
-        self._present = [(side.weights > 0).astype(float) for side in (one, other)]
-        self._rare = [said.mean(0) <= _COMMON for said in self._present]
-        self.learn([])
+            self._alike[:-1, :-1] = np.array(alike, float).reshape(self._shape)
+        self._rare = one.frequency <= _COMMON, other.frequency <= _COMMON
+        self._repeated = np.array([1.0 + (len(unit.copies) > 1) for unit in one.units])  # repeated blocks show a law
 
     @property
     def size(self) -> int:
         """Returns how many pairs of words there are."""
-        return int(self._equal.size)
+        return self._shape[0] * self._shape[1]
 
     def learn(self, pairs: Pairs) -> None:
         """Learns from all accepted pairs."""
-        self._table = self._alike
-        if pairs:
-            said, heard = (words[[pair[at] for pair in pairs]] for at, words in enumerate(self._present))
-            chance, back = _translation(said, heard), _translation(heard, said)
-            self._table = np.maximum(self._alike, np.sqrt(chance * back.T))
-        self._learn_laws(pairs)
+        group = pairs.names
+        said, heard = self._one.said[group.ones][:, :, None], self._other.said[group.others][:, None, :]
+        at, mine, theirs = np.nonzero((said < self._shape[0]) & (heard < self._shape[1]))
+        met = distinct(said[at, mine, 0], heard[at, 0, theirs])
+        count = np.bincount(group.place)[at]
+        chance = _translation(met, met.ones, at * heard.shape[2] + theirs, count)
+        back = _translation(met, met.others, at * said.shape[1] + mine, count)
+        self._table = self._alike.copy()
+        self._table[met.ones, met.others] = np.maximum(self._alike[met.ones, met.others], np.sqrt(chance * back))
+        self._learn_laws(group, met, at, np.bincount(group.place, self._repeated[pairs.ours]))
 
-    def _learn_laws(self, pairs: Pairs) -> None:
-        """Finds the words that always go together. Equal words that were not met yet count as half a law."""
-        said, heard = (words[[pair[at] for pair in pairs]] for at, words in enumerate(self._present))
-        count = np.array([1.0 + (len(self._one.units[u].copies) > 1) for u, _ in pairs])  # repeated blocks show a law
-        ones, others = count @ said, count @ heard
-        both = said.T @ (heard * count[:, None])
-        laws = (both > 0) & (both >= 0.9 * ones[:, None]) & (both >= 0.9 * others[None, :])
-        unmet = self._equal & (ones == 0)[:, None] & (others == 0)[None, :]
-        rare = self._rare[0][:, None] & self._rare[1][None, :]
-        laws, unmet = laws & rare, unmet & rare
-        half = (unmet | (laws & self._equal)).any(1), (unmet | (laws & self._equal)).any(0)
-        laws |= unmet
-        self._laws = laws.astype(float)
-        self._bound = [
-            side.weights * np.maximum(law * np.maximum(1 - 1 / np.maximum(seen, 1), 0), 0.5 * least)
-            for side, law, seen, least in (
-                (self._one, laws.any(1), ones, half[0]), (self._other, laws.any(0), others, half[1])
-            )
-        ]  # fmt: skip
+    def _learn_laws(self, group: Distinct, met: Distinct, at: Numbers, count: NDArray[Any]) -> None:
+        """Finds the words that always go together. Equal words that were not met yet count as half a law.
 
-    def alike(self, mine: Sequence[int], theirs: Sequence[int]) -> Array:
-        """Returns the words' best partners, both ways, by weight: about 1 for names as alike as they can be."""
-        heard = np.stack([self._table[:, self._other.ids[v]].max(1, initial=0) for v in theirs], 1)
-        said = np.stack([self._table[self._one.ids[u], :].max(0, initial=0) for u in mine], 1)
-        found: Array = (self._one.weights[mine] @ heard + (self._other.weights[theirs] @ said).T) / 2
-        return found
+        ``count``: how often each pair of names of the ``group`` was met. ``met``, ``at``: the pairs of their words.
+        """
+        ones, others = (
+            np.bincount(side.said[its].ravel(), np.repeat(count, side.said.shape[1]), size + 1)
+            for side, its, size in zip((self._one, self._other), (group.ones, group.others), self._shape, strict=True)
+        )
+        both = np.bincount(met.place, count[at])
+        rare = self._rare[0][met.ones] & self._rare[1][met.others]
+        kept = rare & (both >= 0.9 * ones[met.ones]) & (both >= 0.9 * others[met.others])
+        self._laws = np.zeros(self._alike.shape, bool)
+        self._laws[met.ones[kept], met.others[kept]] = True
+        one, other = self._equal
+        unmet = self._rare[0][one] & self._rare[1][other] & (ones[one] == 0) & (others[other] == 0)
+        half = unmet | self._laws[one, other]
+        self._laws[one, other] |= unmet
+        self._bound = []
+        for side, laws, seen, least in ((self._one, self._laws, ones, one), (self._other, self._laws.T, others, other)):
+            bound = laws.any(1) * np.maximum(1 - 1 / np.maximum(seen, 1), 0)
+            bound[least[half]] = np.maximum(bound[least[half]], 0.5)
+            self._bound.append(side.weights * bound[side.said])
 
-    def broken(self, mine: Sequence[int], theirs: Sequence[int]) -> Array:
-        """Returns the weight of words whose partner is known, and is not in the other name."""
-        there = (self._present[1][theirs] @ self._laws.T > 0).astype(float)
-        here = (self._present[0][mine] @ self._laws > 0).astype(float)
-        found: Array = self._bound[0][mine] @ (1 - there).T + (self._bound[1][theirs] @ (1 - here).T).T
-        return found
+    def compare(self, pairs: Pairs) -> tuple[Array, Array]:
+        """Returns, for each pair of units, how alike they are by their words, and what is broken between them.
+
+        The first is the words' best partners, both ways, by weight: about 1 for names as alike as they can be. The
+        second is the weight of words whose partner is known, and is not in the other name.
+        """
+        one, other, (ones, others, place) = self._one, self._other, pairs.names
+        alike, broken = np.zeros((2, len(ones)))
+        for mine, theirs, some, them, table, laws, bound in (
+            (one, other, ones, others, self._table, self._laws, self._bound[0]),
+            (other, one, others, ones, self._table.T, self._laws.T, self._bound[1]),
+        ):
+            alike += (mine.weights[some] * _best(table, mine.said, some, theirs.said, them)).sum(1) / 2
+            broken += (bound[some] * ~_best(laws, mine.said, some, theirs.said, them)).sum(1)
+        return alike[place], broken[place]
 
 
-def _translation(said: Array, heard: Array) -> Array:
+def _best(table: NDArray[Any], said: Numbers, ones: Numbers, heard: Numbers, others: Numbers) -> NDArray[Any]:
+    """Returns the most that a table has for each word of the first of two names, and any of the second.
+
+    ``said``, ``heard``: the words of each name of both sides; ``ones``, ``others``: the names of each pair.
+    """
+    found = np.empty((len(ones), said.shape[1]), table.dtype)
+    known, place = np.unique(others, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    ends = np.searchsorted(place[order], np.arange(len(known) + 1))
+    step = max(1, _TILE // (heard.shape[1] * len(table)))
+    for begin in range(0, len(known), step):
+        some = order[ends[begin] : ends[min(begin + step, len(known))]]
+        best = table.T[heard[known[begin : begin + step]]].max(1)
+        found[some] = best[place[some, None] - begin, said[ones[some]]]
+    return found
+
+
+def _translation(met: Distinct, words: Numbers, heard: Numbers, count: Numbers) -> Array:
     """Returns how often a word is translated as another (IBM model 1, by expectation and maximisation).
 
-    ``said``, ``heard``: for each accepted pair a row with 1 for the words of its two names.
+    ``met``: the pairs of words, as they were met; ``words``: the first words of these pairs. ``heard``: a number for
+    the second word in its pair of names, of each that was met; ``count``: how often it was.
     """
-    chance = np.ones((said.shape[1], heard.shape[1]))
+    chance = np.ones(len(met.ones))
     for _ in range(_ROUNDS):
-        count = chance * (said.T @ (heard / np.maximum(said @ chance, 1e-12)))
-        total = count.sum(1, keepdims=True)
-        chance = count / np.where(total > 0, total, 1)
+        total = np.bincount(heard, chance[met.place])
+        made = chance * np.bincount(met.place, count / np.maximum(total[heard], 1e-12), len(chance))
+        sums = np.bincount(words, made)
+        chance = made / np.where(sums > 0, sums, 1)[words]
     return chance
 
 
 class Modules:
-    """How many accepted pairs the modules above two units have in common."""
+    """How many accepted pairs the modules above two units have in common.
 
-    def __init__(self, one: Side, other: Side) -> None:
+    ``pairs``: all pairs of units that may be accepted, or are compared. Only what they have above them is counted.
+    """
+
+    def __init__(self, one: Side, other: Side, pairs: Pairs) -> None:
         self._one, self._other = one, other
-        self._common = np.zeros((one.nodes, other.nodes))
-        self._seen = np.zeros(one.nodes), np.zeros(other.nodes)
+        ones, others, _ = pairs.chains
+        above = np.broadcast_arrays(one.chains[ones][:, :, None], other.chains[others][:, None, :])
+        self._above = distinct(*above)
+        self._chains = ones * len(other.chains) + others
+        self._is_real = (self._above.ones < one.nodes) & (self._above.others < other.nodes)
+        self._common = np.zeros(len(self._is_real))
+        self._seen = np.zeros(one.nodes + 1), np.zeros(other.nodes + 1)
+
+    def _rows(self, ones: Numbers, others: Numbers) -> Numbers:
+        """Returns where pairs of chains stand among those of all pairs."""
+        return np.searchsorted(self._chains, ones * len(self._other.chains) + others)
 
     def add(self, u: int, v: int) -> None:
         """Counts an accepted pair."""
-        mine, theirs = self._one.parents[u], self._other.parents[v]
-        self._seen[0][mine] += 1
-        self._seen[1][theirs] += 1
-        self._common[np.array(mine)[:, None], theirs] += 1
+        mine, theirs = self._one.chain[[u]], self._other.chain[[v]]
+        self._seen[0][self._one.chains[mine[0]]] += 1
+        self._seen[1][self._other.chains[theirs[0]]] += 1
+        self._common[self._above.place[self._rows(mine, theirs)[0]]] += 1
 
-    def compare(self) -> None:
-        """Computes ``near`` and the rest for all chains of modules, from the pairs counted so far.
-
-        ``near``: 0 to 1, how much the modules above two units belong together. ``inner``: the same without the root.
-        ``gap``: how much nearer the modules of one of them are to others.
+    def compare(self, pairs: Pairs) -> tuple[Array, Array, Array]:
+        """Returns for each pair of units how much the modules above them belong together, from 0 to 1; the same without
+        the root; and how much nearer the modules of one of them are to others.
         """
-        one, other = self._one, self._other
-        share = 2 * self._common / np.maximum(self._seen[0][:, None] + self._seen[1][None, :], 1)
-        near = share * self._common / (self._common + 0.5)
-        up = np.stack([near[:, chain].max(1) for chain in other.chains], 1)
-        down = np.stack([near[chain, :].max(0) for chain in one.chains], 0)
-        forth, back = one.shares @ up, down @ other.shares.T
-        self.near: Array = (forth + back) / 2
-        roots = (one.shares[:, one.root][:, None] + other.shares[:, other.root][None, :]) / 2
-        self.inner: Array = self.near - roots * near[one.root, other.root]
-        best = one.shares @ near.max(1), other.shares @ near.max(0)
-        self.gap: Array = np.maximum(best[0][:, None] - forth, best[1][None, :] - back)
+        one, other, (ones, others, place) = self._one, self._other, pairs.chains
+        above = self._above
+        share = 2 * self._common / np.maximum(self._seen[0][above.ones] + self._seen[1][above.others], 1)
+        every = share * self._common / (self._common + 0.5) * self._is_real
+        best = np.zeros(one.nodes + 1), np.zeros(other.nodes + 1)
+        np.maximum.at(best[0], above.ones, every)
+        np.maximum.at(best[1], above.others, every)
+        their = every[above.place[self._rows(ones, others)]]
+        mine, theirs = one.shares[ones], other.shares[others]
+        forth, back = (mine * their.max(2)).sum(1), (theirs * their.max(1)).sum(1)
+        near = (forth + back) / 2
+        roots = ((mine * (one.chains[ones] == 0)).sum(1) + (theirs * (other.chains[others] == 0)).sum(1)) / 2
+        nearest = (mine * best[0][one.chains[ones]]).sum(1), (theirs * best[1][other.chains[others]]).sum(1)
+        gap = np.maximum(nearest[0] - forth, nearest[1] - back)
+        return near[place], (near - roots * every[0])[place], gap[place]
 
 
 class Order:
@@ -141,37 +188,33 @@ class Order:
     def __init__(self, one: Side, other: Side) -> None:
         self._one, self._other = one, other
         self.trust = 0.0
-        self._votes: dict[tuple[int, int], list[int]] = {}
 
     def learn(self, pairs: Pairs) -> None:
         """Counts which neighbours among accepted pairs keep their order, and which do not."""
-        votes: dict[tuple[int, int], list[int]] = defaultdict(lambda: [0, 0])
-        kept = lost = 0
-        one, other = self._one, self._other
-        listings = (
-            sorted(pairs, key=lambda pair: one.position[pair[0]]),
-            sorted(pairs, key=lambda pair: other.position[pair[1]]),
-        )
-        for listing in listings:
-            for (u, v), (next_u, next_v) in pairwise(listing):
-                rises, other_rises = one.position[u] < one.position[next_u], other.position[v] < other.position[next_v]
-                breaks = int(rises != other_rises)
-                votes[one.common(u, next_u), other.common(v, next_v)][breaks] += 1
-                kept, lost = kept + 1 - breaks, lost + breaks
-        self._votes = dict(votes)
-        self._rate = (kept + 1) / (kept + lost + 1.5)
-        self.trust = 0.0 if one.alphabetical != other.alphabetical else _trust(self._rate)
+        one, other, found = self._one, self._other, []
+        for position in (one.position[pairs.ours], other.position[pairs.theirs]):
+            listed = np.argsort(position, kind="stable")
+            u, v = pairs.ours[listed], pairs.theirs[listed]
+            kept = (one.position[u[:-1]] < one.position[u[1:]]) == (other.position[v[:-1]] < other.position[v[1:]])
+            common = one.common(u[:-1], u[1:]), other.common(v[:-1], v[1:])
+            found.append((common[0] * other.templates + common[1], kept))
+        places, kept = (np.concatenate(part) for part in zip(*found, strict=True))
+        self._places, place = np.unique(places, return_inverse=True)
+        count, of_these = np.bincount(place), np.bincount(place, kept)
+        rate = (kept.sum() + 1) / (len(kept) + 1.5)
+        self._is_alike = one.alphabetical == other.alphabetical
+        self.trust = float(_trust(rate)) if self._is_alike else 0.0
+        self._trusts = _trust((of_these + 3 * rate) / (count + 3))
 
-    def between(self, one: np.ndarray, other: np.ndarray) -> Array:
+    def between(self, one: Numbers, other: Numbers) -> Array:
         """Returns the trust in the order of pairs, by the numbers of the templates of what they have in common."""
-        table = np.full((self._one.templates + 1, self._other.templates + 1), self.trust)
-        if self._one.alphabetical == self._other.alphabetical:
-            for place, (kept, lost) in self._votes.items():
-                table[place] = _trust((kept + 3 * self._rate) / (kept + lost + 3))
-        found: Array = table[one, other]
-        return found
+        if not (self._is_alike and len(self._places)):
+            return np.full(one.shape, self.trust)
+        places = one * self._other.templates + other
+        at = np.minimum(np.searchsorted(self._places, places), len(self._places) - 1)
+        return np.where(self._places[at] == places, self._trusts[at], self.trust)
 
 
-def _trust(rate: float) -> float:
+def _trust(rate: NDArray[Any] | float) -> Array:
     """Returns what a rate of kept order is worth: 0 up to 0.65, 1 where all is kept."""
-    return max(0.0, (rate - 0.65) / 0.35)
+    return np.maximum(0.0, (np.asarray(rate) - 0.65) / 0.35)

@@ -10,14 +10,14 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ckptool.mapping.matching.assignment import assigned
 from ckptool.mapping.matching.contradictions import Contradictions
 from ckptool.mapping.matching.evidence import Modules, Order, Words
-from ckptool.mapping.matching.sides import Array, Side
+from ckptool.mapping.matching.sides import Array, Flags, Numbers, Orders, Pairs, Side
 from ckptool.mapping.matching.units import Unit
 
 _STEPS = (4, 3, 2.5, 2, 1.6, 1.3, 1, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0, -0.2, -inf)
@@ -31,6 +31,12 @@ _TOLD_APART = 1 << 16
 
 _MOST = 1 << 23
 """Most pairs of units, and of words, that are weighed in all rounds together; what is open then has no match."""
+
+_DIGITS = 12
+"""What is as much up to so many digits is as much: rivals are the same on every machine."""
+
+_ALIKE = 16
+"""Most units of a kind on either side for which other kinds are looked at that are told apart in the same way."""
 
 _ORDER_ALONE = 0.3
 """What the order of siblings with names is worth where nothing else speaks."""
@@ -51,21 +57,48 @@ class Match:
     """Other units of the first side that could become the second unit, best first."""
 
 
-class _Block:
-    """The units of one kind on both sides, what never changes about them, and what was accepted."""
+class _Facts(NamedTuple):
+    """What is known of every pair of units, as vectors; or of those of one block, as matrices."""
 
-    def __init__(self, mine: list[int], theirs: list[int], one: Side, other: Side, against: Contradictions) -> None:
+    alike: Array
+    broken: Array
+    near: Array
+    inner: Array
+    gap: Array
+    beside: Array
+    numbers: Array
+    against: Array
+    opposed: Array
+
+
+class _Block:
+    """The units of one kind on both sides, and what was accepted. ``pairs``: where their pairs are among all."""
+
+    def __init__(self, mine: list[int], theirs: list[int], one: Side, other: Side, first: int) -> None:
         self.mine, self.theirs = mine, theirs
+        self.pairs = np.arange(first, first + len(mine) * len(theirs))
         self.left = list(range(len(mine))), list(range(len(theirs)))
         self.accepted: list[tuple[int, int, float]] = []
-        self.numbers = np.array([[_same_numbers(one.numbers[u], other.numbers[v]) for v in theirs] for u in mine])
-        self.against, self.opposed = against.of(mine, theirs), against.opposed(mine, theirs)
-        self.orders = one.orders(mine), other.orders(theirs)
-        self.chains = np.array([one.chain[u] for u in mine])[:, None], np.array([other.chain[v] for v in theirs])
-        self.shortcuts = one.shortcut[mine], other.shortcut[theirs]
         self.is_vector = len(one.units[mine[0]].main.kind[1]) < 2
+        self._sides = (one, np.array(mine)), (other, np.array(theirs))
+        some = max(_ALIKE, 4 * min(len(mine), len(theirs)))  # of more, few are asked for
+        self._orders = [side.orders(units) if len(units) <= some else None for side, units in self._sides]
+        self.shortcuts = one.shortcut[mine], other.shortcut[theirs]
+        known = (part.tobytes() for one in (*self._orders, self.shortcuts) for part in one or ())
+        self._kind = (self.is_vector, *known) if max(len(mine), len(theirs)) <= _ALIKE else id(self)
+
+    @property
+    def state(self) -> Hashable:
+        """Returns what is equal for blocks of which the same is said where their pairs have the same facts."""
+        return self._kind, *map(tuple, self.left), *self.accepted
+
+    def order(self, at: int, rows: Numbers) -> Orders:
+        """Returns the order of some of the units of a side."""
+        (side, units), known = self._sides[at], self._orders[at]
+        return known.of(rows) if known else side.orders(units[rows])
 
     def accept(self, u: int, v: int, margin: float) -> None:
+        """Notes a pair."""
         i, j = self.mine.index(u), self.theirs.index(v)
         self.left[0].remove(i)
         self.left[1].remove(j)
@@ -76,26 +109,54 @@ class Matcher:
     """Matches the units of two sides; ``words``: whether the table of field words is used."""
 
     def __init__(self, one: Side, other: Side, words: bool = True) -> None:
-        self._one, self._other = one, other
+        self._one, self._other, self._has_words = one, other, words
         mine, theirs = _by_kind(one.units), _by_kind(other.units)
         blocks = {kind: (mine[kind], theirs[kind]) for kind in mine if kind in theirs}
         self.skipped: list[int] = []
-        pairs = 0
+        count = 0
         for kind in sorted(blocks, key=lambda kind: len(blocks[kind][0]) * len(blocks[kind][1])):
-            pairs += len(blocks[kind][0]) * len(blocks[kind][1])
-            if pairs > _TOLD_APART:
+            count += len(blocks[kind][0]) * len(blocks[kind][1])
+            if count > _TOLD_APART:
                 self.skipped += blocks.pop(kind)[1]
-        against = Contradictions(one, other, blocks.values(), words)
-        self._blocks = {kind: _Block(*both, one, other, against) for kind, both in blocks.items()}
-        self._words, self._modules, self._order = Words(one, other, words), Modules(one, other), Order(one, other)
-        self._weighed = 0
+        self._of_kinds = blocks
         self._matches: list[Match] = []
-        self._partner: dict[int, int] = {}
 
     def run(self, settled: Sequence[tuple[int, int]] = ()) -> list[Match]:
         """Returns a match for every unit that has one, the most certain first; ``settled`` are accepted at once."""
-        for u, v in settled:
-            self._accept(Match(u, v, _STEPS[0], ["neighbours"]))  # of what they hold, not all need be settled
+        self._matches = [
+            Match(u, v, _STEPS[0], ["neighbours"]) for u, v in settled
+        ]  # of what they hold, not all need be
+        if len(self._one.vocabulary) * len(self._other.vocabulary) <= _MOST and self._of_kinds:
+            self._prepare()
+            self._match()
+        return self._matches
+
+    def _prepare(self) -> None:
+        """Notes what never changes about the pairs of units that may be matched, and accepts what is settled."""
+        one, other = self._one, self._other
+        self._blocks: dict[Hashable, _Block] = {}
+        first = 0
+        for kind, (mine, theirs) in self._of_kinds.items():
+            self._blocks[kind] = _Block(mine, theirs, one, other, first)
+            first += len(mine) * len(theirs)
+        ours = np.concatenate([np.repeat(mine, len(theirs)) for mine, theirs in self._of_kinds.values()])
+        others = np.concatenate([np.tile(theirs, len(mine)) for mine, theirs in self._of_kinds.values()])
+        self._pairs = every = Pairs(one, other, ours, others)
+        numbers = [[tuple(found) for found in side.numbers] for side in (one, other)]
+        against = Contradictions(one, other, self._of_kinds.values(), self._has_words)
+        same = every.each(lambda u, v: _same_numbers(one.numbers[u], other.numbers[v]), *numbers)
+        self._known = same, against.of(every), against.opposed(every)
+        with_settled = Pairs(one, other, *np.concatenate([[ours, others], self._accepted()], 1))
+        self._modules, self._order = Modules(one, other, with_settled), Order(one, other)
+        self._words = Words(one, other, self._has_words)
+        self._partner = np.full(len(one.units) + 1, -2)
+        self._weighed = self._agreeing = 0
+        settled, self._matches = self._matches, []
+        for match in settled:
+            self._accept(match)
+
+    def _match(self) -> None:
+        """Accepts one match after another, the most certain first."""
         self._weigh()
         step, least, proposed = 0, inf, self._proposed()
         while proposed and step < len(_STEPS) and self._weighed <= _MOST:
@@ -109,11 +170,14 @@ class Matcher:
                 proposed = self._proposed()
             else:
                 step += 1
-        return self._matches
+
+    def _accepted(self) -> Numbers:
+        return np.array([(match.one, match.other) for match in self._matches], int).reshape(-1, 2).T
 
     def _accept(self, match: Match) -> None:
         self._matches.append(match)
         self._partner[match.one] = match.other
+        self._agreeing += self._one.numbers[match.one] == self._other.numbers[match.other]
         self._modules.add(match.one, match.other)
         block = self._blocks.get(self._one.units[match.one].kind)
         if block and match.one in block.mine and match.other in block.theirs:
@@ -121,32 +185,60 @@ class Matcher:
 
     def _weigh(self) -> None:
         """Weighs the evidence of the accepted pairs again."""
-        pairs = [(match.one, match.other) for match in self._matches]
+        pairs = Pairs(self._one, self._other, *self._accepted())
         self._words.learn(pairs)
         self._order.learn(pairs)
-        self._modules.compare()
-        agree = sum(self._one.numbers[u] == self._other.numbers[v] for u, v in pairs)
-        self._numbers = 0.2 + 0.8 * (agree / len(pairs) if pairs else 0.5)
+        self._numbers = 0.2 + 0.8 * (self._agreeing / len(self._matches) if self._matches else 0.5)
 
     def _proposed(self) -> list[Match]:
+        """Returns the best match for each open unit. Blocks of which all is alike are looked at once."""
         open_ = [block for block in self._blocks.values() if all(block.left)]
-        self._weighed += sum(len(block.mine) * len(block.theirs) for block in open_) + self._words.size * bool(open_)
-        return [match for block in open_ for match in self._of_block(block)] if self._weighed <= _MOST else []
+        self._weighed += sum(len(block.pairs) for block in open_) + self._words.size * bool(open_)
+        if self._weighed > _MOST or not open_:
+            return []
+        facts = np.stack(self._facts(np.concatenate([block.pairs for block in open_])), 1).round(_DIGITS)
+        known: dict[Hashable, list[Match]] = {}
+        found, end = [], 0
+        for block in open_:
+            begin, end = end, end + len(block.pairs)
+            its = facts[begin:end]
+            state = block.state, its.tobytes()
+            if state not in known:
+                shape = len(block.mine), len(block.theirs)
+                known[state] = self._of_block(block, _Facts(*its.T.reshape(-1, *shape)))
+            for one in known[state]:
+                rivals = [block.mine[rival] for rival in one.rivals]
+                found.append(Match(block.mine[one.one], block.theirs[one.other], one.margin, one.witnesses, rivals))
+        return found
 
-    def _of_block(self, block: _Block) -> list[Match]:
-        """Returns the best assignment of the open units of a block, with margins against all others of the block."""
-        mine, theirs = block.mine, block.theirs
-        chains = block.chains
-        alike, near = self._words.alike(mine, theirs), self._modules.near[chains]
-        gap = self._modules.gap[chains]
-        beside = _BESIDE * self._order.trust * self._beside(mine, theirs)
+    def _facts(self, which: Numbers) -> _Facts:
+        """Returns what is known of some of the pairs by now."""
+        pairs = Pairs(self._one, self._other, self._pairs.ours[which], self._pairs.theirs[which])
+        beside = _BESIDE * self._order.trust * self._beside(pairs)
+        known = (part[which] for part in self._known)
+        return _Facts(*self._words.compare(pairs), *self._modules.compare(pairs), beside, *known)
+
+    def _beside(self, pairs: Pairs) -> Array:
+        """Returns how many of the units listed before and after two units are accepted pairs: 0, 1/2 or 1."""
+        one, other = self._one, self._other
+        found = np.zeros(len(pairs.ours))
+        for mine, theirs in ((one.before, other.before), (one.after, other.after)):
+            found += self._partner[mine[pairs.ours]] == theirs[pairs.theirs]
+        return found / 2
+
+    def _of_block(self, block: _Block, facts: _Facts) -> list[Match]:
+        """Returns the best assignment of the open units of a block, with margins against all others of the block.
+
+        Units have their positions in the block.
+        """
+        alike, gap, beside = facts.alike, facts.gap, facts.beside
         kinds = {
-            "words": _WORDS * alike - block.opposed,
-            "numbers": _NUMBERS * self._numbers * block.numbers,
-            "neighbours": _MODULES * near,
-            "shape": block.against,
+            "words": _WORDS * alike - facts.opposed,
+            "numbers": _NUMBERS * self._numbers * facts.numbers,
+            "neighbours": _MODULES * facts.near,
+            "shape": facts.against,
         }
-        score = sum(kinds.values()) + beside
+        score = (sum(kinds.values()) + beside).round(_DIGITS)
         rows, columns = self._assigned(block, score)
         count = len(rows)
         free = [i for i in block.left[0] if i not in rows], [j for j in block.left[1] if j not in columns]
@@ -154,14 +246,14 @@ class Matcher:
         columns += [j for _, j, _ in block.accepted]
         swaps = {name: _exchanged(kind, rows, columns) for name, kind in kinds.items()}
         named: Array = np.sum([*swaps.values()], axis=0)
-        swaps["order"], alone_is_enough = self._ordered(block, rows, columns, near, beside)
-        total = named + swaps["order"]
+        swaps["order"], alone_is_enough = self._ordered(block, rows, columns, facts)
+        total = (named + swaps["order"]).round(_DIGITS)
         total = np.where(alone_is_enough | (named > _SPEAKS), total, np.minimum(total, _ORDER_ALONE))
         total[:, count:] = np.maximum(total[:, count:], [margin for *_, margin in block.accepted])
         np.fill_diagonal(total, inf)
-        broken = self._words.broken(mine, theirs) + block.opposed
-        inner = _MODULES * self._modules.inner[chains]
-        alone = (0.3 if block.is_vector else 1.0) + alike + beside + inner - 3 * gap + block.against - 4 * broken
+        broken = facts.broken + facts.opposed
+        inner = _MODULES * facts.inner
+        alone = (0.3 if block.is_vector else 1.0) + alike + beside + inner - 3 * gap + facts.against - 4 * broken
         found = []
         for at, (i, j) in enumerate(zip(rows[:count], columns[:count], strict=True)):
             rival = int(total[at].argmin())
@@ -176,7 +268,7 @@ class Matcher:
             best = [
                 int(other) for other in np.argsort(-score[:, j]) if other != i and score[other, j] > score[i, j] - 1.5
             ]
-            found.append(Match(mine[i], theirs[j], float(margin), witnesses, [mine[other] for other in best[:3]]))
+            found.append(Match(i, j, float(margin), witnesses, best[:3]))
         return found
 
     def _assigned(self, block: _Block, score: Array) -> tuple[list[int], list[int]]:
@@ -192,9 +284,7 @@ class Matcher:
         )
         return [left[0][i] for i in rows], [left[1][j] for j in columns]
 
-    def _ordered(
-        self, block: _Block, rows: list[int], columns: list[int], near: Array, beside: Array
-    ) -> tuple[Array, NDArray[np.bool_]]:
+    def _ordered(self, block: _Block, rows: list[int], columns: list[int], facts: _Facts) -> tuple[Array, Flags]:
         """Returns (what order says about exchanging pairs, whether that alone is enough).
 
         It is 1 where both sides count them, else as far as order is trusted; little where the modules above say much,
@@ -202,27 +292,15 @@ class Matcher:
         norms, it is not enough that one is listed first: each code base lists its own first. Places in a list are.
         """
         ours, theirs = np.array(rows), np.array(columns)
-        listed, counted, common, indexed = (part[ours[:, None], ours] for part in block.orders[0])
-        other_listed, other_counted, other_common, other_indexed = (
-            part[theirs[:, None], theirs] for part in block.orders[1]
-        )
-        both = (counted != 0) & (other_counted != 0)
-        sign = np.where(both, counted * other_counted, listed * other_listed)
-        trust = np.where(both, 1.0, self._order.between(common, other_common))
-        found: Array = sign * trust * np.maximum(0, 1 - 1.5 * np.abs(_exchanged(near, rows, columns)))
-        found += _exchanged(beside, rows, columns)
+        one, other = block.order(0, ours), block.order(1, theirs)
+        both = (one.counted != 0) & (other.counted != 0)
+        sign = np.where(both, one.counted * other.counted, one.listed * other.listed)
+        trust = np.where(both, 1.0, self._order.between(one.common, other.common))
+        found: Array = sign * trust * np.maximum(0, 1 - 1.5 * np.abs(_exchanged(facts.near, rows, columns)))
+        found += _exchanged(facts.beside, rows, columns)
         around = block.shortcuts[0][ours] != block.shortcuts[1][theirs]
         found[around, :] = found[:, around] = 0
-        return found, both | indexed | other_indexed
-
-    def _beside(self, mine: list[int], theirs: list[int]) -> Array:
-        """Returns how many of the units listed before and after two units are accepted pairs: 0, 1/2 or 1."""
-        found = np.zeros((len(mine), len(theirs)))
-        for ours, others in ((self._one.before, self._other.before), (self._one.after, self._other.after)):
-            expected = np.array([self._partner.get(ours.get(u, -1), -2) for u in mine])
-            there = np.array([others.get(v, -3) for v in theirs])
-            found += expected[:, None] == there[None, :]
-        return found / 2
+        return found, both | one.indexed | other.indexed
 
 
 def _of_only_one(alike: float, beside: float, inner: float) -> list[str]:
