@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import re
 import threading
 import time
@@ -133,3 +134,42 @@ def serving(root: Path, **how: Any) -> Iterator[Server]:
             yield server
         finally:
             server.shutdown()
+
+
+@contextmanager
+def s3(root: Path, monkeypatch: Any) -> Iterator[Any]:
+    """An S3 server (moto) over HTTP, whose bucket ``models`` has the files below a directory.
+
+    Yields a list with the method, path and Range of each request.
+    """
+    import boto3
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    asked: list[tuple[str, str, str]] = []
+    application = DomainDispatcherApplication(create_backend_app)
+
+    def counted(environ: dict[str, Any], start: Any) -> Any:
+        where = f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}"
+        asked.append((environ["REQUEST_METHOD"], where, environ.get("HTTP_RANGE", "")))
+        return application(environ, start)
+
+    for name, text in (
+        ("AWS_ACCESS_KEY_ID", "AKIATEST"), ("AWS_SECRET_ACCESS_KEY", "s3cr3t"), ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, text)
+    server = make_server("127.0.0.1", 0, counted, threaded=True)
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    settings = {"endpoint_url": url, "config_kwargs": {"read_timeout": 5}}  # a busy machine has lost an answer
+    monkeypatch.setenv("FSSPEC_S3", json.dumps(settings))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        client = boto3.client("s3", endpoint_url=url)
+        client.create_bucket(Bucket="models")
+        for file in sorted(path for path in root.rglob("*") if path.is_file()):
+            client.upload_file(str(file), "models", file.relative_to(root).as_posix())
+        asked.clear()
+        yield asked
+    finally:
+        server.shutdown()

@@ -36,7 +36,8 @@ from ckptool.io.files import Files, ahead, exists, names_in, size_of
 from ckptool.io.leftovers import leftovers
 from ckptool.io.paths import basename, dirname, join
 from ckptool.io.probe import Probe
-from ckptool.io.source import Section
+from ckptool.io.source import SMALL_MEMBER, Section
+from ckptool.io.zip_read import TAIL
 from ckptool.limits import MAX_LEVELS, MAX_PICKLE
 from ckptool.pickling.archives import Single, is_saved, unpickled
 from ckptool.pickling.load import with_arrays
@@ -166,6 +167,10 @@ class _Items:
         self.whole: list[str] = []
         there = {*names_in(directory), *staged}
         ahead(join(directory, name) for name in sorted(saved.files) if name not in staged)
+        for item in saved.items.values():  # its first bytes, and its last, where a zip's directory is
+            begin, end = item.offset, item.offset + item.nbytes
+            self.files.will_read(join(directory, item.file), begin, min(begin + SMALL_MEMBER // 8, end))
+            self.files.will_read(join(directory, item.file), max(begin, end - TAIL - 22), end)
         gone: dict[str, list[str]] = {}
         for (key, _), item in saved.items.items():
             if item.file not in there and not exists(join(directory, item.file)):

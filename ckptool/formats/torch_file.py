@@ -71,12 +71,14 @@ def write(
 def _span_to_copy(content: Content, nbytes: int, files: Files) -> Span | None:
     """Returns the byte range of a file to copy unchanged as a record's content, None if its blocks are to be written.
 
-    A small storage without a known CRC-32 is written in blocks too.
+    Without a known CRC-32 a storage is read twice, so a small one is written in blocks, and one of a remote file.
     """
     source = content.source
     if not isinstance(source, Storage) or content.swap_unit > 1 or source.span.memory is not None:
         return None
-    if source.span.member == "deflated" or (content.crc32 is None and nbytes < THREADED):
+    if source.span.member == "deflated":
+        return None
+    if content.crc32 is None and (nbytes < THREADED or not files.get(source.span).again):
         return None
     found = files.locate(source.span)
     return found._replace(member=None, offset=found.offset + content.start, nbytes=nbytes)

@@ -52,7 +52,7 @@ def is_directory(path: str) -> bool:
         return os.path.isdir(path)
     from ckptool.io import remote
 
-    return remote.kind(path) == "directory"
+    return remote.is_directory(path)
 
 
 def is_file(path: str) -> bool:
@@ -167,7 +167,12 @@ class Files:
             if paths.is_url(span.url) and span.memory is None:
                 ahead = 0 if span.member is None else HEADER
                 end = span.offset + ahead + (span.nbytes if span.member is None else span.packed)
-                self._expected.setdefault(span.url, []).append((span.offset, end))
+                self.will_read(span.url, span.offset, end)
+
+    def will_read(self, url: str, begin: int, end: int) -> None:
+        """Takes note of a range of a file that is not open yet."""
+        if paths.is_url(url):
+            self._expected.setdefault(url, []).append((begin, end))
 
     def open(self, url: str) -> Source:
         """Returns the open file of that name. Raises: UnreadableError; FormatError if an evicted file was changed.

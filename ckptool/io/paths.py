@@ -130,6 +130,11 @@ def join(directory: str, *names: str) -> str:
     return f"{head}{'' if head.endswith('/') else '/'}{'/'.join(names)}{tail}"
 
 
+def ends_as_directory(url: str) -> bool:
+    """Returns whether a URL ends with a slash."""
+    return _cut(url)[0].endswith("/")
+
+
 def absolute(path: str) -> str:
     """Returns a directory's path from the top."""
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)

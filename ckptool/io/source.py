@@ -30,7 +30,7 @@ class Source(Protocol):
 
     ``size`` is that at opening. ``version`` changes when the bytes of a path do; None if this cannot be detected.
     ``mode`` is the permissions that a copy may have. Content that is a part of a file (`Section`) is from ``begin``
-    up to ``size``.
+    up to ``size``. ``again``: whether what was read can be read again at no cost, as from a page cache.
     """
 
     path: str
@@ -38,6 +38,7 @@ class Source(Protocol):
     version: tuple[int, ...] | None
     mode: int = 0o777
     begin: int = 0
+    again: bool = True
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Returns exactly ``nbytes`` bytes. Raises: FormatError if there are not as many, UnreadableError."""

@@ -6,6 +6,7 @@ What is found is kept until the next `refresh`, so that looking for a file and o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from ckptool.errors import UnreadableError
@@ -14,11 +15,14 @@ from ckptool.io.remote import members, stores, web
 from ckptool.io.remote.ranges import Origin, RemoteFile, started
 from ckptool.io.source import Source
 
-WAVE = 1 << 17
-"""Bytes read at once of each of many files that are opened together: the header of a shard of 500 tensors."""
-
 _kinds: dict[str, str] = {}
 """{URL: "file", "directory" or "" for nothing}, as far as it is known."""
+
+_names: dict[str, list[str]] = {}
+"""{URL of a directory: the names in it}."""
+
+_asked: set[str] = set()
+"""Directories of which a name was asked for."""
 
 _ready: dict[str, RemoteFile] = {}
 """Files that were opened to see whether they are there, for who opens them next."""
@@ -26,8 +30,8 @@ _ready: dict[str, RemoteFile] = {}
 
 def refresh() -> None:
     """Forgets what was found: the next checkpoint is looked for anew."""
-    _kinds.clear()
-    _ready.clear()
+    for found in (_kinds, _names, _asked, _ready):
+        found.clear()
     stores.refresh()
 
 
@@ -52,11 +56,26 @@ def _other(path: str) -> Source:
     return opened(path) if paths.is_url(path) else LocalFile(path)
 
 
+def is_directory(url: str) -> bool:
+    """Returns whether there is a directory; over https, whether the URL ends as one."""
+    return paths.ends_as_directory(url) if paths.is_web(url) else kind(url) == "directory"
+
+
 def kind(url: str) -> str:
-    """Returns "file", "directory", or "" if there is nothing. Over https a file is there if it can be opened."""
-    if (known := _kinds.get(url)) is None:
-        known = _kinds[url] = _kind(url)
-    return known
+    """Returns "file", "directory", or "" if there is nothing. Over https a file is there if it can be opened.
+
+    Where a second name of a directory is asked for, the directory is listed.
+    """
+    if url not in _kinds:
+        parent = paths.dirname(url)
+        if parent in _asked and not paths.is_web(url):
+            with suppress(UnreadableError):  # to list may be forbidden, and to read not
+                names_in(parent)
+                _kinds.setdefault(url, "")
+        _asked.add(parent)
+    if url not in _kinds:
+        _kinds[url] = _kind(url)
+    return _kinds[url]
 
 
 def _kind(url: str) -> str:
@@ -64,8 +83,6 @@ def _kind(url: str) -> str:
         return members.kind(url, _other)
     if not paths.is_web(url):
         return stores.kind(url)
-    if url.split("?")[0].endswith("/"):
-        return "directory"
     try:
         _ready[url] = RemoteFile(url, web.Page(url))
     except web.Absent:
@@ -77,10 +94,11 @@ def names_in(url: str) -> list[str]:
     """Returns the names in a directory; empty for none, and over https, which lists none."""
     if paths.is_web(url):
         return []
-    in_archive = url.startswith(members.SCHEMES)
-    found = members.names_in(url, _other) if in_archive else stores.names_in(url)
-    _kinds.update((paths.join(url, name), what) for name, what in found.items())
-    return list(found)
+    if url not in _names:
+        found = members.names_in(url, _other) if url.startswith(members.SCHEMES) else stores.names_in(url)
+        _kinds.update((paths.join(url, name), what) for name, what in found.items())
+        _names[url] = list(found)
+    return list(_names[url])
 
 
 def ahead(urls: Iterable[str]) -> None:
@@ -88,7 +106,7 @@ def ahead(urls: Iterable[str]) -> None:
     wanted = [url for url in urls if not url.startswith(members.SCHEMES) and url not in _ready]
 
     def one(url: str) -> Callable[[], RemoteFile]:
-        return lambda: RemoteFile(url, _origin(url), WAVE, tail=True)
+        return lambda: RemoteFile(url, _origin(url)).look()
 
     waiting: dict[str, Any] = {url: started(one(url)) for url in wanted}
     for url, coming in waiting.items():

@@ -24,7 +24,7 @@ class Member(Source):
 
     def __init__(self, path: str, archive: Source, span: Span) -> None:
         self.path, self.archive, self.at, self.size = path, archive, span.offset, span.nbytes
-        self.version, self.mode = archive.version, archive.mode
+        self.version, self.mode, self.again = archive.version, archive.mode, archive.again
 
     def read(self, offset: int, nbytes: int) -> bytes:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:

@@ -23,14 +23,14 @@ from ckptool.io.source import Source, Spool
 
 T = TypeVar("T")
 
-HEAD = 1 << 18
-"""Bytes read from the start of a file, and from its end if a zip's directory is wanted."""
+HEAD = 1 << 17
+"""Bytes read from the start of a file, and from its end if a zip's directory is wanted: headers of 500 tensors."""
 
 SMALL = 1 << 16
 """Bytes that a small read fetches."""
 
-JOIN = 1 << 18
-"""Bytes between two ranges that are fetched in one request: a request takes as long as some 256 kB."""
+JOIN = 1 << 17
+"""Bytes between two ranges that are fetched in one request: a request takes as long as some 128 kB."""
 
 CELL = 1 << 22
 """Bytes of one request of a longer range."""
@@ -40,6 +40,9 @@ AHEAD = 4
 
 KEPT = 8
 """Pieces kept of those that were not expected."""
+
+CELLS = 8
+"""Cells kept behind a small read."""
 
 AT_ONCE = 16
 """Requests at the same time."""
@@ -68,12 +71,13 @@ class Broken(Exception):
 class Origin:
     """Where the bytes of a remote file come from. ``note``: what is to be known of that.
 
-    ``spool``: all of it, where no ranges can be asked for.
+    ``spool``: all of it, where no ranges can be asked for, ``moved`` so many bytes of it by this object.
     """
 
     size = 0
     version: tuple[int, ...] | None = None
     note = ""
+    moved = 0
     spool: Spool | None = None
 
     def begin(self, nbytes: int) -> bytes:
@@ -121,7 +125,9 @@ class _Piece(NamedTuple):
 class RemoteFile(Source):
     """An open file behind a URL. Any thread may read it."""
 
-    def __init__(self, path: str, origin: Origin, head: int = HEAD, tail: bool = False) -> None:
+    again = False
+
+    def __init__(self, path: str, origin: Origin) -> None:
         self.path, self.origin = path, origin
         self._lock = threading.Lock()
         self._pieces: list[_Piece] = []
@@ -131,22 +137,32 @@ class RemoteFile(Source):
         named = HASH.search(paths.basename(path))
         self._named = named[1] if named else ""
         self._digest, self._digested, self._hashed = hashlib.sha256(), 0, False
-        first = self._begun(head)
+        first = self._begun()
         self.size, self.version = origin.size, origin.version
         self._head = len(first)
         if first:
-            held: Future[bytes] = Future()
-            held.set_result(first)
-            self._pieces.append(_Piece(0, len(first), held, False))
+            self._hold(0, first)
             self._hash(0, first if origin.spool is None else b"")
-        if tail and first[:4] == b"PK\3\4" and len(first) < self.size:  # its directory is at the end
-            self._start(max(len(first), self.size - head), self.size)
 
-    def _begun(self, head: int) -> bytes:
+    def _hold(self, begin: int, data: bytes) -> None:
+        held: Future[bytes] = Future()
+        held.set_result(data)
+        self._pieces.append(_Piece(begin, begin + len(data), held, False))
+
+    def look(self) -> RemoteFile:
+        """Fetches the first bytes, and of a zip archive the last ones, where its directory is; returns the file."""
+        if not self._pieces and self.size:
+            self._hold(0, self._whole(0, min(HEAD, self.size)))
+        if (end := self._pieces[0].end if self._pieces else 0) < self.size and self.read(0, 4) == b"PK\3\4":
+            begin = max(end, self.size - HEAD)
+            self._hold(begin, self._whole(begin, self.size))
+        return self
+
+    def _begun(self) -> bytes:
         for failed in range(TRIES):
             try:
-                first = self.origin.begin(head)
-                self._count(len(first) if self.origin.spool is None else self.origin.spool.size)
+                first = self.origin.begin(HEAD)
+                self._count(len(first) if self.origin.spool is None else self.origin.moved)
                 return first
             except Broken as error:
                 self._count(0)
@@ -209,7 +225,9 @@ class RemoteFile(Source):
                 if cell[0] not in self._asked:
                     self._asked.add(cell[0])
                     self._start(*cell, expected=True)
-        self._pieces = [one for one in self._pieces if not one.expected or one.end > offset or not one.data.done()]
+        behind = [one for one in self._pieces if one.expected and one.end <= offset and one.data.done()]
+        for one in behind if end - offset >= SMALL else behind[:-CELLS]:  # a small read may look what follows a tensor
+            self._pieces.remove(one)
         for piece in self._pieces:
             if piece.begin <= offset < piece.end:
                 if not piece.expected and piece.begin:  # the head stays; of the others, those that were used last
@@ -218,7 +236,7 @@ class RemoteFile(Source):
                 return piece
         begin, stop = offset, min(max(end, offset + SMALL), offset + CELL, self.size)
         if not self._cells and self.size - offset <= HEAD:
-            begin = self.size - HEAD if self.size > HEAD else 0
+            begin, stop = max(0, self.size - HEAD), self.size
         return self._start(begin, stop)
 
     def _start(self, begin: int, end: int, expected: bool = False) -> _Piece:

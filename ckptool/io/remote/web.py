@@ -29,6 +29,10 @@ AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """Statuses after which the same request may succeed."""
 
 
+_downloads: dict[str, tuple[str, int | None, Spool]] = {}
+"""{URL: (version, size, content)} of the last file that was downloaded as a whole: its values are read from it, too."""
+
+
 class Absent(UnreadableError):
     """There is no such file."""
 
@@ -157,6 +161,11 @@ class Page(Origin):
         def close() -> None:
             self.fs.loop.call_soon_threadsafe(answer.close)
 
+        tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+        if tag and (known := _downloads.get(self.url)) is not None and known[:2] == (tag, said):
+            close()
+            self._same(answer, known[2].size)
+            return self._spooled(known[2], nbytes)
         if said is not None and said > limit:
             close()
             raise MAX_DOWNLOAD.passed(what, said, self.url)
@@ -178,10 +187,17 @@ class Page(Origin):
             spool.close()
             raise Broken(f"the answer ends after {taken:,} of {said:,} bytes, and there are no ranges to continue it")
         self._same(answer, taken)
-        if taken > nbytes:
-            self.note = f"its server sends no ranges: all {taken:,} bytes were downloaded"
+        if tag:
+            _downloads.clear()
+            _downloads[self.url] = tag, said, spool
+        self.moved = taken
+        return self._spooled(spool, nbytes)
+
+    def _spooled(self, spool: Spool, nbytes: int) -> bytes:
+        if spool.size > nbytes:
+            self.note = f"its server sends no ranges: all {spool.size:,} bytes were downloaded"
         self.spool = spool
-        return spool.read(0, min(nbytes, taken))
+        return spool.read(0, min(nbytes, spool.size))
 
 
 def _said(error: Exception) -> str:
