@@ -183,8 +183,9 @@ class _Proposal:
 
     def _composed(self, key: str, parts: list[_Part]) -> Pair | None:
         """Returns the pair of a target that is made of these parts, if they make all of it in one way."""
-        confidence = _scaled(min(part.match.margin for part in parts))
-        witnesses = [name for name in parts[0].match.witnesses if all(name in part.match.witnesses for part in parts)]
+        matches = [part.match for part in parts]
+        confidence = _scaled(min(match.margin for match in matches))
+        witnesses = [name for name in matches[0].witnesses if all(name in match.witnesses for match in matches[1:])]
         unproven = next((text for part in parts if (text := self._unproven(part.item, part.made))), None)
         if len(parts) == 1 and not parts[0].made.piece:
             item = parts[0].item
@@ -276,9 +277,10 @@ _ROTARY = "whether rotary heads lie in two halves or in pairs of rows"
 
 def _may_rotate(item: Item, made: Item) -> bool:
     """Returns whether this is a projection to queries or keys, in a module that another code base names otherwise."""
-    ours, theirs = (tuple(text.lower() for text in one.path[-3:]) for one in (item, made))
-    last = made.path[-1] if made.path else ""
-    return ours != theirs and names.projection(names.segment(last)) in ("query", "key")
+    if names.projection(names.segment(made.path[-1] if made.path else "")) not in ("query", "key"):
+        return False
+    ours, theirs = ([text.lower() for text in one.path[-3:]] for one in (item, made))
+    return ours != theirs
 
 
 def _unproven(item: Item, made: Item, turned: Mapping[tuple[str, str], bool | None]) -> str | None:

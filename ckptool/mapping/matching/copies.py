@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, product
 
 from ckptool.mapping.matching import names
 from ckptool.mapping.matching.units import Unit
@@ -14,6 +14,9 @@ AVERAGES = frozenset({"ema", "avg", "average", "averaged", "shadow", "teacher", 
 
 _LEAST = 6
 """Copies of fewer units are no second model."""
+
+_MOST = 1 << 14
+"""Most pairs of modules, or of numbered families, that are compared: no model has so many copies."""
 
 
 def single(units: list[Unit], others: list[Unit]) -> tuple[list[Unit], set[int]]:
@@ -60,7 +63,7 @@ def _copies(units: Sequence[Unit]) -> Iterator[list[tuple[str, ...]]]:
                 inventories[unit.path[:depth]].add((unit.path[depth:], unit.main.kind))
         large = [path for path, inside in inventories.items() if len(inside) >= _LEAST]
         found: list[list[tuple[str, ...]]] = []
-        for one, other in combinations(large, 2):
+        for one, other in combinations(large, 2) if len(large) ** 2 <= _MOST else ():
             if one[:-1] != other[:-1] or names.segment(one[-1]).stem == names.segment(other[-1]).stem:
                 continue
             both = len(inventories[one] & inventories[other])
@@ -78,18 +81,22 @@ def _copies(units: Sequence[Unit]) -> Iterator[list[tuple[str, ...]]]:
 def turned(source: list[Unit], target: list[Unit]) -> None:
     """Numbers the target's blocks backwards where what lies in one block only, on both sides, runs backwards."""
     ours, theirs = _families(source), _families(target)
-    best: dict[tuple[tuple[tuple[str, ...], str], tuple[tuple[str, ...], str]], float] = {}
-    for one, mine in ours.items():
-        for other, others in theirs.items():
-            held, there = _held(mine), _held(others)
-            alike = len(held & there) / len(held | there)
-            said, heard = (set(names.words_of(map(names.segment, (*path, stem)))) for path, stem in (one, other))
-            alike += (0.5 * len(said & heard) / max(1, len(said | heard))) - names.opposed(said, heard)
-            best[one, other] = alike
-    for (one, other), alike in best.items():
-        row = max(value for (mine, _), value in best.items() if mine == one)
-        column = max(value for (_, others), value in best.items() if others == other)
-        if alike >= max(row, column) and _runs_backwards(ours[one], theirs[other]):
+    if len(ours) * len(theirs) > _MOST:
+        return
+    held, there = ({name: _held(family) for name, family in side.items()} for side in (ours, theirs))
+    words = [
+        {(path, stem): set(names.words_of(map(names.segment, (*path, stem)))) for path, stem in side}
+        for side in (ours, theirs)
+    ]
+    alike = {}
+    for one, other in product(ours, theirs):
+        mine, others, said, heard = held[one], there[other], words[0][one], words[1][other]
+        shared = len(mine & others) / len(mine | others) + 0.5 * len(said & heard) / max(1, len(said | heard))
+        alike[one, other] = shared - names.opposed(said, heard)
+    rows = {one: max(alike[one, other] for other in theirs) for one in ours if theirs}
+    columns = {other: max(alike[one, other] for one in ours) for other in theirs if ours}
+    for (one, other), rate in alike.items():
+        if rate >= max(rows[one], columns[other]) and _runs_backwards(ours[one], theirs[other]):
             _turn(target, *other)
 
 
@@ -111,7 +118,10 @@ def _families(units: Sequence[Unit]) -> dict[tuple[tuple[str, ...], str], Family
 
 def _held(family: Family) -> set[tuple[Hashable, int]]:
     """Returns what all siblings hold together."""
-    return set(sum(family.values(), Counter()).items())
+    held: Counter[Hashable] = Counter()
+    for one in family.values():
+        held.update(one)
+    return set(held.items())
 
 
 def _runs_backwards(mine: Family, theirs: Family) -> bool:

@@ -53,9 +53,13 @@ LAYER_ROLES = frozenset(ROLES.values())
 BEFORE, AFTER = frozenset({"pre", "before", "input"}), frozenset({"post", "after"})
 _GROUP = {word: number for number, group in enumerate(FIELD_WORDS) for word in group}
 _CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_NUMBER = re.compile(r"(.*?)(\d+)([a-h]?)$")
+_DIGITS, _LETTERS = [*"0123456789"], [*"abcdefgh"]
 _POSITIONS = re.compile(r"pos(?:_|ition|[^a-z]|$)|wpe|rel(?:_|ative)")
 _LEAF = re.compile(r"(.+)_(weights?|bias|kernel|gamma|beta)$")
+
+
+_DEEPEST, _LONGEST = 100, 40
+"""Most segments of a key that is taken apart, and letters of a word: what is longer is no name."""
 
 
 class Segment(NamedTuple):
@@ -70,15 +74,12 @@ class Segment(NamedTuple):
 @lru_cache(maxsize=1 << 16)
 def segment(text: str) -> Segment:
     """Returns the parts of one segment. ``branch2a``: a letter behind digits is the number."""
-    found = _NUMBER.fullmatch(text)
     stem, number = text, -1
-    if found:
-        head, digits, letter = found.groups()
-        if letter:
-            stem, number = head + digits, ord(letter) - ord("a")
-        elif len(digits) < 10:
-            stem, number = head, int(digits)
-    found_words = [word.lower() for word in _CAMEL.findall(stem)]
+    if text[-1:] in _LETTERS and text[-2:-1] in _DIGITS:
+        stem, number = text[:-1], _LETTERS.index(text[-1:])
+    elif 0 < len(text) - len(head := text.rstrip("".join(_DIGITS))) < 10:
+        stem, number = head, int(text[len(head) :])
+    found_words = [word[:_LONGEST].lower() for word in _CAMEL.findall(stem)]
     if len(found_words) > 1 and len(initials := "".join(word[0] for word in found_words)) > 1:
         found_words.append(initials)
     return Segment(text, stem, number, tuple(dict.fromkeys(found_words)))
@@ -92,11 +93,19 @@ def separators(keys: Sequence[str]) -> str:
 
 def split(key: str, marks: str = "./") -> tuple[str, ...]:
     """Returns the texts of a key's segments; ``in_proj_weight`` at the end is two."""
-    texts = re.split(f"[{re.escape(marks)}]", key)
-    found = _LEAF.fullmatch(texts[-1])
-    return (*texts[:-1], *found.groups()) if found else tuple(texts)
+    for mark in marks[:-1]:
+        key = key.replace(mark, marks[-1])
+    *above, last = key.split(marks[-1])
+    return (*above, *_leaf(last)) if len(above) < _DEEPEST else (key,)
 
 
+@lru_cache(maxsize=1 << 16)
+def _leaf(text: str) -> tuple[str, ...]:
+    found = _LEAF.fullmatch(text)
+    return found.groups() if found else (text,)
+
+
+@lru_cache(maxsize=1 << 16)
 def role(leaf: str, words: bool = True) -> str:
     """Returns what a key's last segment says the tensor is: weight, bias, mean, var, or the segment itself."""
     if not words:
@@ -164,6 +173,7 @@ def opposed(one: Iterable[str], other: Iterable[str]) -> bool:
     return False
 
 
+@lru_cache(maxsize=1 << 16)
 def projection(part: Segment) -> str:
     """Returns which of query, key and value a segment names; "" for none, or several."""
     said = {_plain(word) for word in part.words} & {"query", "key", "value"}

@@ -6,7 +6,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
+from heapq import heapify, heappop, heappush
+from itertools import chain
+from itertools import count as counting
 from math import prod
 
 from ckptool.core.keys import is_counter
@@ -17,6 +20,9 @@ from ckptool.mapping.pairs import Entry
 
 _NEARLY = 0.8
 """The share of what siblings hold that must be the same for them to be one block, repeated."""
+
+_MANY = 32
+"""Groups of one size from which on they are folded at once: what is folded may show more that is alike."""
 
 _ENOUGH = 0.6
 """The share of what is needed that the other side must have."""
@@ -56,6 +62,8 @@ class Unit:
     main: Item
     """The largest of them, the first of equal ones."""
     position: int
+    content: Hashable
+    """What the unit holds, to find repeated blocks: units of one content have the same object."""
     copies: list[dict[str, Item]] = field(default_factory=list)
     """The items of each copy, its own first."""
 
@@ -64,13 +72,14 @@ class Unit:
         """Units of one kind may become each other."""
         return self.main.kind, len(self.copies)
 
-    @cached_property
-    def content(self) -> Hashable:
-        """What the unit holds, to find repeated blocks."""
-        return frozenset((role, item.kind) for role, item in self.items.items())
+
+@lru_cache(maxsize=1 << 12)
+def _content(*held: tuple[str, Class]) -> Hashable:
+    return frozenset(held)
 
 
-def class_of(shape: Sequence[int], dtype: str) -> Class:
+@lru_cache(maxsize=1 << 12)
+def class_of(shape: tuple[int, ...], dtype: str) -> Class:
     """Returns the class of a tensor."""
     whole = dtype.startswith(("int", "uint", "bool"))
     return ("i" if whole else "f"), tuple(sorted(solid(shape)))
@@ -84,42 +93,55 @@ def is_counting(entry: Entry) -> bool:
 def items_of(entries: Sequence[Entry]) -> list[Item]:
     """Returns the tensors of one side, without scalar counters, which follow their module."""
     marks = names.separators([entry.key for entry in entries])
+    paths: dict[tuple[str, ...], tuple[str, ...]] = {}
     found = []
     for entry in entries:
         if is_counting(entry):
             continue
-        *path, leaf = names.split(entry.key, marks)
-        found.append(Item(entry.key, tuple(entry.shape), class_of(entry.shape, entry.dtype), tuple(path), leaf))
+        *above, leaf = names.split(entry.key, marks)
+        path, shape = tuple(above), tuple(entry.shape)
+        found.append(Item(entry.key, shape, class_of(shape, entry.dtype), paths.setdefault(path, path), leaf))
     _place(found)
     return found
 
 
 def _place(items: list[Item]) -> None:
     """Sets the positions: children of a module as first listed, numbered ones by number if their listing is not."""
-    children: list[dict[str, int]] = [{}]  # of each module, by the last segment, and of each key
+    children: dict[int, dict[str, int]] = defaultdict(dict)  # of each module, by the last segment, and of each key
     here: dict[int, list[Item]] = defaultdict(list)
+    modules: dict[tuple[str, ...], int] = {(): 0}
+    numbers = counting(1)
+
+    def below(node: int, text: str) -> int:
+        inside = children[node]
+        found = inside.get(text)
+        if found is None:
+            found = inside[text] = next(numbers)
+        return found
+
     for item in items:
-        node = 0
-        for text in (*item.path, item.leaf):
-            below = children[node].get(text)
-            if below is None:
-                below = children[node][text] = len(children)
-                children.append({})
-            node = below
-        here[node].append(item)
-    count = 0
+        path = item.path
+        node = modules.get(path)
+        if node is None:
+            known = next(depth for depth in range(len(path) - 1, -1, -1) if path[:depth] in modules)
+            node = modules[path[:known]]
+            for depth in range(known, len(path)):
+                node = modules[path[: depth + 1]] = below(node, path[depth])
+        here[below(node, item.leaf)].append(item)
+    place = counting()
     stack = [0]
     while stack:
         node = stack.pop()
         for item in here.get(node, ()):
-            item.position = count
-            count += 1
-        if children[node]:
+            item.position = next(place)
+        if node in children:
             stack += [children[node][text] for text in reversed(_ordered(list(children[node])))]
 
 
 def _ordered(texts: list[str]) -> list[str]:
     """Returns the children's texts with numbered siblings in the order of their numbers."""
+    if len(texts) < 2:
+        return texts
     families: dict[str, list[int]] = defaultdict(list)
     numbers = {}
     for at, text in enumerate(texts):
@@ -172,6 +194,8 @@ def cut(items: list[Item], others: list[Item], words: bool = True) -> list[Item]
     Vectors are cut as the matrices of their module are.
     """
     have, want = Counter(item.kind for item in items), Counter(item.kind for item in others)
+    if all(many <= want[kind] for kind, many in have.items()):
+        return items
     groups: dict[tuple[str, tuple[int, ...]], list[Item]] = defaultdict(list)
     modules: dict[tuple[str, ...], list[Item]] = defaultdict(list)
     for item in items:
@@ -277,8 +301,13 @@ def units_of(items: list[Item], words: bool = True) -> list[Unit]:
     modules: dict[tuple[str, ...], list[Item]] = defaultdict(list)
     for item in items:
         modules[item.path].append(item)
-    inner = {path[:depth] for path in modules for depth in range(len(path))}
-    usual = Counter(frozenset(item.leaf for item in module) for path, module in modules.items() if path not in inner)
+    inner: set[tuple[str, ...]] = set()
+    for path in modules:
+        while path and (path := path[:-1]) not in inner:
+            inner.add(path)
+    usual: Counter[frozenset[str]] = Counter()
+    if not words:
+        usual.update(frozenset(item.leaf for item in module) for path, module in modules.items() if path not in inner)
     units = []
     for path, module in modules.items():
         roles = {names.role(item.leaf, words): item for item in module}
@@ -295,10 +324,14 @@ def units_of(items: list[Item], words: bool = True) -> list[Unit]:
 
 
 def _unit(path: tuple[str, ...], items: dict[str, Item]) -> Unit:
-    first = min(item.position for item in items.values())
-    main = max(items.values(), key=lambda item: (prod(item.shape), -item.position))
-    main = items.get("weight", main) if prod(items.get("weight", main).shape) == prod(main.shape) else main
-    return Unit(path, tuple(map(names.segment, path)), items, main, first, [items])
+    main, *others = items.values()
+    first = main.position
+    if others:
+        first = min(item.position for item in items.values())
+        main = max(items.values(), key=lambda item: (prod(item.shape), -item.position))
+        main = items.get("weight", main) if prod(items.get("weight", main).shape) == prod(main.shape) else main
+    content = _content(*((role, item.kind) for role, item in items.items()))
+    return Unit(path, tuple(map(names.segment, path)), items, main, first, content, [items])
 
 
 # --- repeated blocks -----------------------------------------------------------------------------------------------
@@ -329,62 +362,105 @@ def _groups(units: Sequence[Unit]) -> dict[Signature, list[Group]]:
             if part.number >= 0:
                 families[unit.path[:depth], part.stem][part.number].append(at)
     found: dict[Signature, list[Group]] = defaultdict(list)
+    known: dict[Hashable, int] = {}
+    what = [known.setdefault((unit.content, unit.kind), len(known)) for unit in units]
     for (prefix, _), members in families.items():
         if len(members) < 2:
             continue
-        for group in _alike_members(units, len(prefix), members):
+        depth, places = len(prefix), dict[tuple[tuple[str, ...], int], int]()
+        inventories = {
+            number: {
+                places.setdefault((units[at].path[depth + 1 :], what[at]), len(places)): at for at in members[number]
+            }
+            for number in sorted(members)
+        }
+        for inside, common in _alike_members(inventories):
+            kept = [[at for place, at in inventories[number].items() if place in common] for number in inside]
+            group = Group(depth, inside, kept)
             found[group.signature(units)].append(group)
     return found
 
 
-def _alike_members(units: Sequence[Unit], depth: int, members: dict[int, list[int]]) -> Iterator[Group]:
-    """Yields groups of siblings that hold nearly the same: what not all of them hold is left out of the group."""
-    inventories = {
-        number: {(units[at].path[depth + 1 :], units[at].content, units[at].kind): at for at in inside}
-        for number, inside in members.items()
-    }
-    left = sorted(inventories)
+def _alike_members(inventories: dict[int, dict[int, int]]) -> Iterator[tuple[list[int], set[int]]]:
+    """Yields (numbers of siblings that hold nearly the same, what all of them hold), what most hold first.
+
+    Siblings that lack so much of what one holds have none of its rarest parts: only the others are looked at.
+    """
+    holders: dict[int, list[int]] = defaultdict(list)
+    alike: dict[frozenset[int], list[int]] = defaultdict(list)
+    for number, held in inventories.items():
+        alike[frozenset(held)].append(number)
+        for place in held:
+            holders[place].append(number)
+    left = set(inventories)
+    waiting = [(-len(numbers), numbers[0], held) for held, numbers in alike.items()]
+    heapify(waiting)
     while len(left) > 1:
-        usual = Counter(frozenset(inventories[number]) for number in left).most_common(1)[0][0]
-        common = set(usual)
+        many, first, usual = heappop(waiting)
+        numbers = [number for number in alike[usual] if number in left]
+        if (-many, first) != (len(numbers), *numbers[:1]):
+            if numbers:
+                heappush(waiting, (-len(numbers), numbers[0], usual))
+            continue
+        common: set[int] = set(usual)
         inside: list[int] = []
-        for number in left:
+        rarest = sorted(usual, key=lambda place: len(holders[place]))[: len(usual) // 5 + 1]
+        for number in sorted(left.intersection(chain.from_iterable(holders[place] for place in rarest))):
             both = common & inventories[number].keys()
             if len(both) >= _NEARLY * max(len(usual), len(inventories[number])):
-                common, inside = both, [*inside, number]
+                common = both
+                inside.append(number)
         if len(inside) > 1:
-            kept = [[at for place, at in inventories[number].items() if place in common] for number in inside]
-            yield Group(depth, inside, kept)
-        left = [number for number in left if number not in inside]
+            yield inside, common
+        left.difference_update(inside)
 
 
 def fold(source: list[Unit], target: list[Unit]) -> tuple[list[Unit], list[Unit]]:
     """Returns the units with repeated blocks folded where both sides repeat them as often."""
-    while True:
-        groups = _alike(_groups(source), _groups(target))
-        if groups is None:
-            return source, target
-        source, target = _folded(source, groups[0]), _folded(target, groups[1])
+    while found := _alike(_groups(source), _groups(target)):
+        source = _folded(source, chain.from_iterable(groups for groups, _ in found))
+        target = _folded(target, chain.from_iterable(groups for _, groups in found))
+    return source, target
 
 
-def _alike(
-    ours: dict[Signature, list[Group]], theirs: dict[Signature, list[Group]]
-) -> tuple[list[Group], list[Group]] | None:
-    """Returns the largest groups of both sides that hold much the same and have as many members."""
-    best, found = 0.0, None
+Alike = tuple[list[Group], list[Group]]
+"""Groups of both sides that hold much the same and have as many members."""
+
+
+def _alike(ours: dict[Signature, list[Group]], theirs: dict[Signature, list[Group]]) -> list[Alike]:
+    """Returns the largest groups of both sides that are alike; of many as large, all that have no unit in common."""
+    holders: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
+    for number, other in enumerate(theirs):
+        for kind, count in other:
+            holders[kind].append((number, count))
+    signs, groups = [*theirs], [*theirs.values()]
+    rated: list[tuple[float, Alike]] = []
     for one, mine in ours.items():
-        for other, others in theirs.items():
+        both: Counter[int] = Counter()
+        for kind, count in one:
+            for number, its in holders[kind]:
+                both[number] += min(count, its)
+        many = sum(count for _, count in one)
+        for number in sorted(both):
+            others = groups[number]
             sizes = {len(group.members) for group in (*mine, *others)}
-            if len(sizes) > 1 and not (one == other and len(mine) == len(others) == 1):
+            if len(sizes) > 1 and not (one == signs[number] and len(mine) == len(others) == 1):
                 continue
-            left, right = dict(one), dict(other)
-            common = sum(min(count, right.get(kind, 0)) for kind, count in left.items())
-            share = common / max(sum(left.values()), sum(right.values()))
-            rate = common + share + (len(sizes) == 1) / 2
-            if share >= _ENOUGH and rate > best:
-                best, found = rate, (mine, others)
-    if found and len({len(group.members) for side in found for group in side}) > 1:
-        _shorten(found[0][0], found[1][0])
+            share = both[number] / max(many, sum(count for _, count in signs[number]))
+            if share >= _ENOUGH:
+                rated.append((both[number] + share + (len(sizes) == 1) / 2, (mine, others)))
+    best = max((rate for rate, _ in rated), default=0.0)
+    largest = [alike for rate, alike in rated if rate == best]
+    taken: tuple[set[int], set[int]] = set(), set()
+    found = []
+    for alike in largest if len(largest) > _MANY else largest[:1]:
+        inside = [{at for group in side for member in group.members for at in member} for side in alike]
+        if all(mine.isdisjoint(gone) for mine, gone in zip(inside, taken, strict=True)):
+            found.append(alike)
+            taken[0].update(inside[0])
+            taken[1].update(inside[1])
+            if len({len(group.members) for side in alike for group in side}) > 1:
+                _shorten(alike[0][0], alike[1][0])
     return found
 
 
