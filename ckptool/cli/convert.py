@@ -23,7 +23,9 @@ from ckptool.text import plural, size
 
 
 def command(
-    inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Checkpoints: files, indexes, directories.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="IN...", help="Checkpoints: files, indexes, directories, URLs.")
+    ],
     to: options.To = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write. Default: beside the input.")

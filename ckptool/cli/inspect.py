@@ -31,7 +31,7 @@ def command(
         list[str],
         typer.Argument(
             metavar="FILE...",
-            help="Checkpoints: files, indexes, directories; PKG.MOD:NAME is a model in code, and run.",
+            help="Checkpoints: files, indexes, directories, URLs; PKG.MOD:NAME is a model in code, and run.",
         ),
     ],
     root: Annotated[

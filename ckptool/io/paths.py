@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 _URL = re.compile(r"[A-Za-z][\w+.-]+:(//|:[A-Za-z][\w+.-]+:)")
 """A scheme of two letters or more: one is a drive of Windows."""
@@ -17,15 +18,18 @@ _URL = re.compile(r"[A-Za-z][\w+.-]+:(//|:[A-Za-z][\w+.-]+:)")
 WEB = ("http://", "https://")
 """What URLs begin with that have a query, and names with ``%20`` for a space."""
 
-_USER = re.compile(r"((?:https?|ftps?|sftp|ssh|smb|webhdfs|s3a?|gs|gcs)://)([^/?#]*)@")
-_QUERY = re.compile(r"(https?://(?:(?!::)[^?#])*)([?#](?:(?!::).)*)", re.DOTALL)
-_PLAIN = re.compile(r"\?(download|raw|dl|ref|revision|versionId)=[\w.-]{0,64}")
+_LINK = re.compile(
+    r"((?:https?|ftps?|sftp|ssh|smb|webhdfs|s3a?|gs|gcs)://)(?:([^/?#]*)@)?([^/?#]*)([^?#]*)(?:([?#])(.*))?", re.DOTALL
+)
+"""What may have secrets: (scheme, user and password, host, path, mark, query or fragment)."""
+
+_PLAIN = re.compile(r"(download|raw|dl|ref|revision|versionId)=[\w.-]{0,64}")
 """A query that is no secret."""
 
-_MASK = re.compile(r"\*\*\*\d*")
+MASK = "***"
 
-_secrets: dict[str, str] = {}
-"""{mask: what it stands for}, of all URLs that were given."""
+_secrets: dict[tuple[str, str, str], str] = {}
+"""{(host, mark, mask): what it stands for}, of all URLs that were given; ``@`` marks a user, ``?`` a query."""
 
 
 def is_url(path: str) -> bool:
@@ -42,38 +46,50 @@ def given(text: str) -> str:
     """Returns a path that a user gave as everything else has it: without secrets; of ``file://``, the path there.
 
     >>> given("https://me:secret@host/a.pth?sig=abc"), given("file:///tmp/a.pth"), given("a.pth")
-    ('https://***@host/a.pth?***2', '/tmp/a.pth', 'a.pth')
+    ('https://***@host/a.pth?***', '/tmp/a.pth', 'a.pth')
     """
     if not is_url(text):
         return text
     if text.startswith(("file://", "local://")) and "::" not in text:
         return text.partition("://")[2]
-    text = _USER.sub(lambda found: f"{found[1]}{_mask(found[2])}@", text)
-    return _QUERY.sub(lambda found: found[1] + _masked_query(found[2]), text)
-
-
-def _masked_query(query: str) -> str:
-    return query if _PLAIN.fullmatch(query) or len(query) < 2 else query[0] + _mask(query[1:])
-
-
-def _mask(secret: str) -> str:
-    if secret in _secrets:  # it is a mask
-        return secret
-    known = next((mask for mask, one in _secrets.items() if one == secret), None)
-    mask = known or f"***{len(_secrets) + 1 if _secrets else ''}"
-    _secrets[mask] = secret
-    return mask
+    return _each_link(text, _mask)
 
 
 def revealed(url: str) -> str:
     """Returns a URL with its secrets, for who opens it."""
-    return _MASK.sub(lambda found: _secrets.get(found[0], found[0]), url)
+    return _each_link(url, lambda host, mark, mask: _secrets.get((host, mark, mask), mask))
+
+
+def _each_link(url: str, change: Callable[[str, str, str], str]) -> str:
+    """Returns a URL with what may be secret in it changed by a function of the host, the mark and that."""
+    links = []
+    for link in url.split("::"):
+        if found := _LINK.fullmatch(link):
+            scheme, user, host, path, mark, query = found.groups()
+            user = f"{change(host, '@', user)}@" if user else "" if user is None else "@"
+            query = "" if mark is None or not scheme.startswith("http") else mark + change(host, mark, query)
+            path = link[found.start(4) :] if mark and not query else path
+            link = f"{scheme}{user}{host}{path}{query}"
+        links.append(link)
+    return "::".join(links)
+
+
+def _mask(host: str, mark: str, secret: str) -> str:
+    """Returns what stands for a secret of a host: three stars, and a number behind them from the second one on."""
+    if not secret or (host, mark, secret) in _secrets or (mark == "?" and _PLAIN.fullmatch(secret)):
+        return secret
+    known = [mask for (one, kind, mask), text in _secrets.items() if (one, kind, text) == (host, mark, secret)]
+    count = sum(key[:2] == (host, mark) for key in _secrets)
+    mask = known[0] if known else f"{MASK}{count + 1 if count else ''}"
+    _secrets[host, mark, mask] = secret
+    return mask
 
 
 def scrubbed(text: str) -> str:
     """Returns a text of another library without the secrets of all URLs that were given."""
-    for mask, secret in _secrets.items():
-        text = text.replace(secret, mask)
+    for (_, mark, _), secret in _secrets.items():
+        for part in (secret, *(secret.split(":") if mark == "@" else ())):
+            text = text.replace(part, MASK) if len(part) > 2 else text
     return text
 
 
