@@ -110,7 +110,7 @@ def _core(source: Entries, target: Entries, words: bool, told: bool) -> Found:
     ours, theirs = ([pairs.Entry(*entry) for entry in side] for side in (source, target))
     found = infer.infer(ours, theirs, min_confidence=float("-inf"), words=words)
     # Of a doubt at this confidence only the layout is unknown.
-    asked = [doubt.candidates[0] for doubt in found.doubts]
+    asked = [doubt.candidates[0] for doubt in found.doubts if doubt.candidates]
     rows = [(pair.confidence, pair) for pair in found.pairs]
     rows += [(pair.confidence if told else -1.0, pair) for pair in asked]
     return {pair.target: (confidence, Made(tuple(pair.source), pair.op)) for confidence, pair in rows}

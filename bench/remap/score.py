@@ -55,15 +55,45 @@ def _word(step: str) -> str:
     return step.partition(":")[0]
 
 
-def piece(op: str) -> list[str]:
+def in_one_form(op: str, shape: Shape) -> list[str]:
+    """The steps on sources of this shape in one order: what takes pieces, as slices along the source's own dimensions;
+    then the order of the dimensions. What is behind a reshape stays, and where each source has steps of its own."""
+    axes, sizes, found = list(range(len(shape))), list(shape), []
+    steps = _steps(op)
+    while steps:
+        word, _, rest = steps[0].partition(":")
+        numbers = rest.replace("/", ":").split(":")
+        if word == "transpose" and len(axes) == 2:
+            axes.reverse()
+        elif word == "permute" and rest.count(",") + 1 == len(axes):
+            axes = [axes[int(axis)] for axis in rest.split(",")]
+        elif (
+            "<" in steps[0] or word in ("reshape", "stack") or not numbers[0].isdigit() or int(numbers[0]) >= len(axes)
+        ):
+            break
+        else:
+            dim = axes[int(numbers[0])]
+            if word == "split":
+                part = sizes[dim] // int(numbers[2])
+                word, numbers[1:] = "slice", [str(part * int(numbers[1])), str(part * (int(numbers[1]) + 1))]
+            whole = word == "slice" and numbers[1:] == ["0", str(sizes[dim])]
+            found += [] if whole else [":".join([word, str(dim), *numbers[1:]])]
+            if word == "slice":
+                sizes[dim] = int(numbers[2]) - int(numbers[1])
+        steps = steps[1:]
+    solid = [axis for axis in axes if sizes[axis] != 1]
+    return [*found, *(["permute:" + ",".join(map(str, axes))] if solid != sorted(solid) else []), *steps]
+
+
+def piece(steps: list[str]) -> list[str]:
     """The steps that say which part of which source: a stack is a concat of other shapes."""
-    steps = [step.partition("<")[0] for step in _steps(op) if _word(step) not in _LAYOUTS]
-    return ["concat" + step[5:] if _word(step) == "stack" else step for step in steps]
+    found = [step.partition("<")[0] for step in steps if _word(step) not in _LAYOUTS]
+    return ["concat" + step[5:] if _word(step) == "stack" else step for step in found]
 
 
-def layout(op: str) -> list[str]:
+def layout(steps: list[str]) -> list[str]:
     """The steps that say where a number lies. A reshape is not among them: the order stays."""
-    return sorted(step for step in _steps(op) if _word(step) in _LAYOUTS and step not in ("rename", "reshape"))
+    return sorted(step for step in steps if _word(step) in _LAYOUTS and step not in ("rename", "reshape"))
 
 
 def loads(shapes: list[Shape], op: str, wanted: Shape) -> bool:
@@ -118,9 +148,10 @@ def _score(pair: Pair, truth: dict[str, Made], predicted: dict[str, Made]) -> Sc
         fits = loads([source[one].shape for one in made.sources], made.op, target[key].shape)
         true = truth.get(key)
         same = true and [first.get(one, one) for one in made.sources] == [first.get(one, one) for one in true.sources]
-        if true and same and piece(made.op) == piece(true.op):
+        steps, truth_steps = (in_one_form(one.op, source[made.sources[0]].shape) if one else [] for one in (made, true))
+        if true and same and piece(steps) == piece(truth_steps):
             right.add(key)
-            if fits and layout(made.op) != layout(true.op):
+            if fits and layout(steps) != layout(truth_steps):
                 layout_harm.append(key)
         else:
             wrong.append(key)

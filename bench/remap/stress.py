@@ -7,6 +7,7 @@ Its docstring says what it does, and where two answers are equally right.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import groupby
 from random import Random
 
 from .inverse import inverse
@@ -285,8 +286,8 @@ def both_lack(pair: Pair, random: Random) -> Pair:
 
 def false_friends(pair: Pair, random: Random) -> Pair | None:
     """two modules of equal shapes side by side in the source swap their names, in every block. Names lead astray, and
-    only the order of the listing contradicts. Where both sides had the same names a person would be misled too; it is
-    counted"""
+    only the order of the listing contradicts: where both sides had the same names a person would be misled too. So
+    following the names is as right as following the order; a mixture is wrong"""
     inside: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
     for entry in pair.source:
         segments = entry.key.split(".")
@@ -323,13 +324,14 @@ def false_friends(pair: Pair, random: Random) -> Pair | None:
             segments[depth] = other if segments[depth] == one else one
         return ".".join(segments)
 
-    return _renamed(pair, name)
+    return replace(_renamed(pair, name), alternatives=[pair.mapping])
 
 
 def numbers_reversed(pair: Pair, random: Random) -> Pair | None:
     """the numbers of one family of the source run backwards, in the listing too. Only families that differ from
     themselves read backwards: nobody could see a run of equal blocks turn around. Where some differ, they show the
-    direction of all"""
+    direction of all; yet equal blocks side by side may be taken in the order of their numbers too, in all such runs
+    alike, since nothing but a number speaks of any of them"""
     families: dict[tuple[str, str], dict[int, dict[str, tuple[int, ...]]]] = {}
     for entry in pair.source:
         segments = entry.key.split(".")
@@ -357,13 +359,21 @@ def numbers_reversed(pair: Pair, random: Random) -> Pair | None:
         match = _NUMBERED.fullmatch(segments[depth]) if len(segments) > depth else None
         return int(match[2]) if match and match[1] == stem and ".".join(segments[:depth]) == parent else None
 
-    def name(key: str) -> str:
+    def name(key: str, to: dict[int, int] = new) -> str:
         number, segments = member(key), key.split(".")
         if number is not None:
-            segments[depth] = f"{stem}{new[number]}"
+            segments[depth] = f"{stem}{to[number]}"
         return ".".join(segments)
 
+    counted: dict[int, int] = {}
+    for _, run in groupby(numbers, lambda number: sorted(families[parent, stem][number].items())):
+        alike = list(run)
+        counted |= dict(zip(alike, sorted(new[number] for number in alike), strict=True))
     turned = _renamed(pair, name)
+    either = {
+        key: Made(tuple(name(one, counted) for one in made.sources), made.op) for key, made in pair.mapping.items()
+    }
+    turned = replace(turned, alternatives=[either])
     groups: dict[int, list[Entry]] = {}
     for entry in turned.source:
         if (number := member(entry.key)) is not None:

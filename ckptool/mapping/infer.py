@@ -74,8 +74,8 @@ def unproven(one: Entry, other: Entry, every: Iterable[Entry]) -> str | None:
 
 
 def _reason(pair: Pair) -> str:
-    if pair.witnesses:
-        return f"{' and '.join(pair.witnesses)} speak for it, not clearly enough"
+    if said := [name for name in pair.witnesses if not name.endswith("of its shape")]:
+        return f"{' and '.join(said)} speak{'s' * (len(said) == 1)} for it, not clearly enough"
     return "nothing but its shape speaks for it"
 
 
@@ -99,7 +99,9 @@ class _Proposal:
         ours, theirs = items_of(source), items_of(target)
         join_classes(ours, theirs)
         ours, theirs = cut(ours, theirs, words), cut(theirs, ours, words)
-        kinds = {item.kind for item in ours} & {item.kind for item in theirs}
+        have, want = Counter(item.kind for item in ours), Counter(item.kind for item in theirs)
+        lacking = min(1 - (have & want).total() / max(1, side.total()) for side in (have, want))
+        kinds = have.keys() & want.keys()
         one, other = (units_of([item for item in side if item.kind in kinds], words) for side in (ours, theirs))
         one, self._unsure = copies.single(one, other)
         other, self._open = copies.single(other, one)
@@ -110,7 +112,7 @@ class _Proposal:
         self._turned: Mapping[tuple[str, str], bool | None] = {}
         if self._one and self._other:
             ours_listed, theirs_listed = ([entry.key for entry in side] for side in (source, target))
-            matcher = Matcher(Side(self._one, ours_listed), Side(self._other, theirs_listed), words)
+            matcher = Matcher(Side(self._one, ours_listed), Side(self._other, theirs_listed), words, lacking)
             self._matches = matcher.run(self._settled_units())
             self._skipped = matcher.skipped
 
@@ -175,7 +177,8 @@ class _Proposal:
         }  # fmt: skip
 
     def _rival(self, unit: Unit, at: int, role: str, made: Item) -> Pair | None:
-        item = unit.copies[at].get(role) if at < len(unit.copies) else None
+        copy = unit.copies[at] if at < len(unit.copies) else {}
+        item = next(iter(copy.values())) if len(copy) == 1 else copy.get(role)
         if item is None or item.piece:
             return None
         op = self._op(item, self._shapes[made.key], made.leaf) or "rename"

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-WITNESSES = ("words", "order", "numbers", "neighbours", "only one of its shape", "values", "a person")
-"""What can speak for a pair. Order alone is not enough for the default where siblings have names."""
+WITNESSES = (
+    "words", "order", "numbers", "neighbours", "only one of its shape", "few of its shape", "values", "a person",
+)  # fmt: skip
+"""What can speak for a pair. Two are enough for the default, or one of the last two; and order is not enough against a
+sibling, where the siblings have names."""
 
 DEFAULT_CONFIDENCE = 0.8
 """Pairs with less are left out and listed."""

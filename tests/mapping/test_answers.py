@@ -46,8 +46,8 @@ def test_a_question_is_a_template_and_the_pieces_of_one_tensor_have_one_layout()
     ]
     pieces = ", ".join(f"layer.{{i}}.attention.{part}.weight" for part in ("query", "key", "value"))
     assert found == [
-        ("layer.{i}.foo_x", ["h.{i}.ln_a"], 3, False),
-        ("layer.{i}.foo_y", ["h.{i}.ln_b"], 3, False),
+        ("layer.{i}.foo_x", ["h.{i}.ln_a", "h.{i}.ln_b"], 3, False),
+        ("layer.{i}.foo_y", ["h.{i}.ln_b", "h.{i}.ln_a"], 3, False),
         (pieces, ["h.{i}.attn.qkv.weight"], 9, True),
         (pieces.replace("weight", "bias"), ["h.{i}.attn.qkv.bias"], 9, True),
     ]
@@ -106,7 +106,7 @@ def test_a_piece_that_is_settled_leaves_the_others_to_be_found() -> None:
     ("number", "text", "message"),
     [
         (0, "0", "there is no candidate 0"),
-        (0, "2", "there is no candidate 2"),
+        (0, "3", "there is no candidate 3"),
         (0, "9" * 5000, "there is no candidate 9"),
         (0, "h.{i}.ln", "the source has no key h.0.ln"),
         (0, "h.{k}.ln_a", "which the old name has not"),
@@ -141,11 +141,12 @@ def test_answers_on_a_terminal_are_written_as_what_is_found(files: tuple[str, ..
     code, out, err = shown(*files, "-o", "out.pth", "--save-rules", "r.json", typed=typed, columns=160, NO_COLOR="1")
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[:2] == [
-        "layer.{i}.foo_x is made of what?  (3 keys)  [1 of 4 open]", "  1  h.{i}.ln_a  confidence 0: no witness"
+    assert lines[:3] == [
+        "layer.{i}.foo_x is made of what?  (3 keys)  [1 of 4 open]", "  1  h.{i}.ln_a  confidence 0: no witness",
+        "  2  h.{i}.ln_b  confidence 0: no witness",
     ]  # fmt: skip
-    assert "there is no candidate 7" in lines[2]
-    assert "3 settled, 3 more settled by that" in lines[3]
+    assert "there is no candidate 7" in lines[3]
+    assert "3 settled, 3 more settled by that" in lines[4]
     assert "out.pth: matched 27 of 27" in out
     source, _ = blocks()
     made = torch.load("out.pth")

@@ -15,7 +15,7 @@ from oracles import FIXTURES
 from bench.remap import baselines, pairs, stress
 from bench.remap.inverse import inverse
 from bench.remap.pairs import Entry, Made, Pair
-from bench.remap.score import loads, score
+from bench.remap.score import in_one_form, layout, loads, piece, score
 
 TOP = FIXTURES.parent
 
@@ -112,6 +112,31 @@ def test_a_counter_and_a_wrong_layout_are_told_apart_from_harm() -> None:
     assert scored.layout_harm == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("split:0:1/3;transpose", "transpose;split:1:1/3", True),
+        ("transpose;slice:1:4:8", "split:0:1/3;transpose", True),
+        ("permute:1,0;split:0:0/2;permute:1,0", "split:1:0/2", True),
+        ("split:0:1/3;transpose", "transpose;split:0:1/3", False),
+        ("split:0:1/3", "slice:0:4:9", False),
+        ("rename", "slice:0:0:12", True),
+    ],
+)
+def test_operations_of_one_effect_are_one_operation(one: str, other: str, same: bool) -> None:
+    forms = [in_one_form(op, (12, 6)) for op in (one, other)]
+    assert (piece(forms[0]) == piece(forms[1])) == same
+    if same:
+        assert layout(forms[0]) == layout(forms[1])
+
+
+def test_turned_before_or_after_they_are_put_together_is_the_same() -> None:
+    assert in_one_form("transpose;concat:1", (4, 8)) == in_one_form("concat:0;transpose", (4, 8))
+    assert in_one_form("permute:2,0,1;split:1:0/2", (4, 8, 6)) == in_one_form("split:0:0/2;permute:2,0,1", (4, 8, 6))
+    assert in_one_form("permute:2,0,1", (4, 1, 1)) == []
+    assert in_one_form("transpose;reshape;split:0:1/2", (4, 8))[-2:] == ["reshape", "split:0:1/2"]
+
+
 def test_either_of_tied_sources_is_right_and_a_tied_target_may_be_left_out() -> None:
     pair = small()
     twins = replace(
@@ -160,6 +185,10 @@ def test_false_friends_keep_the_order_of_the_tensors() -> None:
     assert swapped is not None
     assert [entry.key for entry in swapped.source][:2] == ["block.0.k.weight", "block.0.q.weight"]
     assert swapped.mapping["block.1.q.weight"].sources == ("block.1.k.weight",)
+    assert score(swapped, swapped.mapping).exact
+    assert score(swapped, pair.mapping).exact
+    mixed = swapped.mapping | {"block.1.q.weight": pair.mapping["block.1.q.weight"]}
+    assert score(swapped, mixed).harm == ["block.1.q.weight"]
 
 
 def test_numbers_run_backwards_only_where_the_direction_shows() -> None:

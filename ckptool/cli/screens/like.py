@@ -19,6 +19,7 @@ BECAUSE = {
     "numbers": "the numbers in their names agree",
     "neighbours": "what stands beside them maps alike",
     "only one of its shape": "nothing else of its shape is left",
+    "few of its shape": "few have its shape, and as many on both sides",
     "values": "their values are equal, or near",
     "a person": "a person said so",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,6 +15,9 @@ from ckptool.mapping.matching.units import Unit
 NEVER = 9.0
 """More than anything that can speak for a pair."""
 
+_FEW = 0.4
+"""The share of units up to which those beside a block, by their words, are told from those in it."""
+
 
 class Contradictions:
     """Judges pairs of units of two sides; ``blocks``: the units of each kind, which may become each other."""
@@ -23,6 +26,7 @@ class Contradictions:
         self._one, self._other, self._words = one, other, words
         self._leaves = [{leaf for unit in side.units for leaf in unit.items} for side in (one, other)]
         self._turns = self._forced_turns(blocks)
+        self._shortcuts = all(0 < side.shortcut.mean() < _FEW for side in (one, other))
 
     def of(self, pairs: Pairs) -> Array:
         """Returns what speaks against each pair by role and shape: 0 for nothing, down to -`NEVER`."""
@@ -50,11 +54,13 @@ class Contradictions:
         said = names.projection(one.units[u].segments[-1])
         if said != names.projection(other.units[v].segments[-1]) or names.opposed(one.words[u], other.words[v]):
             return True
+        if self._shortcuts and one.shortcut[u] != other.shortcut[v]:
+            return True
         places = one.places[u], other.places[v]
         return (
             None not in places
             and places[0] != places[1]
-            and any(names.around(side.units[at].segments[-1]) is not None for side, at in ((one, u), (other, v)))
+            and any(names.place(side.units[at].segments[-1]) is not None for side, at in ((one, u), (other, v)))
         )
 
     def _by_role(self, one: Unit, other: Unit) -> float:
@@ -62,10 +68,10 @@ class Contradictions:
         said, heard = one.items.keys(), other.items.keys()
         known = said <= names.LAYER_ROLES and heard <= names.LAYER_ROLES
         if len(said) == len(heard) == 1 and said != heard:
-            if known and (said | heard) & {"mean", "var"}:
+            if known:
                 return -NEVER
             elsewhere = said <= self._leaves[1] and heard <= self._leaves[0]
-            return -1.5 if known or elsewhere else -0.5 * ("bias" in said | heard)
+            return -1.5 if elsewhere else -0.5 * ("bias" in said | heard)
         if any(one.items[role].kind != other.items[role].kind for role in said & heard):
             return -NEVER
         if known:
@@ -78,6 +84,9 @@ class Contradictions:
         leaves show whether matrices are transposed."""
         mine, theirs = (solid(unit.main.shape) for unit in (one, other))
         turns = self._turns.get((one.main.leaf, other.main.leaf))
+        shapes = one.main.shape, other.main.shape
+        if mine != theirs and len(shapes[0]) == len(shapes[1]) > 2 and shapes[0][2:] == shapes[1][2:]:
+            return -3.0  # kernels of one layout, with channels the other way round
         if mine == theirs:
             if turns == {True} and len(set(mine)) > 1:
                 return -3.0
@@ -85,13 +94,19 @@ class Contradictions:
         return 0.0 if turns == {True} else -3.0 if turns == {False} else -0.5
 
     def _forced_turns(self, blocks: Iterable[tuple[list[int], list[int]]]) -> dict[tuple[str, str], set[bool]]:
-        """Returns, per pair of leaves, whether matrices are transposed, from kinds of which each side has one shape."""
-        found: dict[tuple[str, str], set[bool]] = defaultdict(set)
+        """Returns, per pair of leaves, whether matrices are transposed, from kinds of which each side has one shape.
+
+        One kind in five may say otherwise: its tensors may have other partners, which are missing.
+        """
+        found: dict[tuple[str, str], Counter[bool]] = defaultdict(Counter)
         for mine, theirs in blocks:
             ours, others = [self._one.units[u].main for u in mine], [self._other.units[v].main for v in theirs]
             shapes, other_shapes = ({solid(item.shape) for item in items} for items in (ours, others))
             if len(shapes) == len(other_shapes) == 1 and len(set(*shapes)) > 1:
                 for leaf in {item.leaf for item in ours}:
                     for other in {item.leaf for item in others}:
-                        found[leaf, other].add(shapes != other_shapes)
-        return found
+                        found[leaf, other][shapes != other_shapes] += 1
+        return {
+            leaves: {turned for turned, count in votes.items() if 5 * count > votes.total()}
+            for leaves, votes in found.items()
+        }

@@ -57,11 +57,15 @@ def _meant(own: Sequence[set[str]], words: set[str]) -> int | None:
 def _copies(units: Sequence[Unit]) -> Iterator[list[tuple[str, ...]]]:
     """Yields prefixes that are told apart by words and hold nearly the same, the outermost first."""
     for depth in (1, 2):
-        inventories: dict[tuple[str, ...], set[Hashable]] = defaultdict(set)
+        below: dict[tuple[str, ...], list[Unit]] = defaultdict(list)
         for unit in units:
             if len(unit.path) > depth:
-                inventories[unit.path[:depth]].add((unit.path[depth:], unit.main.kind))
-        large = [path for path, inside in inventories.items() if len(inside) >= _LEAST]
+                below[unit.path[:depth]].append(unit)
+        inventories: dict[tuple[str, ...], set[Hashable]] = {}
+        for path, inside in below.items():
+            inner = _wrapped(inside, depth)
+            inventories[path] = {(unit.path[inner:], unit.main.kind) for unit in inside}
+        large = [path for path, held in inventories.items() if len(held) >= _LEAST]
         found: list[list[tuple[str, ...]]] = []
         for one, other in combinations(large, 2) if len(large) ** 2 <= _MOST else ():
             if one[:-1] != other[:-1] or names.segment(one[-1]).stem == names.segment(other[-1]).stem:
@@ -76,6 +80,13 @@ def _copies(units: Sequence[Unit]) -> Iterator[list[tuple[str, ...]]]:
         if found:
             yield from found
             return
+
+
+def _wrapped(units: Sequence[Unit], depth: int) -> int:
+    """Returns how many segments all of these units begin with: a copy may lie in a wrapper of its own."""
+    while all(len(unit.path) > depth + 1 and unit.path[depth] == units[0].path[depth] for unit in units):
+        depth += 1
+    return depth
 
 
 def turned(source: list[Unit], target: list[Unit]) -> None:

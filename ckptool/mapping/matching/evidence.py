@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptool.mapping.matching import names
-from ckptool.mapping.matching.sides import Array, Distinct, Numbers, Pairs, Side, distinct
+from ckptool.mapping.matching.sides import Array, Distinct, Flags, Numbers, Pairs, Side, distinct, own_words
 
 _ROUNDS = 4
 
@@ -18,6 +18,9 @@ _COMPARED = 1 << 19
 
 _COMMON = 0.6
 """The share of a side's units from which on a word of their names contradicts nothing: that of the whole model."""
+
+_OFTENER = 10
+"""How much oftener a word may be in the names of one side than one that means the same in those of the other."""
 
 _TILE = 1 << 20
 """Numbers of a table of words that are looked up together."""
@@ -36,10 +39,12 @@ class Words:
         equal = [(at, number[word]) for at, word in enumerate(one.vocabulary) if word in number]
         self._equal = np.array(equal, int).reshape(-1, 2).T
         self._alike = np.zeros((self._shape[0] + 1, self._shape[1] + 1))
-        self._alike[*self._equal] = 1
         if self.size <= _COMPARED:
             alike = [[names.similarity(w, x, field_words) for x in other.vocabulary] for w in one.vocabulary]
+            often = one.frequency[:, None] / other.frequency
             self._alike[:-1, :-1] = np.array(alike, float).reshape(self._shape)
+            self._alike[:-1, :-1] *= np.minimum(1, _OFTENER * np.minimum(often, 1 / often))
+            self._alike[*self._equal] = 1
         self._rare = one.frequency <= _COMMON, other.frequency <= _COMMON
         self._repeated = np.array([1.0 + (len(unit.copies) > 1) for unit in one.units])  # repeated blocks show a law
 
@@ -101,6 +106,14 @@ class Words:
             broken += (bound[some] * ~_best(laws, mine.said, some, theirs.said, them)).sum(1)
         return alike[place], broken[place]
 
+    def own(self, pairs: Pairs) -> Array:
+        """Returns how alike the words are that the units of each pair do not share with their modules: the best."""
+        said, heard = (
+            [tuple(side.number[word] for word in own_words(unit)) for unit in side.units]
+            for side in (self._one, self._other)
+        )
+        return pairs.each(lambda u, v: float(self._table[np.ix_(said[u], heard[v])].max(initial=0)), said, heard)
+
 
 def _best(table: NDArray[Any], said: Numbers, ones: Numbers, heard: Numbers, others: Numbers) -> NDArray[Any]:
     """Returns the most that a table has for each word of the first of two names, and any of the second.
@@ -161,9 +174,9 @@ class Modules:
         self._seen[1][self._other.chains[theirs[0]]] += 1
         self._common[self._above.place[self._rows(mine, theirs)[0]]] += 1
 
-    def compare(self, pairs: Pairs) -> tuple[Array, Array, Array]:
+    def compare(self, pairs: Pairs) -> tuple[Array, Array, Array, Array]:
         """Returns for each pair of units how much the modules above them belong together, from 0 to 1; the same without
-        the root; and how much nearer the modules of one of them are to others.
+        the root; without any that holds the whole model; and how much nearer the modules of one are to others.
         """
         one, other, (ones, others, place) = self._one, self._other, pairs.chains
         above = self._above
@@ -179,7 +192,8 @@ class Modules:
         roots = ((mine * (one.chains[ones] == 0)).sum(1) + (theirs * (other.chains[others] == 0)).sum(1)) / 2
         nearest = (mine * best[0][one.chains[ones]]).sum(1), (theirs * best[1][other.chains[others]]).sum(1)
         gap = np.maximum(nearest[0] - forth, nearest[1] - back)
-        return near[place], (near - roots * every[0])[place], gap[place]
+        inside = (one.inside[ones] * their.max(2)).sum(1) + (other.inside[others] * their.max(1)).sum(1)
+        return near[place], (near - roots * every[0])[place], inside[place] / 2, gap[place]
 
 
 class Order:
@@ -205,14 +219,17 @@ class Order:
         self._is_alike = one.alphabetical == other.alphabetical
         self.trust = float(_trust(rate)) if self._is_alike else 0.0
         self._trusts = _trust((of_these + 3 * rate) / (count + 3))
+        self._is_lost = 2 * of_these < count
 
-    def between(self, one: Numbers, other: Numbers) -> Array:
-        """Returns the trust in the order of pairs, by the numbers of the templates of what they have in common."""
-        if not (self._is_alike and len(self._places)):
-            return np.full(one.shape, self.trust)
+    def between(self, one: Numbers, other: Numbers) -> tuple[Array, Flags]:
+        """Returns (the trust in the order of pairs, whether most accepted ones break it), by the numbers of the
+        templates of what they have in common."""
+        if not len(self._places):
+            return np.full(one.shape, self.trust), np.zeros(one.shape, bool)
         places = one * self._other.templates + other
         at = np.minimum(np.searchsorted(self._places, places), len(self._places) - 1)
-        return np.where(self._places[at] == places, self._trusts[at], self.trust)
+        known = self._places[at] == places
+        return np.where(known & self._is_alike, self._trusts[at], self.trust), known & self._is_lost[at]
 
 
 def _trust(rate: NDArray[Any] | float) -> Array:

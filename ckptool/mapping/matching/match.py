@@ -38,11 +38,23 @@ _DIGITS = 12
 _ALIKE = 16
 """Most units of a kind on either side for which other kinds are looked at that are told apart in the same way."""
 
-_ORDER_ALONE = 0.3
-"""What the order of siblings with names is worth where nothing else speaks."""
+_ONE_WITNESS = 0.3
+"""What a pair is worth at most for which one witness speaks, such as the order of siblings with names."""
 
 _SPEAKS = 0.1
-"""From how much on a kind of evidence is a witness."""
+"""From how much on a kind of evidence is a witness against a rival."""
+
+_SUPPORTS = 0.3
+"""From how much on names that are alike, or modules that belong together, are a witness whatever the rivals."""
+
+_LACKING, _MISSED = 0.05, 2.0
+"""From which share of tensors that lack a partner on a pair's own words must speak for it; what that share costs."""
+
+_MANY, _NEARLY_ALL = 8, 0.9
+"""How many accepted pairs, and which share of them, must have the same names for both sides to name alike."""
+
+_FEW = 4
+"""Up to how many tensors of a shape it speaks for their pairs that both sides have as many."""
 
 
 @dataclass(slots=True)
@@ -64,11 +76,14 @@ class _Facts(NamedTuple):
     broken: Array
     near: Array
     inner: Array
+    inside: Array
     gap: Array
+    own: Array
     beside: Array
     numbers: Array
     against: Array
     opposed: Array
+    same: Array
 
 
 class _Block:
@@ -106,10 +121,14 @@ class _Block:
 
 
 class Matcher:
-    """Matches the units of two sides; ``words``: whether the table of field words is used."""
+    """Matches the units of two sides; ``words``: whether the table of field words is used.
 
-    def __init__(self, one: Side, other: Side, words: bool = True) -> None:
-        self._one, self._other, self._has_words = one, other, words
+    ``lacking``: the share of tensors that surely have no partner, of the side where it is less. Where it is large, the
+    partner of any tensor may be missing too.
+    """
+
+    def __init__(self, one: Side, other: Side, words: bool = True, lacking: float = 0.0) -> None:
+        self._one, self._other, self._has_words, self._lacking = one, other, words, lacking
         mine, theirs = _by_kind(one.units), _by_kind(other.units)
         blocks = {kind: (mine[kind], theirs[kind]) for kind in mine if kind in theirs}
         self.skipped: list[int] = []
@@ -129,7 +148,27 @@ class Matcher:
         if len(self._one.vocabulary) * len(self._other.vocabulary) <= _MOST and self._of_kinds:
             self._prepare()
             self._match()
+            self._count_witnesses(len(settled))
         return self._matches
+
+    def _count_witnesses(self, settled: int) -> None:
+        """Takes confidence from pairs for which fewer than two witnesses speak; the others speak for them."""
+        doubtful = [match for match in self._matches[settled:] if len(match.witnesses) < 2]
+        if not doubtful:
+            return
+        ours, theirs = (np.array([getattr(match, side) for match in doubtful]) for side in ("one", "other"))
+        self._partner[ours] = -2
+        modules = Modules(self._one, self._other, self._every)
+        for u, v in enumerate(self._partner[:-1].tolist()):
+            if v >= 0:
+                modules.add(u, v)
+        pairs = Pairs(self._one, self._other, ours, theirs)
+        listed, inside = self._order.trust * self._beside(pairs), _MODULES * modules.compare(pairs)[2]
+        for at, match in enumerate(doubtful):
+            speaks = {"order": listed[at] > _SPEAKS, "neighbours": inside[at] > _SUPPORTS}
+            match.witnesses = [*dict.fromkeys([*match.witnesses, *(name for name, its in speaks.items() if its)])]
+            if len(match.witnesses) < 2:
+                match.margin = min(match.margin, _ONE_WITNESS)
 
     def _prepare(self) -> None:
         """Notes what never changes about the pairs of units that may be matched, and accepts what is settled."""
@@ -145,12 +184,13 @@ class Matcher:
         numbers = [[tuple(found) for found in side.numbers] for side in (one, other)]
         against = Contradictions(one, other, self._of_kinds.values(), self._has_words)
         same = every.each(lambda u, v: _same_numbers(one.numbers[u], other.numbers[v]), *numbers)
-        self._known = same, against.of(every), against.opposed(every)
-        with_settled = Pairs(one, other, *np.concatenate([[ours, others], self._accepted()], 1))
-        self._modules, self._order = Modules(one, other, with_settled), Order(one, other)
+        named = np.array([_same_name(one.keys[u], other.keys[v]) for u, v in zip(ours, others, strict=True)], float)
+        self._known = same, against.of(every), against.opposed(every), named
+        self._every = Pairs(one, other, *np.concatenate([[ours, others], self._accepted()], 1))
+        self._modules, self._order = Modules(one, other, self._every), Order(one, other)
         self._words = Words(one, other, self._has_words)
         self._partner = np.full(len(one.units) + 1, -2)
-        self._weighed = self._agreeing = 0
+        self._weighed = self._agreeing = self._same = 0
         settled, self._matches = self._matches, []
         for match in settled:
             self._accept(match)
@@ -178,6 +218,7 @@ class Matcher:
         self._matches.append(match)
         self._partner[match.one] = match.other
         self._agreeing += self._one.numbers[match.one] == self._other.numbers[match.other]
+        self._same += _same_name(self._one.keys[match.one], self._other.keys[match.other])
         self._modules.add(match.one, match.other)
         block = self._blocks.get(self._one.units[match.one].kind)
         if block and match.one in block.mine and match.other in block.theirs:
@@ -216,7 +257,8 @@ class Matcher:
         pairs = Pairs(self._one, self._other, self._pairs.ours[which], self._pairs.theirs[which])
         beside = _BESIDE * self._order.trust * self._beside(pairs)
         known = (part[which] for part in self._known)
-        return _Facts(*self._words.compare(pairs), *self._modules.compare(pairs), beside, *known)
+        own = self._words.own(pairs) if self._lacking > _LACKING else np.ones(len(beside))
+        return _Facts(*self._words.compare(pairs), *self._modules.compare(pairs), own, beside, *known)
 
     def _beside(self, pairs: Pairs) -> Array:
         """Returns how many of the units listed before and after two units are accepted pairs: 0, 1/2 or 1."""
@@ -248,23 +290,36 @@ class Matcher:
         named: Array = np.sum([*swaps.values()], axis=0)
         swaps["order"], alone_is_enough = self._ordered(block, rows, columns, facts)
         total = (named + swaps["order"]).round(_DIGITS)
-        total = np.where(alone_is_enough | (named > _SPEAKS), total, np.minimum(total, _ORDER_ALONE))
+        if block.is_vector:  # a norm between two layers that are known has its place by them
+            flanked = beside[np.array(rows), columns] > 0.9 * _BESIDE * self._order.trust
+            alone_is_enough |= (flanked & (self._order.trust > 0))[:, None] & (named > -_SPEAKS)
+        total = np.where(alone_is_enough | (named > _SPEAKS), total, np.minimum(total, _ONE_WITNESS))
         total[:, count:] = np.maximum(total[:, count:], [margin for *_, margin in block.accepted])
         np.fill_diagonal(total, inf)
-        broken = facts.broken + facts.opposed
-        inner = _MODULES * facts.inner
+        one_naming = _MANY <= len(self._matches) * _NEARLY_ALL <= self._same
+        broken = facts.broken + facts.opposed + (1 - facts.same if one_naming else 0)
+        inner, inside = _MODULES * facts.inner, _MODULES * facts.inside
         alone = (0.3 if block.is_vector else 1.0) + alike + beside + inner - 3 * gap + facts.against - 4 * broken
         found = []
         for at, (i, j) in enumerate(zip(rows[:count], columns[:count], strict=True)):
             rival = int(total[at].argmin())
-            margins = [float(total[at, rival])]
-            margins += [1.5 * float((score[i, j] - score[free[0], j]).min())] if free[0] else []
-            margins += [1.5 * float((score[i, j] - score[i, free[1]]).min())] if free[1] else []
-            margin = min(min(margins) - gap[i, j] - 2 * broken[i, j], alone[i, j])
-            witnesses = [name for name, swap in swaps.items() if swap[at, rival] > _SPEAKS and name != "shape"]
-            witnesses += ["only one of its shape"] if swaps["shape"][at, rival] > 1 else []
-            if len(rows) + len(free[0]) + len(free[1]) == 1:
-                witnesses = _of_only_one(alike[i, j], beside[i, j], inner[i, j])
+            lost = np.append(score[i, j] - score[free[0], j], score[i, j] - score[i, free[1]])
+            by_order = np.append(beside[i, j] - beside[free[0], j], beside[i, j] - beside[i, free[1]])
+            lost = np.where(lost - by_order > _SPEAKS, 1.5 * lost, np.minimum(1.5 * lost, _ONE_WITNESS))
+            margin = min(total[at, rival], lost.min(initial=inf)) - gap[i, j] - 2 * broken[i, j]
+            margin = min(margin, alone[i, j]) - _MISSED * self._lacking
+            margin = min(margin, _ONE_WITNESS) if facts.own[i, j] < _SUPPORTS else margin
+            settled = all(margin >= _STEPS[0] for *_, margin in block.accepted)
+            only = settled and count + len(free[0]) + len(free[1]) == 1
+            speaks = {name: rival != at and bool(swap[at, rival] > _SPEAKS) for name, swap in swaps.items()}
+            speaks["words"] |= bool(alike[i, j] > _SUPPORTS or facts.same[i, j])
+            speaks["order"] |= bool(beside[i, j] > _SPEAKS)
+            speaks["neighbours"] |= bool(inside[i, j] > _SUPPORTS)
+            speaks["only one of its shape"] = only or bool(swaps["shape"][at, rival] > 1)
+            if any(speaks[name] for name in speaks if name != "shape"):  # these say nothing by themselves
+                speaks["numbers"] |= bool(facts.numbers[i, j] > 1)
+                speaks["few of its shape"] = 1 < len(block.mine) == len(block.theirs) <= _FEW
+            witnesses = [name for name, its in speaks.items() if its and name != "shape"]
             best = [
                 int(other) for other in np.argsort(-score[:, j]) if other != i and score[other, j] > score[i, j] - 1.5
             ]
@@ -287,26 +342,27 @@ class Matcher:
     def _ordered(self, block: _Block, rows: list[int], columns: list[int], facts: _Facts) -> tuple[Array, Flags]:
         """Returns (what order says about exchanging pairs, whether that alone is enough).
 
-        It is 1 where both sides count them, else as far as order is trusted; little where the modules above say much,
-        and nothing beside a shortcut, see `names.SHORTCUT`. Of siblings with names, such as two projections or two
-        norms, it is not enough that one is listed first: each code base lists its own first. Places in a list are.
+        It is 1 where both sides count them and others do not run backwards, else as far as order is trusted; little
+        where the modules above say much, and nothing beside a shortcut, see `names.SHORTCUT`. Of siblings with names,
+        such as two projections or two norms, it is not enough that one is listed first: each code base lists its own
+        first. Places in a list are, where both sides have lists.
         """
         ours, theirs = np.array(rows), np.array(columns)
         one, other = block.order(0, ours), block.order(1, theirs)
         both = (one.counted != 0) & (other.counted != 0)
         sign = np.where(both, one.counted * other.counted, one.listed * other.listed)
-        trust = np.where(both, 1.0, self._order.between(one.common, other.common))
+        listed, is_lost = self._order.between(one.common, other.common)
+        trust = np.where(both, 1.0 - is_lost, listed)
         found: Array = sign * trust * np.maximum(0, 1 - 1.5 * np.abs(_exchanged(facts.near, rows, columns)))
         found += _exchanged(facts.beside, rows, columns)
         around = block.shortcuts[0][ours] != block.shortcuts[1][theirs]
         found[around, :] = found[:, around] = 0
-        return found, both | one.indexed | other.indexed
+        return found, both | (one.indexed & other.indexed)
 
 
-def _of_only_one(alike: float, beside: float, inner: float) -> list[str]:
-    """Returns what speaks for the only two units of a kind."""
-    said = {"words": alike > 0.3, "order": beside > _SPEAKS, "neighbours": inner > 0.3}
-    return ["only one of its shape", *(name for name, speaks in said.items() if speaks)]
+def _same_name(one: str, other: str) -> bool:
+    """Returns whether two keys, each with a separator before it, are the same, wrappers aside."""
+    return one.endswith(other) or other.endswith(one)
 
 
 def _same_numbers(one: list[int], other: list[int]) -> float:
@@ -315,7 +371,8 @@ def _same_numbers(one: list[int], other: list[int]) -> float:
         return 0.0
     inside = sum(a == b for a, b in zip(reversed(one), reversed(other), strict=False))
     outside = sum(a == b for a, b in zip(one, other, strict=False))
-    return max(inside, outside) / max(len(one), len(other)) + 0.3 * (one == other)
+    least = max(1, min(len(one), len(other)))
+    return max(inside, outside) / least + 0.3 * (max(inside, outside) == least)
 
 
 def _exchanged(score: Array, rows: list[int], columns: list[int]) -> Array:

@@ -25,7 +25,7 @@ FIELD_WORDS: tuple[tuple[str, ...], ...] = (
     ("pos", "position", "positional"),
     ("cls", "class"),
     ("head", "classifier", "logits"),
-    ("downsample", "shortcut", "skip"),
+    ("downsample", "shortcut", "skip", "identity"),
 )
 """Words of one line mean the same in names of tensors. Of a key's last segment the first four lines say what it is."""
 
@@ -45,6 +45,9 @@ OPPOSED: tuple[tuple[str, ...], ...] = (
 SHORTCUT = frozenset({"downsample", "shortcut", "skip", "residual", "identity"})
 """Words for the path around a block. It is listed before the block in one code base and behind it in the next."""
 
+SUBLAYERS = {"attn": 0, "att": 0, "sa": 0, "mha": 0, "cross": 1, "encoder": 1, "mlp": 2, "final": 2}
+"""What the norms of a block are named after, and its place: attention, that to another sequence, the MLP."""
+
 ROLES = {
     word: role for role, group in zip(("weight", "bias", "mean", "var"), FIELD_WORDS, strict=False) for word in group
 }
@@ -54,6 +57,7 @@ BEFORE, AFTER = frozenset({"pre", "before", "input"}), frozenset({"post", "after
 _GROUP = {word: number for number, group in enumerate(FIELD_WORDS) for word in group}
 _CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _DIGITS, _LETTERS = [*"0123456789"], [*"abcdefgh"]
+_KERNEL = re.compile(r"_?(?<![0-9])([0-9]{1,2}x[0-9]{1,2})(?![0-9])")
 _POSITIONS = re.compile(r"pos(?:_|ition|[^a-z]|$)|wpe|rel(?:_|ative)")
 _LEAF = re.compile(r"(.+)_(weights?|bias|kernel|gamma|beta)$")
 
@@ -73,15 +77,20 @@ class Segment(NamedTuple):
 
 @lru_cache(maxsize=1 << 16)
 def segment(text: str) -> Segment:
-    """Returns the parts of one segment. ``branch2a``: a letter behind digits is the number."""
-    stem, number = text, -1
-    if text[-1:] in _LETTERS and text[-2:-1] in _DIGITS:
-        stem, number = text[:-1], _LETTERS.index(text[-1:])
-    elif 0 < len(text) - len(head := text.rstrip("".join(_DIGITS))) < 10:
-        stem, number = head, int(text[len(head) :])
+    """Returns the parts of one segment. ``branch2a``: a letter behind digits is the number; ``3x3`` is a word."""
+    kernel = _KERNEL.search(text)
+    plain = text if kernel is None else text[: kernel.start()] + text[kernel.end() :]
+    stem, number = plain, -1
+    if plain[-1:] in _LETTERS and plain[-2:-1] in _DIGITS:
+        stem, number = plain[:-1], _LETTERS.index(plain[-1:])
+    elif 0 < len(plain) - len(head := plain.rstrip("".join(_DIGITS))) < 10:
+        stem, number = head, int(plain[len(head) :])
     found_words = [word[:_LONGEST].lower() for word in _CAMEL.findall(stem)]
     if len(found_words) > 1 and len(initials := "".join(word[0] for word in found_words)) > 1:
         found_words.append(initials)
+    if kernel is not None:
+        stem += f"_{kernel[1]}"
+        found_words.append(kernel[1])
     return Segment(text, stem, number, tuple(dict.fromkeys(found_words)))
 
 
@@ -166,6 +175,9 @@ def similarity(one: str, other: str, field: bool = True) -> float:
 def opposed(one: Iterable[str], other: Iterable[str]) -> bool:
     """Returns whether two keys' words name different ones of things that exclude each other."""
     mine, theirs = (set(map(_plain, words)) for words in (one, other))
+    kernels = [{word for word in words if word[0].isdigit()} for words in (mine, theirs)]
+    if all(kernels) and not kernels[0] & kernels[1]:
+        return True
     for words in OPPOSED:
         ours, others = mine.intersection(words), theirs.intersection(words)
         if len(ours) == len(others) == 1 and ours != others:
@@ -187,9 +199,17 @@ def _plain(word: str) -> str:
     return word.rstrip("<>") if group is None else FIELD_WORDS[group][0]
 
 
-def ordinal(part: Segment) -> int | None:
-    """Returns a segment's number, or 0 and 1 for "pre" and "post"; None for neither."""
-    return part.number if part.number >= 0 else around(part)
+@lru_cache(maxsize=1 << 16)
+def place(part: Segment) -> int | None:
+    """Returns where something stands in a block by "pre" and "post", and a norm by what it is named after; else None.
+
+    A norm that says neither "pre" nor "post" stands before its part of the block.
+    """
+    said, side = {_plain(word) for word in part.words}, around(part)
+    layers = [SUBLAYERS[word] for word in said & SUBLAYERS.keys()] if "norm" in said else []
+    if layers:
+        return 2 * max(layers) + (side or 0)
+    return None if side is None else side * (2 * max(SUBLAYERS.values()) + 1)
 
 
 def around(part: Segment) -> int | None:

@@ -28,6 +28,9 @@ _NEAREST = 16
 _WORDS = 32
 """Most words of a name that are looked at: the last."""
 
+_WHOLE = 0.98
+"""The share of a side's units from which on a module is the whole model: that both are in it says nothing."""
+
 _SORTED = 0.98
 """The share of neighbouring keys in alphabetical order from which a listing says nothing about order."""
 
@@ -47,13 +50,14 @@ class Side:
         self.numbers = _numbers(units)
         self.places = _places(units)
         self.shortcut = np.array([bool(names.SHORTCUT.intersection(said)) for said in self.words])
+        self.keys = ["/".join(("", *unit.main.path, unit.main.leaf)) for unit in self.units]
         self.position = np.array([unit.position for unit in units])
         listed = np.argsort(self.position, kind="stable")
         self.before, self.after = np.full((2, len(units)), -1)
         self.after[listed[:-1]], self.before[listed[1:]] = listed[1:], listed[:-1]
         rising = sum(a <= b for a, b in pairwise(keys))
         self.alphabetical = len(keys) > 8 and rising >= _SORTED * (len(keys) - 1)
-        self._compared: dict[int, int] = {}
+        self._compared: dict[int, tuple[int, bool]] = {}
 
     def _read_words(self) -> None:
         """Sets the vocabulary, the words of each name as numbers in it, and their weights: rare words count more.
@@ -63,6 +67,7 @@ class Side:
         """
         self.words = [names.words_of(unit.segments)[-_WORDS:] for unit in self.units]
         number = {word: at for at, word in enumerate(dict.fromkeys(word for said in self.words for word in said))}
+        self.number = number
         self.vocabulary = list(number)
         known: dict[tuple[str, ...], int] = {}
         self.names = np.array([known.setdefault(said, len(known)) for said in self.words])
@@ -100,6 +105,8 @@ class Side:
         self.chains = padded(chains, self.nodes)
         self.shares = np.where(self.chains < self.nodes, _FARTHER ** np.arange(self.chains.shape[1]), 0)
         self.shares /= self.shares.sum(1, keepdims=True)
+        held = np.bincount(self.chains[self.chain].ravel(), minlength=self.nodes + 1)
+        self.inside = self.shares * (held < _WHOLE * len(self.units))[self.chains]
 
     def _read_segments(self) -> None:
         """Sets the segments of each path as numbers, and which of them are places in a list."""
@@ -118,10 +125,11 @@ class Side:
         apart = np.tril(depth >= 0)
         codes, place = np.unique(parts[apart] * len(self._parts) + parts.T[apart], return_inverse=True)
         counted = np.zeros_like(listed)
-        counted[apart] = np.array([*map(self._counted, codes.tolist())], int)[place]
+        said = np.array([*map(self._counted, codes.tolist())], int).reshape(-1, 2)[place]
+        counted[apart] = np.where(said[:, 1] | (said[:, 0] == listed[apart]), said[:, 0], 0)
         return Orders(listed, counted - counted.T, self._common(ours[:, None], depth), indexed)
 
-    def _counted(self, code: int) -> int:
+    def _counted(self, code: int) -> tuple[int, bool]:
         """Returns what `_counted` says of two segments, from a number for both."""
         if code not in self._compared:
             one, other = divmod(code, len(self._parts))
@@ -207,38 +215,43 @@ def padded(rows: Collection[Sequence[int]], filler: int) -> Numbers:
     return made
 
 
-def _counted(a: Segment, b: Segment) -> int:
-    """Returns the sign of the numbers, or of "pre" and "post", by which two segments differ; 0 for neither."""
-    if a.stem == b.stem and a.number >= 0 and b.number >= 0:
-        return 1 if a.number > b.number else -1
-    one, other = names.ordinal(a), names.ordinal(b)
+def own_words(unit: Unit) -> tuple[str, ...]:
+    """Returns the words of the last segment that has any."""
+    return next((names.words_of([part]) for part in reversed(unit.segments) if part.words), ())
+
+
+def _counted(a: Segment, b: Segment) -> tuple[int, bool]:
+    """Returns the sign of the numbers, or of the places in a block, by which two segments differ; 0 for neither.
+
+    The second is whether that is so wherever they are listed: what a norm is named after is a place only if it is also
+    listed there.
+    """
+    if a.number >= 0 and b.number >= 0 and (a.stem == b.stem or set(a.words) & set(b.words)):
+        return (a.number > b.number) - (a.number < b.number), True
+    one, other = names.place(a), names.place(b)
     if one is None or other is None or not set(a.words) & set(b.words):
-        return 0
-    return (one > other) - (one < other)
+        return 0, True
+    return (one > other) - (one < other), {names.around(a), names.around(b)} == {0, 1}
 
 
 def _places(units: Sequence[Unit]) -> list[int | None]:
-    """Returns whether each unit is the first or second of two siblings, by number or by "pre" and "post"; else None.
-
-    Of siblings that say "pre" or "post", one or the other may be missing.
-    """
+    """Returns whether each unit is the first of its siblings (0) or not (1), by number or `names.place`; else None."""
     counted: dict[tuple[tuple[str, ...], str], set[int]] = defaultdict(set)
-    said: Counter[tuple[tuple[str, ...], int]] = Counter()
+    first: Counter[tuple[str, ...]] = Counter()
     for unit in units:
         part, above = unit.segments[-1], unit.path[:-1]
         if part.number >= 0:
             counted[above, part.stem].add(part.number)
-        elif (place := names.around(part)) is not None:
-            said[above, place] += 1
+        first[above] += part.number < 0 and names.place(part) == 0
     found: list[int | None] = []
     for unit in units:
         part, above = unit.segments[-1], unit.path[:-1]
         siblings = counted.get((above, part.stem), set())
-        if part.stem and part.number >= 0 and len(siblings) == 2:
-            found.append(int(part.number == max(siblings)))
+        place = names.place(part)
+        if part.stem and part.number >= 0 and len(siblings) > 1:
+            found.append(int(part.number != min(siblings)))
         else:
-            alone = said[above, 0] <= 1 and said[above, 1] <= 1
-            found.append(names.around(part) if alone and part.number < 0 else None)
+            found.append(None if place is None or part.number >= 0 or first[above] > 1 else int(place > 0))
     return found
 
 
