@@ -141,3 +141,74 @@ def test_siblings_of_which_values_or_a_person_settled_one_are_told_apart_by_it()
     found = mapped(source, target, settled=[said])
     assert found["net.actor.0.bias"] == "net.pi.0.bias"
     assert found.get("net.critic.0.weight", "net.vf.0.weight") == "net.vf.0.weight"
+
+
+def layers(name: str, parts: Sequence[tuple[str, tuple[int, ...]]], count: int = 3) -> list[Entry]:
+    return [Entry(f"{name}.{at}.{part}.weight", shape) for at in range(count) for part, shape in parts]
+
+
+ATTENTION, MLP = [("attn.q", (24, 16)), ("attn.o", (16, 24))], [("mlp.up", (40, 16)), ("mlp.down", (16, 40))]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (("attention_norm", "ffn_norm"), ("input_layernorm", "post_attention_layernorm")),
+        (("self_attn_ln", "mlp_ln"), ("pre_ln", "post_ln")),
+        (("sa_norm", "mlp_norm"), ("norm1", "norm2")),
+        (("self_attn_layer_norm", "final_layer_norm"), ("attn_norm", "mlp_norm")),
+    ],
+)
+@pytest.mark.parametrize("other_way_round", [False, True])
+def test_norms_of_a_block_go_by_what_they_are_named_after(
+    ours: tuple[str, str], theirs: tuple[str, str], other_way_round: bool
+) -> None:
+    def block(norms: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+        return [*ATTENTION, *MLP, *((norm, (16,)) for norm in norms)]
+
+    found = mapped(layers("layers", block(ours)), layers("h", block(theirs[::-1] if other_way_round else theirs)))
+    pairs = [*zip(ours, theirs, strict=True)]
+    assert found | {f"h.{at}.{b}.weight": f"layers.{at}.{a}.weight" for at in range(3) for a, b in pairs} == found
+
+
+@pytest.mark.parametrize("names", [("first", "last"), ("ln_x", "ln_y"), ("norm_i", "norm_ii")])
+def test_a_norm_between_known_layers_has_its_place_by_them_and_norms_side_by_side_do_not(
+    names: tuple[str, str],
+) -> None:
+    one, two = names
+    ours = layers("layers", [("norm_a", (16,)), *ATTENTION, ("norm_b", (16,)), *MLP])
+    found = mapped(ours, layers("h", [(one, (16,)), *ATTENTION, (two, (16,)), *MLP]))
+    assert found.get(f"h.1.{two}.weight", "layers.1.norm_b.weight") == "layers.1.norm_b.weight"
+    beside = [("norm_a", (16,)), ("norm_b", (16,)), *ATTENTION, *MLP]
+    found = mapped(layers("layers", beside), layers("h", [(one, (16,)), (two, (16,)), *ATTENTION, *MLP]))
+    assert not [key for key in found if one in key or two in key]
+
+
+@pytest.mark.parametrize("words", [("weights", "shadow"), ("net", "ema_net"), ("student", "teacher")])
+def test_the_copy_of_an_average_may_lie_in_a_wrapper_of_its_own(words: tuple[str, str]) -> None:
+    model, average = words
+    one = [entry._replace(key=entry.key.removeprefix("x.")) for entry in tower("x")]
+    source = [entry._replace(key=f"{average}.module.{entry.key}") for entry in one]
+    source += [entry._replace(key=f"{model}.{entry.key}") for entry in one]
+    assert mapped(source, one) == {entry.key: f"{model}.{entry.key}" for entry in one}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("conv3", "downsample.0"), ("mlp.up", "attn.proj"), ("expand_3x3", "expand_1x1")]
+)
+def test_a_lone_survivor_is_not_taken_for_another_where_tensors_are_missing_on_both_sides(
+    ours: str, theirs: str
+) -> None:
+    def side(name: str, own: str, sizes: Sequence[int]) -> list[Entry]:
+        found = [entry for size in (*sizes, 5, 7, 9, 11) for entry in linear(f"{name}.part{size}", size, size + 1)]
+        return [*found, Entry(f"{name}.block.{own}.weight", (64, 32))]
+
+    found = infer(side("net", ours, (20, 22)), side("model", theirs, (30, 32)))
+    assert not [pair.target for pair in found.pairs if theirs in pair.target]
+    assert len(found.pairs) == 8
+
+
+def test_every_pair_that_is_taken_has_two_witnesses() -> None:
+    for names in (("question_encoder", "ctx_encoder"), ("query", "passage")):
+        for pair in infer(towers(names), towers([f"{name}_model" for name in names])).pairs:
+            assert len(pair.witnesses) > 1, pair
