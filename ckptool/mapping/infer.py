@@ -13,7 +13,7 @@ from ckptool.mapping.matching import copies, layouts, names
 from ckptool.mapping.matching.match import Match, Matcher
 from ckptool.mapping.matching.sides import Side
 from ckptool.mapping.matching.units import QKV, Item, Unit, cut, fold, is_counting, items_of, join_classes, units_of
-from ckptool.mapping.pairs import DEFAULT_CONFIDENCE, Doubt, Entry, Inferred, Pair
+from ckptool.mapping.pairs import DEFAULT_CONFIDENCE, Doubt, Entry, Inferred, Pair, Sample
 
 _SURE = 0.5
 """The margin of a match that is the default confidence."""
@@ -30,15 +30,16 @@ def infer(
     settled: Sequence[Pair] = (),
     layouts: Sequence[str] = (),
     words: bool = True,
+    samples: Mapping[str, Sample] | None = None,
 ) -> Inferred:
     """Returns what of the source becomes each tensor of the target.
 
     ``settled``: pairs that values or a person settled; they are kept as they are, and speak for others. ``layouts``:
     patterns of the target's keys whose layout is known to be as it was found, see `Pair.unproven`. ``words``: whether
-    the table of field words is used. Cost: about linear in the keys where blocks repeat; quadratic in the tensors of
-    one shape that do not.
+    the table of field words is used. ``samples``: what the source's vectors look like, by key; None: not known. Cost:
+    about linear in the keys where blocks repeat; quadratic in the tensors of one shape that do not.
     """
-    found = _Proposal(source, target, settled, words)
+    found = _Proposal(source, target, settled, words, samples)
     kept, doubts = [], []
     for pair in found.pairs():
         known = pair.unproven is None or any(matches(pattern, pair.target) for pattern in layouts)
@@ -91,7 +92,14 @@ class _Part:
 class _Proposal:
     """All pairs that were found, however uncertain."""
 
-    def __init__(self, source: Sequence[Entry], target: Sequence[Entry], settled: Sequence[Pair], words: bool) -> None:
+    def __init__(
+        self,
+        source: Sequence[Entry],
+        target: Sequence[Entry],
+        settled: Sequence[Pair],
+        words: bool,
+        samples: Mapping[str, Sample] | None,
+    ) -> None:
         self._source, self._target = source, target
         self._settled = {pair.target: pair for pair in settled}
         self._shapes = {entry.key: entry.shape for entry in target}
@@ -112,7 +120,7 @@ class _Proposal:
         self._turned: Mapping[tuple[str, str], bool | None] = {}
         if self._one and self._other:
             ours_listed, theirs_listed = ([entry.key for entry in side] for side in (source, target))
-            matcher = Matcher(Side(self._one, ours_listed), Side(self._other, theirs_listed), words, lacking)
+            matcher = Matcher(Side(self._one, ours_listed), Side(self._other, theirs_listed), words, lacking, samples)
             self._matches = matcher.run(self._settled_units())
             self._skipped = matcher.skipped
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
 from ckptool.mapping.chains import chain
 from ckptool.mapping.infer import infer
-from ckptool.mapping.pairs import DEFAULT_CONFIDENCE, Doubt, Entry, Inferred, Pair
+from ckptool.mapping.pairs import DEFAULT_CONFIDENCE, Doubt, Entry, Inferred, Pair, Sample
 from ckptool.mapping.rules import rules_of
 from ckptool.mapping.templates import templates
 from ckptool.ops.notes import root_notes
@@ -20,8 +20,8 @@ from ckptool.ops.remap import RemapReport
 from ckptool.ops.rows import Gate
 from ckptool.ops.rules import Rules
 
-Propose = Callable[[Sequence[Pair]], Inferred]
-"""Returns a mapping in which some pairs are settled."""
+Propose = Callable[[Sequence[Pair], Mapping[str, Sample]], Inferred]
+"""Returns a mapping in which some pairs are settled, from what the source's vectors look like too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +116,12 @@ def inferred(
     ours, theirs = entries(source), entries(target)
     known = {pair.target for pair in settled}
 
-    def propose(more: Sequence[Pair]) -> Inferred:
+    def propose(more: Sequence[Pair], samples: Mapping[str, Sample] | None = None) -> Inferred:
         every = [*settled, *(pair for pair in more if pair.target not in known)]
         told = [pattern for pattern, _ in layouts]
-        return infer(ours, theirs, min_confidence=min_confidence, settled=every, layouts=told, words=words)
+        return infer(
+            ours, theirs, min_confidence=min_confidence, settled=every, layouts=told, words=words, samples=samples
+        )
 
     found = propose(()) if decided is None else decided(propose)
     pairs, doubts = proven(settled_layouts(found.pairs, ours, theirs, layouts), found.doubts)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+Sample = tuple[float, float, float]
+"""The mean of a vector's elements, their standard deviation, and the least of them."""
+
 WITNESSES = (
-    "words", "order", "numbers", "neighbours", "only one of its shape", "few of its shape", "values", "a person",
+    "words", "order", "numbers", "neighbours", "roles", "only one of its shape", "few of its shape", "values",
+    "a person",
 )  # fmt: skip
 """What can speak for a pair. Two are enough for the default, or one of the last two; and order is not enough against a
 sibling, where the siblings have names."""

@@ -26,7 +26,7 @@ def decided(source: Any, target: Any) -> tuple[Inferred, Settled]:
     """What names (those of equal keys) and values say of two checkpoints."""
     sides = [ckptool.open(one) for one in (source, target)]
 
-    def propose(settled: Sequence[Pair]) -> Inferred:
+    def propose(settled: Sequence[Pair], samples: object = None) -> Inferred:
         entries = [[Entry(key, one.shape or ()) for key, one in side.state_dict().items()] for side in sides]
         return infer(*entries, settled=settled)
 
@@ -246,7 +246,7 @@ def test_every_target_has_a_fate(saved: Callable[..., Any]) -> None:
 def test_a_target_without_values_settles_nothing_and_nothing_is_read() -> None:
     read: list[int] = []
     source, target = ckptool.open({"a": A}), ckptool.open({"a": torch.empty(48, 32, device="meta")})
-    inferred, found = decided_by_values(source, target, lambda settled: Inferred([], [], ["a"], ["a"]), read.append)
+    inferred, found = decided_by_values(source, target, lambda settled, _: Inferred([], [], ["a"], ["a"]), read.append)
     assert (found.pairs, found.one_model, inferred.only_target, read) == ([], False, ["a"], [])
 
 
@@ -255,7 +255,7 @@ def test_both_sides_are_read_once_where_keys_are_only_renamed(saved: Callable[..
     paths = [saved(tensors, "a.pth"), saved({f"b.{key}": one for key, one in tensors.items()}, "b.pth")]
     read: list[int] = []
     source, target = map(ckptool.open, paths)
-    decided_by_values(source, target, lambda settled: Inferred([*settled], [], [], []), read.append)
+    decided_by_values(source, target, lambda settled, _: Inferred([*settled], [], [], []), read.append)
     assert sum(read) == 2 * sum(one.nbytes for one in tensors.values())
 
 
@@ -291,7 +291,7 @@ def test_ten_thousand_tensors_take_a_second(same: bool) -> None:
     target = {f"b.{number}": one for number, one in enumerate(source.values())}
     one, other = ckptool.open(dict(source)), ckptool.open(dict(target))
     began = time.process_time()
-    found = decided_by_values(one, other, lambda settled: Inferred([*settled], [], [], []))[1]
+    found = decided_by_values(one, other, lambda settled, _: Inferred([*settled], [], [], []))[1]
     assert time.process_time() - began < 4  # of a shared machine
     assert (len(found.pairs), len(found.doubts)) == ((0, 10000) if same else (10000, 0))
     if same:

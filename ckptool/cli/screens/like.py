@@ -18,6 +18,7 @@ BECAUSE = {
     "order": "they stand in the same order",
     "numbers": "the numbers in their names agree",
     "neighbours": "what stands beside them maps alike",
+    "roles": "its values look like those of its role, and the others' do not",
     "only one of its shape": "nothing else of its shape is left",
     "few of its shape": "few have its shape, and as many on both sides",
     "values": "their values are equal, or near",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import nan
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ckptool.mapping.matching import names
 from ckptool.mapping.matching.layouts import solid
 from ckptool.mapping.matching.sides import Array, Pairs, Side
 from ckptool.mapping.matching.units import Unit
+from ckptool.mapping.pairs import Sample
 
 NEVER = 9.0
 """More than anything that can speak for a pair."""
@@ -48,6 +50,22 @@ class Contradictions:
             for side in (self._one, self._other)
         )
         return pairs.each(self._opposed, ours, theirs)
+
+    def unlike(self, pairs: Pairs, samples: Mapping[str, Sample]) -> Array:
+        """Returns 1 for the pairs of which the first unit's values are not what the second's names say, 0 for others.
+
+        ``samples``: of the first side's tensors. The weights of norms lie near 1, if any of its vectors do; in some
+        code bases what is added to 1 is stored, and made-up weights lie anywhere.
+        """
+        if not self._words or not samples:
+            return np.zeros(len(pairs.ours))
+        has_norms = any(map(_is_near_one, samples.values()))
+        denied = [_denied(unit, samples, has_norms) for unit in self._one.units]
+        said = [
+            frozenset("norm" if role == "weight" and names.is_norm(unit.segments[-1]) else role for role in unit.items)
+            for unit in self._other.units
+        ]
+        return pairs.each(lambda u, v: float(bool(denied[u] & said[v])), denied, said)
 
     def _opposed(self, u: int, v: int) -> bool:
         one, other = self._one, self._other
@@ -110,3 +128,20 @@ class Contradictions:
             leaves: {turned for turned, count in votes.items() if 5 * count > votes.total()}
             for leaves, votes in found.items()
         }
+
+
+def _denied(unit: Unit, samples: Mapping[str, Sample], has_norms: bool) -> frozenset[str]:
+    """Returns the roles that the values of most copies of a unit deny: of a norm's weight, of a bias, of a variance."""
+    votes: Counter[str] = Counter()
+    for copy in unit.copies:
+        for role, item in copy.items():
+            mean, spread, least = sample = samples.get(item.key, (nan, nan, nan))
+            votes["norm"] += role == "weight" and has_norms and least < 0 and abs(mean) < spread / 4
+            votes["bias"] += role == "bias" and _is_near_one(sample)
+            votes["var"] += role == "var" and least < 0
+    return frozenset(role for role, count in votes.items() if 2 * count > len(unit.copies))
+
+
+def _is_near_one(sample: Sample) -> bool:
+    mean, spread, least = sample
+    return least > 0 and 0.5 < mean < 2 and spread < mean / 4

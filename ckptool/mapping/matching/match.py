@@ -7,7 +7,7 @@ decided by pairs accepted before it is at most as certain as the least certain o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from ckptool.mapping.matching.contradictions import Contradictions
 from ckptool.mapping.matching.evidence import Modules, Order, Words
 from ckptool.mapping.matching.sides import Array, Flags, Numbers, Orders, Pairs, Side
 from ckptool.mapping.matching.units import Unit
+from ckptool.mapping.pairs import Sample
 
 _STEPS = (4, 3, 2.5, 2, 1.6, 1.3, 1, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0, -0.2, -inf)
 """Pairs with at least so much are accepted together; then evidence is weighed again."""
@@ -84,6 +85,7 @@ class _Facts(NamedTuple):
     against: Array
     opposed: Array
     same: Array
+    unlike: Array
 
 
 class _Block:
@@ -124,11 +126,19 @@ class Matcher:
     """Matches the units of two sides; ``words``: whether the table of field words is used.
 
     ``lacking``: the share of tensors that surely have no partner, of the side where it is less. Where it is large, the
-    partner of any tensor may be missing too.
+    partner of any tensor may be missing too. ``samples``: of the first side's vectors, as far as they are known.
     """
 
-    def __init__(self, one: Side, other: Side, words: bool = True, lacking: float = 0.0) -> None:
+    def __init__(
+        self,
+        one: Side,
+        other: Side,
+        words: bool = True,
+        lacking: float = 0.0,
+        samples: Mapping[str, Sample] | None = None,
+    ) -> None:
         self._one, self._other, self._has_words, self._lacking = one, other, words, lacking
+        self._samples = samples or {}
         mine, theirs = _by_kind(one.units), _by_kind(other.units)
         blocks = {kind: (mine[kind], theirs[kind]) for kind in mine if kind in theirs}
         self.skipped: list[int] = []
@@ -185,7 +195,8 @@ class Matcher:
         against = Contradictions(one, other, self._of_kinds.values(), self._has_words)
         same = every.each(lambda u, v: _same_numbers(one.numbers[u], other.numbers[v]), *numbers)
         named = np.array([_same_name(one.keys[u], other.keys[v]) for u, v in zip(ours, others, strict=True)], float)
-        self._known = same, against.of(every), against.opposed(every), named
+        unlike = against.unlike(every, self._samples) * (1 - named)
+        self._known = same, against.of(every), against.opposed(every), named, unlike
         self._every = Pairs(one, other, *np.concatenate([[ours, others], self._accepted()], 1))
         self._modules, self._order = Modules(one, other, self._every), Order(one, other)
         self._words = Words(one, other, self._has_words)
@@ -278,6 +289,7 @@ class Matcher:
             "words": _WORDS * alike - facts.opposed,
             "numbers": _NUMBERS * self._numbers * facts.numbers,
             "neighbours": _MODULES * facts.near,
+            "roles": -facts.unlike,
             "shape": facts.against,
         }
         score = (sum(kinds.values()) + beside).round(_DIGITS)
@@ -297,7 +309,7 @@ class Matcher:
         total[:, count:] = np.maximum(total[:, count:], [margin for *_, margin in block.accepted])
         np.fill_diagonal(total, inf)
         one_naming = _MANY <= len(self._matches) * _NEARLY_ALL <= self._same
-        broken = facts.broken + facts.opposed + (1 - facts.same if one_naming else 0)
+        broken = facts.broken + facts.opposed + facts.unlike + (1 - facts.same if one_naming else 0)
         inner, inside = _MODULES * facts.inner, _MODULES * facts.inside
         alone = (0.3 if block.is_vector else 1.0) + alike + beside + inner - 3 * gap + facts.against - 4 * broken
         found = []

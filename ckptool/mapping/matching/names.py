@@ -199,6 +199,11 @@ def _plain(word: str) -> str:
     return word.rstrip("<>") if group is None else FIELD_WORDS[group][0]
 
 
+def is_norm(part: Segment) -> bool:
+    """Returns whether a segment is that of a norm, by its words."""
+    return any(_plain(word) == "norm" for word in part.words)
+
+
 @lru_cache(maxsize=1 << 16)
 def place(part: Segment) -> int | None:
     """Returns where something stands in a block by "pre" and "post", and a norm by what it is named after; else None.
