@@ -22,6 +22,7 @@ from ckptool.io.output import EXISTS, Output, SetOptions, is_stream, write_strea
 from ckptool.io.paths import is_url
 from ckptool.io.source import LocalFile
 from ckptool.io.system import canonical, same_file
+from ckptool.ranks import world as ranks
 from ckptool.text import plural
 from ckptool.values.blocks import changed_values, same_bytes
 
@@ -44,7 +45,7 @@ class SaveOptions:
     file back, and compares every tensor's bytes with the checkpoint. ``fsync`` waits for the disk.
     ``hash_in_name`` appends the first 8 hex digits of the file's sha256 to the stem of its name. For shards,
     ``shard_name`` begins the files' names instead of the input's family (``model``), and ``with_files`` copies the
-    small files beside the input (config.json, tokenizer).
+    small files beside the input (config.json, tokenizer). ``world_size``: `check` plans for that many ranks.
     """
 
     to: str | None = None
@@ -57,6 +58,7 @@ class SaveOptions:
     hash_in_name: bool = False
     shard_name: str | None = None
     with_files: bool = False
+    world_size: int | None = None
 
     @property
     def overwrites(self) -> bool:
@@ -64,9 +66,11 @@ class SaveOptions:
 
     def of_files(self, row: formats.Format) -> SetOptions:
         """Returns what a format of directories takes for `write` and `check`."""
+        count = self.world_size or (ranks.current.size if ranks.current and row.by_ranks else 1)
         return SetOptions(
-            row.kind, self.max_shard_size, self.shard_name, self.with_files, self.overwrites, self.in_place, self.fsync
-        )
+            row.kind, self.max_shard_size, self.shard_name, self.with_files, self.overwrites, self.in_place, self.fsync,
+            count,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,15 @@ def save(
         row, tags = _refuse(checkpoint, url, options)
         if checkpoint.format == "model":  # as its `state_dict` has it: no parameters
             checkpoint = checkpoint.with_state_dict(detached(checkpoint.state_dict()))
+        if options.world_size is not None:
+            raise UsageError("--world-size goes with --dry-run: torchrun --nproc-per-node N starts N ranks")
+        if ranks.current is not None:
+            from ckptool.ranks.alike import writes
+
+            if not writes(
+                checkpoint, url, row.by_ranks and not is_url(url), row.name, options.max_shard_size, options.verify
+            ):
+                return Saved(url, 0)
         write = _save_directory if row.is_directory else _save_file
         _begin(progress, "copy")
         if tally.current is not None:
@@ -137,6 +150,8 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
     url = os.fspath(path)
     try:
         row, tags = _refuse(checkpoint, url, options)
+        if options.world_size is not None and not row.by_ranks:
+            raise UsageError("--world-size goes with --to dcp or --to sharded: several ranks write no other format")
         if row.is_directory:
             left_out, nbytes, notes = row.directory_writer().check(checkpoint, url, tags, options.of_files(row))
         else:

@@ -154,8 +154,11 @@ def test_every_command_and_option_is_in_the_manual():
                 assert longest in MANUAL or any(opt in MANUAL for opt in parameter.opts), f"{name} {longest}"
 
 
-OTHERS = "body-file create-if-none delta edit-last from git global initial-branch reflink spec unified"
-"""Options of gh, git, cp, sft, uvx and pipx."""
+OTHERS = (
+    "body-file create-if-none delta edit-last from git global initial-branch reflink spec unified "
+    "nodes nnodes ntasks-per-node nproc-per-node rdzv-backend rdzv-id rdzv-endpoint"
+)
+"""Options of gh, git, cp, sft, uvx and pipx; of srun and torchrun."""
 
 
 def test_no_page_names_an_option_that_no_command_has():

@@ -74,7 +74,7 @@ FAMILIES = {"click", "typer", "shellingham", "annotated_doc"}
 
 BEGIN = (
     "cli cli.app cli.progress cli.render cli.terminal cli.terminal.colours cli.terminal.tables errors io io.paths "
-    "io.system io.tally errno typer contextlib dataclasses re reports signal text typing"
+    "io.system io.tally errno typer ranks ranks.world contextlib dataclasses re reports signal text typing"
 )
 CORE = (
     f"{BEGIN} limits contextvars core core.checkpoint core.dtypes core.keys core.modules core.optimizers "

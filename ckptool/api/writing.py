@@ -109,6 +109,7 @@ def convert(
     fsync: bool = True,
     progress: Progress | None = None,
     dry_run: bool = False,
+    world_size: int | None = None,
 ) -> ConvertReport:
     """Writes a checkpoint in another format, and returns a report.
 
@@ -119,7 +120,7 @@ def convert(
     puts the first 8 hex digits of the sha256 in the name. ``metadata`` names scalars of the tree to carry into
     safetensors' metadata; ``set_metadata`` sets entries of it, ``unset_metadata`` leaves some out. ``verify`` reads the
     result back before it gets its name. ``dry_run`` writes nothing, estimates the bytes, and raises what the conversion
-    would.
+    would; with ``world_size`` it says how the work would be divided over that many ranks of torchrun.
 
     Raises: what `open` and `save` raise.
     """
@@ -133,7 +134,7 @@ def convert(
 
     url = keys.file_path(path)
     keys.expect_texts(dtype=dtype, shard_name=shard_name)
-    keys.expect_numbers(1, max_shard_size=max_shard_size)
+    keys.expect_numbers(1, max_shard_size=max_shard_size, world_size=1 if world_size is None else world_size)
     opened = open_whole(open(source, root))
     keep, metadata = keys.texts(keep, "keep"), keys.texts(metadata, "metadata")
     prepared, report = op(
@@ -152,7 +153,9 @@ def convert(
         if not dtypes <= {*COMMON_FLOATS} and importlib.util.find_spec("torch") is None:
             raise needs_torch(f"casting to {dtype}")
     tags, digest, to = tags_of(map_location), publish and not row.is_directory, row.name
-    how = saving.SaveOptions(to, force, in_place, tags, max_shard_size, verify, fsync, digest, shard_name, with_files)
+    how = saving.SaveOptions(
+        to, force, in_place, tags, max_shard_size, verify, fsync, digest, shard_name, with_files, world_size
+    )
     if publish and row.is_directory:
         report.notes.append("a directory has no digest in its name")
     elif publish and dry_run:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import EnumType
 from itertools import pairwise
 from typing import Annotated, Any, NoReturn, get_args
@@ -21,6 +21,7 @@ from ckptool.cli import progress, render
 from ckptool.cli.terminal import colours
 from ckptool.errors import CkptoolError, OutputError, UsageError, near, one_of
 from ckptool.io import paths, system, tally
+from ckptool.ranks import world as ranks
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C. No command returns it."""
@@ -241,11 +242,11 @@ def run(args: list[str]) -> int:
     args = list(map(_without_secrets, args))
     command = next((arg for arg in args if arg in COMMANDS), "")
     form = _form(args)
-    render.quiet, tally.current = False, None
+    render.quiet, tally.current, ranks.started, ranks.current = False, None, None, None
     begun = time.perf_counter()
     try:
-        with _defaults(colours.asked_by(args)):
-            code = _invoked(args)
+        with _defaults(colours.asked_by(args)), _one_rank(command) as works:
+            code = _invoked(args) if works else 0
     except CkptoolError as error:
         return _fail(error, command, form)
     except WrongUsage as error:
@@ -265,6 +266,32 @@ def _without_secrets(arg: str) -> str:
     """Returns an argument whose URL, if it is one, has masks for its secrets: no message or report can show them."""
     option, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
     return f"{option}{equals}{paths.given(value)}"
+
+
+WRITING = ("filter", "remap", "convert", "load-partial")
+"""Commands that the ranks of torchrun do together, where they write a directory."""
+
+
+@contextmanager
+def _one_rank(command: str) -> Iterator[bool]:
+    """Has the block be one of the ranks of torchrun, if it is; yields whether this one has work.
+
+    Rank 0 alone prints. Errors in the block become what the ranks know of them. Raises: UsageError.
+    """
+    world = ranks.of_environment()
+    if world is None or command not in WRITING:
+        if world is not None and world.leads:
+            render.note(f"rank 0 does this alone: {', '.join(WRITING)} are divided, where they write a directory")
+        yield world is None or world.leads
+        return
+    ranks.started = ranks.current = world
+    try:
+        with open(os.devnull, "w") as nowhere, nullcontext() if world.leads else redirect_stdout(nowhere):
+            yield True
+    except CkptoolError as error:
+        raise (error if ranks.current is None else world.told(error)) from error
+    except SystemExit as end:
+        raise OutputError(f"was told to end ({end.code}), as torchrun does where another rank failed") from end
 
 
 COMPLETION = ("--install-completion", "--show-completion")
@@ -342,7 +369,9 @@ def _form(args: list[str]) -> str:
 
 
 def _fail(error: CkptoolError, command: str, form: str) -> int:
-    if form == "json":
+    if ranks.is_other():
+        pass
+    elif form == "json":
         from ckptool.reports import document
 
         render.write(document.text({"schema": 1, "command": command, "error": document.error(error)}))
@@ -353,7 +382,9 @@ def _fail(error: CkptoolError, command: str, form: str) -> int:
             render.outcomes([failure(error, command)], form)
         except OutputError as other:  # the comment, which is not what failed first
             render.note(f"error: {other}")
-    render.note(f"error: {error}")
+    render.fail(error)
+    if ranks.started is not None:
+        ranks.started.leave(error)
     return error.exit_code
 
 

@@ -57,6 +57,7 @@ def command(
     force: options.Force = False,
     in_place: options.InPlace = False,
     dry_run: options.DryRun = False,
+    world_size: options.WorldSize = None,
     report_file: options.Report = None,
     as_json: options.Json = False,
 ) -> int:
@@ -77,7 +78,9 @@ def command(
     entries = dict(options.entry(text) for text in set_metadata or ())
     limit = options.shard_size(max_shard_size)
     tags = options.tags(map_location)
-    save_options = saving.SaveOptions(to, force, in_place, tags, limit, verify, fsync, False, shard_name, with_files)
+    save_options = saving.SaveOptions(
+        to, force, in_place, tags, limit, verify, fsync, False, shard_name, with_files, world_size
+    )
     outputs = Outputs("convert", save_options, report_file, dry_run, options.form(None, as_json))
     failed = render.Failures(len(inputs))
     jobs: list[Job] = []
@@ -98,7 +101,8 @@ def command(
             job.checkpoint, job.path, to=job.to.name, dtype=dtype, keep=keep or (), dequantize=dequantize, untie=untie,
             publish=publish, metadata=[name for name in (metadata or "").split(",") if name],
             set_metadata=entries, unset_metadata=unset_metadata or (), max_shard_size=limit,
-            shard_name=shard_name, with_files=with_files, map_location=tags, verify=verify, fsync=fsync, **how,
+            shard_name=shard_name, with_files=with_files, map_location=tags, verify=verify, fsync=fsync,
+            world_size=world_size, **how,
         )  # fmt: skip
 
     def total() -> int:

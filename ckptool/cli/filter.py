@@ -61,6 +61,7 @@ def command(
     force: options.Force = False,
     in_place: options.InPlace = False,
     dry_run: options.DryRun = False,
+    world_size: options.WorldSize = None,
     report_file: options.Report = None,
     all_rows: options.AllRows = False,
     form: options.Format = None,
@@ -78,7 +79,7 @@ def command(
     least = plans.fraction(min_loaded)
     save_options = SaveOptions(
         to, force, in_place, options.tags(map_location), options.shard_size(max_shard_size), verify, fsync, False,
-        shard_name, with_files,
+        shard_name, with_files, world_size,
     )  # fmt: skip
     outputs = Outputs("filter", save_options, report_file, dry_run, options.form(form, as_json))
     opened = [ckptool.open(source, root=root, tp_rules=tp_rules) for source in sources]

@@ -70,6 +70,10 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing outp
 Html = Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write pictures and tables as one HTML file.")]
 InPlace = Annotated[bool, typer.Option("--in-place", help="Allow the output to be one of the inputs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would happen; write no output.")]
+WorldSize = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="With --dry-run: plan for N ranks of torchrun, and say the largest."),
+]
 Report = Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write the JSON report to FILE too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Format = Annotated[

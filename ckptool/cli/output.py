@@ -10,6 +10,7 @@ from ckptool.cli import render
 from ckptool.cli.progress import bar
 from ckptool.core.dtypes import Changed
 from ckptool.errors import CkptoolError, UsageError
+from ckptool.ranks import world as ranks
 from ckptool.reports import document
 
 if TYPE_CHECKING:  # `inspect` and `diff` need the bar only, and must not import what writes
@@ -80,6 +81,8 @@ class Outputs:
 
     def write_beside(self, path: str | None, content: Any) -> None:
         """Writes another JSON document, or a text, if a path is given and it is not a dry run."""
+        if ranks.is_other():
+            return
         if path is not None and not self.dry_run:
             self._write_text(path, content if isinstance(content, str) else document.text(content))
 
@@ -87,6 +90,10 @@ class Outputs:
         self, result: Any, notes: Sequence[str], lines: Callable[[], Iterable[str]], errors: Sequence[CkptoolError] = ()
     ) -> None:
         """Writes the report if --report names a path; prints the JSON document, the outcome or the lines."""
+        if ranks.started is not None:
+            ranks.started.end()
+        if ranks.is_other():
+            return
         if self.report is not None or self.form == "json":
             made = document.text(document.of(self.command, result, notes, errors))
             if self.report is not None:

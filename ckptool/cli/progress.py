@@ -11,6 +11,7 @@ from typing import Any
 
 from ckptool.cli import render
 from ckptool.cli.terminal import colours
+from ckptool.ranks import world as ranks
 
 PATIENCE = 1.0
 """Seconds before a bar is shown: most jobs are done by then."""
@@ -74,10 +75,17 @@ class Bar:
 @contextlib.contextmanager
 def bar(total: Callable[[], int], phase: str) -> Iterator[Bar | None]:
     """Yields a `Bar`, which is gone after the block; None if stderr is not a terminal that can draw one."""
-    if render.quiet or wanted == "never" or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+    if (
+        render.quiet
+        or ranks.is_other()
+        or wanted == "never"
+        or not sys.stderr.isatty()
+        or os.environ.get("TERM") == "dumb"
+    ):
         yield None
         return
-    made = Bar(total, phase)
+    count = ranks.current.size if ranks.current is not None else 1
+    made = Bar(lambda: total() // count, phase)
     try:
         yield made
     finally:

@@ -75,6 +75,7 @@ def command(
     force: options.Force = False,
     in_place: options.InPlace = False,
     dry_run: options.DryRun = False,
+    world_size: options.WorldSize = None,
     report_file: options.Report = None,
     as_json: options.Json = False,
 ) -> int:
@@ -108,7 +109,7 @@ def command(
     to = _own_format(opened, output) if to is None and output is not None else to
     save_options = SaveOptions(
         to, force, in_place, options.tags(map_location), options.shard_size(max_shard_size), verify, fsync, False,
-        shard_name, with_files,
+        shard_name, with_files, world_size,
     )  # fmt: skip
     outputs = Outputs("remap", save_options, report_file, dry_run, options.form(None, as_json))
     if like is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ckptool.cli.terminal import colours, tables
 from ckptool.errors import CkptoolError, explain
+from ckptool.ranks import world as ranks
 from ckptool.text import safe as safe
 
 if TYPE_CHECKING:
@@ -142,13 +143,20 @@ def fold(rows: Sequence[tuple[str, object]]) -> list[tuple[str, list[int]]]:
 
 def note(text: str) -> None:
     """Prints a note or an error on stderr; when quiet, errors only. Where stderr fails, the exit code says it alone."""
-    if quiet and not text.startswith("error: "):
+    if (quiet or ranks.is_other()) and not text.startswith("error: "):
         return
     name = colours.painted("ckptool:", colours.QUIET, sys.stderr)
     try:
         print(f"{name} {colours.verdict(safe(text), sys.stderr)}", file=sys.stderr, flush=True)
     except OSError:
         abandon(sys.stderr)
+
+
+def fail(error: CkptoolError) -> None:
+    """Prints an error on stderr; among ranks that all have it, on rank 0."""
+    said = str(error) if ranks.started is None else ranks.started.says(error)
+    if said is not None:
+        note(f"error: {said}")
 
 
 class Failures:
@@ -168,10 +176,10 @@ class Failures:
                 raise
             self.errors.append(error)
             if self.several:
-                note(f"error: {error}")
+                fail(error)
 
     def end(self) -> int:
         """Returns 0, or the exit code of the first error; prints the error that was to be last."""
         if self.errors and not self.several:
-            note(f"error: {self.errors[0]}")
+            fail(self.errors[0])
         return self.errors[0].exit_code if self.errors else 0

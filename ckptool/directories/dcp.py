@@ -13,13 +13,17 @@ there, so the ids in an optimizer's state are made integers again. Source: ``met
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from ckptool.core.checkpoint import Checkpoint, detached, plain
-from ckptool.core.tensor import Box, Opaque, TensorInfo, chunks
-from ckptool.core.tree import Path, as_mapping, brief, key_text, nodes, path_text, walk
+from ckptool.core.dtypes import DTYPES
+from ckptool.core.tensor import Opaque, TensorInfo
+from ckptool.core.tree import Path, as_mapping, brief, key_text, nodes, path_text
 from ckptool.directories import sets
+from ckptool.directories.dcp_items import Items, nested
 from ckptool.directories.dcp_metadata import Item, Part, Row, Saved, pickled
 from ckptool.directories.names import DCP, MERGED, METADATA, Distributed, sets_in
 from ckptool.errors import (
@@ -31,26 +35,23 @@ from ckptool.errors import (
     UsageError,
     listed,
 )
-from ckptool.formats.safetensors_file import sharding
-from ckptool.io.files import Files, ahead, exists, names_in, size_of
+from ckptool.io.files import Files, names_in, size_of
 from ckptool.io.leftovers import leftovers
 from ckptool.io.paths import basename, dirname, join
 from ckptool.io.probe import Probe
-from ckptool.io.source import SMALL_MEMBER, Section
-from ckptool.io.zip_read import TAIL
-from ckptool.limits import MAX_LEVELS, MAX_PICKLE
-from ckptool.pickling.archives import Single, is_saved, unpickled
-from ckptool.pickling.load import with_arrays
+from ckptool.io.source import Section
+from ckptool.limits import MAX_LEVELS
+from ckptool.ranks import world as ranks
+from ckptool.ranks.parts import box, is_divisible
+from ckptool.ranks.plan import Division, boxes, edge, row_of
 
 # Needed only to write, so imported by the functions that do.
 if TYPE_CHECKING:
+    from ckptool.directories.place import Place
     from ckptool.formats.layout import MapLocation
     from ckptool.io.output import Output, SetOptions
 
 LABEL = "dcp"
-
-GAPS = 1000
-"""List positions that may be empty: a list of torch has None where an element held nothing to save."""
 
 
 def matches(probe: Probe) -> bool:
@@ -84,26 +85,18 @@ def read(probe: Probe, open_: Callable[..., Checkpoint]) -> Checkpoint:
         if any(leftovers(names, "old", name) for name in (DCP.index, "__0.metadata")):
             why = "a run that was replacing its files was killed; write there again with --force"
         raise IncompleteError(f"a torch.distributed checkpoint (DCP) without .metadata: {why}", directory)
-    return _opened(directory, names, files, open_, {})
-
-
-def _opened(
-    directory: str, names: Sequence[str], files: Sequence[str], open_: Callable[..., Checkpoint],
-    staged: Mapping[str, str],
-) -> Checkpoint:  # fmt: skip
-    """Returns the checkpoint that these files of metadata describe. ``staged``: {name: where it is instead}."""
     saved = Saved()
     for name in files:
-        path = staged.get(name) or join(directory, name)
+        path = join(directory, name)
         try:
             saved.add(path)
         except CkptoolError as error:
             error.path = error.path or path
             raise
-    reader = _Items(directory, saved, open_, staged)
+    reader = Items(directory, saved, open_, {})
     with reader.files:
         try:
-            tree = _nested({key: reader.value(key) for key in saved.order()}, saved.paths)
+            tree = nested({key: reader.value(key) for key in saved.order()}, saved.paths)
         except CkptoolError as error:
             error.path = error.path or directory
             raise
@@ -112,7 +105,7 @@ def _opened(
     used = {*files, *map(basename, [*reader.used, *(one.url for one, _ in merged)])}
     notes = (*reader.notes(), *(note for _, note in merged), *_beside(directory, names, used))
     nbytes += sum(one.nbytes for one, _ in merged)
-    nbytes += sum(size_of(staged.get(name) or join(directory, name)) for name in files)
+    nbytes += sum(size_of(join(directory, name)) for name in files)
     url = join(directory, files[0])
     every = tuple(dict.fromkeys((*saved.names, *reader.names, *(name for one, _ in merged for name in one.names))))
     held = tuple(sorted(map(basename, reader.used)))
@@ -144,188 +137,25 @@ def _beside(directory: str, names: Sequence[str], used: set[str]) -> list[str]:
     return notes
 
 
-# --- items -----------------------------------------------------------------------------------------------------------
-
-
-class _Items:
-    """Reads items. ``used``: the files that have some of them. ``names``: what their pickles name."""
-
-    def __init__(
-        self, directory: str, saved: Saved, open_: Callable[..., Checkpoint], staged: Mapping[str, str]
-    ) -> None:
-        self.open_ = open_
-        self.directory = directory
-        self.staged = staged
-        self.saved = saved
-        self.files = Files()
-        self.names: dict[tuple[str, str], None] = {}
-        self.used: dict[str, None] = {}
-        self.blobs: dict[tuple[str, int], Checkpoint] = {}
-        self.single: Single = {}
-        self.left = set(saved.items)
-        self.raw: list[str] = []
-        self.whole: list[str] = []
-        there = {*names_in(directory), *staged}
-        ahead(join(directory, name) for name in sorted(saved.files) if name not in staged)
-        for item in saved.items.values():  # its first bytes, and its last, where a zip's directory is
-            begin, end = item.offset, item.offset + item.nbytes
-            self.files.will_read(join(directory, item.file), begin, min(begin + SMALL_MEMBER // 8, end))
-            self.files.will_read(join(directory, item.file), max(begin, end - TAIL - 22), end)
-        gone: dict[str, list[str]] = {}
-        for (key, _), item in saved.items.items():
-            if item.file not in there and not exists(join(directory, item.file)):
-                gone.setdefault(item.file, []).append(key)
-        if gone:
-            what = "; ".join(f"{name}, which has {listed(dict.fromkeys(keys), 4)}" for name, keys in gone.items())
-            raise IncompleteError(f"a file is missing: {what}", directory)
-
-    def value(self, key: str) -> Any:
-        """Returns the tensor or the Python value of that key."""
-        entry = self.saved.entries[key]
-        if entry.dtype is None:
-            found = self._read(key, None)
-            if self.saved.flat and any(isinstance(node, TensorInfo) for _, node in walk(found)):
-                self.whole.append(key)
-            return found
-        boxes: list[Box] = [(*part, self._tensor(key, part)) for part in entry.parts]
-        if len(boxes) == 1 and boxes[0][1] == entry.shape and not any(boxes[0][0]):
-            tensor = boxes[0][2]
-            if tensor.dtype == entry.dtype and (tensor.shape == entry.shape or isinstance(tensor.source, Opaque)):
-                return tensor
-        try:
-            return chunks(entry.dtype, entry.shape, boxes)
-        except FormatError as error:
-            raise IncompleteError(f"{key}: {error.message}", self.directory) from error
-
-    def _tensor(self, key: str, part: Part) -> TensorInfo:
-        found = self._read(key, part.offsets)
-        if not isinstance(found, TensorInfo):
-            raise FormatError(f"{key}: the item at {brief(part.offsets)} is no tensor: {brief(found)}", self.directory)
-        return found
-
-    def _read(self, key: str, offset: tuple[int, ...] | None) -> Any:
-        item = self.saved.items.get((key, offset))
-        if item is None:
-            where = "" if offset is None else f" the part at {brief(offset)} of"
-            raise IncompleteError(f"the metadata say of no file that it has{where} {key}", self.directory)
-        self.left.discard((key, offset))
-        path = self.staged.get(item.file) or join(self.directory, item.file)
-        self.used[path] = None
-        file = self.files.open(path)
-        if item.offset + item.nbytes > file.size:
-            end = item.offset + item.nbytes
-            raise IncompleteError(f"{key}: ends at byte {end} of a file of {file.size}: a truncated download?", path)
-        try:
-            if file.read(item.offset, min(2, item.nbytes)) == b"PK":
-                return self._saved_by_torch(path, Section(file, item.offset, item.nbytes))
-            if self.saved.entries[key].dtype is not None:
-                return self._in_safetensors(key, offset, path, item.offset)
-            if item.nbytes > MAX_PICKLE.now():
-                raise MAX_PICKLE.passed("is too long", item.nbytes)
-            self.raw.append(key)
-            return file.read(item.offset, item.nbytes)
-        except CkptoolError as error:
-            error.message = f"{key}, at byte {item.offset}: {error.message}"
-            error.path = error.path or path
-            raise
-
-    def _saved_by_torch(self, path: str, section: Section) -> Any:
-        with Probe(path, lambda _: section) as probe:
-            if not is_saved(probe):
-                other = self.open_(path, lambda _: section).format
-                raise FormatError(f"is a file of {other}, which torch.save did not write")
-            tree, names = unpickled(probe, single=self.single)
-        self.names.update(dict.fromkeys(names))
-        return with_arrays(tree, names, section.span(0, 0))
-
-    def _in_safetensors(self, key: str, offset: tuple[int, ...] | None, path: str, begin: int) -> TensorInfo:
-        """Returns a tensor of the safetensors file that is the rest of a file: all its tensors have that offset.
-
-        Of several parts of one tensor torch writes the last one only, so it must be the one that is looked for.
-        """
-        found = self.blobs.get((path, begin))
-        if found is None:
-            file = self.files.open(path)
-            found = self.open_(path, lambda _: Section(file, begin, file.size - begin))
-            if found.format != "safetensors":
-                raise FormatError(f"is a file of {found.format}, neither a torch.save nor a safetensors file")
-            self.blobs[path, begin] = found
-        if key not in found.tree:
-            raise IncompleteError(f"is a safetensors file of {listed(found.tree)}")
-        if (held := (sharding(found.metadata) or {}).get(key)) != offset:
-            raise IncompleteError(f"holds the part at {brief(held)}, not that at {brief(offset)}, which torch lost")
-        tensor: TensorInfo = found.tree[key]
-        return tensor
-
-    def notes(self) -> Iterator[str]:
-        """Yields what else is to be known of the items."""
-        absent = [key for key in self.saved.paths if key not in self.saved.entries]
-        for what, keys in {
-            "saved whole by one process, not flattened (flatten_state_dict=False): what other processes held of "
-            "sharded tensors is not in the checkpoint": self.whole,
-            "saved by several processes, the first one's taken": self.saved.twice,
-            "stored by Megatron-core in a shape that is not their own (mcore_data), and shown so": self.saved.reshaped,
-            "no torch.save inside, kept as bytes": self.raw,
-            "in planner_data only": absent,
-            "items that belong to no key, not read": dict.fromkeys(key for key, _ in sorted(self.left, key=str)),
-        }.items():
-            if keys:
-                yield f"{what}: {listed(keys)}"
-
-
-# --- the tree --------------------------------------------------------------------------------------------------------
-
-
-class _Branch(dict[Any, Any]):
-    """A container that was flattened, unlike a dict that is a value."""
-
-
-def _nested(values: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> Any:
-    """Returns the tree of which the values are leaves; without a path, the key is the only step."""
-    top = _Branch()
-    for key, value in values.items():
-        *steps, last = paths.get(key, (key,))
-        if len(steps) > MAX_LEVELS.now():
-            raise MAX_LEVELS.passed(f"{brief(key)} is nested too deep", len(steps))
-        node = top
-        for step in steps:
-            node = node.setdefault(step, _Branch())
-            if type(node) is not _Branch:
-                raise FormatError(f"{brief(key)} lies below another value: {brief(paths[key])}")
-        if last in node:
-            raise FormatError(f"two values have the path of {brief(key)}: {brief(paths.get(key))}")
-        node[last] = value
-    return _container(top)
-
-
-def _container(branch: _Branch) -> Any:
-    """Returns the dict or list that a branch stands for."""
-    found = {step: _container(node) if type(node) is _Branch else node for step, node in branch.items()}
-    if found and all(type(step) is int for step in found):
-        size = max(found) + 1
-        if min(found) < 0 or size > len(found) + GAPS:
-            raise FormatError(f"a list has {len(found)} elements, one of them at {brief(max(found, key=abs))}")
-        return [found.get(index) for index in range(size)]
-    if "param_groups" in found and type(branch.get("state")) is _Branch and all(map(_is_number, branch["state"])):
-        found["state"] = {int(step): value for step, value in found["state"].items()}
-    return found
-
-
-def _is_number(step: Any) -> bool:
-    return type(step) is str and step.isascii() and step.isdecimal() and len(step) < 19 and str(int(step)) == step
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+class _Piece(NamedTuple):
+    """An item of a file: a Python value, or a box of a tensor, and its bytes."""
+
+    key: str
+    part: Part | None
+    nbytes: int
+
+
 class _Meant:
-    """What is written of a checkpoint: items, and in which files.
+    """What is written of a checkpoint: items, and in which files of which rank.
 
     ``values``: {name: a plain tensor, or a Python value}. ``paths``: those of the names. ``left``: what is not written.
-    ``notes``: what is written otherwise than it was.
+    ``notes``: what is written otherwise than it was. ``nbytes``: of the tensors. ``files``: {name: items} of each rank.
     """
 
-    def __init__(self, checkpoint: Checkpoint, max_shard_size: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, max_shard_size: int, ranks: int) -> None:
         if max_shard_size <= 0:
             raise UsageError(f"a file cannot have {max_shard_size} bytes at most")
         self.values: dict[str, Any] = {}
@@ -343,15 +173,20 @@ class _Meant:
                 continue
             if key in steps:
                 what = f"two values have the name {brief(key)} in it, those at {brief(steps[key])} and {brief(path)}"
-                nested = max(steps[key], path, key=len)
-                how = f"`remap --root {path_text(nested[:-1])} --rename {nested[-1]}=NAME --to dcp` renames one"
-                raise CollisionError(f"{what}: rename or leave out one{f'; {how}' if len(nested) > 1 else ''}")
+                longer = max(steps[key], path, key=len)
+                how = f"`remap --root {path_text(longer[:-1])} --rename {longer[-1]}=NAME --to dcp` renames one"
+                raise CollisionError(f"{what}: rename or leave out one{f'; {how}' if len(longer) > 1 else ''}")
             steps[key], self.paths[key] = path, name
             self.values[key] = self._item(key, value)
-        self.tree = _nested(self.values, self.paths)
-        changed = [path_text(path) for path in steps.values() if not _has(self.tree, path)]
+        tree = nested(self.values, self.paths)
+        changed = [path_text(path) for path in steps.values() if not _has(tree, path)]
         self.notes = [f"keys that are no text are text in it: {listed(changed)}"] if changed else []
-        self.files = self._files(max_shard_size)
+        self.keys = [*self.values]
+        self.sizes = [_nbytes(value) for value in self.values.values()]
+        self.nbytes = sum(self.sizes)
+        division = Division([nbytes + ITEM for nbytes in self.sizes], ranks, self._cut)
+        self.notes += [division.note("item")] if ranks > 1 else []
+        self.files = [self._files(division, rank, max_shard_size) for rank in range(ranks)]
 
     def _item(self, key: str, value: Any) -> Any:
         """Returns a value as it is written: a dense tensor as torch has it detached, without class and attributes."""
@@ -362,19 +197,67 @@ class _Meant:
             self.left += [f"the attributes of {key}"] if extras.state is not None else []
         return plain(value)
 
-    def _files(self, max_shard_size: int) -> dict[str, list[str]]:
+    def _cut(self, unit: int, within: int, slack: int) -> int:
+        """Returns where an item is cut (see `Snap`): between rows of a tensor, if it is large and can be divided."""
+        value, nbytes = self.values[self.keys[unit]], self.sizes[unit]
+        if nbytes + ITEM <= 2 * slack or not (_is_box(value) and is_divisible(value)):
+            return edge(within, nbytes + ITEM)
+        row = row_of(value.shape or (), DTYPES[value.dtype].bits // 8, slack)
+        at = round(within / row) * row
+        return at if at < nbytes else nbytes + ITEM
+
+    def _pieces(self, division: Division, rank: int) -> Iterator[_Piece]:
+        for unit, begin, end in division.of(rank):
+            key, nbytes = self.keys[unit], self.sizes[unit]
+            value = self.values[key]
+            if not _is_box(value):
+                yield _Piece(key, None, nbytes)
+            elif begin == 0 and end > nbytes:
+                yield _Piece(key, Part((0,) * len(value.shape or ()), value.shape or ()), nbytes)
+            else:
+                size = DTYPES[value.dtype].bits // 8
+                for offsets, sizes in boxes(value.shape or (), begin // size, min(end, nbytes) // size):
+                    yield _Piece(key, Part(offsets, sizes), prod(sizes) * size)
+
+    def _files(self, division: Division, rank: int, max_shard_size: int) -> dict[str, list[_Piece]]:
         """Returns {file: its items}: runs of at most that many bytes of tensors; a larger item has its own file."""
-        runs: list[list[str]] = [[]]
-        filled = self.nbytes = 0
-        for key, value in self.values.items():
-            nbytes = sum(node.nbytes for node in nodes(value) if isinstance(node, TensorInfo))
-            if runs[-1] and filled + nbytes > max_shard_size:
+        runs: list[list[_Piece]] = [[]]
+        filled = 0
+        for piece in self._pieces(division, rank):
+            if runs[-1] and filled + piece.nbytes > max_shard_size:
                 runs.append([])
                 filled = 0
-            runs[-1].append(key)
-            filled += nbytes
-            self.nbytes += nbytes
-        return {f"__0_{number}.distcp": run for number, run in enumerate(runs) if run}
+            runs[-1].append(piece)
+            filled += piece.nbytes
+        return {f"__{rank}_{number}.distcp": run for number, run in enumerate(runs) if run}
+
+    def new(self) -> list[str]:
+        """Returns the names of all files of items."""
+        return [name for files in self.files for name in files]
+
+    def value(self, piece: _Piece) -> Any:
+        """Returns what is written as an item."""
+        return self.values[piece.key] if piece.part is None else box(self.values[piece.key], *piece.part)
+
+    def row(self, key: str, part: Part | None, item: Item) -> Row:
+        """Returns what the metadata say of an item."""
+        path, value = self.paths[key], self.values[key]
+        return (
+            Row(key, path, None, (), WHOLE, item)
+            if part is None
+            else Row(key, path, value.dtype, value.shape, part, item)
+        )
+
+
+WHOLE = Part((), ())
+"""The box of a Python value."""
+
+ITEM = 1200
+"""Bytes of an item beside those of its tensor: an archive of torch, and its entry in the metadata."""
+
+
+def _nbytes(value: Any) -> int:
+    return sum(node.nbytes for node in nodes(value) if isinstance(node, TensorInfo))
 
 
 EMPTY = object()
@@ -477,36 +360,92 @@ def write(
 
     Raises: LossError for what torch cannot hold, CollisionError for two values of one flattened name, OutputError.
     """
-    from ckptool.directories.place import Place, recover
+    from ckptool.directories.place import Place, Shared, recover
     from ckptool.formats import torch_file
 
-    meant = _Meant(checkpoint, options.max_shard_size)
+    meant = _Meant(checkpoint, options.max_shard_size, options.ranks)
     torch_file.check(meant.values, map_location)
     names = names_for(checkpoint, options.shard_name, options.kind)
-    recover(directory)
-    new = [*meant.files, names.index]
-    place = Place(checkpoint, directory, names, new, options)
-    rows: list[Row] = []
+    new, world = [*meant.new(), names.index], ranks.current
+    parts: list[tuple[str, TensorInfo]] = []
+    written: list[tuple[_Piece, Item]] = []
 
-    def written(name: str) -> Callable[[Output], None]:
+    def prepare() -> Place:
+        recover(directory)
+        return Place(checkpoint, directory, names, new, options)
+
+    def content(name: str, pieces: list[_Piece]) -> Callable[[Output], None]:
         def items(output: Output) -> None:
-            for key in meant.files[name]:
-                begin, value = output.position, meant.values[key]
+            for piece in pieces:
+                begin, value = output.position, meant.value(piece)
+                if piece.part is not None:
+                    parts.append((piece.key, value))
                 torch_file.write(value, output, files, map_location, root="archive")
-                item = Item(name, begin, output.position - begin)
-                rows.append(Row(key, meant.paths[key], value if _is_box(value) else None, item))
+                written.append((piece, Item(name, begin, output.position - begin)))
 
         return items
 
     def check(paths: dict[str, str]) -> None:
         if compare is not None:
-            found = _opened(directory, list(paths), [names.index], open_, paths)
-            compare(dict(Checkpoint(meant.tree).tensors()), dict(found.tensors()))
+            compare(*_read_back(meant, directory, written, names.index, open_, paths))
 
-    nbytes = place.write(
-        {name: written(name) for name in meant.files}, lambda: pickled(rows), files, check=check, progress=progress
-    )
-    return tuple(meant.left), nbytes, (*meant.notes, *place.notes())
+    mine = meant.files[0 if world is None else world.rank]
+    contents = {name: content(name, pieces) for name, pieces in mine.items()}
+    if world is None:
+        place = prepare()
+        nbytes = place.write(
+            contents,
+            lambda: pickled(meant.row(one.key, one.part, at) for one, at in written),
+            files,
+            check=check,
+            progress=progress,
+        )
+        return tuple(meant.left), nbytes, (*meant.notes, *place.notes())
+
+    def last(write: Callable[[], None]) -> bytes:
+        from ckptool.ranks import engine
+
+        def wrote() -> list[Item]:
+            write()
+            return [item for _, item in written]
+
+        items = []
+        for key, part, _ in (piece for run in mine.values() for piece in run):
+            tensor = meant.values[key]
+            items.append(engine.Item(key) if part is None else engine.Item(key, tensor.dtype, tensor.shape, *part))
+        every = engine.save(world, items, meant.paths, wrote)
+        rows = [(one.key, None if one.dtype is None else Part(one.offsets, one.sizes), Item(*at)) for one, at in every]
+        return pickled(itertools.starmap(meant.row, rows))
+
+    shared = Shared(directory, new, True, contents, {}, meant.values, parts)
+    nbytes, notes = shared.write(world, prepare, last, files, check=check, progress=progress, fsync=options.fsync)
+    return tuple(meant.left), nbytes, (*meant.notes, *notes)
+
+
+def _read_back(
+    meant: _Meant, directory: str, written: Sequence[tuple[_Piece, Item]], index: str, open_: Callable[..., Checkpoint],
+    staged: Mapping[str, str],
+) -> tuple[dict[Path, TensorInfo], dict[Path, TensorInfo]]:  # fmt: skip
+    """Returns the tensors that were meant in the items ``written``, and those that are read in them, by their paths.
+
+    Raises: FormatError if the metadata have other keys, or paths.
+    """
+    saved = Saved()
+    saved.add(staged[index])
+    if saved.paths != meant.paths or saved.entries.keys() != meant.paths.keys():
+        raise FormatError("what was written has other keys than what was meant, and was thrown away")
+    one: dict[Path, TensorInfo] = {}
+    other: dict[Path, TensorInfo] = {}
+    reader = Items(directory, saved, open_, staged)
+    with reader.files:
+        found = {key: reader.value(key) for key in dict.fromkeys(piece.key for piece, _ in written)}
+    for piece, _ in written:
+        value, begin = found[piece.key], meant.paths[piece.key]
+        if piece.part is not None and isinstance(value, TensorInfo) and piece.part.sizes != value.shape:
+            value, begin = box(value, *piece.part), (*begin, *piece.part.offsets)
+        for tensors, node in ((one, meant.value(piece)), (other, value)):
+            tensors.update(((*begin, *path[1:]), tensor) for path, tensor in Checkpoint({"": node}).tensors())
+    return one, other
 
 
 def check(
@@ -519,9 +458,9 @@ def check(
     from ckptool.directories.place import Place
     from ckptool.formats import torch_file
 
-    meant = _Meant(checkpoint, options.max_shard_size)
+    meant = _Meant(checkpoint, options.max_shard_size, options.ranks)
     names = names_for(checkpoint, options.shard_name, options.kind)
-    new = [*meant.files, names.index]
+    new = [*meant.new(), names.index]
     place = Place(checkpoint, directory, names, new, options)
     nbytes = max(torch_file.check(meant.values, map_location), meant.nbytes) + 1500 * len(meant.values)
     return tuple(meant.left), nbytes, (*meant.notes, *place.notes())

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ckptool.core import pickled_names
 from ckptool.core.dtypes import DTYPES
-from ckptool.core.tensor import TensorInfo, is_countable
+from ckptool.core.tensor import is_countable
 from ckptool.core.tree import LONG, Global, PyObject, brief
 from ckptool.errors import FormatError, UnsupportedError
 from ckptool.io.files import opened
@@ -201,11 +201,16 @@ def _dtype(properties: Any) -> str:
 
 
 class Row(NamedTuple):
-    """An item that was written: its name, its path in the tree, and its tensor, None for a Python value."""
+    """An item that was written: its name, its path in the tree, the tensor's dtype and shape, its box, and where it is.
+
+    ``dtype`` is None for a Python value.
+    """
 
     key: str
     path: tuple[str | int, ...]
-    tensor: TensorInfo | None
+    dtype: str | None
+    shape: tuple[int, ...]
+    part: Part
     item: Item
 
 
@@ -221,7 +226,7 @@ CONTIGUOUS = _global("_MEM_FORMAT_ENCODING")(0)
 
 
 def pickled(rows: Iterable[Row]) -> bytes:
-    """Returns the content of ``.metadata``: every tensor is one box.
+    """Returns the content of ``.metadata``; of each tensor, rows give all boxes.
 
     Nothing in it depends on the run or the path, unlike torch's own, which has both in ``storage_meta``.
     """
@@ -230,22 +235,25 @@ def pickled(rows: Iterable[Row]) -> bytes:
     entries: dict[str, Any] = {}
     paths: dict[str, tuple[str | int, ...]] = {}
     stored: dict[Any, Any] = {}
+    boxes: dict[str, tuple[PyObject, list[PyObject]]] = {}
     properties: dict[str, PyObject] = {}
-    for key, path, tensor, item in rows:
+    for key, path, dtype, shape, part, item in rows:
         paths[key] = path
         place = _object(STORED, relative_path=item.file, offset=item.offset, length=item.nbytes)
-        if tensor is None:
+        if dtype is None:
             entries[key] = _object(BYTES)
             stored[_object(INDEX, fqn=key, index=None)] = place
             continue
-        shape = tensor.shape or ()
-        if tensor.dtype not in properties:
-            properties[tensor.dtype] = _object(PROPERTIES)
-            properties[tensor.dtype].state = (_global(tensor.dtype, "torch"), STRIDED, False, CONTIGUOUS, False)
-        size, begin = SIZE(shape), SIZE((0,) * len(shape))
-        box = _object(CHUNK, offsets=begin, sizes=size)
-        entries[key] = _object(TENSOR, properties=properties[tensor.dtype], size=size, chunks=[box])
-        stored[_object(INDEX, fqn=key, index=0, offset=begin)] = place
+        if dtype not in properties:
+            properties[dtype] = _object(PROPERTIES)
+            properties[dtype].state = (_global(dtype, "torch"), STRIDED, False, CONTIGUOUS, False)
+        begin = SIZE(part.offsets)
+        if key not in boxes:
+            boxes[key] = SIZE(shape), []
+            entries[key] = _object(TENSOR, properties=properties[dtype], size=boxes[key][0], chunks=boxes[key][1])
+        size, chunks = boxes[key]
+        stored[_object(INDEX, fqn=key, index=len(chunks), offset=begin)] = place
+        chunks.append(_object(CHUNK, offsets=begin, sizes=size if part.sizes == shape else SIZE(part.sizes)))
     return dump(
         _object(
             METADATA, state_dict_metadata=entries, planner_data=paths, storage_data=stored, storage_meta=None,

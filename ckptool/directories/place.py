@@ -9,8 +9,11 @@ process at a time rename or restore, so of concurrent calls the last one's set i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import reduce
+from operator import add, and_
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.directories import sets
@@ -18,9 +21,14 @@ from ckptool.directories.names import DCP, Distributed, Names, beside_it, is_par
 from ckptool.errors import CkptoolError, OutputError, explain, listed
 from ckptool.io.files import Files, names_in, opened
 from ckptool.io.leftovers import locked, sweep
-from ckptool.io.output import EXISTS, Output, SetOptions, commit_set
+from ckptool.io.output import EXISTS, Output, Part, SetOptions, commit_set, staging
 from ckptool.io.paths import is_url, join, split
 from ckptool.io.system import same_file
+from ckptool.values.blocks import changed_values
+
+if TYPE_CHECKING:
+    from ckptool.core.tensor import TensorInfo
+    from ckptool.ranks.world import World
 
 
 class Place:
@@ -173,6 +181,127 @@ class Place:
             "copied" if self.with_files else "beside the input, not copied (--with-files)": self.small,
         }
         return tuple(f"{what}: {listed(names, 20)}" for what, names in found.items() if names)
+
+
+class Shared(NamedTuple):
+    """What one rank writes of a directory that several write together.
+
+    ``new``: the names of all files, in the order in which they get them; the last one is the index if ``ends``.
+    ``contents``: {file: what writes this rank's part of it}; ``begins``: {file: its first byte}, if it is not 0.
+    ``tensors``: all that are written, whole. ``parts``: [(key, what of it was written)], which grows meanwhile.
+    """
+
+    directory: str
+    new: list[str]
+    ends: bool
+    contents: Mapping[str, Callable[[Output], None]]
+    begins: Mapping[str, int]
+    tensors: Mapping[str, TensorInfo]
+    parts: list[tuple[str, TensorInfo]]
+
+    def write(
+        self,
+        world: World,
+        prepare: Callable[[], Place],
+        last: Callable[[Callable[[], None]], bytes | None],
+        files: Files,
+        *,
+        check: Callable[[dict[str, str]], None],
+        progress: Callable[[int], None] | None,
+        fsync: bool,
+    ) -> tuple[int, tuple[str, ...]]:
+        """Writes the files with all other ranks, and returns the bytes of all, and notes.
+
+        Rank 0 has the `Place` that ``prepare`` returns: it makes the staging files, and names them after all ranks have
+        written, synced and checked (``check``) theirs. ``last`` calls its argument on every rank, which writes, and
+        returns the content of the index. On failure rank 0 removes everything; if it is gone, each rank what it wrote.
+        Raises: what `World.together` raises.
+        """
+        outputs: list[Output] = []
+        place: list[Place] = []
+        written: list[Part] = []
+
+        def path(name: str) -> str:
+            return os.path.join(self.directory, name)
+
+        with ExitStack() as stack:
+
+            def begin() -> str:
+                place.append(prepare())
+                stack.enter_context(_made(self.directory))
+                for name in reversed(self.new):  # the lock of the first one covers all
+                    run = outputs[-1].run if outputs else None
+                    output = Output(path(name), force=place[0].force, fsync=fsync, run=run)
+                    outputs.append(stack.enter_context(output))
+                    if run is not None:
+                        output.leave()
+                return outputs[0].run
+
+            run = world.first(begin)
+
+            def write() -> None:
+                for name, content in self.contents.items():
+                    with Part(path(name), run, self.begins.get(name, 0), fsync=fsync) as part:
+                        part.progress = progress
+                        written.append(part)
+                        content(part)
+                        part.finished()
+                files.check()
+
+            def finish(index: bytes | None, wrote: list[tuple[dict[str, int], int]]) -> int:
+                for output in outputs:
+                    if index is not None and output is outputs[0]:
+                        output.write(index)
+                    else:
+                        name = os.path.basename(output.path)
+                        output.take(max(ends.get(name, 0) for ends, _ in wrote))
+                    output.readers = reduce(and_, (mode for _, mode in wrote))
+                    output.finished()
+                    if output is not outputs[0]:
+                        output.close()
+                return sum(output.position for output in outputs)
+
+            def commit() -> tuple[str, ...]:
+                files.close()
+                with locked(self.directory):
+                    place[0].look()
+                    commit_set(outputs[::-1], place[0].force)
+                    place[0]._clear()
+                place[0]._copy()
+                return place[0].notes()
+
+            try:
+                index = last(write)
+                ends = {os.path.basename(part.path): part.position for part in written}
+                wrote = world.together(lambda: (ends, files.mode))
+                nbytes = world.first(lambda: finish(index if self.ends else None, wrote))
+                world.together(lambda: check({name: staging(path(name), run) for name in self.new}))
+                _add_changed(world, self.parts, self.tensors, files)
+                notes = world.first(commit)
+            except BaseException:
+                for part in written:
+                    part.drop()
+                raise
+        return nbytes, notes
+
+
+def _add_changed(
+    world: World, parts: Sequence[tuple[str, TensorInfo]], tensors: Mapping[str, TensorInfo], files: Files
+) -> None:
+    """Adds up what casts changed in the parts of all ranks: for the source of every tensor, in ``files.changed``."""
+    mine: dict[str, list[int]] = {}
+    for key, part in parts:
+        counts = changed_values({key: part}, files)
+        if any(counts.values()):
+            mine[key] = [
+                old + counts[name].get(key, 0) for name, old in zip(counts, mine.get(key, (0,) * 3), strict=True)
+            ]
+    total: dict[str, tuple[int, ...]] = {}
+    for found in world.together(lambda: mine):
+        for key, numbers in found.items():
+            total[key] = tuple(map(add, numbers, total.get(key, (0,) * len(numbers))))
+    files.changed.clear()
+    files.changed.update((id(tensors[key].source), numbers) for key, numbers in total.items())
 
 
 @contextmanager

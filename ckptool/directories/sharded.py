@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ckptool.core import aliases
 from ckptool.core.checkpoint import Checkpoint, plain
+from ckptool.core.dtypes import DTYPES
 from ckptool.core.keys import natural
 from ckptool.core.tensor import TensorInfo
 from ckptool.directories import deepspeed_files, sets
@@ -27,10 +30,13 @@ from ckptool.io.files import Files, ahead, exists
 from ckptool.io.paths import basename, dirname, join
 from ckptool.io.probe import Probe
 from ckptool.io.source import Source
+from ckptool.ranks import world as ranks
+from ckptool.ranks.parts import box, is_divisible
+from ckptool.ranks.plan import Division, Segment, boxes, edge
 
 # Needed only to write, so imported by the functions that do.
 if TYPE_CHECKING:
-    from ckptool.directories.place import Place
+    from ckptool.directories.place import Place, Shared
     from ckptool.formats.layout import MapLocation
     from ckptool.io.output import Output, SetOptions
 
@@ -237,8 +243,11 @@ def write(
 
     names = names_for(checkpoint, options.shard_name, options.kind)
     shards, said = _contents(checkpoint, options.max_shard_size, names)
-    recover(directory)
-    where = _place(checkpoint, directory, names, shards, options)
+    divided = _Divided(shards, options.ranks) if options.ranks > 1 else None
+
+    def prepare() -> Place:
+        recover(directory)
+        return _place(checkpoint, directory, names, shards, options)
 
     def written(name: str) -> Callable[[Output], None]:
         shard, metadata = shards[name]
@@ -261,11 +270,114 @@ def write(
         for name in shards if options.kind == "safetensors" else ():
             safetensors_file.prove(paths[name])
 
+    ends = names.whole not in shards
+    if (world := ranks.current) is not None and divided is not None:
+        shared = divided.shared(directory, [*shards, *([names.index] if ends else [])], ends, world.rank, files)
+
+        def last(write: Callable[[], None]) -> bytes | None:
+            world.together(write)
+            return index() if ends else None
+
+        nbytes, notes = shared.write(
+            world, prepare, last, files, progress=progress, fsync=options.fsync,
+            check=lambda paths: None if compare is None else compare(*divided.read_back(paths, world.rank, open_)),
+        )  # fmt: skip
+        return checkpoint.left_out(), nbytes, (divided.note, *notes)
+    where = prepare()
     nbytes = where.write(
-        {name: written(name) for name in shards}, None if names.whole in shards else index, files,
-        check=check, progress=progress,
-    )  # fmt: skip
+        {name: written(name) for name in shards}, index if ends else None, files, check=check, progress=progress
+    )
     return checkpoint.left_out(), nbytes, where.notes()
+
+
+class _Divided:
+    """The bytes of safetensors files, divided over ranks: a cut is between files if one is near, else in a tensor."""
+
+    def __init__(self, shards: Mapping[str, Shard], count: int) -> None:
+        self.shards, self.names = shards, [*shards]
+        self.headers: list[bytes] = []
+        self.order: list[list[str]] = []
+        """The names of each file's tensors in the order of their data."""
+        self.begins: list[list[int]] = []
+        """The first byte of each of these tensors, and the end of the file."""
+        for shard, metadata in shards.values():
+            header, _ = safetensors_file.begin(shard, metadata)
+            order = safetensors_file.by_size(shard)
+            self.headers.append(header)
+            self.order.append(order)
+            self.begins.append([*accumulate((shard[key].nbytes for key in order), initial=len(header))])
+        self.division = Division([begins[-1] for begins in self.begins], count, self._cut)
+        self.note = self.division.note("file")
+
+    def _cut(self, unit: int, within: int, slack: int) -> int:
+        """Returns where a file is cut (see `Snap`); if it can be, at a multiple of the pages of all systems."""
+        begins, nbytes = self.begins[unit], self.begins[unit][-1]
+        if min(within, nbytes - within) <= 4 * slack or within <= begins[0]:
+            return edge(within, nbytes)
+        at = round(within / PAGE) * PAGE if slack > PAGE else within
+        number = bisect_right(begins, at) - 1
+        tensor = self.shards[self.names[unit]][0][self.order[unit][number]]
+        if is_divisible(tensor):
+            return at - (at - begins[number]) % (DTYPES[tensor.dtype].bits // 8)
+        return begins[number] + edge(at - begins[number], tensor.nbytes)
+
+    def pieces(self, segment: Segment) -> Iterator[tuple[str, tuple[int, ...], TensorInfo]]:
+        """Yields (key, its first index, tensor) of what a segment has of tensors, in order."""
+        begins, order = self.begins[segment.unit], self.order[segment.unit]
+        shard = self.shards[self.names[segment.unit]][0]
+        for key, at, end in zip(order, begins, begins[1:], strict=False):
+            tensor, low, high = shard[key], max(at, segment.begin), min(end, segment.end)
+            if low < high or (at == end and segment.begin <= at < segment.end):
+                if (low, high) == (at, end):
+                    yield key, (), tensor
+                    continue
+                size = DTYPES[tensor.dtype].bits // 8
+                for offsets, sizes in boxes(tensor.shape or (), (low - at) // size, (high - at) // size):
+                    yield key, offsets, box(tensor, offsets, sizes)
+
+    def shared(self, directory: str, new: list[str], ends: bool, rank: int, files: Files) -> Shared:
+        """Returns what a rank writes."""
+        from ckptool.directories.place import Shared
+        from ckptool.values.blocks import runs
+
+        parts: list[tuple[str, TensorInfo]] = []
+
+        def content(segment: Segment) -> Callable[[Output], None]:
+            def write(output: Output) -> None:
+                mine = [(key, tensor) for key, _, tensor in self.pieces(segment)]
+                parts.extend(mine)
+                if segment.begin == 0:
+                    output.write(self.headers[segment.unit])
+                safetensors_file.put(runs(tensor for _, tensor in mine), output, files)
+
+            return write
+
+        segments = [*self.division.of(rank)]
+        contents = {self.names[segment.unit]: content(segment) for segment in segments}
+        begins = {self.names[segment.unit]: segment.begin for segment in segments}
+        tensors = {key: tensor for shard, _ in self.shards.values() for key, tensor in shard.items()}
+        return Shared(directory, new, ends, contents, begins, tensors, parts)
+
+    def read_back(
+        self, paths: Mapping[str, str], rank: int, open_: Open
+    ) -> tuple[dict[tuple[Any, ...], TensorInfo], dict[tuple[Any, ...], TensorInfo]]:
+        """Returns the tensors that a rank meant, and those that are read in the staging files, by key and index."""
+        meant: dict[tuple[Any, ...], TensorInfo] = {}
+        found: dict[tuple[Any, ...], TensorInfo] = {}
+        for segment in self.division.of(rank):
+            path = paths[self.names[segment.unit]]
+            there = open_(path).state_dict()
+            if segment.begin == 0:
+                safetensors_file.prove(path)
+            for key, offsets, tensor in self.pieces(segment):
+                meant[key, *offsets] = tensor
+                if key in there:
+                    found[key, *offsets] = box(there[key], offsets, tensor.shape or ()) if offsets else there[key]
+        return meant, found
+
+
+PAGE = 1 << 16
+"""Bytes of the largest page of a common system: two machines that write into one page of a file may lose bytes."""
 
 
 def _place(checkpoint: Checkpoint, directory: str, names: Names, shards: Iterable[str], options: SetOptions) -> Place:
@@ -285,6 +397,8 @@ def check(
     names = names_for(checkpoint, options.shard_name, options.kind)
     shards, _ = _contents(checkpoint, options.max_shard_size, names)
     notes = _place(checkpoint, directory, names, shards, options).notes()
+    if options.ranks > 1:
+        notes = (_Divided(shards, options.ranks).note, *notes)
     if options.kind == "bin":
         from ckptool.formats import torch_file
 

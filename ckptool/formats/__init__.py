@@ -104,7 +104,8 @@ class Format(NamedTuple):
     writing; ``ending`` is the suffix of an output whose name the user does not give (empty: it cannot be written).
     ``family`` is the format whose suffixes select this one too, and which is written where this one cannot be.
     ``extra`` is the extra of ckptool that installs a library which the module needs. ``kind`` tells the module which
-    of its formats is written; ``several`` is the format of a directory of such files. Without ``named`` the row is for
+    of its formats is written; ``several`` is the format of a directory of such files. ``by_ranks``: several ranks of
+    torchrun can write it together. Without ``named`` the row is for
     writing only, and another one reads what it writes.
     """
 
@@ -122,6 +123,7 @@ class Format(NamedTuple):
     extra: str = ""
     kind: str = ""
     several: str = ""
+    by_ranks: bool = False
 
     @property
     def writes(self) -> bool:
@@ -183,7 +185,7 @@ WHOLE = Holds(tree=True, ties=True, devices=True)
 FORMATS = (
     Format(
         "dcp", "dcp", "ckptool.directories.dcp", (b"",), named=(".metadata", ".distcp"), is_directory=True,
-        ending="-dcp", holds=Holds(tree=True, devices=True),
+        ending="-dcp", holds=Holds(tree=True, devices=True), by_ranks=True,
     ),
     Format(
         "dcp-hf", "dcp-hf", "ckptool.directories.dcp_hf", JSON, 8, named=("shard-",), is_directory=True,
@@ -228,7 +230,7 @@ FORMATS = (
     ),
     Format(
         "sharded", "hf-sharded", "ckptool.directories.sharded", JSON, named=(".index",), is_directory=True,
-        ending="-sharded", holds=Holds(ties=True, metadata=True), kind="safetensors",
+        ending="-sharded", holds=Holds(ties=True, metadata=True), kind="safetensors", by_ranks=True,
     ),
     Format(
         "sharded-bin", "hf-sharded", "ckptool.directories.sharded", (), named=(), is_directory=True,

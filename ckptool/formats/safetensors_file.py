@@ -6,7 +6,7 @@ And reads what torch.distributed.checkpoint puts into the header of its files.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptool.core import aliases
@@ -61,7 +61,7 @@ def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], like: 
 
     ranges: dict[str, list[int]] = {}
     position = 0
-    for name in _by_size(tensors):
+    for name in by_size(tensors):
         end = position + tensors[name].nbytes
         ranges[name] = [position, end]
         position = end
@@ -78,7 +78,8 @@ def begin(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], like: 
     return len(encoded).to_bytes(8, "little") + encoded, position
 
 
-def _by_size(tensors: Mapping[str, TensorInfo]) -> list[str]:
+def by_size(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Returns the names in the order of their data."""
     return sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].bits)
 
 
@@ -89,14 +90,21 @@ def write(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], output
     library does, so that each tensor is aligned. ``format`` is ``pt`` unless the metadata have another: accelerate
     requires it. Raises: LimitError if the header would exceed `MAX_HEADER`.
     """
-    from ckptool.values.blocks import blocks_ahead, runs  # needed only to write, so opening does not import it
+    from ckptool.values.blocks import runs  # needed only to write, so opening does not import it
 
-    pieces = list(runs(tensors[name] for name in _by_size(tensors)))
+    pieces = list(runs(tensors[name] for name in by_size(tensors)))
     first = next((piece for piece in pieces if isinstance(piece, Span)), None)
     shared = first is not None and first is pieces[0] and first.offset % 8 == 0 and output.clones(files.get(first))
     header, nbytes = begin(tensors, metadata, first.offset if first is not None and shared else None)
     output.reserve(len(header) + nbytes)
     output.write(header)
+    put(pieces, output, files)
+
+
+def put(pieces: Iterable[Span | TensorInfo], output: Output, files: Files) -> None:
+    """Writes data, streaming: bytes of files, and tensors."""
+    from ckptool.values.blocks import blocks_ahead
+
     for piece in pieces:
         if isinstance(piece, Span):
             output.copy(files, piece)

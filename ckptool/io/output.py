@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ckptool.core.tensor import Span
 from ckptool.errors import OutputError, explain
@@ -65,24 +65,8 @@ class Output:
     """
 
     def __init__(self, path: str, *, force: bool = False, fsync: bool = True, run: str | None = None) -> None:
-        self.path = path
-        self.fsync = fsync
-        self.position = 0
-        self.readers = 0o777
-        self._identity: tuple[int, int] | None = None
-        self._pending_name = True
-        self._fd = -1
-        self._temporary = ""
-        self._finished = False
-        self._old = ""
-        self._linked = False
-        self._pending = bytearray()
-        self._sent = 0
-        self._sending: Future[None] | None = None
-        self._sender: ThreadPoolExecutor | None = None
-        self.progress: Callable[[int], None] | None = None
-        target = system.reachable(os.path.realpath(path))
-        self._target = target
+        self._begin(path, fsync)
+        target = self._target
         directory, name = os.path.split(target)
         self._force = force
         replaced = None
@@ -110,12 +94,31 @@ class Output:
             reason = "no such directory" if error.errno == errno.ENOENT else explain(error)
             raise OutputError(f"cannot be written: {reason}", path) from error
 
+    def _begin(self, path: str, fsync: bool) -> None:
+        self.path = path
+        self.fsync = fsync
+        self.position = 0
+        self.readers = 0o777
+        self._identity: tuple[int, int] | None = None
+        self._pending_name = True
+        self._fd = -1
+        self._temporary = ""
+        self._finished = False
+        self._old = ""
+        self._linked = False
+        self._pending = bytearray()
+        self._sent = 0
+        self._sending: Future[None] | None = None
+        self._sender: ThreadPoolExecutor | None = None
+        self.progress: Callable[[int], None] | None = None
+        self._target = system.reachable(os.path.realpath(path))
+
     def _create(self, directory: str, name: str, run: str | None) -> None:
         """Creates and locks the staging file. Raises: OSError."""
         flags = system.flags("O_RDWR", "O_CREAT", "O_EXCL")
         while True:
             self.run = run or os.urandom(4).hex()
-            self._temporary = os.path.join(directory, f".{name}.{self.run}.ckptool-partial")
+            self._temporary = staging(os.path.join(directory, name), self.run)
             try:
                 self._fd = os.open(self._temporary, flags, 0o666)
             except OSError:
@@ -158,7 +161,7 @@ class Output:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
@@ -290,6 +293,18 @@ class Output:
         self.finished()
         self._close()
 
+    def leave(self) -> None:
+        """Leaves the writing to `Part`s, of other processes too, until `take`."""
+        self._close()
+
+    def take(self, nbytes: int) -> None:
+        """Takes the file back, of which `Part`s have written ``nbytes`` bytes, to finish it. Raises: OutputError."""
+        self.position = nbytes
+        try:
+            self._fd = os.open(self._temporary, system.flags("O_RDWR")) if self._fd < 0 else self._fd
+        except OSError as error:
+            raise self._failed(error) from error
+
     def rename(self, path: str) -> None:
         """Changes the name of the output, within its directory. Raises: OutputError if it exists."""
         target = os.path.join(os.path.dirname(self._target), os.path.basename(path))
@@ -365,12 +380,59 @@ class Output:
             os.unlink(self._temporary)
 
 
+def staging(target: str, run: str) -> str:
+    """Returns the path of the staging file of a run, for the real path of an output."""
+    directory, name = os.path.split(target)
+    return os.path.join(directory, f".{short(name)}.{run}.ckptool-partial")
+
+
+class Part(Output):
+    """Writes into the staging file of an `Output` of another process, from byte ``at`` on; that one commits it.
+
+    As a context manager it removes nothing: other processes may write into the file.
+    """
+
+    def __init__(self, path: str, run: str, at: int, *, fsync: bool) -> None:
+        self._begin(path, fsync)
+        self._force, self.run, self.position = False, run, at
+        self._temporary = staging(self._target, run)
+        try:
+            self._fd = os.open(self._temporary, system.flags("O_RDWR"))
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def reserve(self, nbytes: int) -> None:
+        pass  # the other process does, for all parts
+
+    def clones(self, file: Source) -> bool:
+        return False  # what is cloned decides the length of a header, on which all processes agree before
+
+    def finished(self) -> str:
+        self._flush()
+        try:
+            self._sent_all()
+            if self.fsync:
+                os.fsync(self._fd)
+        except OSError as error:
+            raise self._failed(error) from error
+        return self._temporary
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
+        self._pending_name = False
+        super().__exit__(kind, value, _)
+
+    def drop(self) -> None:
+        """Removes the staging file: no process writes into it any longer."""
+        self._discard()
+
+
 class SetOptions(NamedTuple):
     """How the files of one checkpoint are put into a directory.
 
     ``kind``: that of the files, where a format has several. ``max_shard_size``: bytes of tensors in one. ``shard_name``
     begins their names instead of the input's family. ``with_files`` copies the small files beside the input.
     ``force`` replaces a set of the same names as a whole, ``in_place`` the input's. ``fsync`` waits for the disk.
+    ``ranks``: over how many the work is divided, or would be.
     """
 
     kind: str
@@ -380,6 +442,7 @@ class SetOptions(NamedTuple):
     force: bool = False
     in_place: bool = False
     fsync: bool = True
+    ranks: int = 1
 
 
 def commit_set(outputs: Sequence[Output], force: bool) -> None:

@@ -16,7 +16,7 @@ PANELS = {
     "Training": "freeze new-lr-mult weight-decay groups-out",
     "Gates": "check min-loaded require strict fail-on allow exit-zero",
     "Output": "output to max-shard-size shard-name with-files publish save-map save-rules lock update-lock schema "
-    "verify fsync force in-place dry-run",
+    "verify fsync force in-place dry-run world-size",
     "Report": "flat fold keys tree depth sort top all explain json format html report",
     "Every command": "limit color quiet verbose install-completion show-completion version help",
 }
