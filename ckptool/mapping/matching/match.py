@@ -310,7 +310,7 @@ class Matcher:
         np.fill_diagonal(total, inf)
         one_naming = _MANY <= len(self._matches) * _NEARLY_ALL <= self._same
         broken = facts.broken + facts.opposed + facts.unlike + (1 - facts.same if one_naming else 0)
-        inner, inside = _MODULES * facts.inner, _MODULES * facts.inside
+        inner = _MODULES * facts.inner
         alone = (0.3 if block.is_vector else 1.0) + alike + beside + inner - 3 * gap + facts.against - 4 * broken
         found = []
         for at, (i, j) in enumerate(zip(rows[:count], columns[:count], strict=True)):
@@ -323,15 +323,8 @@ class Matcher:
             margin = min(margin, _ONE_WITNESS) if facts.own[i, j] < _SUPPORTS else margin
             settled = all(margin >= _STEPS[0] for *_, margin in block.accepted)
             only = settled and count + len(free[0]) + len(free[1]) == 1
-            speaks = {name: rival != at and bool(swap[at, rival] > _SPEAKS) for name, swap in swaps.items()}
-            speaks["words"] |= bool(alike[i, j] > _SUPPORTS or facts.same[i, j])
-            speaks["order"] |= bool(beside[i, j] > _SPEAKS)
-            speaks["neighbours"] |= bool(inside[i, j] > _SUPPORTS)
-            speaks["only one of its shape"] = only or bool(swaps["shape"][at, rival] > 1)
-            if any(speaks[name] for name in speaks if name != "shape"):  # these say nothing by themselves
-                speaks["numbers"] |= bool(facts.numbers[i, j] > 1)
-                speaks["few of its shape"] = 1 < len(block.mine) == len(block.theirs) <= _FEW
-            witnesses = [name for name, its in speaks.items() if its and name != "shape"]
+            against = {name: float(swap[at, rival]) if rival != at else 0.0 for name, swap in swaps.items()}
+            witnesses = _witnesses(facts, i, j, against, only)
             best = [
                 int(other) for other in np.argsort(-score[:, j]) if other != i and score[other, j] > score[i, j] - 1.5
             ]
@@ -370,6 +363,23 @@ class Matcher:
         around = block.shortcuts[0][ours] != block.shortcuts[1][theirs]
         found[around, :] = found[:, around] = 0
         return found, both | (one.indexed & other.indexed)
+
+
+def _witnesses(facts: _Facts, i: int, j: int, against: dict[str, float], only: bool) -> list[str]:
+    """Returns what speaks for a pair of a block: by itself, or ``against`` its strongest rival, if it has one.
+
+    ``only``: nothing else of its shape is left.
+    """
+    speaks = {name: swap > _SPEAKS for name, swap in against.items() if name != "shape"}
+    speaks["words"] |= bool(facts.alike[i, j] > _SUPPORTS or facts.same[i, j])
+    speaks["order"] |= bool(facts.beside[i, j] > _SPEAKS)
+    speaks["neighbours"] |= bool(_MODULES * facts.inside[i, j] > _SUPPORTS)
+    speaks["only one of its shape"] = only or against["shape"] > 1
+    if any(speaks.values()):  # these say nothing by themselves
+        count, other_count = facts.same.shape
+        speaks["numbers"] |= bool(facts.numbers[i, j] > 1)
+        speaks["few of its shape"] = 1 < count == other_count <= _FEW
+    return [name for name, its in speaks.items() if its]
 
 
 def _same_name(one: str, other: str) -> bool:
