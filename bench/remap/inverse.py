@@ -117,4 +117,5 @@ def inverse(pair: Pair) -> Pair:
         pair.source_ties,
         mismatched=[(other, one) for one, other in pair.mismatched],
         provenance=pair.provenance,
+        part=pair.part,
     )

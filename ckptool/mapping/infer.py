@@ -108,7 +108,7 @@ class _Proposal:
         join_classes(ours, theirs)
         ours, theirs = cut(ours, theirs, words), cut(theirs, ours, words)
         have, want = Counter(item.kind for item in ours), Counter(item.kind for item in theirs)
-        lacking = min(1 - (have & want).total() / max(1, side.total()) for side in (have, want))
+        lacking = [1 - (have & want).total() / max(1, side.total()) for side in (have, want)]
         kinds = have.keys() & want.keys()
         one, other = (units_of([item for item in side if item.kind in kinds], words) for side in (ours, theirs))
         one, self._unsure = copies.single(one, other)

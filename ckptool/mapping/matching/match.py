@@ -51,7 +51,10 @@ _SUPPORTS = 0.3
 _LACKING, _MISSED = 0.05, 2.0
 """From which share of tensors that lack a partner on a pair's own words must speak for it; what that share costs."""
 
-_MANY, _NEARLY_ALL = 8, 0.9
+_REST = 0.1
+"""The share of tensors without a partner on one side from which on other names are doubted where both name alike."""
+
+_MANY, _NEARLY_ALL = 8, 0.97
 """How many accepted pairs, and which share of them, must have the same names for both sides to name alike."""
 
 _FEW = 4
@@ -125,8 +128,8 @@ class _Block:
 class Matcher:
     """Matches the units of two sides; ``words``: whether the table of field words is used.
 
-    ``lacking``: the share of tensors that surely have no partner, of the side where it is less. Where it is large, the
-    partner of any tensor may be missing too. ``samples``: of the first side's vectors, as far as they are known.
+    ``lacking``: the shares of tensors of both sides that surely have no partner. Where both are large, the partner of
+    any tensor may be missing too. ``samples``: of the first side's vectors, as far as they are known.
     """
 
     def __init__(
@@ -134,10 +137,11 @@ class Matcher:
         one: Side,
         other: Side,
         words: bool = True,
-        lacking: float = 0.0,
+        lacking: Sequence[float] = (0.0, 0.0),
         samples: Mapping[str, Sample] | None = None,
     ) -> None:
-        self._one, self._other, self._has_words, self._lacking = one, other, words, lacking
+        self._one, self._other, self._has_words = one, other, words
+        self._lacking, self._has_rest = min(lacking), min(lacking) > 0 or max(lacking) > _REST
         self._samples = samples or {}
         mine, theirs = _by_kind(one.units), _by_kind(other.units)
         blocks = {kind: (mine[kind], theirs[kind]) for kind in mine if kind in theirs}
@@ -308,7 +312,7 @@ class Matcher:
         total = np.where(alone_is_enough | (named > _SPEAKS), total, np.minimum(total, _ONE_WITNESS))
         total[:, count:] = np.maximum(total[:, count:], [margin for *_, margin in block.accepted])
         np.fill_diagonal(total, inf)
-        one_naming = _MANY <= len(self._matches) * _NEARLY_ALL <= self._same
+        one_naming = self._has_rest and _MANY <= len(self._matches) * _NEARLY_ALL <= self._same
         broken = facts.broken + facts.opposed + facts.unlike + (1 - facts.same if one_naming else 0)
         inner = _MODULES * facts.inner
         alone = (0.3 if block.is_vector else 1.0) + alike + beside + inner - 3 * gap + facts.against - 4 * broken
