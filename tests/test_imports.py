@@ -93,6 +93,7 @@ SAFETENSORS = "core.aliases formats.safetensors formats.safetensors_file json"
 TORCH = "formats.pytorch formats.pytorch.zip pickling.archives"
 MERGE = "ops ops.filter ops.notes ops.rows ops.scales ops.segments ops.steps"
 REFERENCES = "api.reading cli.options cli.progress references"
+DIFF = "api.matching cli.diff cli.screens cli.screens.diff reports.wording ops ops.diff ops.notes"
 INSPECT = f"{REFERENCES} cli.inspect cli.screens cli.screens.inspect ops ops.inspect ops.notes"
 PARTIAL = (
     "partial partial.adapt partial.adapters partial.grids partial.handover partial.init partial.initplan "
@@ -112,12 +113,11 @@ ALLOWED: dict[str, tuple[list[object], str]] = {
     "inspect safetensors": (["inspect", SAFE], f"{READ} {SAFETENSORS} {INSPECT}"),
     "diff": (
         ["diff", OLD, FULL],
-        f"{READ} {TORCH} {REFERENCES} cli.diff cli.screens cli.screens.diff reports.wording ops ops.diff ops.notes",
+        f"{READ} {TORCH} {REFERENCES} {DIFF}",
     ),
     "diff safetensors": (
         ["diff", SAFE, FULL],
-        f"{READ} {TORCH} {SAFETENSORS} {REFERENCES} cli.diff cli.screens cli.screens.diff reports.wording "
-        "ops ops.diff ops.notes",
+        f"{READ} {TORCH} {SAFETENSORS} {REFERENCES} {DIFF}",
     ),
     "filter": (
         ["filter", "--match", FULL, OLD, "-o", "out.pth"],
@@ -282,3 +282,16 @@ def test_making_real_tensors_says_in_one_line_that_torch_is_absent() -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ckptool.errors.DependencyError: ")
     assert "making real tensors needs torch" in last
+
+
+def test_nothing_of_a_mapping_is_imported_where_one_side_has_no_key_of_its_own() -> None:
+    code = """
+import sys, ckptool
+less, _ = ckptool.filter(sys.argv[1], exclude=["fc.*"])
+assert len(ckptool.diff(less, sys.argv[1]).only_in_b) == len(ckptool.diff(sys.argv[1], less).only_in_a) == 2
+assert ckptool.diff(less, less).same
+print(*sys.modules)
+"""
+    done = python(code, OLD)
+    assert done.returncode == 0, done.stderr
+    assert not [name for name in done.stdout.split() if name.startswith(("ckptool.mapping", "numpy"))]

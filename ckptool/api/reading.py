@@ -90,6 +90,8 @@ def diff(
     atol: float = 1e-8,
     quick: bool = False,
     depth: int | None = None,
+    renames: str | None = None,
+    rules: bool = False,
     fail_on: Patterns | None = None,
     allow: Planned | None = None,
     progress: Progress | None = None,
@@ -97,15 +99,18 @@ def diff(
     """Returns how two checkpoints' weights differ: keys, shapes and dtypes, from headers alone.
 
     ``values`` also compares the data, block by block, with `torch.allclose`'s tolerances; NaN equals NaN,
-    integers are exact; and finds the tensors that have another name in B (``renamed``). ``quick`` only finds whether
-    the bytes are equal, and trusts the CRC-32 that torch's archives record where both sides have one. A lock file's
-    tensors are compared by their hashes, as far as it has them (``uncompared``). ``depth`` goes with ``values``:
-    distances are summed below that many names of keys (``prefixes``).
+    integers are exact. ``quick`` only finds whether the bytes are equal, and trusts the CRC-32 that torch's archives
+    record where both sides have one. A lock file's tensors are compared by their hashes, as far as it has them
+    (``uncompared``). ``depth`` goes with ``values``: distances are summed below that many names of keys (``prefixes``).
+    ``renames``: how tensors that have another name in B (``renamed``) are found: by ``structure``, which is by equal
+    values first, where values are compared; by ``values`` alone; or not (``off``). None: by structure, but not among so
+    many names that it would take long, which a note says. ``rules``: the report has rules that give A's keys B's names.
     ``fail_on``: the kinds of differences that ``fails`` names (None: those that are not `HARMLESS`).
     ``allow``: planned changes, which do not fail: a TOML file, or its table (see `ckptool.references.allowed`).
     ``progress`` is called with the bytes of both sides of each compared pair.
     Raises: what `open` raises, NoTensorsError; FormatError for what is no list of planned changes.
     """
+    from ckptool.api import matching
     from ckptool.ops import diff as op
 
     keys.expect_numbers(0, rtol=rtol, atol=atol)
@@ -120,9 +125,14 @@ def diff(
     fits = depth is None or (type(depth) is int and depth >= 1 and values)
     keys.expect(fits, "depth", "a whole number from 1 on, with values=True", depth)
     first, second = open_whole(a), open_whole(b)
-    differences = partial(op.diff, first, second, **both)
+    find = matching.renames(first, second, renames, values or quick)
+
+    def done(report: DiffReport) -> DiffReport:
+        return replace(report, rules=matching.renaming(first, second, report, one, other)) if rules else report
+
+    differences = partial(op.diff, first, second, **both, renames=find)
     if not (values or quick):
-        return differences()
+        return done(differences())
     from ckptool import saving
     from ckptool.core.findings import Distance
     from ckptool.io.files import Files
@@ -143,15 +153,9 @@ def diff(
                     return compare_bytes(one, other, files)
                 return (below.compare if below else compare)(one, other, files, rtol, atol)
 
-        def renames(one: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> list[tuple[str, str]]:
-            from ckptool.values.fingerprints.renames import renamed_by_values
-
-            with Files() as more:
-                return renamed_by_values(one, other, more)
-
         begin = below.begin if below else None
-        report = differences(compare=compared, renames=renames, by="bytes" if quick else None, begin=begin)
-    return report if below is None else _with_prefixes(report, below)
+        report = differences(compare=compared, by="bytes" if quick else None, begin=begin)
+    return done(report if below is None else _with_prefixes(report, below))
 
 
 def _with_prefixes(report: DiffReport, below: Prefixes) -> DiffReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -263,26 +262,19 @@ def auto_mapped(source: Checkpoint, target: Checkpoint) -> Mapped:
     return mapped(source, target)
 
 
-MOST_KEYS, MOST_NAMES = 20_000, 200
-"""Of how many keys of a side, and names without their numbers, a hint finds the mapping: that takes some seconds."""
-
-
 def better_hint(hint: str | None, source: Checkpoint, target: Checkpoint, loaded: int) -> str | None:
     """Returns the hint on ``remap --like`` where few keys match and it would match clearly more; else ``hint``.
 
     Few is less than half of the target's keys, by what ``hint`` says; clearly more is over twice as many and two.
     """
-    from ckptool.core import modules
-    from ckptool.core.roots import is_flat
     from ckptool.ops.notes import hinted
 
-    sides, known = (source.state_dict(), target.state_dict()), max(loaded, hinted(hint))
-    total = len(sides[1])
-    if 2 * known >= total or max(map(len, sides)) > MOST_KEYS:
+    known, total = max(loaded, hinted(hint)), len(target.state_dict())
+    if 2 * known >= total:
         return hint
-    if not (modules.is_module(node := source.at(source.root)) or is_flat(node)):  # remap writes no nested containers
-        return hint
-    if max(len({re.sub("[0-9]+", "", key) for key in side}) for side in sides) > MOST_NAMES:
+    from ckptool.api.matching import can_remap, is_soon
+
+    if not can_remap(source) or not is_soon(source.state_dict(), target.state_dict()):
         return hint
     from ckptool.mapping.infer import infer
     from ckptool.mapping.like import entries, proven

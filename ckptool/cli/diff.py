@@ -9,6 +9,7 @@ import typer
 
 import ckptool
 from ckptool import references
+from ckptool.api.matching import RENAMES
 from ckptool.cli import options, render
 from ckptool.cli.progress import bar
 from ckptool.cli.screens import diff as screen
@@ -72,6 +73,13 @@ def command(
         list[str] | None, typer.Option(metavar="FILE", help="Change A's keys by rules from a TOML or JSON file.")
     ] = None,
     allow_unused: options.AllowUnused = False,
+    renames: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(RENAMES),
+            help="How keys with another name in B are found: by equal values, then by their place; by values; not.",
+        ),
+    ] = None,
     root: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are, in both.")] = None,
     root_a: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in A.")] = None,
     root_b: Annotated[str | None, typer.Option(metavar="PATH", help="Where the weights are in B.")] = None,
@@ -85,6 +93,7 @@ def command(
     allow: Annotated[
         str | None, typer.Option(metavar="FILE", help="Planned changes, a TOML file: differences that do not fail.")
     ] = None,
+    save_rules: options.SaveRules = None,
     html: options.Html = None,
     force: options.Force = False,
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even if they differ.")] = False,
@@ -113,10 +122,14 @@ def command(
         raise UsageError("--sort, --top and --depth go with --values")
     if sort:
         one_of(ORDERS, sort, "--sort")
-    if force and html is None:
-        raise UsageError("--force goes with --html FILE")
-    if html is not None and len(b) > 1:
-        raise UsageError(f"--html is of two checkpoints, not of {len(b) + 1}")
+    written = {"--html": html, "--save-rules": save_rules}
+    if force and not any(written.values()):
+        raise UsageError("--force goes with --html FILE and --save-rules FILE")
+    for name, path in written.items():
+        if path is not None and len(b) > 1:
+            raise UsageError(f"{name} is of two checkpoints, not of {len(b) + 1}")
+    if save_rules is not None and renames == "off":
+        raise UsageError("--save-rules writes the renames that are found: leave out --renames off")
     options.refuse_arguments(arg, a, *b)
     chosen: dict[str, Any] = {
         "ignore": ignore or (), "strip_prefix_a": strip_prefix_a or (), "strip_prefix_b": strip_prefix_b or ()
@@ -127,7 +140,8 @@ def command(
     if any(map(references.is_schema, (a, *b))):
         of_data = {
             "--values": values, "--quick": quick, "--devices": devices, "--fail-on": fail_on, "--rename": rename,
-            "--rules": rules, "--html": html, "--sort": sort, "--top": top, "--depth": depth, "--allow": allow,
+            "--rules": rules, "--renames": renames, "--save-rules": save_rules, "--html": html, "--sort": sort,
+            "--top": top, "--depth": depth, "--allow": allow,
         }  # fmt: skip
         senseless = [name for name, given in of_data.items() if given]
         compared = _against_schema(a, b, root_a or root, root_b or root, chosen, arg, tp_rules, senseless)
@@ -136,24 +150,32 @@ def command(
         opened = first = options.reference(a, root_a or root, arg, tp_rules, values=values or quick)
         said: list[str] = []
         planned = None if allow is None else allowed.entries_of(allow)
-        if rename or rules:
-            first, said = _after(options.in_order(ctx, rename=rename, rules=rules), first, allow_unused)
+        given = options.in_order(ctx, rename=rename, rules=rules) if rename or rules else None
+        if given is not None:
+            first, said = _after(given, first, allow_unused)
 
         def compared(path: str) -> "DiffReport":
             second = options.reference(path, root_b or root, arg, tp_rules, values=values or quick)
             if html is not None:
                 from ckptool.reports import html as pages
 
-                pages.check(html, [opened, second], force)
+                pages.check(html, [opened, second], force, save_rules)
+            if save_rules is not None:
+                from ckptool import saving
+
+                saving.check_report(save_rules, force=force, inputs=[opened, second])
             with bar(lambda: volume(first, second, **chosen), "compare") as progress:
                 report = ckptool.diff(
                     first, second, **chosen, devices=devices, values=values, rtol=rtol, atol=atol,
-                    quick=quick, depth=depth, fail_on=kinds, allow=planned, progress=progress,
+                    quick=quick, depth=depth, renames=renames, rules=save_rules is not None, fail_on=kinds,
+                    allow=planned, progress=progress,
                 )  # fmt: skip
             if sort:
                 below = report.prefixes and by_change(report.prefixes, sort)
                 report = replace(report, values=by_change(report.values, sort), prefixes=below)
             report = replace(report, a=a, b=path, notes=[*said, *report.notes])
+            if save_rules is not None:
+                report = _saved(report, given, save_rules, force)
             if html is not None:
                 from ckptool.reports import document, wording
 
@@ -189,6 +211,19 @@ def _after(rules: "Rules", side: ckptool.Checkpoint, allow_unused: bool) -> tupl
     moved = sum(row.op != "rename" or row.old != [row.new] for row in changed.map)
     dropped = f", dropped {len(changed.dropped)}" * bool(changed.dropped)
     return made, [f"rules changed {plural(moved, 'key')} of A{dropped}", *changed.notes, *changed.unused_rules]
+
+
+def _saved(report: DiffReport, given: "Rules | None", path: str, force: bool) -> DiffReport:
+    """Writes the rules that give A's keys B's names, after those that were ``given``; returns the report with them."""
+    from ckptool import saving
+    from ckptool.cli.output import rules_file
+
+    rules = [*(given.entries() if given else ()), *(report.rules or ())]
+    if not rules:
+        said = f"{path} is not written: no key of A has another name in B"
+        return replace(report, notes=[*report.notes, said])
+    saving.write_text(path, rules_file(rules, path, report.a, report.b, "diff"), force=force)
+    return replace(report, rules=rules)
 
 
 def _json(

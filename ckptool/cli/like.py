@@ -7,7 +7,7 @@ import typer
 
 import ckptool
 from ckptool.cli import render
-from ckptool.cli.output import Outputs, heading
+from ckptool.cli.output import Outputs, heading, rules_file
 from ckptool.cli.progress import bar
 from ckptool.cli.screens import like as screen
 from ckptool.cli.screens import plans
@@ -17,7 +17,6 @@ from ckptool.errors import UsageError
 from ckptool.mapping.answers import Asked, answered, left
 from ckptool.mapping.like import LAYOUTS, InferReport, LikeReport, entries
 from ckptool.mapping.pairs import Pair
-from ckptool.mapping.rules import rules_text
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.rows import FilterReport, Gate, Row, counts_of, dims
 from ckptool.ops.rules import Rules
@@ -90,7 +89,9 @@ def run(
     if not failed:
         report = outputs.write(checkpoint, output, report)
         outputs.write_beside(save_map, report.saved)
-        outputs.write_beside(save_rules, _saved(found, save_rules or ""))
+        if save_rules is not None:
+            made = rules_file(found.rules, save_rules, found.source, found.target, "remap --like")
+            outputs.write_beside(save_rules, made)
     begin = heading(outputs.dry_run, output or save_rules, bool(failed))
     notes = [*report.notes, *(gate.text for gate in failed)]
     outputs.finish(replace(report, saved=None), notes, lambda: screen.lines(report, found, begin))
@@ -166,11 +167,3 @@ def _hint(source: Checkpoint, target: Checkpoint, found: InferReport, layout: Se
         if len(more.pairs) > len(found.pairs):
             return f"--min-confidence {least:g} would match {len(more.pairs):,} of {more.total:,}"
     return None
-
-
-def _saved(found: InferReport, path: str) -> object:
-    """Returns what --save-rules writes: TOML, or the content of a JSON file."""
-    if path.lower().endswith(".json"):
-        return {"rules": found.rules}
-    said = f"Makes {found.source} like {found.target}: ckptool remap --rules", "Found by ckptool remap --like"
-    return rules_text(found.rules, *said)

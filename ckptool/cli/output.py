@@ -118,6 +118,16 @@ class Outputs:
         saving.write_text(path, text, force=self.options.force)
 
 
+def rules_file(rules: Sequence[dict[str, Any]], path: str, source: str, target: str, found_by: str) -> str:
+    """Returns the content of a file of rules that were found: TOML, or JSON if the path says so. Raises: UsageError."""
+    if path.lower().endswith(".json"):
+        return document.text({"rules": rules})
+    from ckptool.mapping.rules import rules_text
+
+    said = f"Makes {source} like {target}: ckptool remap --rules", f"Found by ckptool {found_by}"
+    return rules_text(rules, *said)
+
+
 def heading(dry_run: bool, path: str | None, failed: bool = False) -> str:
     """Returns the start of the first line: the output's path, and whether it was not written."""
     state = " (dry run)" if dry_run and path else " (not written)" if failed else ""

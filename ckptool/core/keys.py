@@ -278,6 +278,20 @@ def _stripped(name: str, prefix: str, plain: Callable[[str], str]) -> str:
     return name[len(prefix) :]
 
 
+def moves(old: str, new: str) -> Iterator[tuple[str, str]]:
+    """Yields the prefixes that differ, from the shortest that explain two names on: each is a module's.
+
+    >>> [*moves("net.layer1.conv.weight", "net.stage1.conv.weight")]
+    [('net.layer1', 'net.stage1'), ('net.layer1.conv', 'net.stage1.conv')]
+    """
+    one, other = old.split("."), new.split(".")
+    common = 0
+    while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:
+        common += 1
+    for kept in range(common, 0, -1):
+        yield ".".join(one[: len(one) - kept]), ".".join(other[: len(other) - kept])
+
+
 def likely_prefixes(sources: Collection[str], targets: Collection[str]) -> list[tuple[str, str]]:
     """Returns up to eight (prefix to strip from the sources, prefix to add) that would make most of them targets.
 

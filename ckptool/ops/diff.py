@@ -14,7 +14,7 @@ from ckptool.core.tensor import Described, TensorInfo, quantization
 from ckptool.core.tree import as_mapping
 from ckptool.core.versions import versions_of
 from ckptool.errors import UnsupportedError, one_of
-from ckptool.ops.notes import Common, diff_hint, pattern_notes, require_tensors, root_notes, wrapper_notes
+from ckptool.ops.notes import Common, diff_hint, hinted, pattern_notes, require_tensors, root_notes, wrapper_notes
 
 if TYPE_CHECKING:
     from ckptool.core.findings import Distance, PrefixDistance
@@ -56,9 +56,9 @@ def failing(fail_on: Sequence[str] | None) -> list[str]:
 
 
 Compare = Callable[[TensorInfo, TensorInfo], "Distance"]
-
-Renames = Callable[[Mapping[str, TensorInfo], Mapping[str, TensorInfo]], list[tuple[str, str]]]
-"""Finds the same tensors among those that only A and only B have: (key in A, key in B)."""
+Tensors = Mapping[str, TensorInfo]
+Renames = Callable[[Tensors, Tensors, Mapping[str, str]], tuple[Sequence["Renamed"], Sequence[str]]]
+"""Returns (renames, notes) for the tensors that only A and only B have, and {key of A: key of B} of what both have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,25 @@ class ValuesChanged:
     """The cosine of the angle between a and b, -1 to 1; null where not finite, or where either is all zeros."""
     by: str | None = None
     """``hash`` or ``bytes`` where only these were compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """A tensor that B has under another name."""
+
+    key: str
+    """The key, as in A."""
+    a: str
+    """The key in A."""
+    b: str
+    """The key in B."""
+    by: str
+    """How that is known. ``values``: the elements are equal. ``structure``: shape, dtype, and the place in the model by
+    names and order are equal; values may differ."""
+    confidence: float = 1.0
+    """From 0 to 1."""
+    witnesses: list[str] = field(default_factory=list)
+    """What speaks for it, as of the pairs of `ckptool.infer`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +170,9 @@ class DiffReport:
     """With --devices: keys whose device tags differ."""
     bookkeeping: list[str]
     """The num_batches_tracked that one side lacks."""
-    renamed: list[Changed] = field(default_factory=list)
-    """Keys whose values B has under another name; not in ``only_in_a`` or ``only_in_b``. Found where values are
-    compared: ``a`` is the key in A, ``b`` that in B."""
+    renamed: list[Renamed] = field(default_factory=list)
+    """Keys that B has under another name; not in ``equal``, ``only_in_a`` or ``only_in_b``. Where values are compared,
+    those of what was found by structure are compared too, and may be in ``values``."""
     counters: dict[str, int] = field(default_factory=dict)
     """How many num_batches_tracked only A has (``a``), and only B (``b``)."""
     compared: bool = False
@@ -164,7 +183,7 @@ class DiffReport:
     """The dtypes of the keys that one side lacks."""
     uncompared: list[str] = field(default_factory=list)
     """Keys whose values were to be compared, of which a side has neither values nor a hash; they are among the equal
-    ones."""
+    ones, or the renamed ones."""
     tied: list[TiedAway] = field(default_factory=list)
     """Keys that one side leaves out as they are tied in the other; not in ``only_in_a`` or ``only_in_b``."""
     loadability: list[Unloadable] = field(default_factory=list)
@@ -179,6 +198,8 @@ class DiffReport:
     """The kinds of differences found that were to fail, and were not all allowed."""
     allowed: list[Allowed] = field(default_factory=list)
     """The differences that --allow names. They stand in the lists of their kinds too."""
+    rules: list[dict[str, Any]] | None = None
+    """With --save-rules: the rules of `remap` that give A's keys B's names; what only A has keeps its name."""
     prefixes: list[PrefixDistance] | None = None
     """With --depth: how far what is below each prefix is apart; keys that one side lacks do not count."""
 
@@ -230,12 +251,11 @@ def diff(
         False, 0, [], [], [], [], [], [], [], compared=compare is not None, notes=notes, a=a.url, b=b.url
     )
     equal = ignored = 0
-    counters = {}
+    counted: dict[str, list[str]] = {"a": [], "b": []}
     for side, plain_keys, others, tensors, lone in (
         ("a", plain_a, plain_b, first, report.only_in_a),
         ("b", plain_b, plain_a, second, report.only_in_b),
     ):
-        before = len(report.bookkeeping)
         for plain, key in plain_keys.items():
             if plain in others and side == "b":
                 continue
@@ -246,28 +266,37 @@ def diff(
                     begin(key)
                 equal += _same(report, key, first[key], second[plain_b[plain]], devices, compare, by)
             else:
-                (report.bookkeeping if names.is_counter(key) else lone).append(key)
+                (counted[side] if names.is_counter(key) else lone).append(key)
                 report.shapes[key], report.dtypes[key] = _shape(tensors[key]), tensors[key].dtype
-        counters[side] = len(report.bookkeeping) - before
         tied = _tied(tensors, lone, (key for plain, key in plain_keys.items() if plain in others))
         report.tied.extend(TiedAway(key, side, other) for key, other in tied.items())
         lone[:] = [key for key in lone if key not in tied]
-    if renames is not None and report.only_in_a and report.only_in_b:
-        alone = {key: first[key] for key in report.only_in_a}, {key: second[key] for key in report.only_in_b}
-        same_values = dict(renames(*alone))
-        report.renamed.extend(Changed(key, key, other) for key, other in same_values.items())
-        report.only_in_a[:] = [key for key in report.only_in_a if key not in same_values]
-        report.only_in_b[:] = [key for key in report.only_in_b if key not in {*same_values.values()}]
     if report.uncompared and equal == len(report.uncompared) and not report.values:
-        key = report.uncompared[0]
-        sides = (first[key], *second.values())
-        raise _no_values(key, next((one.described_in for one in sides if one.described_in), None))
+        sides = (first[report.uncompared[0]], *second.values())
+        raise _no_values(report.uncompared[0], next((one.described_in for one in sides if one.described_in), None))
+    differ = bool(report.only_in_a and report.only_in_b)
+    if renames is not None and differ:
+        both = {key: plain_b[plain] for plain, key in plain_a.items() if plain in plain_b}
+        alone = {key: first[key] for key in report.only_in_a + counted["a"]}
+        rows, more = renames(alone, {key: second[key] for key in report.only_in_b + counted["b"]}, both)
+        report.renamed.extend(rows)
+        notes += more
+        for side, lone in (("a", report.only_in_a), ("b", report.only_in_b)):
+            gone = {getattr(row, side) for row in rows}
+            for some in (lone, counted[side]):
+                some[:] = [key for key in some if key not in gone]
+        for row in rows:
+            is_open = row.by != "values"
+            if is_open and begin is not None:
+                begin(row.a)
+            _same(report, row.a, first[row.a], second[row.b], devices, compare if is_open else None, by)
+    report.bookkeeping.extend(counted["a"] + counted["b"])
     if "loadability" in wanted:
         strict = partial(_unloadable, a, b, strip_prefix_a, strip_prefix_b)
         report.loadability.extend(strict(lambda name, key: chosen(unwrapped(name), key)))
     if ignored:
         notes.append(f"ignored: {ignored} keys")
-    if report.only_in_a and report.only_in_b:
+    if differ:
 
         def common(
             one: Checkpoint, other: Checkpoint, strip_a: str = "", strip_b: str = "", rename: str = ""
@@ -282,10 +311,12 @@ def diff(
             sides = _sides(one, other, [*strip_prefix_a, strip_a], [*strip_prefix_b, strip_b], ignore)
             return _common(sides, compare is not None, before)
 
-        notes += [hint] if (hint := diff_hint(a, b, common)) else []
-    found = report.found()
-    same = not any(found[kind] for kind in failing(None))
-    fails = [kind for kind in wanted if found[kind]]
+        hint, renamed = diff_hint(a, b, common), len(report.renamed)
+        if hint and (not renamed or hinted(hint) >= common(a, b).matched + renamed):  # it explains all of them
+            notes.append(hint)
+    counts, counters = report.found(), {side: len(some) for side, some in counted.items()}
+    same = not any(counts[kind] for kind in failing(None))
+    fails = [kind for kind in wanted if counts[kind]]
     report = replace(report, same=same, equal=equal, counters=counters, fails=fails)
     if judge is None:
         return report
@@ -491,6 +522,12 @@ def _sides(
         return not ignore or (not_ignored(plain) and not_ignored(key) and not_ignored(owners.get(key, key)))
 
     return _Sides((first, second), sides, owners, plain, chosen)
+
+
+def in_both(a: Checkpoint, b: Checkpoint, strip_a: Sequence[str], strip_b: Sequence[str]) -> dict[str, str]:
+    """Returns {key of A: key of B} of what `diff` with these prefixes takes for one key."""
+    one, other = _sides(a, b, strip_a, strip_b, ()).plain
+    return {key: other[name] for name, key in one.items() if name in other}
 
 
 def _common(sides: _Sides, values: bool, before: Mapping[str, str]) -> Common:

@@ -170,12 +170,10 @@ def _outcome(
 
 def _folded(rows: Iterable[tuple[wording.Difference, Level]]) -> list[Problem]:
     """Returns rows of alike keys as one problem each."""
-    rows = list(rows)
     problems = []
-    for name, members in names.fold([(row.key, (row._replace(key=""), level)) for row, level in rows]):
-        row, level = rows[members[0]]
+    for row, level, count in wording.folded(list(rows), names.fold):
         reason = None if row.reason is None else safe(row.reason)
-        problems.append(Problem(row.kind, level, safe(name), safe(row.text), len(members), reason))
+        problems.append(Problem(row.kind, level, safe(row.key), safe(row.text), count, reason))
     return problems
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from ckptool.core import keys as names
 from ckptool.text import dims, plural
 
 if TYPE_CHECKING:
@@ -18,13 +20,51 @@ if TYPE_CHECKING:
 class Difference(NamedTuple):
     """What differs at one key. ``kind`` is one of `ckptool.ops.diff.KINDS`, or ``close``.
 
-    ``reason``: why it is allowed; None where it is not.
+    ``reason``: why it is allowed; None where it is not. ``to``: the other name of a key, which is in the text.
     """
 
     kind: str
     key: str
     text: str
     reason: str | None = None
+    to: str = ""
+
+
+_Of = TypeVar("_Of")
+
+
+def folded(
+    rows: Sequence[tuple[Difference, _Of]], fold: Callable[[Sequence[tuple[str, object]]], list[tuple[str, list[int]]]]
+) -> Iterator[tuple[Difference, _Of, int]]:
+    """Yields (row, what it is of, how many rows it stands for): alike ones, as ``fold`` finds them, as one.
+
+    Keys with another name are alike where both names differ in the same numbers and last names.
+    """
+    for key, members in fold([(row.key, (row._replace(key="", **_move(row)), of)) for row, of in rows]):
+        first, of = rows[members[0]]
+        to = _folded_names([rows[at][0] for at in members]) if first.to else ""
+        if to is None:
+            yield from ((*rows[at], 1) for at in members)
+        else:
+            yield first._replace(key=key, text=first.text.replace(first.to, to, 1), to=to), of, len(members)
+
+
+def _move(row: Difference) -> dict[str, str]:
+    """Returns the fields that rows with another name must share: what moved, numbers aside."""
+    if not row.to:
+        return {}
+    moved = next(names.moves(row.key, row.to), (row.key, row.to))
+    before, after = (re.sub("[0-9]+", "#", module) for module in moved)
+    return {"text": row.text.replace(row.to, "", 1), "to": f"{before} {after}"}
+
+
+def _folded_names(rows: Sequence[Difference]) -> str | None:
+    """Returns the other names of rows that are one as one, in whose numbers they rise as in their keys; else None."""
+    found = names.fold([(row.to, None) for row in rows]) if len(rows) > 1 else [(rows[0].to, [0])]
+    olds, news = (sorted(range(len(rows)), key=lambda at: names.natural(side[at])) for side in (
+        [row.key for row in rows], [row.to for row in rows]
+    ))  # fmt: skip
+    return found[0][0] if len(found) == 1 and olds == news else None
 
 
 def differences(report: DiffReport) -> Iterator[Difference]:
@@ -44,7 +84,9 @@ def _differences(report: DiffReport) -> Iterator[Difference]:
         yield Difference("shape", row.key, f"{dims(row.a)} -> {dims(row.b)}")
     for kind, changed in (("dtype", report.dtype), ("devices", report.devices)):
         yield from (Difference(kind, row.key, f"{row.a} -> {row.b}") for row in changed)
-    yield from (Difference("renamed", row.key, f"is {row.b} in B") for row in report.renamed)
+    for moved in report.renamed:
+        how = "" if moved.by == "values" else ", by its place"
+        yield Difference("renamed", moved.key, f"is {moved.b} in B{how}", to=moved.b)
     for key in report.uncompared:
         yield Difference("uncompared", key, "its values, as a lock file has no hash of it")
     for kind, lone in (("only-in-a", report.only_in_a), ("only-in-b", report.only_in_b)):
@@ -102,8 +144,8 @@ def headline(report: DiffReport) -> str:
     equal = f"{report.equal:,} equal"
     if close:
         equal += f", {close:,} close"
-    if report.uncompared:
-        equal += f", {len(report.uncompared):,} of them but for their values"
+    if unknown := len({*report.uncompared} - {row.a for row in report.renamed}):
+        equal += f", {unknown:,} of them but for their values"
     if not report.compared:
         equal += " (values not compared, --values does)"
     if report.loadability:

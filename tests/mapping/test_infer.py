@@ -369,3 +369,13 @@ def test_names_that_say_nothing_are_left_in_bounded_time() -> None:
 
 def test_a_pair_that_is_certain_has_a_witness() -> None:
     assert all(pair.witnesses for pair in infer(encoder(), blocks()).pairs)
+
+
+def test_copies_of_copies_go_with_those_that_went() -> None:
+    """Of two modules each is alike to a third, which goes as a copy of the first before the second is looked at."""
+    parts = {"a": range(10), "b": range(4, 14), "c": range(2, 12), "rest": range(10, 14)}
+    source = [Entry(f"{name}.p{at}.w", (at + 3, 5)) for name, some in parts.items() for at in some]
+    target = [Entry(f"x.p{at}.w", (at + 3, 5)) for at in range(14)]
+    for one, other in ((source, target), (target, source)):
+        found = infer(one, other)
+        assert len(found.pairs) + len(found.doubts) + len(found.only_target) == len(other)

@@ -17,7 +17,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def renamed(a: Any, b: Any, **options: Any) -> list[tuple[str, str]]:
-    report = ckptool.diff(a, b, **{"values": True, **options})
+    report = ckptool.diff(a, b, renames="values", **{"values": True, **options})
     found = [(row.a, row.b) for row in report.renamed]
     assert all(row.key == row.a for row in report.renamed)
     assert not {*report.only_in_a} & {one for one, _ in found}
@@ -34,7 +34,6 @@ def test_keys_of_the_same_values_are_renamed() -> None:
     assert renamed(A, b) == [(key, f"stem.{key}" if key < "g" else key.replace("layer1", "stage.1"))
                              for key in A if key != "head.weight"]  # fmt: skip
     assert renamed(A, b, values=False, quick=True) == renamed(A, b)
-    assert renamed(A, b, values=False) == []
 
 
 def test_another_shape_dtype_or_value_is_no_rename() -> None:
@@ -67,9 +66,11 @@ def test_renames_are_said_and_fail_where_they_are_asked_for(saved: Callable[...,
     assert "is stage1.0.fc.weight in B" in out
     assert run("diff", one, other, "--values", "--fail-on", "only-in-a,values")[0] == 0
     assert run("diff", one, other, "--values", "--fail-on", "renamed")[0] == 1
-    assert run("diff", one, other, "--fail-on", "renamed")[0] == 0  # without values nothing is known to be renamed
+    assert run("diff", one, other, "--fail-on", "renamed", "--renames", "off")[0] == 0
     result = json.loads(run("diff", one, other, "--values", "--json")[1])["result"]
-    assert result["renamed"][0] == {"key": "layer1.0.fc.weight", "a": "layer1.0.fc.weight", "b": "stage1.0.fc.weight"}
+    key = "layer1.0.fc.weight"
+    assert result["renamed"][0] == {"key": key, "a": key, "b": "stage1.0.fc.weight", "by": "values", "confidence": 1.0,
+                                    "witnesses": ["values"]}  # fmt: skip
     assert (result["only_in_a"], result["only_in_b"], result["fails"]) == ([], [], ["renamed"])
 
 

@@ -98,5 +98,5 @@ def _line(row: wording.Difference, count: int = 1) -> list[str]:
 
 
 def _folded(rows: Sequence[wording.Difference]) -> Iterable[list[str]]:
-    for name, members in render.fold([(row.key, (row.kind, row.text)) for row in rows]):
-        yield _line(rows[members[0]]._replace(key=name), len(members))
+    for row, _, count in wording.folded([(row, None) for row in rows], render.fold):
+        yield _line(row, count)

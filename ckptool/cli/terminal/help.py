@@ -10,7 +10,7 @@ from ckptool.cli.terminal import colours, tables
 PANELS = {
     "Inputs": "match into model like arg root root-a root-b match-root into-root like-root tp-rules",
     "Keys": "include exclude ignore strip-prefix strip-prefix-a strip-prefix-b add-prefix rename sub drop copy preset "
-    "rules auto-remap min-confidence interactive invert allow-unused only-matched first-wins",
+    "rules renames auto-remap min-confidence interactive invert allow-unused only-matched first-wins",
     "Values": "stats hash values quick rtol atol devices cast dtype keep layout dequantize untie adapt init "
     "init-preset seed optimizer map-location metadata set-metadata unset-metadata",
     "Training": "freeze new-lr-mult weight-decay groups-out",

@@ -28,6 +28,8 @@ def single(units: list[Unit], others: list[Unit]) -> tuple[list[Unit], set[int]]
     there = Counter(unit.main.kind for unit in others)
     for copies in _copies(units):
         inside = [[unit for unit in units if unit.path[: len(path)] == path] for path in copies]
+        if not all(inside):  # one of them went as a copy of another
+            continue
         kinds = Counter(unit.main.kind for unit in inside[0])
         here = Counter(unit.main.kind for unit in units)
         repeated = sum(here[kind] >= (len(copies) - 0.5) * there[kind] for kind in kinds)

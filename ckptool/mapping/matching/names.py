@@ -192,6 +192,12 @@ def projection(part: Segment) -> str:
     return said.pop() if len(said) == 1 else ""
 
 
+def says_fused(part: Segment) -> bool:
+    """Returns whether a segment names several of query, key and value: ``query_key_value``, ``qkv``, ``kv``."""
+    said = {_plain(word) for word in part.words} & {"query", "key", "value"}
+    return len(said) > 1 or not {"qkv", "wqkv", "kv"}.isdisjoint(part.words)
+
+
 @lru_cache(maxsize=1 << 16)
 def _plain(word: str) -> str:
     """Returns the first word of a word's group."""

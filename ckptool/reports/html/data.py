@@ -98,7 +98,7 @@ def _compared(result: dict[str, Any], a: Rows, b: Rows) -> Rows:
         if row is None:
             row = rows[side, key] = {**other.get(key, {"key": key, "shape": None, "dtype": "", "nbytes": 0})}
         row.update(fields)
-        if side == "b" or kind in ("only-in-a", "renamed", "ties", "bookkeeping", "shape", "uncompared"):
+        if side == "b" or kind in ("only-in-a", "ties", "bookkeeping", "shape", "uncompared"):
             row.pop("rel_l2", None), row.pop("max_abs", None)
         reason, before = reasons.get((kind, key)), row.get("status", "equal")
         light = before in ("equal", "close", *HARMLESS) and before not in result["fails"]
@@ -118,6 +118,7 @@ def _allowed(reason: str | None) -> str:
 
 def _differences(result: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Yields (kind, the side that a key is of, the key, its fields), the gravest of a key last."""
+    yield from (("renamed", "a", one["key"], {"renamed": one["b"]}) for one in result.pop("renamed"))
     yield from (("uncompared", "a", key, {}) for key in result.pop("uncompared"))
     for one in result.pop("values"):
         fields = {name: value for name, value in one.items() if name not in ("key", "status")}
@@ -128,7 +129,6 @@ def _differences(result: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[s
         yield "dtype", "a", one["key"], {"dtype": f"{one['a']} → {one['b']}"}
     for one in result.pop("shape"):
         yield "shape", "a", one["key"], {"other": one["b"], "shape": one["a"]}
-    yield from (("renamed", "a", one["key"], {}) for one in result.pop("renamed"))
     yield from (("only-in-a", "a", key, {}) for key in result.pop("only_in_a"))
     yield from (("only-in-b", "b", key, {}) for key in result.pop("only_in_b"))
     yield from (("ties", one["only_in"], one["key"], {"tied_to": one["tied_to"]}) for one in result.pop("tied"))

@@ -58,6 +58,7 @@ function detail(row, open, close) {
     stats?.histogram ? chart(stats.histogram, [[stats.mean, "mean"]]) : null,
     terms([
       ["Allowed", row.planned && safe(row.planned)],
+      ["Name in B", row.renamed && safe(row.renamed)],
       ["Shape", row.other === undefined ? dims(row.shape) : `${dims(row.shape)} → ${dims(row.other)}`], ["Dtype", `${safe(row.dtype)}${row.kind ? ` ${safe(row.kind)}` : ""}`],
       ["Parameters", whole(row.elements)], ["Bytes", `${bytes(row.bytes)}`], ["Device", row.device && row.device !== "cpu" ? safe(row.device) : ""], ["Devices", row.devices && safe(row.devices)],
       ["Tied to", row.tied_to ? keyButton(row.tied_to, open) : ""],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
+from ckptool.core.keys import moves
 from ckptool.core.tensor import TensorInfo
 from ckptool.io.files import Files
 from ckptool.values.fingerprints.prints import Print, take
@@ -35,7 +36,7 @@ def renamed_by_values(a: Mapping[str, TensorInfo], b: Mapping[str, TensorInfo], 
     found = {olds[0]: news[0] for sign, (olds, news) in groups.items() if len(olds) == len(news) == 1 and telling[sign]}
     changes: dict[str, set[str]] = defaultdict(set)
     for old, new in found.items():
-        for prefix, other in _changes(old, new):
+        for prefix, other in moves(old, new):
             changes[prefix].add(other)
     taken = {*found.values()}
     for olds, news in groups.values():
@@ -51,16 +52,6 @@ def renamed_by_values(a: Mapping[str, TensorInfo], b: Mapping[str, TensorInfo], 
 def _sign(one: Print) -> object:
     level = one.levels[one.dtype]
     return one.dtype, one.shape, level.order, level.total
-
-
-def _changes(old: str, new: str) -> Iterator[tuple[str, str]]:
-    """Yields the prefixes that differ, from the shortest that explain two names on: each is a module's."""
-    one, other = old.split("."), new.split(".")
-    common = 0
-    while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:
-        common += 1
-    for kept in range(common, 0, -1):
-        yield ".".join(one[: len(one) - kept]), ".".join(other[: len(other) - kept])
 
 
 def _candidates(key: str, changes: Mapping[str, set[str]]) -> list[str]:
