@@ -216,9 +216,13 @@ class Spool(LocalFile):
         self.path, self.version = "a temporary file", None
         try:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-            for block in blocks:
-                self._file.write(block)
-            self._file.flush()
+            try:
+                for block in blocks:
+                    self._file.write(block)
+                self._file.flush()
+            except BaseException:
+                self._file.close()
+                raise
             self.fd = self._file.fileno()
         except OSError as error:
             raise OutputError(f"a temporary file: {explain(error)}; TMPDIR says where they go") from error

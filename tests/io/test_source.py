@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,18 @@ def test_a_spool_gives_back_what_went_in() -> None:
         assert [bytes(block) for block in spool.blocks(1, 6, bytearray(4))] == [b"bcde", b"fg"]
 
 
+def test_a_spool_of_what_cannot_be_read_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"abc"
+        raise FormatError("cut off")
+
+    made = tempfile.TemporaryFile()  # noqa: SIM115 - the spool closes it
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: made)
+    with pytest.raises(FormatError, match="cut off"):
+        Spool(broken())
+    assert made.closed
+
+
 @pytest.mark.parametrize("offset", [0, 1, 4095, 4096, 70_000])
 def test_a_map_is_the_range_itself(offset: int, tmp_path: Path) -> None:
     content = bytes(number % 251 for number in range(80_000))
@@ -80,7 +95,9 @@ def test_a_map_is_the_range_itself(offset: int, tmp_path: Path) -> None:
 
 def _descriptors(text: str) -> list[str]:
     """What a file does with file descriptors and memory maps of its own."""
-    found = []
+    found: list[str] = []
+    if not re.search(r"\.fd\b|mmap|\bos\.(open|p?read)", text):  # parsing takes long
+        return found
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute) and (
             node.attr == "fd" or ast.unparse(node) in ("os.open", "os.pread", "os.preadv", "os.read", "mmap.mmap")
