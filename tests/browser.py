@@ -28,6 +28,7 @@ class Browser:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.opened = 0
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -39,8 +40,9 @@ class Browser:
             raise AssertionError(json.load(error)["value"]["message"].splitlines()[0]) from None
 
     def open(self, path: Path, fragment: str = "") -> None:
-        self.call("POST", "/url", {"url": "about:blank"})
-        self.call("POST", "/url", {"url": path.resolve().as_uri() + fragment})
+        """Loads a page anew, which a URL that differs in its fragment only would not."""
+        self.opened += 1
+        self.call("POST", "/url", {"url": f"{path.resolve().as_uri()}?{self.opened}{fragment}"})
 
     def run(self, script: str, *arguments: Any) -> Any:
         """Returns what a function's body returns in the page."""

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import house
-import pytest
 from oracles import FIXTURES
 
 import ckptool.formats
@@ -39,8 +38,18 @@ def files(package: Path) -> list[Path]:
 
 
 @cache
+def text_of(package: Path, path: Path) -> str:
+    return (package / path).read_text()
+
+
+@cache
 def parsed(package: Path, path: Path) -> ast.Module:
-    return ast.parse((package / path).read_text())
+    return ast.parse(text_of(package, path))
+
+
+def nodes(path: Path, pattern: str) -> Iterator[ast.AST]:
+    """Every node of a file of ours; of one whose text has no match none, since going over all takes long."""
+    return ast.walk(parsed(PACKAGE, path)) if re.search(pattern, text_of(PACKAGE, path)) else iter(())
 
 
 def named(node: ast.expr) -> str:
@@ -122,7 +131,7 @@ def test_every_room_has_a_floor_and_is_small() -> None:
     assert {path.parts[0].removesuffix(".py") for path in files(PACKAGE)} == FLOORS.keys()
     rooms = Counter(str(path.parent) for path in files(PACKAGE) if path.stem != "__init__")
     assert {name: count for name, count in rooms.items() if count > 12} == {}
-    lengths = {str(path): (PACKAGE / path).read_text().count("\n") for path in files(PACKAGE)}
+    lengths = {str(path): text_of(PACKAGE, path).count("\n") for path in files(PACKAGE)}
     assert {name: lines for name, lines in lengths.items() if lines > 550} == {}
 
 
@@ -177,7 +186,7 @@ def test_no_format_is_asked_for_by_name_outside_formats() -> None:
         if path.parts[0] in ("formats", "directories"):
             continue
         found += [f"{path}:{line} imports {module}" for module, line, _ in imports(PACKAGE, path) if module in modules]
-        for node in ast.walk(parsed(PACKAGE, path)):
+        for node in nodes(path, rf"""["']({"|".join(map(re.escape, words))})["']"""):
             if isinstance(node, ast.Constant) and node.value in words:
                 found.append(f"{path}:{node.lineno} says {node.value!r}")
     assert found == []
@@ -221,14 +230,13 @@ def test_operations_do_no_input_or_output() -> None:
 def test_nothing_of_a_file_is_run_and_no_assertion_stands_on_user_data() -> None:
     found = []
     for path in files(PACKAGE):
-        tree = parsed(PACKAGE, path)
         modules = {module.split(".")[0] for module, _, _ in imports(PACKAGE, path)}
         if modules & {"pickle", "_pickle", "marshal", "shelve"} and path.as_posix() not in (
             "pickling/load.py",
             "pickling/classes.py",
         ):
             found.append(f"{path} imports an unpickler of Python's own")
-        for node in ast.walk(tree):
+        for node in nodes(path, r"\bassert\b|\b(eval|exec|compile|__import__|loads?|import_module)\("):
             if isinstance(node, ast.Assert):
                 found.append(f"{path}:{node.lineno} asserts")
             if isinstance(node, ast.Call):
@@ -273,23 +281,22 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
     assert ("torch.nn", 3, True) in imports(package, Path("core/tree.py"))
 
 
-@pytest.mark.parametrize(
-    "job",
-    [
+def test_jobs_on_headers_and_plain_bytes_load_neither_torch_nor_numpy() -> None:
+    jobs = [
         "ckptool.open(name).state_dict()",
         "ckptool.diff(name, name)",
         "ckptool.filter(name, include=['fc.*'])",
         "ckptool.save(ckptool.open(name), 'copy.pth')",
         "ckptool.save(ckptool.open(name), 'copy.safetensors')",
-    ],
-)
-def test_jobs_on_headers_and_plain_bytes_load_neither_torch_nor_numpy(job: str) -> None:
+    ]
     script = f"""
 import sys, ckptool
 name = {str(FIXTURES / "resnet_new.pth")!r}
-{job}
-print(sorted({HEAVY!r} & set(sys.modules)))
+for job in {jobs!r}:
+    exec(job)
+    if {HEAVY!r} & set(sys.modules):
+        print(job, {HEAVY!r} & set(sys.modules))
 """
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert (run.stdout.strip(), run.stderr) == ("[]", "")
+    assert (run.stdout, run.stderr) == ("", "")

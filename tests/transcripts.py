@@ -21,15 +21,17 @@ import importlib
 import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import tokenize
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -43,39 +45,96 @@ FILES = [
 BLOCK = re.compile(r"^```(\w+)(?: +([\w.]+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def ckptool(args: list[str]) -> str:
-    """Returns what one command prints, and its exit code if it is not 0."""
+def ckptool(args: list[str], out: TextIO | None = None) -> str:
+    """Returns what one command prints, and its exit code if it is not 0; ``out`` gets what it prints on stdout."""
     from ckptool.cli import main
 
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(out or said), contextlib.redirect_stderr(said):
         code = main(args)
-    return out.getvalue() + (f"exit {code}\n" if code else "")
+    return said.getvalue() + (f"exit {code}\n" if code else "")
+
+
+def program(words: list[str]) -> int:
+    """Runs ``ckptool ARGS`` or ``python FILE ARGS`` in this process, and returns its exit code."""
+    from ckptool.cli import main
+
+    if words[0] == "ckptool":
+        return main(words[1:])
+    sys.argv, sys.path[0] = words[1:], str(Path(words[1]).parent.resolve())
+    try:
+        runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def forked(words: list[str], directory: str = ".") -> str:
+    """Returns what a program prints, run by a fork of this process: all that is imported here need not be again."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.dup2(write, 1)
+            os.dup2(write, 2)
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))
+            if "torch" in sys.modules:  # threads that computed do not come along
+                sys.modules["torch"].set_num_threads(1)
+            os.chdir(directory)
+            code = program(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    os.close(write)
+    with open(read) as pipe:
+        said = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return said + (f"exit {code}\n" if code else "")
+
+
+def shell(command: str, given: str | None = None) -> str:
+    """Returns what bash prints that runs a command."""
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, input=given)
+    return done.stdout + done.stderr + (f"exit {done.returncode}\n" if done.returncode else "")
+
+
+INSIDE = re.compile(r"\((?:cd (\w+) && )(ckptool [^()|>&;]+)\)(?: 2>&1 \| (.+))?")
+"""A command of ckptool that is run in another directory, and what gets its output."""
 
 
 def run(command: str) -> str:
-    """Returns what a command of a transcript prints; ckptool runs in this process, anything else in a shell.
+    """Returns what a command of a transcript prints; ckptool and Python run without a start, anything else in a shell.
 
     Alike keys are one line, as on a terminal, unless a pipe or a file gets them.
     """
     words = shlex.split(command)
     piped = {"|", ">"} & set(words)
-    given = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CKPTOOL_FOLD", "0" if piped else "1")
         patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # a reader may have told git no name
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        if inside := INSIDE.fullmatch(command):
+            said = forked(shlex.split(inside[2]), inside[1])
+            return shell(inside[3], said) if inside[3] else said
+        if words[0] == "python" and words[1].endswith(".py") and not piped:
+            return forked(words)
         if words[0] == "cd" and words[2:4] == ["&&", "ckptool"]:
             patch.chdir(words[1])
             command, words = command.partition(" && ")[2], words[3:]
-        if words[0] == "ckptool" and not {">", "&&", ";"} & set(words):
-            if not piped:
-                return ckptool(words[1:])
-            before, _, behind = command.partition(" 2>&1 | ")
-            if behind and "|" not in before:
-                given, command = ckptool(shlex.split(before)[1:]), behind
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, input=given)
-    return done.stdout + done.stderr + (f"exit {done.returncode}\n" if done.returncode else "")
+        if words[0] != "ckptool" or {"&&", ";"} & set(words):
+            return shell(command)
+        if not piped:
+            return ckptool(words[1:])
+        if words[-2] == ">" and "|" not in words:
+            with open(words[-1], "w") as out:
+                return ckptool(words[1:-2], out)
+        before, _, behind = command.partition(" 2>&1 | ")
+        if behind and "|" not in before:
+            return shell(behind, ckptool(shlex.split(before)[1:]))
+        return shell(command)
 
 
 def commands(text: str) -> str:

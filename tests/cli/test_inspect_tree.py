@@ -297,14 +297,14 @@ def test_bars_are_of_the_letters_that_there_are(saved: Saved) -> None:
     assert "#" not in out.split("cls_token")[0].split("params")[0]
 
 
-def test_a_hundred_thousand_keys_and_two_hundred_levels_take_no_time() -> None:
-    many = [TensorRow(f"layers.{i // 10}.m{i % 10}.weight", [2], "float32", 8) for i in range(100_000)]
+def test_many_keys_and_levels_take_no_time() -> None:
+    many = [TensorRow(f"layers.{i // 10}.m{i % 10}.weight", [2], "float32", 8) for i in range(20_000)]
     slashes = [TensorRow("a/" * 30_000 + end, [2], "float32", 8) for end in "xyz"]
     begin = time.process_time()
     assert len(screen.lines(many, None, None)) == 3
     assert len(screen.lines(slashes, None, None)) == 5
-    assert time.process_time() - begin < 20
-    assert tree_of(many).nbytes == 800_000
+    assert time.process_time() - begin < 4
+    assert tree_of(many).nbytes == 160_000
 
 
 @pytest.mark.parametrize("others", [["--flat"], ["--keys"], ["--stats"], ["--hash"], ["--format", "markdown"]])

@@ -306,11 +306,11 @@ def test_counters_are_in_the_sums_and_a_note_says_how_to_leave_them_out(saved: S
     assert not any("num_batches_tracked" in note for note in report.notes)
 
 
-def test_a_hundred_thousand_keys_have_a_row_each_at_most(saved: Saved) -> None:
-    a = {f"blocks.{at // 10}.m{at % 10}": torch.tensor([float(at)]) for at in range(20_000)}
+def test_many_keys_of_few_modules_are_few_rows(saved: Saved) -> None:
+    a = {f"blocks.{at // 10}.m{at % 10}": torch.tensor([float(at)]) for at in range(2000)}
     b = {key: one if at % 2 else one + 1 for at, (key, one) in enumerate(a.items())}
     rows = rows_of(saved(a, "a.pth"), saved(b, "b.pth"), 1)
-    assert (len(rows), {row.tensors for row in rows.values()}) == (2000, {10})
+    assert (len(rows), {row.tensors for row in rows.values()}) == (200, {10})
     assert {row.changed for row in rows.values()} == {5}
 
 
