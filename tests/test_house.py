@@ -206,6 +206,24 @@ def test_only_values_and_partial_import_numpy_and_torch_and_only_for_those_who_n
     assert found == []
 
 
+def test_paths_that_may_be_urls_are_joined_split_and_looked_for_in_io_only() -> None:
+    """``os.path`` knows no URLs. Outputs, code and rules that ship are of this machine."""
+    local = {"directories/place.py", "directories/parallel/joining.py", "formats/__init__.py", "formats/unknown.py"}
+    found = []
+    for path in files(PACKAGE):
+        if path.parts[0] not in ("formats", "directories", "values", "api", "ops", "mapping") or str(path) in local:
+            continue
+        for node in ast.walk(parsed(PACKAGE, path)):
+            name = named(node) if isinstance(node, ast.Attribute) else ""
+            if name.startswith(("os.path.", "os.listdir", "os.scandir", "os.stat")) and name not in KNOWN_HERE:
+                found.append(f"{path}:{node.lineno} calls {name}")
+    assert found == []
+
+
+KNOWN_HERE = {"os.path.splitext", "os.path.islink"}
+"""What is right for a name alone, or asked where there is no link."""
+
+
 def test_the_terminal_is_known_in_the_command_line_only_and_click_nowhere() -> None:
     terminal = {"typer", "rich"}
     assert [

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -239,7 +240,7 @@ VARIABLES = {
 
 def run(args: list[str]) -> int:
     """Runs one command line. Any exception but ckptool's and typer's is a bug and keeps its traceback."""
-    args = list(map(_without_secrets, args))
+    args = _without_secrets(args)
     command = next((arg for arg in args if arg in COMMANDS), "")
     form = _form(args)
     render.quiet, tally.current, ranks.started, ranks.current = False, None, None, None
@@ -262,10 +263,18 @@ def run(args: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _without_secrets(arg: str) -> str:
-    """Returns an argument whose URL, if it is one, has masks for its secrets: no message or report can show them."""
-    option, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
-    return f"{option}{equals}{paths.given(value)}"
+def _without_secrets(args: list[str]) -> list[str]:
+    """Returns the arguments with masks for the secrets of URLs: no message or report can show them.
+
+    A URL begins an argument, or stands behind the ``=`` of an option or an adapter (of which a comma ends it).
+    """
+    made = []
+    for before, arg in pairwise(["", *args]):
+        option, equals, value = arg.partition("=") if arg.startswith("--") and "=" in arg else (before, "", arg)
+        if option == "--adapt":
+            value = re.sub(r"\w[\w+.-]+://[^,]*", lambda found: paths.given(found[0]), value)
+        made.append(f"{option}={paths.given(value)}" if equals else paths.given(value))
+    return made
 
 
 WRITING = ("filter", "remap", "convert", "load-partial")

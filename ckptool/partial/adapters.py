@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptool.errors import UsageError, near
+from ckptool.io.paths import given
 
 Shape = tuple[int, ...]
 
@@ -63,7 +64,7 @@ def _channels(text: str) -> tuple[int, ...]:
 def _path(text: str) -> str:
     if not text or "," in text:
         raise ValueError
-    return text
+    return given(text)
 
 
 def _two_paths(text: str) -> tuple[str, str]:

@@ -231,3 +231,16 @@ def test_the_hash_in_a_name_is_compared_where_all_of_the_file_is_read(root: Path
     with serving(root) as server:
         code, out, _ = run("filter", f"{server.url}/m-{tag}.pth", "--include", "a", "-o", "d.pth")
         assert (code, f"{tag}, was not checked: not all of the file was read" in out) == (0, True)
+
+
+def test_a_secret_in_the_url_of_a_list_of_rows_is_printed_nowhere(root: Path, run: Run) -> None:
+    torch.save({"w": torch.rand(4, 2)}, root / "old.pth")
+    torch.save({"w": torch.zeros(2, 2)}, root / "new.pth")
+    (root / "rows.txt").write_text("1\n0\n")
+    with serving(root) as server:
+        for name in ("rows.txt", "none.txt"):
+            rows = f"w=rows:select={server.url}/{name}?sig=s3cr3t"
+            call = ["load-partial", root / "old.pth", "--into", root / "new.pth", "--adapt", rows, "--dry-run"]
+            for form in ([], ["--json"]):
+                code, out, err = run(*call, *form)
+                assert (code, "s3cr3t" in out + err) == (0 if name == "rows.txt" else 2, False), out + err

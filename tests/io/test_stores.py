@@ -110,3 +110,29 @@ def test_an_object_that_is_replaced_meanwhile_is_noticed(store: Any, run: Run, m
             opened.to_torch()
     finally:
         client.put_object(Bucket="models", Key="resnet_new.pth", Body=content)
+
+
+def test_a_store_that_answers_with_more_than_it_was_asked_for_is_refused(run: Run) -> None:
+    import fsspec
+    from fsspec.implementations.memory import MemoryFile
+
+    fsspec.filesystem("memory").pipe_file("/odd/a.pth", (FIXTURES / "resnet_old.pth").read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryFile, "read", lambda self, size=-1: self.getvalue() + b"x")
+        code, _, err = run("inspect", "memory://odd/a.pth")
+    assert (code, err.count("\n"), "other bytes than those that it was asked for" in err) == (2, 1, True)
+
+
+def test_a_file_of_a_store_that_is_replaced_meanwhile_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    import ckptool
+    from ckptool.errors import FormatError
+
+    store = fsspec.filesystem("memory")
+    content = (FIXTURES / "resnet_old.pth").read_bytes()
+    store.pipe_file("/odd/b.pth", content)
+    opened = ckptool.open("memory://odd/b.pth")
+    store.pipe_file("/odd/b.pth", content)
+    with pytest.raises(FormatError, match="it was changed since it was opened"):
+        opened.to_torch()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptool.errors import CkptoolError, OutputError, explain, one_of
+from ckptool.io.paths import is_url
 
 VARIABLE = "_CKPTOOL_COMPLETE"
 
@@ -268,7 +269,9 @@ def _files(long: str, options: dict[str, Any], words: list[str]) -> list[tuple[s
 
 
 def _found(long: str, path: str, root: str | None, begun: str) -> list[str]:
-    """Returns roots, prefixes or keys of a file that begin with what is there. A model in code is not run."""
+    """Returns roots, prefixes or keys of a file that begin with what is there. No model is run, no URL asked."""
+    if is_url(path):
+        return []
     import ckptool
     from ckptool.core import roots
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from typing import Any
 
 from ckptool.errors import DependencyError, FormatError, UnreadableError, UnsupportedError
@@ -20,6 +21,10 @@ MARKS = ("ETag", "etag", "md5Hash", "generation", "xet_hash", "blob_id", "mtime"
 """Fields that say which version of a file it is; the first that is there does."""
 
 _used: dict[int, Any] = {}
+"""The file systems, by their ids: fsspec keeps them, too."""
+
+_looked: dict[int, float] = {}
+"""When a file system last forgot what it knew of its directories."""
 
 
 def refresh() -> None:
@@ -104,6 +109,7 @@ class Stored(Origin):
         self.url = url
         self.fs, self.path = file_system(url)
         self._lock = threading.Lock()
+        self._fetched = 0.0
 
     def begin(self, nbytes: int) -> bytes:
         try:
@@ -121,19 +127,25 @@ class Stored(Origin):
     def fetch(self, begin: int, end: int, into: bytearray) -> None:
         try:
             if hasattr(self.file, "_fetch_range"):
-                into += self.file._fetch_range(begin, end)
+                data = self.file._fetch_range(begin, end)
             else:
                 with self._lock:
                     self.file.seek(begin)
-                    into += self.file.read(end - begin)
+                    data = self.file.read(end - begin)
         except Exception as error:
             raise _translated(error, self.url) from None
+        if len(data) > end - begin:
+            raise UnreadableError("its store answers with other bytes than those that it was asked for", self.url)
+        into += data
+        self._fetched = time.monotonic()
 
     def check(self) -> None:
         if "IfMatch" in getattr(self.file, "read_kw", {}):  # every request says which version is meant
             return
         try:
-            self.fs.invalidate_cache()
+            if _looked.get(id(self.fs), 0) <= self._fetched:  # else what is known of its directory is newer
+                self.fs.invalidate_cache()
+                _looked[id(self.fs)] = time.monotonic()
             now = _version(self.fs.info(self.path))
         except FileNotFoundError:
             now = None
