@@ -44,7 +44,8 @@ def decided_by_values(
         evidence = ValueEvidence(ours, theirs, files)
         settled = settle(ours, theirs, evidence)
         looks = samples(ours, files) if len(evidence.unread) == len(theirs) else {}
-        return checked(propose(settled.pairs, looks), settled, ours, theirs, evidence), settled
+        found = checked(propose(settled.pairs, looks), settled, ours, theirs, evidence)
+        return replace(found, notes=settled.notes), settled
 
 
 MOST_KEYS, MOST_NAMES, MOST_SINGLE = 20_000, 200, 1_000

@@ -134,7 +134,7 @@ def inferred(
     made = rules_of([*pairs, *kept], ours, [*theirs, *(Entry(pair.target, ()) for pair in kept)])
     report = InferReport(
         source.url, target.url, pairs, doubts, found.only_target, left, min_confidence, made,
-        root_notes([source, target]),
+        [*root_notes([source, target]), *found.notes],
     )  # fmt: skip
     return Rules.parse(made), report
 

@@ -70,3 +70,5 @@ class Inferred:
     """Keys of the target that nothing of the source could become."""
     only_source: list[str]
     """Keys of the source that no pair uses."""
+    notes: list[str] = field(default_factory=list)
+    """What else was noticed."""

@@ -77,7 +77,7 @@ class Evidence(Protocol):
         ...
 
     def near(self, sources: Iterable[int], targets: Iterable[int]) -> Iterable[Guess]:
-        """Yields guesses for targets that lie near one source and far from all others."""
+        """Yields guesses for targets that lie near one source and far from all others; of nothing if too many may."""
         ...
 
     def same(self, one: TensorInfo, other: TensorInfo) -> bool:
@@ -105,6 +105,14 @@ class Settled:
     """Whether most elements of the target are settled: both sides are versions of one model."""
     apart: dict[str, float] = field(default_factory=dict)
     """The distance of the pairs that are near and not equal, by key of the target: see NEAR."""
+    crowded: int = 0
+    """How many targets have a shape of which there are too many tensors to find the near ones."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Returns what a report says of it."""
+        text = f"{self.crowded:,} keys have a shape of too many tensors to find near ones: names decide these"
+        return [text] if self.crowded else []
 
 
 def settle(source: Mapping[str, TensorInfo], target: Mapping[str, TensorInfo], evidence: Evidence) -> Settled:
@@ -154,6 +162,7 @@ class _Settling:
         self.pairs: dict[int, Pair] = {}
         self.doubts: dict[int, Doubt] = {}
         self.apart: dict[str, float] = {}
+        self.crowded = 0
         self.proven: Counter[str] = Counter()
         self.tried: set[tuple[int, ...]] = set()
         self.mixed: dict[int, str] = {}
@@ -185,6 +194,7 @@ class _Settling:
             {self.targets[number]: why for number, why in evidence.unread.items()},
             settled >= ONE_MODEL * sum(counted.values()) > 0,
             self.apart,
+            self.crowded,
         )
 
     def _open(self) -> list[int]:
@@ -251,6 +261,9 @@ class _Settling:
     def _measure(self, guess: Guess) -> None:
         """Settles a target whose elements lie near those of a source."""
         key = self.targets[guess.target]
+        if not guess.sources:
+            self.crowded += 1
+            return
         found = self._made(guess, guess.ops[0])
         apart = None if found is None else self.evidence.apart(found, self.target[key])
         if apart is not None and apart <= NEAR:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -140,23 +140,8 @@ class Rules:
     def plan(self, shapes: Shapes) -> Plan:
         """Returns what the rules do to keys of these shapes, with all errors rather than only the first."""
         plan = Plan([], dict(shapes), [], [])
-        for are_presets, rules in groupby(self.rules, lambda rule: rule.kind == "preset"):
-            for group in [list(rules)] if are_presets else [[rule] for rule in rules]:
-                before, rule = len(plan.errors), group[0]
-                if are_presets:
-                    made, unused = _plan_presets([one.args["preset"] for one in group], plan.after)
-                elif rule.kind == "table":
-                    made, unused = rule.args["table"].plan(plan.after)
-                elif rule.kind == "drop":
-                    made, unused = _plan_drop(rule, plan.after)
-                else:
-                    made = _PLANNERS[rule.kind](rule, plan.after, plan.errors)
-                    unused = [] if made or len(plan.errors) > before else [rule.text]
-                plan.unused += unused
-                if made:
-                    plan.after, collisions = advance(made, plan.after)
-                    plan.errors += [f"{', '.join(one.text for one in group)}: {error}" for error in collisions]
-                    plan.batches.append(made)
+        for group in _together(self.rules):
+            plan.add(group)
         return plan
 
 
@@ -173,6 +158,60 @@ class Plan:
     after: Shapes
     unused: list[str]
     errors: list[str]
+
+    def add(self, group: Sequence[Rule]) -> None:
+        """Adds rules of which none touches another's keys; if one of several collides, each half of them."""
+        rule, unused, errors, made = group[0], list[str](), list[str](), list[Step]()
+        if rule.kind == "preset":
+            made, unused = _plan_presets([one.args["preset"] for one in group], self.after)
+        elif rule.kind == "table":
+            made, unused = rule.args["table"].plan(self.after)
+        elif rule.kind == "drop":
+            made, unused = _plan_drop(rule, self.after)
+        else:
+            for one in group:
+                before = len(errors)
+                steps = _PLANNERS[one.kind](one, self.after, errors)
+                unused += [] if steps or len(errors) > before else [one.text]
+                made += steps
+        if made:
+            after, collisions = advance(made, self.after)
+            if collisions and len(group) > 1 and rule.kind != "preset":
+                middle = len(group) // 2
+                self.add(group[:middle])
+                self.add(group[middle:])
+                return
+            self.after = after
+            self.batches.append(made)
+            errors += [f"{', '.join(one.text for one in group)}: {error}" for error in collisions]
+        self.unused += unused
+        self.errors += errors
+
+
+def _together(rules: Iterable[Rule]) -> Iterator[list[Rule]]:
+    """Yields presets that follow each other, and rules that name whole keys, each others: one pass does for them."""
+    for are_presets, some in groupby(rules, lambda rule: rule.kind == "preset"):
+        group: list[Rule] = []
+        touched: set[str] = set()
+        for rule in some:
+            names = _named(rule)
+            if group and not are_presets and not (names and touched and touched.isdisjoint(names)):
+                yield group
+                group, touched = [], set()
+            group.append(rule)
+            touched |= names
+        yield group
+
+
+def _named(rule: Rule) -> set[str]:
+    """Returns the keys that a rule takes and makes; none if it names them by patterns."""
+    given = (rule.args[name] for name in (rule.kind, "into") if name in rule.args and rule.kind in _OF_KEYS)
+    texts = [text for one in given for text in ([one] if isinstance(one, str) else one)]
+    return set() if any(map(_IS_PATTERN.search, texts)) else {*texts}
+
+
+_OF_KEYS = frozenset({"transpose", "permute", "reshape", "split", "chunk", "cat", "weave"})
+_IS_PATTERN = re.compile(r"[*?[{]|^re:")
 
 
 # --- how rules are written ---------------------------------------------------------------------------------------
@@ -267,18 +306,15 @@ Planner = Callable[[Rule, Shapes, list[str]], list[Step]]
 
 
 def _plan_rename(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
-    names_now = list(map(_renamer(rule), current))
-    old = [key for key, new in zip(current, names_now, strict=True) if new != key]
-    new = [new for key, new in zip(current, names_now, strict=True) if new != key]
-    return [Step("rename", tuple(old), tuple(new))] if old else []
+    moved = [(key, new) for key, new in zip(current, map(_renamer(rule), current), strict=True) if new != key]
+    return [Step("rename", tuple(key for key, _ in moved), tuple(new for _, new in moved))] if moved else []
 
 
 def _renamer(rule: Rule) -> Callable[[str], str]:
     """Returns the function from a key to its name under one rule that renames."""
     args = rule.args
     if rule.kind == "strip_prefix":
-        prefix = args["strip_prefix"]
-        return lambda key: key.removeprefix(prefix)
+        return lambda key: key.removeprefix(args["strip_prefix"])
     if rule.kind == "add_prefix":
         return lambda key: f"{args['add_prefix']}{key}"
     if rule.kind == "sub":
@@ -412,12 +448,10 @@ def _plan_reshape(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
 
 def _plan_split(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     steps = []
-    pattern = segments.compiled(rule.args[rule.kind])
-    into = [segments.replacement(name, pattern.captures) for name in rule.args["into"]]
-    dim, heads, sizes, parts = rule.args["dim"], rule.args.get("heads"), rule.args.get("sizes"), len(into)
-    for key, shape in current.items():
-        if pattern.captured(key) is None:
-            continue
+    renamed, parts = _renamed(rule.args[rule.kind], rule.args["into"]), len(rule.args["into"])
+    dim, heads, sizes = rule.args["dim"], rule.args.get("heads"), rule.args.get("sizes")
+    for key, _ in _captured(rule.args[rule.kind], current):
+        shape = current[key]
         args: dict[str, Any] = {"dim": _from_front(dim, shape)}
         if heads is None:
             size = sum(_sizes([shape], args["dim"]))
@@ -425,7 +459,7 @@ def _plan_split(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
             args["sizes"] = even if sizes is None else sizes
         else:
             args |= {"heads": heads, "parts": parts}
-        step = Step(rule.kind, (key,), tuple(pattern.substitute(name, key) for name in into), args)
+        step = Step(rule.kind, (key,), renamed(key), args)
         if _is_possible(step, [shape]):
             steps.append(step)
         else:
@@ -436,16 +470,13 @@ def _plan_split(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
 
 def _plan_cat(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
     """Puts together the keys that agree in what the names in the rule's list capture."""
-    patterns = [segments.compiled(name) for name in rule.args[rule.kind]]
-    into = segments.replacement(rule.args["into"], patterns[0].captures)
+    patterns = rule.args[rule.kind]
+    renamed = _renamed(patterns[0], [rule.args["into"]])
     dim, heads = rule.args["dim"], rule.args.get("heads")
     groups: dict[object, dict[int, str]] = {}
-    for key in current:
-        for number, pattern in enumerate(patterns):
-            captured = pattern.captured(key)
-            if captured is not None:
-                pairs = sorted(zip(pattern.captures, captured, strict=True), key=itemgetter(0))
-                groups.setdefault(tuple(pairs), {})[number] = key
+    for number, pattern in enumerate(patterns):
+        for key, captured in _captured(pattern, current):
+            groups.setdefault(captured, {})[number] = key
     steps = []
     for members in groups.values():
         keys = [members[number] for number in sorted(members)]
@@ -458,7 +489,7 @@ def _plan_cat(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
             continue
         args: dict[str, Any] = {"dim": _from_front(dim, shapes[0])}
         args |= {"sizes": _sizes(shapes, args["dim"])} if heads is None else {"heads": heads, "parts": len(keys)}
-        step = Step(rule.kind, tuple(keys), (patterns[0].substitute(into, keys[0]),), args)
+        step = Step(rule.kind, tuple(keys), renamed(keys[0]), args)
         if _is_possible(step, shapes):
             steps.append(step)
         else:
@@ -466,6 +497,28 @@ def _plan_cat(rule: Rule, current: Shapes, errors: list[str]) -> list[Step]:
             shown = ", ".join(map(_dims, shapes))
             errors.append(f"{rule.text}: {', '.join(keys)} have shapes {shown}: they do not fit along {what}")
     return steps
+
+
+def _captured(text: str, current: Shapes) -> Iterator[tuple[str, object]]:
+    """Yields the keys of which all segments match a pattern of `segments.compiled`, and what its captures stand for."""
+    if not _IS_PATTERN.search(text):
+        yield from [(text, ())] if text in current else ()
+        return
+    pattern = segments.compiled(text)
+    for key in current:
+        if (captured := pattern.captured(key)) is not None:
+            yield key, tuple(sorted(zip(pattern.captures, captured, strict=True), key=itemgetter(0)))
+
+
+def _renamed(old: str, new: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Returns the function from a key of which all segments match ``old`` to its new names."""
+    if not _IS_PATTERN.search(old):
+        for name in new:
+            segments.replacement(name, ())  # which says what is wrong
+        return lambda key: tuple(new)
+    pattern = segments.compiled(old)
+    into = [segments.replacement(name, pattern.captures) for name in new]
+    return lambda key: tuple(pattern.substitute(name, key) for name in into)
 
 
 def _from_front(dim: int, shape: Shape | None) -> int:

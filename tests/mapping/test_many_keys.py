@@ -7,9 +7,14 @@ from collections.abc import Callable
 from random import Random
 
 import pytest
+import torch
 
+import ckptool
 from ckptool.mapping.infer import infer
-from ckptool.mapping.pairs import Entry, Inferred
+from ckptool.mapping.pairs import Entry, Inferred, Pair
+from ckptool.mapping.rules import rules_of
+from ckptool.ops.rules import Rules
+from ckptool.values.fingerprints import search
 
 Sides = tuple[list[Entry], list[Entry]]
 VOWELS, CONSONANTS = "aeiou", "bdfgklmnprstvz"
@@ -94,3 +99,74 @@ def test_many_keys_take_seconds_whatever_they_are(case: str) -> None:
     found = infer(source, target)
     assert time.process_time() - began < most
     assert told(found, source, target)
+
+
+def pairs_of(kind: str, count: int, random: Random) -> tuple[list[Pair], list[Entry], list[Entry]]:
+    """Pairs of random names: of pieces, of what is put together, of tensors that are reshaped or transposed."""
+    source, target, pairs = list[Entry](), list[Entry](), list[Pair]()
+    for number in range(count):
+        one, *others = (word(random) + word(random) for _ in range(4))
+        if kind == "pieces":
+            source.append(Entry(one, (12, 4)))
+            pairs += [Pair(name, [one], f"split:0:{at}/3") for at, name in enumerate(others)]
+            target += [Entry(name, (4, 4)) for name in others]
+        elif kind == "wholes":
+            source += [Entry(name, (4, 4)) for name in others]
+            pairs.append(Pair(one, others, "concat:0"))
+            target.append(Entry(one, (12, 4)))
+        else:
+            source.append(Entry(one, (number + 2, 3)))
+            op, shape = ("transpose", (3, number + 2)) if number % 2 else ("reshape", (number + 2, 3, 1))
+            pairs.append(Pair(others[0], [one], op))
+            target.append(Entry(others[0], shape))
+    return pairs, source, target
+
+
+@pytest.mark.parametrize("kind", ["pieces", "wholes", "reshaped and transposed"])
+def test_the_rules_of_thousands_of_names_that_do_not_repeat_take_seconds(kind: str) -> None:
+    pairs, source, target = pairs_of(kind, 2000, Random(2))
+    began = time.process_time()
+    rules = rules_of(pairs, source, target)
+    assert time.process_time() - began < 10
+    plan = Rules.parse(rules).plan({one.key: one.shape for one in source})
+    assert plan.after == {one.key: one.shape for one in target}
+    assert (plan.errors, plan.unused) == ([], [])
+
+
+def test_rules_that_are_planned_together_do_what_they_do_one_by_one() -> None:
+    shapes = dict.fromkeys("abcdefg", (4, 4))
+    rules = [
+        {"split": "a", "into": ["a1", "a2"]},
+        {"split": "b", "into": ["a1.x", "b2"]},
+        {"cat": ["c", "d"], "into": "cd"},
+        {"transpose": "a1"},  # made by the first
+        {"split": "nothing", "into": ["n1", "n2"]},
+        {"reshape": "e", "shape": [2, 8]},
+        {"split": "f", "into": ["g", "f2"]},  # g is there
+        {"split": "g", "into": ["g", "g2"]},
+        {"cat": ["b2", "absent"], "into": "z"},
+    ]
+    together = Rules.parse(rules).plan(dict(shapes))
+    after, errors, unused = dict(shapes), list[str](), list[str]()
+    for rule in rules:
+        plan = Rules.parse([rule]).plan(after)
+        after, errors, unused = plan.after, errors + plan.errors, unused + plan.unused
+    assert (together.after, together.errors, together.unused) == (after, errors, unused)
+    assert unused == ["split nothing"]
+    assert len(errors) == 2
+
+
+def test_near_tensors_of_one_shape_are_found_in_bounded_work_or_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    source = {f"a{at}.w": torch.randn(300, 200, generator=generator) for at in range(6)}
+    target = {f"b{at}.w": source[f"a{5 - at}.w"] + 0.001 for at in range(6)}
+    for work, settled, notes in (
+        (1 << 35, 6, []),
+        (4 * 6 * 6 * 40, 6, []),  # a few rows and columns of each do
+        (100, 0, ["6 keys have a shape of too many tensors to find near ones: names decide these"]),
+    ):
+        monkeypatch.setattr(search, "WORK", work)
+        report = ckptool.infer(source, target)[1]
+        by_values = {pair.target: pair.source for pair in report.pairs if "values" in pair.witnesses}
+        assert by_values == {f"b{at}.w": [f"a{5 - at}.w"] for at in range(settled)}
+        assert report.notes == notes

@@ -42,13 +42,17 @@ def alike(sources: Mapping[int, Print], targets: Mapping[int, Print], in_order: 
     return {number: sorted(them) for number, them in found.items() if them}
 
 
+ALIKE = 16
+"""Most sources of the elements of a target, in another order, that are compared with it."""
+
+
 # --- the same elements in another order --------------------------------------------------------------------------
 
 
 def reordered(sources: Mapping[int, Print], targets: Mapping[int, Print]) -> Iterator[Guess]:
     """Yields guesses for targets with the elements of one source: transposed, permuted, or their rows in an order."""
     for target, them in alike(sources, targets, in_order=False).items():
-        for source in them:
+        for source in them[:ALIKE]:
             one, other = sources[source], targets[target]
             ops = [*_row_orders(one, other), *_permutations(one.shape, other.shape)]
             yield Guess(target, [source], [*dict.fromkeys(ops)])
@@ -180,10 +184,13 @@ def parted(sources: Mapping[int, Print], targets: Mapping[int, Print]) -> Iterat
 # --- near tensors ------------------------------------------------------------------------------------------------
 
 MOST = 256
-"""Rows, and columns, that are compared of near tensors: every n-th."""
+"""Rows, and columns, that are compared of near tensors: every n-th. Fewer where many tensors have one shape."""
 
 FEWEST = 32
 """Rows and columns from which tensors are near by their sums, not by accident."""
+
+WORK = 1 << 35
+"""Most products of numbers to find the near tensors of one shape: some seconds."""
 
 NEAR = 0.35
 """How far apart the sums of near tensors are at most, of their size; of unlike tensors it is 1.4."""
@@ -193,7 +200,10 @@ SECOND = 0.5
 
 
 def near(sources: Mapping[int, Print], targets: Mapping[int, Print]) -> Iterator[Guess]:
-    """Yields guesses for targets that are nearest to a source which is nearest to them, and far nearer than others."""
+    """Yields guesses for targets that are nearest to a source which is nearest to them, and far nearer than others.
+
+    The guess for targets of a shape that too many tensors have is of nothing.
+    """
     classes: dict[tuple[int, ...], tuple[list[tuple[int, str]], list[int]]] = defaultdict(lambda: ([], []))
     for number, one in sources.items():
         if one.dtype in COMMON_FLOATS and one.sums is not None:
@@ -208,11 +218,11 @@ def near(sources: Mapping[int, Print], targets: Mapping[int, Print]) -> Iterator
             yield from _nearest(sources, targets, some, them)
 
 
-def _sketch(print_: Print, turned: bool) -> Array | None:
+def _sketch(print_: Print, turned: bool, most: int) -> Array | None:
     """Returns the sums of some rows and columns, each without their mean; None if they say too little."""
     parts = []
     for lines in (print_.sums or ())[:: -1 if turned else 1]:
-        some = lines[:: max(1, len(lines) // MOST)].astype("f8")
+        some = lines[:: max(1, len(lines) // most)].astype("f8")
         parts.append(some - some.mean() if len(some) else some)
     made = np.concatenate(parts)
     size = float(np.linalg.norm(made))
@@ -222,12 +232,15 @@ def _sketch(print_: Print, turned: bool) -> Array | None:
 def _nearest(
     sources: Mapping[int, Print], targets: Mapping[int, Print], some: Sequence[tuple[int, str]], them: Sequence[int]
 ) -> Iterator[Guess]:
-    rows = [(one, made) for one in some if (made := _sketch(sources[one[0]], one[1] == "transpose")) is not None]
-    columns = [(one, made) for one in them if (made := _sketch(targets[one], False)) is not None]
+    most = min(MOST, WORK // (4 * len(some) * len(them)))
+    if most < FEWEST:
+        yield from (Guess(target, [], []) for target in them)
+        return
+    rows = [(one, made) for one in some if (made := _sketch(sources[one[0]], one[1] == "transpose", most)) is not None]
+    columns = [(one, made) for one in them if (made := _sketch(targets[one], False, most)) is not None]
     if not rows or not columns:
         return
-    one, other = (np.stack([made for _, made in side]) for side in (rows, columns))
-    nearest = [_two_nearest(one, other), _two_nearest(other, one)]
+    nearest = _two_nearest(*(np.stack([made for _, made in side]) for side in (rows, columns)))
     for column, (row, distance, second) in enumerate(zip(*nearest[1], strict=True)):
         best, _, runner_up = (line[row] for line in nearest[0])
         if best == column and distance < NEAR and distance < SECOND * min(second, runner_up):
@@ -235,15 +248,31 @@ def _nearest(
             yield Guess(columns[column][0], [source], [op])
 
 
-def _two_nearest(these: Array, those: Array) -> tuple[Array, Array, Array]:
-    """Returns for each of these the nearest of those, its distance, and that of the second; a block at a time."""
+def _two_nearest(these: Array, those: Array) -> list[tuple[Array, Array, Array]]:
+    """Returns for each of these the nearest of those, its distance, and that of the second; and the other way round."""
     found = []
-    for start in range(0, len(these), 1024):
-        apart = 1 - these[start : start + 1024] @ those.T
-        best = apart.argmin(1)
-        lines = np.arange(len(apart))
-        distance = apart[lines, best]
-        apart[lines, best] = np.inf
-        found.append((best, *(np.sqrt(np.maximum(2 * one, 0)) for one in (distance, apart.min(1)))))
-    best, distance, second = (np.concatenate(column) for column in zip(*found, strict=True))
-    return best, distance, second
+    best, first, second = np.zeros(len(those), int), *np.full((2, len(those)), np.inf)
+    step = max(1, (1 << 22) // len(those))
+    for start in range(0, len(these), step):
+        apart = 1 - these[start : start + step] @ those.T
+        found.append(_two_least(apart))
+        mine, own, more = _two_least(apart.T)
+        best = np.where(own < first, mine + start, best)
+        second = np.minimum(np.minimum(second, more), np.maximum(first, own))
+        first = np.minimum(first, own)
+    of_these = tuple(np.concatenate(column) for column in zip(*found, strict=True))
+    return [
+        (nearest, *(np.sqrt(np.maximum(2 * one, 0)) for one in apart))
+        for nearest, *apart in (of_these, (best, first, second))
+    ]
+
+
+def _two_least(numbers: Array) -> tuple[Array, Array, Array]:
+    """Returns for each row where its least number is, that number, and the next."""
+    lines = np.arange(len(numbers))
+    where = numbers.argmin(1)
+    least = numbers[lines, where]
+    numbers[lines, where] = np.inf
+    more = numbers.min(1)
+    numbers[lines, where] = least
+    return where, least, more
