@@ -259,7 +259,14 @@ def auto_mapped(source: Checkpoint, target: Checkpoint) -> Mapped:
 
     for side in (source, target):
         require_tensors(side)
+        if (count := len(side.state_dict())) > MOST_MAPPED:
+            what = f"--auto-remap: {side.url} has {count:,} keys, over {MOST_MAPPED:,}"
+            raise UsageError(f"{what}: find the names by remap --like --save-rules, and give them by --rules")
     return mapped(source, target)
+
+
+MOST_MAPPED = 100_000
+"""Most keys of a side whose names ``auto_remap`` finds: half a minute. `remap --like` finds those of more."""
 
 
 def better_hint(hint: str | None, source: Checkpoint, target: Checkpoint, loaded: int) -> str | None:

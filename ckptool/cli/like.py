@@ -1,5 +1,6 @@
 """``ckptool remap --like``: the rules are found, rather than given."""
 
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -14,8 +15,9 @@ from ckptool.cli.screens import plans
 from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
+from ckptool.io import tally
 from ckptool.mapping.answers import Asked, answered, left
-from ckptool.mapping.like import LAYOUTS, InferReport, LikeReport, entries
+from ckptool.mapping.like import InferReport, LikeReport, entries
 from ckptool.mapping.pairs import Pair
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.rows import FilterReport, Gate, Row, counts_of, dims
@@ -94,7 +96,8 @@ def run(
             outputs.write_beside(save_rules, made)
     begin = heading(outputs.dry_run, output or save_rules, bool(failed))
     notes = [*report.notes, *(gate.text for gate in failed)]
-    outputs.finish(replace(report, saved=None), notes, lambda: screen.lines(report, found, begin))
+    by_key = save_map is not None or tally.current is not None
+    outputs.finish(replace(report, saved=None), notes, lambda: screen.lines(report, found, begin, by_key))
     return int(bool(failed))
 
 
@@ -156,8 +159,9 @@ def _strict(found: InferReport) -> list[Gate]:
 
 def _hint(source: Checkpoint, target: Checkpoint, found: InferReport, layout: Sequence[tuple[str, str]]) -> str | None:
     """Returns the option that decides what is in doubt, or unproven."""
-    if open_ := found.unproven:
-        return f"--layout GLOB=HOW would match {len(open_):,} more; HOW is {', '.join(LAYOUTS)}"
+    if open_ := found.open_layout:
+        pattern, count, layouts = open_
+        return f"--layout {shlex.quote(f'{pattern}=HOW')} would match {count:,} more; HOW is {' or '.join(layouts)}"
     best = [doubt.candidates[0].confidence for doubt in found.doubts if doubt.candidates]
     least = int(max(best, default=0.0) * 100 + 1e-6) / 100
     if least > 0:

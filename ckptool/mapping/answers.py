@@ -47,8 +47,6 @@ def answered(question: Question, is_of_layout: bool, text: str, ours: list[Entry
             raise UsageError(f"expected {', '.join(LAYOUTS)}, not {text!r}")
         best = [doubt.candidates[0] for doubt in question.doubts]
         made = settled_layouts(best, ours, theirs, [("*", text)])
-        if text.startswith("heads") and [pair.op for pair in made] == [pair.op for pair in best]:
-            raise UsageError(f"{text}: nothing of {question.target} is fused")
     elif text.isdecimal():
         if not 0 < int(text[:9]) <= len(question.candidates):
             raise UsageError(f"there is no candidate {text}")

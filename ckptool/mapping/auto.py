@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint
+from ckptool.core.tensor import TensorInfo
 from ckptool.mapping.infer import infer
 from ckptool.mapping.like import entries, proven
 from ckptool.mapping.pairs import DEFAULT_CONFIDENCE, Doubt, Entry, Pair
-from ckptool.mapping.rules import rules_of
+from ckptool.mapping.rules import expressed
 from ckptool.ops.remap import remap
 from ckptool.ops.rows import LOADED, Row, dims
 from ckptool.ops.rules import Rules
@@ -75,16 +76,24 @@ def mapped(source: Checkpoint, target: Checkpoint) -> Mapped:
         ):
             kept.append(Pair(entry.key, [entry.key], "rename"))
         else:
-            tensor = tensors.get(entry.key)
             detail = "its name is another tensor's in the target" if name in made else "it is in doubt"
-            shape = None if tensor is None else dims(tensor)
-            dropped.append(
-                Row(entry.key, "unexpected", shape, dtype=None if tensor is None else tensor.dtype, detail=detail)
-            )
+            dropped.append(_dropped(entry.key, tensors.get(entry.key), detail))
     names = {entry.key for entry in theirs}
     shaped = {entry.key: entry for entry in ours}
-    rules = rules_of([*pairs, *kept], ours, [*theirs, *(shaped[one.target] for one in kept)])
+    rules, beyond = expressed([*pairs, *kept], ours, [*theirs, *(shaped[one.target] for one in kept)])
+    gone = {pair.target for pair in beyond}
+    doubts += [Doubt(one.target, [one], _BEYOND) for one in pairs if one.target in gone]
+    pairs = [one for one in pairs if one.target not in gone]
+    dropped += [_dropped(one.target, tensors.get(one.target), _BEYOND) for one in kept if one.target in gone]
     changed, report = remap(source, Rules.parse(rules))
     origins = {row.new: " + ".join(row.old) for row in report.map}
     moved = {one.target: one for one in pairs if one.source != [one.target] or one.op != "rename"}
     return Mapped(changed, origins, moved, {one.target: one for one in doubts if one.target in names}, dropped)
+
+
+_BEYOND = "no rules can say how it is made"
+
+
+def _dropped(key: str, tensor: TensorInfo | None, detail: str) -> Row:
+    shape, dtype = (None, None) if tensor is None else (dims(tensor), tensor.dtype)
+    return Row(key, "unexpected", shape, dtype=dtype, detail=detail)

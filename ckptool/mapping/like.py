@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from ckptool.core import keys
 from ckptool.core.checkpoint import Checkpoint
-from ckptool.errors import UsageError
+from ckptool.errors import UsageError, listed
 from ckptool.mapping.chains import chain
 from ckptool.mapping.infer import infer
 from ckptool.mapping.pairs import DEFAULT_CONFIDENCE, Doubt, Entry, Inferred, Pair, Sample
-from ckptool.mapping.rules import rules_of
-from ckptool.mapping.templates import templates
+from ckptool.mapping.rules import expressed
+from ckptool.mapping.templates import covering, templates
 from ckptool.ops.notes import root_notes
 from ckptool.ops.remap import RemapReport
 from ckptool.ops.rows import Gate
@@ -68,6 +68,27 @@ class InferReport:
         """Returns the pairs that are in doubt only because names and shapes cannot show their layout."""
         best = [doubt.candidates[0] for doubt in self.doubts if doubt.candidates]
         return [pair for pair in best if pair.unproven and pair.confidence >= self.min_confidence]
+
+    @property
+    def keys(self) -> list[str]:
+        """Returns the keys of the target."""
+        left = (*(doubt.target for doubt in self.doubts), *self.only_target)
+        return [*(pair.target for pair in self.pairs), *left]
+
+    @property
+    def open_layout(self) -> tuple[str, int, list[str]] | None:
+        """Returns (a pattern of keys whose layout is not known, how many these are, the layouts that it may be)."""
+        groups: dict[str, list[str]] = {}
+        for pair in self.unproven:
+            groups.setdefault(pair.unproven or "", []).append(pair.target)
+        if not groups:
+            return None
+        text, chosen = max(groups.items(), key=lambda group: len(group[1]))
+        fitting = {
+            pattern: sum(keys.matches(pattern, key) for key in chosen) for pattern in covering(chosen, self.keys)
+        }
+        pattern = max(fitting, key=fitting.__getitem__)
+        return pattern, fitting[pattern], fitting_layouts(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +152,9 @@ def inferred(
     objects = {key for key in source.entries() if key not in every}  # no tensors: they stay where the target has some
     kept = [Pair(key, [key], "rename") for key in target.entries() if key in objects]
     ours += [Entry(key, ()) for key in source.entries() if key in objects]
-    made = rules_of([*pairs, *kept], ours, [*theirs, *(Entry(pair.target, ()) for pair in kept)])
+    made, beyond = expressed([*pairs, *kept], ours, [*theirs, *(Entry(pair.target, ()) for pair in kept)])
+    if beyond:
+        pairs, doubts, left = _without(beyond, pairs, doubts, [entry.key for entry in ours if entry.key in every])
     report = InferReport(
         source.url, target.url, pairs, doubts, found.only_target, left, min_confidence, made,
         [*root_notes([source, target]), *found.notes],
@@ -152,6 +175,17 @@ def proven(pairs: Sequence[Pair], doubts: Sequence[Doubt]) -> tuple[list[Pair], 
     return kept, left
 
 
+def _without(
+    beyond: Sequence[Pair], pairs: Sequence[Pair], doubts: Sequence[Doubt], ours: Sequence[str]
+) -> tuple[list[Pair], list[Doubt], list[str]]:
+    """Returns pairs, doubts and unused keys of the source where no rules can express some pairs."""
+    gone = {pair.target for pair in beyond}
+    kept = [pair for pair in pairs if pair.target not in gone]
+    said = [Doubt(pair.target, [pair], "no rules can say how it is made") for pair in pairs if pair.target in gone]
+    used = {key for pair in kept for key in pair.source}
+    return kept, [*doubts, *said], [key for key in ours if key not in used]
+
+
 def entries(checkpoint: Checkpoint) -> list[Entry]:
     """Returns the tensors of a checkpoint's weights that have a shape."""
     found = checkpoint.state_dict().items()
@@ -161,6 +195,12 @@ def entries(checkpoint: Checkpoint) -> list[Entry]:
 LAYOUTS = ("as-is", "transposed", "heads:N", "halves:N", "interleaved:N")
 """How an unproven layout is settled: as it was found; the other way round; what is fused is woven by N heads; of N
 rotary heads the target has the two halves, the source pairs of rows; the target has pairs, the source halves."""
+
+
+def fitting_layouts(unproven: str) -> list[str]:
+    """Returns those of `LAYOUTS` that may settle what is not shown of a pair."""
+    words = {"transposed": ["transposed"], "head by head": ["heads:N"], "rotary": ["halves:N", "interleaved:N"]}
+    return ["as-is", *next((found for word, found in words.items() if word in unproven), LAYOUTS[1:])]
 
 
 def is_layout(text: str) -> bool:
@@ -180,7 +220,7 @@ def settled_layouts(
     made = {pair.target: pair for pair in pairs}
     ours, theirs = ({entry.key: entry.shape for entry in side} for side in (source, target))
     for pattern, how in layouts:
-        fitting = [key for key in made if keys.matches(pattern, key)]
+        fitting = {key: made[key].op for key in made if keys.matches(pattern, key)}
         if not any(keys.matches(pattern, key) for key in theirs):
             raise UsageError(f"--layout {pattern} fits no key of the target{keys.near_pattern(pattern, theirs)}")
         if not is_layout(how):
@@ -191,6 +231,8 @@ def settled_layouts(
             changed = replace(made[key], op=op, unproven=None)
             chain(changed, ours, theirs[key])
             made[key] = changed
+        if name == "heads" and fitting and all(made[key].op == op for key, op in fitting.items()):
+            raise UsageError(f"{how}: nothing of {listed(fitting)} is fused; as-is settles what is not")
     return list(made.values())
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckptool.core.keys import is_empty
 from ckptool.errors import UsageError, listed
 from ckptool.mapping import chains as parsing
 from ckptool.mapping.chains import CUTS, Chain, Op, histories
@@ -37,7 +38,28 @@ def rules_of(pairs: Sequence[Pair], source: Sequence[Entry], target: Sequence[En
             wrong = _wrong(rules, chains, shapes)
         if not wrong:
             return rules
-    raise UsageError(f"no rules give exactly {listed(wrong)}")
+    raise _Inexpressible(wrong)
+
+
+def expressed(pairs: Sequence[Pair], source: Sequence[Entry], target: Sequence[Entry]) -> tuple[list[Rule], list[Pair]]:
+    """Returns (rules as of `rules_of`, the pairs that no rules can express, which these leave out)."""
+    left: list[Pair] = []
+    while True:
+        try:
+            return rules_of(pairs, source, target), left
+        except _Inexpressible as error:
+            if not pairs:
+                raise
+            wrong = [pair for pair in pairs if pair.target in error.keys] or pairs
+            left += wrong
+            gone = {pair.target for pair in wrong}
+            pairs = [pair for pair in pairs if pair.target not in gone]
+
+
+class _Inexpressible(UsageError):
+    def __init__(self, wrong: Sequence[str]) -> None:
+        super().__init__(f"no rules give exactly {listed(wrong)}")
+        self.keys = frozenset(wrong)
 
 
 def _unused(shapes: Mapping[str, Shape]) -> str:
@@ -97,7 +119,8 @@ class _Writer:
         self.joins: list[tuple[Op, list[str], str]] = []
         self.copies: list[tuple[str, str]] = []
         self.marks = _marks([*shapes, *chains])
-        self.slashes = not any("." in key for key in shapes) and any("/" in key for key in shapes)
+        self.slashes = any("/" in key for key in shapes)
+        self.slashes &= not any("." in key or is_empty(key.replace("/", ".")) for key in shapes)
         first: dict[Chain, str] = {}
         for key, chain in chains.items():
             name = self._safe(key)
@@ -106,7 +129,7 @@ class _Writer:
             else:
                 first[chain] = name
                 self._follow(chain, name)
-        self.marked = any(self._safe(key) != key for key in chains)
+        self.unmarked = {mark: letter for letter, mark in self.marks.items() if any(letter in key for key in chains)}
 
     # --- what becomes what ----------------------------------------------------------------------------------------
 
@@ -127,7 +150,7 @@ class _Writer:
         for source, ops in zip(chain.sources, chain.parts, strict=True):
             cuts = [at for at, op in enumerate(ops) if op[0] in CUTS]
             if len(cuts) > 1:
-                raise UsageError(f"{target}: no rules cut {source} twice")
+                raise _Inexpressible([target])  # none cut twice
             if not cuts:
                 use = self._use(source, ops, (), ())
                 inputs.append(use.name)
@@ -161,14 +184,18 @@ class _Writer:
 
     def rules(self) -> list[Rule]:
         """Returns the rules."""
+        every = {source: self._named(source) for source in self.shapes}
+        if any(source != name for source, name in every.items()):  # what is left of such names would be no name
+            nameless = {source: None for source in every if is_empty(source) and source not in self.uses}
+            self.made += [{"drop": [*map(spelled, nameless)]}] if nameless else []
+            every = {source: name for source, name in every.items() if source not in nameless}
         if self.prefix:
             self.made.append({"add_prefix": self.prefix})
         for letter, mark in self.marks.items():
-            if any(letter in key for key in self.shapes):
+            if any(letter in key for key in every):
                 self.made.append({"sub": re.escape(letter), "by": mark})
         if self.slashes:
             self.made.append({"sub": "/", "by": "."})
-        every = {source: self._named(source) for source in self.shapes}
         uses = [use for group in self.uses.values() for use in group]
         self._copied([(every[source], use.name) for source, group in self.uses.items() for use in group[1:]])
         self.now = [*every.values(), *(use.name for group in self.uses.values() for use in group[1:])]
@@ -179,8 +206,7 @@ class _Writer:
         self._changed(self.posts)
         self._joined()
         self._copied(self.copies)
-        if self.marked:
-            self.made += [{"sub": re.escape(mark), "by": letter} for letter, mark in self.marks.items()]
+        self.made += [{"sub": re.escape(mark), "by": letter} for mark, letter in self.unmarked.items()]
         return self.made
 
     def _patterns(self, chosen: Sequence[str]) -> list[str]:

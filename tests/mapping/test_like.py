@@ -171,6 +171,7 @@ def test_heads_woven_row_by_row_are_a_layout_of_what_is_fused(monkeypatch: pytes
         ({"h.*": "heads:0"}, "takes GLOB=as-is"),
         ({"h.*": "as-is:3"}, "takes GLOB=as-is"),
         ({"h.*.q": "heads:5"}, "does not give shape"),
+        ({"h.*.proj": "heads:2"}, "^heads:2: nothing of h.0.proj, h.1.proj is fused"),
         ({"h.*.q": "transposed"}, "does not give shape"),
     ],
 )
@@ -204,7 +205,7 @@ def test_the_text_says_what_was_matched_what_is_left_out_and_the_next_step(files
         "  missing  head  nothing in a.pth fits",
         "  dropped  enc.{0,1}.{ln_a,ln_b,w}",
         "  dropped  ema.{w,v}",
-        "  hint  --layout GLOB=HOW would match 2 more; HOW is as-is, transposed, heads:N, halves:N, interleaved:N",
+        "  hint  --layout '*.proj=HOW' would match 2 more; HOW is as-is or transposed",
     ]
     assert {*torch.load("out.pth")} == {*TARGET} - {"h.0.n1", "h.1.n1", "h.0.proj", "h.1.proj", "head"}
 
@@ -217,8 +218,15 @@ def test_the_hint_is_true(files: tuple[str, str], run: Run) -> None:
     assert (code, out.splitlines()[0]) == (0, "(dry run): matched 8 of 11, 2 unproven, 1 missing, 6 dropped")
 
 
-def test_a_pipe_gets_a_line_for_every_key(files: tuple[str, str], run: Run) -> None:
+def test_a_pipe_gets_a_line_for_every_key_that_is_left_out_and_with_a_map_for_those_that_are_made(
+    files: tuple[str, str], run: Run
+) -> None:
     _, out, _ = run("remap", files[0], "--like", files[1], "--dry-run")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "in doubt h.1.n1 could be enc.1.ln_a or enc.1.ln_b" in lines
+    assert "enc.{i}.qkv -> h.{i}.q, h.{i}.k, h.{i}.v split" in lines
+    assert not [line for line in lines if "h.0.k" in line]
+    _, out, _ = run("remap", files[0], "--like", files[1], "--save-map", "map.json", "--dry-run")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "in doubt h.1.n1 could be enc.1.ln_a or enc.1.ln_b" in lines
     assert "unproven h.1.proj of enc.1.w: whether it is transposed" in lines
@@ -266,7 +274,7 @@ def test_json_has_pairs_doubts_and_rules(files: tuple[str, str], run: Run) -> No
     assert found["doubts"][2]["candidates"][0]["unproven"] == "whether it is transposed"
     assert found["doubts"][1]["candidates"][0]["source"] == ["enc.1.ln_a"]
     assert (found["only_target"], result["dropped"]) == (["head"], found["only_source"])
-    assert result["hint"].startswith("--layout GLOB=HOW would match 2 more")
+    assert result["hint"].startswith("--layout '*.proj=HOW' would match 2 more")
     assert {row["new"]: row["op"] for row in result["map"]}["h.1.v"] == "split:0:2/3"
 
 
@@ -394,8 +402,9 @@ def test_what_is_fused_is_cut_where_its_layout_is_said(saved: Saved, run: Run) -
     saved(target, "b.pth")
     _, out, _ = run("remap", "a.pth", "--like", "b.pth", "--dry-run")
     assert "matched 3 of 21, 18 unproven" in out
-    assert "hint  --layout GLOB=HOW would match 18 more" in out
-    layout = ["--layout", "*.attention.*=heads:2"]
+    hint = " ".join(out.splitlines()[-1].split())
+    assert hint == "hint --layout 'layer.*.attention.*=HOW' would match 18 more; HOW is as-is or heads:N"
+    layout = ["--layout", "layer.*.attention.*=heads:2"]
     assert run("remap", "a.pth", "--like", "b.pth", *layout, "-o", "out.pth")[0] == 0
     made = torch.load("out.pth")
     assert {*made} == {*target}
@@ -529,3 +538,14 @@ def test_auto_remap_names_what_is_in_doubt_and_loses_no_key(
     assert rows["enc.0.w"]["reason"] == "unexpected"
     _, out, _ = run("filter", files[0], "--match", files[1], "--auto-remap", "--dry-run")
     assert "in doubt: could be enc.0.ln_a" in out
+
+
+def test_auto_remap_refuses_more_keys_than_it_maps_in_reasonable_time(
+    files: tuple[str, str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptool.api.writing.MOST_MAPPED", 10)
+    code, _, err = run("filter", files[0], "--match", files[1], "--auto-remap", "--dry-run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--auto-remap: b.pth has 11 keys, over 10: find the names by remap --like --save-rules" in err
+    monkeypatch.setattr("ckptool.api.writing.MOST_MAPPED", 11)
+    assert run("filter", files[0], "--match", files[1], "--auto-remap", "--dry-run")[0] < 2

@@ -27,8 +27,11 @@ BECAUSE = {
 """What a witness says."""
 
 
-def lines(report: LikeReport, found: InferReport, begin: str) -> list[str]:
-    """Returns the headline, a line per kind of rename, then what is left out, and the next step; or the sentences."""
+def lines(report: LikeReport, found: InferReport, begin: str, by_key: bool = False) -> list[str]:
+    """Returns the headline, a line per rule, then what is left out, and the next step; or the sentences.
+
+    ``by_key``: in a pipe, a line for every key that is made, rather than for every rule.
+    """
     if report.explained is not None:
         return [*map(render.safe, report.explained), *render.aligned([["failed", one.text] for one in report.failed])]
     parts = [f"matched {len(found.pairs):,} of {found.total:,}"]
@@ -40,7 +43,8 @@ def lines(report: LikeReport, found: InferReport, begin: str) -> list[str]:
         parts += [f"{number:,} {text}"] if number else []
     parts += [f"{len(report.dropped):,} dropped"] if report.dropped else []
     made = render.headline(begin + ", ".join(parts))
-    made += render.aligned([*_rules(found.rules)], keys=True) if render.folds() else remap.changed(report)
+    by_rule = render.folds() or not by_key
+    made += render.aligned([*_rules(found.rules)], keys=True) if by_rule else remap.changed(report)
     made += render.aligned([["unproven", *row] for row in _unproven(unproven)])
     made += render.aligned([["in doubt", *row] for row in _doubts(doubts)])
     missing = [(key, None) for key in found.only_target if not keys.is_counter(key)]
