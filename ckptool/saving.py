@@ -17,11 +17,10 @@ from ckptool.core.tensor import Derived, Opaque, Storage, TensorInfo
 from ckptool.core.tree import Global, key_text, nodes, path_text
 from ckptool.errors import CkptoolError, FormatError, LossError, OutputError, UsageError, listed, near
 from ckptool.io import tally
-from ckptool.io.files import Files, identity, names_in
-from ckptool.io.output import EXISTS, Output, SetOptions, is_stream, write_stream
-from ckptool.io.paths import is_url
-from ckptool.io.source import LocalFile
-from ckptool.io.system import canonical, same_file
+from ckptool.io.files import Files, identity, look_again, names_in, opened, same_place
+from ckptool.io.output import EXISTS, Output
+from ckptool.io.paths import basename, dirname, given, is_url
+from ckptool.io.targets import SetOptions, create, found_at, is_stream, write_stream
 from ckptool.ranks import world as ranks
 from ckptool.text import plural
 from ckptool.values.blocks import changed_values, same_bytes
@@ -104,7 +103,7 @@ def save(
     Raises: OutputError if it exists (without ``force``) or is an input, LossError for tensors the format
     cannot hold, IncompleteError if shards are missing, UsageError for an unknown suffix or format.
     """
-    url = os.fspath(path)
+    url = given(os.fspath(path))
     try:
         row, tags = _refuse(checkpoint, url, options)
         if checkpoint.format == "model":  # as its `state_dict` has it: no parameters
@@ -147,7 +146,7 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
 
     Raises: as `save` does before its first byte.
     """
-    url = os.fspath(path)
+    url = given(os.fspath(path))
     try:
         row, tags = _refuse(checkpoint, url, options)
         if options.world_size is not None and not row.by_ranks:
@@ -244,7 +243,9 @@ def _save_file(
     progress: Progress | None,
 ) -> Saved:
     name = _with_digest(url, PENDING) if options.hash_in_name else url
-    with Output(name, force=options.overwrites, fsync=options.fsync) as output:
+    hashed = options.hash_in_name
+    staged = hashed or (options.verify and options.overwrites and bool(found_at(url)))  # nothing is lost if that fails
+    with create(name, force=options.overwrites, fsync=options.fsync, staged=staged, hashed=hashed) as output:
         output.path, output.progress = url, progress
         left_out = row.writer().write(checkpoint, output, files, tags)
         files.check()
@@ -253,7 +254,7 @@ def _save_file(
             _begin(progress, "verify", 2)  # what was meant is read, and what was written
             _verify(checkpoint, row, output.finished(), files.beside(progress))
         if options.hash_in_name:
-            output.rename(_with_hash(url, output.finished(), progress))
+            output.rename(_with_digest(url, _sha256(output, progress)[:8]))
         files.close()  # not all systems rename a file that is open, or replace one
         output.commit()
         return Saved(output.path, output.position, left_out)
@@ -303,6 +304,7 @@ def _refuse_hidden(checkpoint: Checkpoint, target: str) -> None:
 
 def _verify(checkpoint: Checkpoint, row: formats.Format, path: str, files: Files) -> None:
     """Reads a written file back and compares every tensor with the checkpoint's. Raises: FormatError."""
+    look_again(path)
     found = formats.read(path)
     if row.holds.tree:
         _compare(_by_path(checkpoint), _by_path(found), files)
@@ -372,18 +374,21 @@ def _same(meant: TensorInfo, written: TensorInfo, files: Files) -> bool:
     return same_bytes(meant, written, files)
 
 
-def _with_hash(path: str, written: str, progress: Progress | None = None) -> str:
-    """Returns the path with 8 hex digits of the written file's sha256 appended to the stem, as torchvision does."""
+def _sha256(output: Output, progress: Progress | None = None) -> str:
+    """Returns the digest of the finished output, which is read unless it was taken while writing."""
     import hashlib
 
     _begin(progress, "hash")
-    with LocalFile(written) as file:
-        digest = hashlib.sha256()
+    written, digest = output.finished(), output.sha256
+    if digest is not None:
+        return str(digest.hexdigest())
+    digest = hashlib.sha256()
+    with opened(written) as file:
         for block in file.blocks(0, file.size):
             digest.update(block)
             if progress is not None:
                 progress(len(block))
-    return _with_digest(path, digest.hexdigest()[:8])
+    return digest.hexdigest()
 
 
 PENDING = "########"
@@ -391,6 +396,7 @@ PENDING = "########"
 
 
 def _with_digest(path: str, digest: str) -> str:
+    """Returns the path with the digest appended to the stem, as torchvision does."""
     stem, suffix = split_suffix(path)
     return f"{stem}-{digest}{suffix}"
 
@@ -403,7 +409,7 @@ def split_suffix(path: str) -> tuple[str, str]:
     """
     lowered = path.lower()
     for suffix in sorted(formats.suffixes(), key=len, reverse=True):
-        if lowered.endswith(suffix) and len(os.path.basename(path)) > len(suffix):
+        if lowered.endswith(suffix) and len(basename(path)) > len(suffix):
             return path[: -len(suffix)], path[-len(suffix) :]
     return os.path.splitext(path)
 
@@ -426,22 +432,19 @@ def check_output(
     path: str | os.PathLike[str], options: SaveOptions = SaveOptions(), inputs: Sequence[Checkpoint] = ()
 ) -> None:
     """Raises as `save` would for this path: an unknown suffix, a file that exists, an input."""
-    url = os.fspath(path)
-    _refuse_remote(url)
+    url = given(os.fspath(path))
     row = formats.writable(url, options.to)
     if not row.is_directory and (options.with_files or options.shard_name is not None):
         raise UsageError("--shard-name and --with-files go with a directory: --to sharded", url)
     if row.is_directory:
         named = row.directory_writer().names_for
         names = {named(checkpoint, options.shard_name, row.kind) for checkpoint in inputs}
-        if os.path.lexists(url) and not os.path.isdir(url):
+        if found_at(url) == "file":
             raise OutputError("is a file; this format is a directory", url)
         if options.force and not options.in_place and _holds_input(url, inputs):
             raise OutputError("holds an input; --in-place replaces it", url)
-        if options.force and not options.in_place:
+        if options.force and not options.in_place and not is_url(url):
             _refuse_linked(url, names, inputs)
-        if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
-            raise OutputError("cannot be made: no such directory", url)
         return
     if options.hash_in_name:
         url = _with_digest(url, PENDING)
@@ -449,15 +452,9 @@ def check_output(
     _check_place(url, options.overwrites, spared, "is one of the inputs; --in-place replaces it")
 
 
-def _refuse_remote(url: str) -> None:
-    if is_url(url):
-        raise OutputError("a URL is read, and not written: write to a path of this machine, and copy it there", url)
-
-
 def _holds_input(directory: str, inputs: Sequence[Checkpoint]) -> bool:
-    return any(
-        same_file(os.path.dirname(source) or ".", directory) for checkpoint in inputs for source in sources(checkpoint)
-    )
+    places = {dirname(source) or "." for checkpoint in inputs for source in sources(checkpoint)}
+    return any(same_place(place, directory) for place in places)
 
 
 def _refuse_linked(directory: str, names: Collection[Names], inputs: Sequence[Checkpoint]) -> None:
@@ -474,37 +471,32 @@ def _refuse_linked(directory: str, names: Collection[Names], inputs: Sequence[Ch
 
 def check_report(path: str | os.PathLike[str], *, force: bool = False, inputs: Sequence[Checkpoint] = ()) -> None:
     """Raises as `write_text` would for this path, and OutputError if it is an input."""
-    url = os.fspath(path)
-    _refuse_remote(url)
+    url = given(os.fspath(path))
     if not is_stream(url):
         _check_place(url, force, inputs, "is one of the inputs")
 
 
 def _check_place(url: str, force: bool, inputs: Sequence[Checkpoint], refusal: str) -> None:
-    if os.path.isdir(url):
+    found = found_at(url)
+    if found == "directory":
         raise OutputError("is a directory; name a file", url)
     inode = identity(url)
-    for checkpoint in inputs if inode else ():  # a new file cannot be one of thousands of inputs
-        if any(identity(source) == inode for source in sources(checkpoint)):
+    for source in (
+        (one for checkpoint in inputs for one in sources(checkpoint)) if found else ()
+    ):  # there may be thousands
+        if identity(source) == inode if inode else same_place(source, url):
             raise OutputError(refusal, url)
-    if os.path.lexists(url) and not force:
+    if found and not force:
         raise OutputError(EXISTS, url)
-    if not os.path.isdir(os.path.dirname(os.path.realpath(url))):
-        raise OutputError("cannot be written: no such directory", url)
-
-
-def same_place(first: str, second: str) -> bool:
-    """Returns whether two paths are of one file, which need not exist."""
-    return same_file(first, second) or canonical(first) == canonical(second)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:
     """Writes a text file atomically, or into a pipe or device. Raises: OutputError."""
-    url = os.fspath(path)
+    url = given(os.fspath(path))
     if is_stream(url):
         write_stream(url, text)
         return
-    with Output(url, force=force) as output:
+    with create(url, force=force) as output:
         output.write(text.encode())
         output.commit()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from oracles import State, bits, tied_groups
 
-from ckptool.io.output import Output
+from ckptool.io.output import LocalOutput
 
 
 def assert_same_state(found: State, expected: State) -> None:
@@ -21,12 +21,12 @@ def assert_same_state(found: State, expected: State) -> None:
 
 def damaged(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """From now on one byte of what is written goes to the file another than it was given: in every block as large."""
-    write = Output.write
+    write = LocalOutput.write
 
-    def flip(self: Output, data: Any) -> None:
+    def flip(self: LocalOutput, data: Any) -> None:
         wrong = bytearray(data)
         if len(data) >= nbytes:
             wrong[nbytes // 2] ^= 1
         write(self, bytes(wrong))
 
-    monkeypatch.setattr(Output, "write", flip)
+    monkeypatch.setattr(LocalOutput, "write", flip)

@@ -86,7 +86,7 @@ READ = (
 )
 WRITE = (
     f"{READ} api.reading api.writing cli.options cli.output cli.progress core.aliases formats.layout "
-    "formats.torch_file io.leftovers io.output io.zip_write "
+    "formats.torch_file io.leftovers io.output io.targets io.zip_write "
     "pickling.dump reports.document saving values values.blocks values.streams fcntl json mmap references"
 )
 SAFETENSORS = "core.aliases formats.safetensors formats.safetensors_file json"

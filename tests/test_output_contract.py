@@ -21,7 +21,7 @@ import torch
 from oracles import Run, content
 
 import ckptool
-from ckptool.io.output import Output
+from ckptool.io.output import LocalOutput
 
 Refused = Callable[..., str]
 
@@ -265,11 +265,11 @@ def test_an_interrupt_on_the_way_leaves_what_was_there(
     method: str, case: Case, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, other = case.source("in"), case.source("other", seed=2)
-    original = getattr(Output, method)
+    original = getattr(LocalOutput, method)
     calls: list[int] = []
     beside = BESIDE.get(case.command, ())
 
-    def interrupted(self: Output, *args: Any) -> Any:
+    def interrupted(self: LocalOutput, *args: Any) -> Any:
         calls.append(1)
         if len(calls) == 2 or method == "commit":
             raise KeyboardInterrupt
@@ -281,7 +281,7 @@ def test_an_interrupt_on_the_way_leaves_what_was_there(
         before = content()
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(Output, method, interrupted)
+            patch.setattr(LocalOutput, method, interrupted)
             code, out, err = run(
                 *case.args(source, case.out, "--force", "--verify", "--report", "report.json", *beside)
             )

@@ -31,7 +31,7 @@ from ckptool.directories import place, sharded
 from ckptool.errors import FormatError, OutputError
 from ckptool.io.files import Files
 from ckptool.io.leftovers import PARTIAL
-from ckptool.io.output import Output
+from ckptool.io.output import LocalOutput
 from ckptool.values import blocks as data
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions, links and signals of POSIX")
@@ -188,7 +188,7 @@ def test_leftovers_of_the_same_name_are_removed_and_nothing_else() -> None:
     os.mkdir(".o.pth.0000000b.ckptool-partial")
     os.symlink("mine", ".o.pth.0000000c.ckptool-partial")
     Path("mine").write_bytes(b"mine")
-    with Output("o.pth") as output:
+    with LocalOutput("o.pth") as output:
         assert not set(dead) & set(os.listdir())
         output.commit()
     kept = [f".o.pth.0000000{letter}.ckptool-partial" for letter in "abc"]
@@ -197,14 +197,14 @@ def test_leftovers_of_the_same_name_are_removed_and_nothing_else() -> None:
 
 
 def test_what_a_living_run_writes_is_not_taken_for_a_leftover() -> None:
-    with Output("o.pth", force=True) as first:
+    with LocalOutput("o.pth", force=True) as first:
         first.write(b"first")
-        with Output("o.pth", force=True) as second:
+        with LocalOutput("o.pth", force=True) as second:
             second.write(b"second")
             assert len(partials()) == 2
             second.commit()
         first.finished()
-        with Output("o.pth", force=True):
+        with LocalOutput("o.pth", force=True):
             assert len(partials()) == 2
         first.commit()
     assert (Path("o.pth").read_bytes(), partials()) == (b"first", [])
@@ -250,15 +250,15 @@ def test_a_new_set_that_was_killed_while_it_got_its_names_is_taken_back(force: l
     args = ("convert", "0.safetensors", "--to", "sharded", "-o", "d", "--max-shard-size", "100")
     commits = 0
 
-    def killed(output: Output) -> None:
+    def killed(output: LocalOutput) -> None:
         nonlocal commits
         commits += 1
         if commits == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         commit(output)
 
-    commit = Output.commit
-    process = soak.child((*args, *force), lambda: setattr(Output, "commit", killed), os.devnull)
+    commit = LocalOutput.commit
+    process = soak.child((*args, *force), lambda: setattr(LocalOutput, "commit", killed), os.devnull)
     assert soak.wait(process) == -signal.SIGKILL
     assert {name for name in os.listdir("d") if name[0] != "."} == {
         "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
@@ -280,15 +280,15 @@ def test_what_has_its_name_from_someone_else_is_not_taken_back() -> None:
 def test_a_directory_that_a_living_run_replaces_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     shards(2)
     before = content()
-    commit = Output.commit
+    commit = LocalOutput.commit
     said: list[str] = []
 
-    def looked_at(self: Output) -> None:
+    def looked_at(self: LocalOutput) -> None:
         commit(self)
         if os.path.basename(self.path).startswith("model-00001"):
             said.append(run("inspect", "d")[2])
 
-    monkeypatch.setattr(Output, "commit", looked_at)
+    monkeypatch.setattr(LocalOutput, "commit", looked_at)
     shards(2)
     assert "another run is giving its files their names; try again" in one_line(*said)
     assert content() == before
@@ -317,7 +317,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     monkeypatch.chdir(small_disk)
     for reserved in (True, False):
         if not reserved:
-            monkeypatch.setattr(Output, "reserve", lambda self, nbytes: None)
+            monkeypatch.setattr(LocalOutput, "reserve", lambda self, nbytes: None)
         code, out, err = run("convert", source, *options)
         assert (code, out, "no space left" in one_line(err)) == (2, "", True)
         assert content() == {}
@@ -513,7 +513,7 @@ def test_permissions_are_those_of_cp(
 
 def test_no_one_reads_what_is_not_finished(umask: Callable[[int], None]) -> None:
     umask(0)
-    with Output("o.pth") as output:
+    with LocalOutput("o.pth") as output:
         assert stat.S_IMODE(os.stat(partials()[0]).st_mode) == 0o600
         output.commit()
     assert stat.S_IMODE(os.stat("o.pth").st_mode) == 0o666
@@ -547,16 +547,16 @@ def test_shards_that_cannot_all_have_their_names_leave_the_old_set(
     shards(3)
     save_file({f"t{number}": torch.zeros(25) for number in range(3)}, "new.safetensors")
     before = content()
-    publish = Output._publish
-    given: list[Output] = []
+    publish = LocalOutput._publish
+    given: list[LocalOutput] = []
 
-    def fails(self: Output) -> None:
+    def fails(self: LocalOutput) -> None:
         given.append(self)
         if len(given) == at + 1:
             raise error
         publish(self)
 
-    monkeypatch.setattr(Output, "_publish", fails)
+    monkeypatch.setattr(LocalOutput, "_publish", fails)
     args = ("convert", "new.safetensors", "--to", "sharded", "-o", "d", "--max-shard-size", "100", "--force")
     assert run(*args)[0] == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert content() == before
@@ -572,8 +572,8 @@ def test_an_old_set_that_cannot_have_its_names_again_is_kept(run: Run, monkeypat
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr(Output, "_publish", fails)
-        broken.setattr(Output, "undo", fails)
+        broken.setattr(LocalOutput, "_publish", fails)
+        broken.setattr(LocalOutput, "undo", fails)
         args = ["convert", "0.safetensors", "--to", "sharded", "-o", "d", "--max-shard-size", "100", "--force"]
         code, _, err = run(*args)
     assert (code, ".ckptool-old" in one_line(err)) == (2, True)
@@ -621,10 +621,10 @@ def test_in_place_that_fails_removes_nothing(run: Run, monkeypatch: pytest.Monke
     shards(3)
     before = content()
 
-    def fails(self: Output) -> None:
+    def fails(self: LocalOutput) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Output, "_publish", fails)
+    monkeypatch.setattr(LocalOutput, "_publish", fails)
     for size in ("250", "5GB"):
         args = ("convert", "d", "--to", "sharded", "-o", "d", "--max-shard-size", size, "--in-place")
         assert run(*args)[0] == 2
@@ -641,14 +641,14 @@ def test_what_is_wrong_on_the_disk_never_gets_its_name(
     save_file({f"t{number}": torch.ones(65_536) for number in range(4)}, "old.safetensors")
     assert run("convert", "old.safetensors", *options)[0] == 0
     before = content()
-    finished = Output.finished
+    finished = LocalOutput.finished
 
-    def rots(self: Output) -> str:
+    def rots(self: LocalOutput) -> str:
         if self._fd >= 0 and not self._finished and self.position > 100_000:
             os.pwrite(self._fd, b"\xa5\x5a\xa5", 90_000)
         return finished(self)
 
-    monkeypatch.setattr(Output, "finished", rots)
+    monkeypatch.setattr(LocalOutput, "finished", rots)
     code, _, err = run("convert", source, *options, "--force", "--verify")
     assert code == 2
     assert "thrown away" in one_line(err)
@@ -663,10 +663,10 @@ def test_what_is_wrong_on_the_disk_never_gets_its_name(
 def test_an_input_that_changes_while_it_is_read_gives_no_output(
     options: list[str], change: str, run: Run, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Output.write
+    write = LocalOutput.write
     done = []
 
-    def meanwhile(self: Output, data: Any) -> None:
+    def meanwhile(self: LocalOutput, data: Any) -> None:
         write(self, data)
         if not done and self.position > 70_000:
             done.append(1)
@@ -678,7 +678,7 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
                     file.write(b"x" * (10 if change == "is rewritten" else 20))
                 os.utime(source, ns=(1, 1))
 
-    monkeypatch.setattr(Output, "write", meanwhile)
+    monkeypatch.setattr(LocalOutput, "write", meanwhile)
     code, _, err = run("convert", source, *options)
     assert (code, "while it was read" in one_line(err) or "changed since" in err) == (2, True)
     assert done
@@ -728,21 +728,21 @@ def test_looking_notices_a_change_too(
 
 def test_a_replaced_input_is_read_to_its_end(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_file(source)
-    write = Output.write
+    write = LocalOutput.write
 
-    def meanwhile(self: Output, data: Any) -> None:
+    def meanwhile(self: LocalOutput, data: Any) -> None:
         write(self, data)
         if os.path.exists("next"):
             os.replace("next", source)
 
     save_file({"w": torch.ones(3)}, "next")
-    monkeypatch.setattr(Output, "write", meanwhile)
+    monkeypatch.setattr(LocalOutput, "write", meanwhile)
     assert run("convert", source, "-o", "o.safetensors", "--no-verify")[0] == 0
     assert all(torch.equal(tensor, before[key]) for key, tensor in load_file("o.safetensors").items())
 
 
 def test_two_outputs_of_one_name_are_one_or_the_other() -> None:
-    with Output("o") as first, Output("o") as second:
+    with LocalOutput("o") as first, LocalOutput("o") as second:
         first.write(b"first")
         second.write(b"second")
         first.commit()

@@ -131,7 +131,7 @@ def convert(
     from ckptool.ops.convert import convert as op
     from ckptool.ops.convert import edited
 
-    url = keys.file_path(path)
+    url = paths.given(keys.file_path(path))
     keys.expect_texts(dtype=dtype, shard_name=shard_name)
     keys.expect_numbers(1, max_shard_size=max_shard_size, world_size=1 if world_size is None else world_size)
     opened = open_whole(open(source, root))

@@ -14,8 +14,7 @@ from ckptool.cli.output import Outputs
 from ckptool.cli.progress import bar
 from ckptool.core.checkpoint import Checkpoint
 from ckptool.errors import UsageError
-from ckptool.io import system
-from ckptool.io.files import is_directory
+from ckptool.io.files import is_directory, place_of
 from ckptool.io.paths import is_url
 from ckptool.ops.convert import ConvertReport
 from ckptool.ops.notes import changed_lines
@@ -87,7 +86,7 @@ def command(
     for source in inputs:
         with failed.kept():
             jobs.append(Job.of(source, ckptool.open(source, root=root, tp_rules=tp_rules), to, output))
-    if len({system.canonical(job.path) for job in jobs}) < len(jobs):
+    if len({place_of(job.path) for job in jobs}) < len(jobs):
         raise UsageError("two inputs would be written to one name")
 
     def options_of(job: Job) -> saving.SaveOptions:

@@ -14,6 +14,7 @@ from ckptool.cli.progress import bar
 from ckptool.cli.screens import inspect as screen
 from ckptool.core import keys
 from ckptool.errors import OutputError, UsageError
+from ckptool.io.files import is_file
 from ckptool.ops.inspect import InspectReport, TensorRow, tree_of, volume
 from ckptool.ops.notes import pattern_notes, require_tensors
 
@@ -218,7 +219,7 @@ def _write_lock(
         return
     if update:
         formats.refuse_no_lock(path)
-    elif os.path.isfile(path):
+    elif is_file(path):
         raise OutputError("exists already; --update-lock rewrites it", path)
     saving.check_report(path, force=update, inputs=[opened])
     saving.write_text(path, text, force=update)

@@ -43,6 +43,7 @@ class Outputs:
         Raises: OutputError for one that exists (without ``--force``) or is an input, UsageError for two of one name.
         """
         from ckptool import saving
+        from ckptool.io.files import same_place
 
         for path in paths:
             saving.check_output(path, self.options, inputs)
@@ -50,7 +51,7 @@ class Outputs:
         for side in (*beside, self.report):
             if side is None:
                 continue
-            if any(saving.same_place(side, other) for other in taken):
+            if any(same_place(side, other) for other in taken):
                 raise UsageError(f"two outputs have the name {side}")
             saving.check_report(side, force=self.options.force, inputs=inputs)
             taken.append(side)

@@ -49,7 +49,8 @@ from ckptool.ranks.plan import Division, boxes, edge, row_of
 if TYPE_CHECKING:
     from ckptool.directories.place import Place
     from ckptool.formats.layout import MapLocation
-    from ckptool.io.output import Output, SetOptions
+    from ckptool.io.output import Output
+    from ckptool.io.targets import SetOptions
 
 LABEL = "dcp"
 

@@ -19,11 +19,11 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.directories import sets
 from ckptool.directories.names import DCP, Distributed, Names, beside_it, is_part, parse, reader, sets_in
 from ckptool.errors import CkptoolError, OutputError, explain, listed
-from ckptool.io.files import Files, names_in, opened
+from ckptool.io.files import Files, is_file, look_again, names_in, opened, same_place
 from ckptool.io.leftovers import locked, sweep
-from ckptool.io.output import EXISTS, Output, Part, SetOptions, commit_set, staging
-from ckptool.io.paths import is_url, join, split
-from ckptool.io.system import same_file
+from ckptool.io.output import EXISTS, LocalOutput, Output, Part, staging
+from ckptool.io.paths import basename, is_url, join, split
+from ckptool.io.targets import SetOptions, commit_set, create, remove
 from ckptool.values.blocks import changed_values
 
 if TYPE_CHECKING:
@@ -46,19 +46,21 @@ class Place:
         self.new = new
         self.force, self.with_files, self.fsync = options.force, options.with_files, options.fsync
         self.origin, self.source = split(checkpoint.url)
-        self.within = same_file(self.origin or ".", directory)
+        self.within = bool(checkpoint.url) and same_place(self.origin or ".", directory)
         self.in_place = options.in_place and self.within
         small = sets.small_files(self.origin or ".") if parse(self.source) and not self.within else []
-        self.small = small if self.with_files else [name for name in small if not os.path.lexists(self._path(name))]
+        there = {*names_in(directory)}
+        self.small = small if self.with_files else [name for name in small if name not in there]
         self.look()
         if self.with_files:
             self._refuse_other_files()
 
     def _path(self, name: str) -> str:
-        return os.path.join(self.directory, name)
+        return join(self.directory, name)
 
     def look(self) -> None:
         """Finds what is to be removed. Raises: OutputError, before hours of work."""
+        look_again(self.directory)
         there = sorted(names_in(self.directory))
         known = sets_in(there)
         same = [found for found in known if self.names.are_of(found)]
@@ -105,14 +107,16 @@ class Place:
         On failure the files are removed, with a directory made for them, and replaced ones are restored.
         """
         with _made(self.directory), ExitStack() as stack:
+            replaces = check is not None and bool(self.gone or {*self.new} & {*names_in(self.directory)})
 
-            def opened(name: str, run: str | None) -> Output:
-                return stack.enter_context(Output(self._path(name), force=self.force, fsync=self.fsync, run=run))
+            def made(name: str, run: str) -> Output:
+                output = create(self._path(name), force=self.force, fsync=self.fsync, run=run, staged=replaces)
+                return stack.enter_context(output)
 
-            ending = None if last is None else opened(self.new[-1], None)  # its lock covers all files
+            ending = None if last is None else made(self.new[-1], "")  # its lock covers all files
             outputs: list[Output] = []
             for name, written in contents.items():
-                output = opened(name, None if ending is None else ending.run)
+                output = made(name, "" if ending is None else ending.run)
                 output.progress = progress
                 outputs.append(output)
                 written(output)
@@ -124,13 +128,19 @@ class Place:
                 ending.write(last())
                 ending.readers = files.mode
                 outputs.append(ending)
-            paths = {os.path.basename(output.path): output.finished() for output in outputs}
-            if check is not None:
-                check(paths)
-            files.close()  # not all systems rename a file that is open, or replace one
+
+            def checked() -> None:
+                look_again(self.directory)
+                if check is not None:
+                    check({basename(output.path): output.finished() for output in outputs})
+
+            staged = all(output.staged for output in outputs)
+            if staged:
+                checked()
+                files.close()  # not all systems rename a file that is open, or replace one
             with locked(self.directory):  # so that sets of concurrent runs are never mixed
                 self.look()
-                commit_set(outputs, self.force)
+                commit_set(outputs, self.force, None if staged else checked)
                 self._clear()
             self._copy()
         return sum(output.position for output in outputs)
@@ -141,9 +151,10 @@ class Place:
         The new set is complete, and has its names: being killed in between does no harm.
         """
         for name in self.gone:
-            with suppress(OSError):  # then the note says that it is left
-                os.unlink(self._path(name))
-        self.left += [name for name in self.gone if os.path.lexists(self._path(name))]
+            with suppress(OSError, OutputError):  # then the note says that it is left
+                remove(self._path(name))
+        there = {*names_in(self.directory)} if self.gone else set()
+        self.left += [name for name in self.gone if name in there]
         self.gone = [name for name in self.gone if name not in self.left]
 
     def _refuse_other_files(self) -> None:
@@ -152,12 +163,13 @@ class Place:
             if not is_url(self.origin) and not os.access(join(self.origin, name), os.R_OK):
                 raise OutputError(f"{name} cannot be copied: permission denied", self.origin)
         self.small = [name for name in self.small if not self._is_there(name)]
-        other = [name for name in self.small if os.path.lexists(self._path(name))]
+        there = {*names_in(self.directory)}
+        other = [name for name in self.small if name in there]
         if other and not self.force:
             raise OutputError(f"{listed(other)}: {EXISTS}", self.directory)
 
     def _is_there(self, name: str) -> bool:
-        if not os.path.isfile(self._path(name)):
+        if not is_file(self._path(name)):
             return False
         with opened(join(self.origin, name)) as one, opened(self._path(name)) as other:
             return one.size == other.size and one.read(0, one.size) == other.read(0, other.size)
@@ -165,7 +177,7 @@ class Place:
     def _copy(self) -> None:
         """Copies the small files. Raises: OutputError, UnreadableError."""
         for name in self.small if self.with_files else ():
-            output = Output(self._path(name), force=self.force, fsync=self.fsync)
+            output = create(self._path(name), force=self.force, fsync=self.fsync)
             with opened(join(self.origin, name)) as file, output:
                 output.readers = file.mode
                 output.write(file.read(0, file.size))
@@ -217,7 +229,7 @@ class Shared(NamedTuple):
         returns the content of the index. On failure rank 0 removes everything; if it is gone, each rank what it wrote.
         Raises: what `World.together` raises.
         """
-        outputs: list[Output] = []
+        outputs: list[LocalOutput] = []
         place: list[Place] = []
         written: list[Part] = []
 
@@ -231,7 +243,7 @@ class Shared(NamedTuple):
                 stack.enter_context(_made(self.directory))
                 for name in reversed(self.new):  # the lock of the first one covers all
                     run = outputs[-1].run if outputs else None
-                    output = Output(path(name), force=place[0].force, fsync=fsync, run=run)
+                    output = LocalOutput(path(name), force=place[0].force, fsync=fsync, run=run)
                     outputs.append(stack.enter_context(output))
                     if run is not None:
                         output.leave()
@@ -306,7 +318,10 @@ def _add_changed(
 
 @contextmanager
 def _made(directory: str) -> Iterator[None]:
-    """Makes a directory if absent, and removes it again if the block fails."""
+    """Makes a directory if absent, and removes it again if the block fails. In a store its files make it."""
+    if is_url(directory):
+        yield
+        return
     try:
         os.mkdir(directory)
         made = True
@@ -326,7 +341,9 @@ def _made(directory: str) -> Iterator[None]:
 
 
 def recover(directory: str) -> None:
-    """Undoes unfinished renames of killed runs in a directory, and removes their staging files."""
+    """Undoes unfinished renames of killed runs in a directory of this machine, and removes their staging files."""
+    if is_url(directory):
+        return
     real = os.path.realpath(directory)
     with locked(directory):  # concurrent recoveries, with a run beginning in between, would mix their sets
         written = [name for name in names_in(directory) if is_part(name)]

@@ -27,7 +27,7 @@ from ckptool.directories.names import INDEX, Names, named, output_names
 from ckptool.errors import UsageError, listed
 from ckptool.formats import safetensors_file
 from ckptool.io.files import Files, ahead, exists
-from ckptool.io.paths import basename, dirname, join
+from ckptool.io.paths import basename, dirname, is_url, join
 from ckptool.io.probe import Probe
 from ckptool.io.source import Source
 from ckptool.ranks import world as ranks
@@ -38,7 +38,8 @@ from ckptool.ranks.plan import Division, Segment, boxes, edge
 if TYPE_CHECKING:
     from ckptool.directories.place import Place, Shared
     from ckptool.formats.layout import MapLocation
-    from ckptool.io.output import Output, SetOptions
+    from ckptool.io.output import Output
+    from ckptool.io.targets import SetOptions
 
 LABEL = "hf-sharded"
 
@@ -267,7 +268,7 @@ def write(
             found |= open_(paths[name]).state_dict()
         dropped = aliases.record(meant).keys() - found.keys()  # ties are in the index
         compare({key: tensor for key, tensor in meant.items() if key not in dropped}, found)
-        for name in shards if options.kind == "safetensors" else ():
+        for name in shards if options.kind == "safetensors" and not is_url(directory) else ():
             safetensors_file.prove(paths[name])
 
     ends = names.whole not in shards

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from ckptool.core.tensor import TensorInfo
     from ckptool.io.files import Files
-    from ckptool.io.output import Output, SetOptions
+    from ckptool.io.output import Output
+    from ckptool.io.targets import SetOptions
 
     class Open(Protocol):
         """What opens a file of several: its path, and what opens that if a part is meant (a `Section`)."""
@@ -164,8 +165,9 @@ class Format(NamedTuple):
         return cast("DirectoryWriter", self._import())
 
     def prove(self, path: str) -> None:
-        """Has the reference library, if the format has one, read a finished file. Raises: FormatError."""
-        if prove := getattr(self._import(), "prove", None):
+        """Has the reference library, if the format has one, read a finished local file. Raises: FormatError."""
+        prove = getattr(self._import(), "prove", None)
+        if prove is not None and not paths.is_url(path):  # these libraries open no URL
             prove(path)
 
     def _import(self) -> object:
@@ -293,7 +295,7 @@ def refuse_no_lock(path: str) -> None:
     """Raises OutputError if there is a file at ``path`` that is no lock file."""
     from ckptool.formats import lock
 
-    if os.path.isfile(path):
+    if files.is_file(path):
         with Probe(path) as probe:
             if not lock.matches(probe):
                 raise OutputError("exists and is no lock file: --update-lock overwrites nothing else", path)
@@ -323,7 +325,7 @@ def of_directory(path: str) -> Format:
     A directory that holds a distributed checkpoint keeps its format: the other one holds weights only.
     """
     distributed = named("dcp")
-    if os.path.isdir(path):
+    if files.is_directory(path):
         with Probe(path) as probe:
             if cast("Reader", distributed.directory_writer()).matches(probe):
                 return distributed
@@ -337,7 +339,10 @@ def by_suffix(path: str) -> Format | None:
 
 def is_directory(path: str) -> bool:
     """Returns whether an output path is that of a directory: it ends in a slash, or there is one without a suffix."""
-    return path.endswith(tuple(filter(None, (os.sep, os.altsep)))) or (by_suffix(path) is None and os.path.isdir(path))
+    from ckptool.io import targets
+
+    slashes = tuple(filter(None, (os.sep, os.altsep)))
+    return path.endswith(slashes) or (by_suffix(path) is None and targets.is_directory(path))
 
 
 def writable(path: str, name: str | None = None, source: str = "") -> Format:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from ckptool.errors import CkptoolError, FormatError, UnsupportedError, listed
-from ckptool.io import protobuf
+from ckptool.formats import protobuf
 from ckptool.io.archives import HEAD, MOST_MEMBERS, ReadAt, is_tar, reader, tar_members, unpacked
 from ckptool.io.files import is_file, names_in
 from ckptool.io.paths import is_url, join

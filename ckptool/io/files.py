@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ckptool.core.tensor import Span, TensorInfo
 from ckptool.errors import FormatError
-from ckptool.io import paths
+from ckptool.io import paths, system
 from ckptool.io.source import (
     BLOCK,
     HEADER,
@@ -256,6 +256,22 @@ def identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def same_place(first: str, second: str) -> bool:
+    """Returns whether two paths are of one file or directory, which need not exist."""
+    if paths.is_url(first) or paths.is_url(second):
+        return place_of(first) == place_of(second)
+    return system.same_file(first, second) or system.canonical(first) == system.canonical(second)
+
+
+def place_of(path: str) -> tuple[str, str]:
+    """Returns what is equal for two paths of one file, which need not exist, but for hard links."""
+    if not paths.is_url(path):
+        return "", system.canonical(path)
+    from ckptool.io.remote import stores
+
+    return stores.place_of(path)
 
 
 def read_given(path: str, what: str, limit: Limit = MAX_INDEX) -> bytes:

@@ -1,4 +1,4 @@
-"""Atomic output files."""
+"""Outputs: what the formats write into, which has its name when it is complete; files of this machine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any
 
 from ckptool.core.tensor import Span
 from ckptool.errors import OutputError, explain
@@ -19,6 +19,7 @@ from ckptool.io.source import Source
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
+    from typing import Self
 
 WRITE = 1 << 16
 """Bytes per write call. Larger ones make ext4 allocate large folios, which collapses when memory is short."""
@@ -38,27 +39,113 @@ WORTH_CLONING = 1 << 20
 EXISTS = "exists already; --force overwrites it"
 
 
-def is_stream(path: str) -> bool:
-    """Returns whether a path is a pipe or a device, which text is written into: nothing is overwritten."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
-def write_stream(path: str, text: str) -> None:
-    """Writes text into a pipe or device. Raises: OutputError."""
-    try:
-        with open(path, "w", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise OutputError(f"cannot be written: {explain(error)}", path) from error
-
-
 class Output:
-    """Atomic output file: a staging file, which `commit` syncs and renames.
+    """A file that is written from its begin to its end, and has its name, complete, from `commit` on.
 
-    As a context manager it removes the staging file unless committed. A symlink is followed, so the link stays. A new
-    file gets the permissions that both the umask and ``readers`` allow (who may not read the sources may not read it
-    either); otherwise it gets the owner and permissions of the file it replaces. Until it is finished only the owner
-    can read it. ACLs and extended attributes are not copied.
+    `targets.create` makes one; where the bytes go is up to the class. ``path`` is for messages. ``position``: bytes
+    written so far; ``progress`` is called with more of them. ``readers``: permissions that all sources have. As a
+    context manager it removes what it wrote unless committed. ``staged``: it can be read before it has its name.
+    ``sha256``: the hash of its bytes where that is taken while they are written, as hashlib has it.
+    ``restores``: whether `undo` gives a replaced file its name again; ``lost``: whether one is gone for good.
+    """
+
+    staged = True
+    sha256: Any = None
+    restores = True
+    lost = False
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.position = 0
+        self.readers = 0o777
+        self.run = ""
+        self.progress: Callable[[int], None] | None = None
+        self._pending = bytearray()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
+        raise NotImplementedError
+
+    def reserve(self, nbytes: int) -> None:
+        """Says how many bytes are to come. Raises: OutputError if there is no room for them."""
+
+    def clones(self, file: Source) -> bool:
+        """Returns whether ranges of a file can be cloned into this one: both on one file system with reflinks."""
+        return False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Appends bytes; small pieces are buffered."""
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+        if len(view) < SMALL:
+            self._pending += view
+            self.position += len(view)
+            if len(self._pending) >= WRITE:
+                self._flush()
+        else:
+            self._flush()
+            self._put(view, self.position)
+            self.position += len(view)
+        if self.progress is not None:
+            self.progress(len(view))
+
+    def copy(self, files: Files, span: Span) -> None:
+        """Appends the bytes of a span."""
+        self._append(files.blocks(span))
+
+    def _append(self, blocks: Iterator[memoryview | bytes]) -> None:
+        for block in blocks:
+            self.write(block)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._put(memoryview(bytes(self._pending)), self.position - len(self._pending))
+            self._pending.clear()
+
+    def _put(self, view: memoryview, at: int) -> None:
+        """Writes bytes behind those before. Raises: OutputError."""
+        raise NotImplementedError
+
+    def finished(self) -> str:
+        """Finishes the file and returns its path, so that it can be read back before `commit`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Releases what an open file takes, so that thousands of outputs can await `commit`."""
+
+    def rename(self, path: str) -> None:
+        """Changes the name of the output, within its directory. Raises: OutputError if it exists."""
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        """Finishes the file, and gives it its name. Raises: OutputError."""
+        raise NotImplementedError
+
+    def set_aside(self) -> None:
+        """Takes its name from the file to be replaced, if any, so that `undo` restores it if that is possible."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Undoes a `commit`. Raises: OSError, OutputError."""
+        raise NotImplementedError
+
+    def keep(self, kept: bool) -> None:
+        """Sets whether what is unfinished stays on failure, for the next run to find."""
+
+    def link(self) -> None:
+        """Makes `commit` keep a mark that a set is unfinished, if supported, until `forget`."""
+
+    def forget(self) -> None:
+        """Removes what `set_aside` and `link` keep."""
+
+
+class LocalOutput(Output):
+    """A file of this machine: a staging file, which `commit` syncs and renames.
+
+    A symlink is followed, so the link stays. A new file gets the permissions that both the umask and ``readers`` allow
+    (who may not read the sources may not read it either); otherwise it gets the owner and permissions of the file it
+    replaces. Until it is finished only the owner can read it. ACLs and extended attributes are not copied.
 
     A process locks its staging file. One without a lock was left by a killed process: the next output of the same name
     removes it (`sweep`). Outputs of one set have one ``run``, and the lock of the first covers all.
@@ -95,10 +182,8 @@ class Output:
             raise OutputError(f"cannot be written: {reason}", path) from error
 
     def _begin(self, path: str, fsync: bool) -> None:
-        self.path = path
+        Output.__init__(self, path)
         self.fsync = fsync
-        self.position = 0
-        self.readers = 0o777
         self._identity: tuple[int, int] | None = None
         self._pending_name = True
         self._fd = -1
@@ -106,11 +191,9 @@ class Output:
         self._finished = False
         self._old = ""
         self._linked = False
-        self._pending = bytearray()
         self._sent = 0
         self._sending: Future[None] | None = None
         self._sender: ThreadPoolExecutor | None = None
-        self.progress: Callable[[int], None] | None = None
         self._target = system.reachable(os.path.realpath(path))
 
     def _create(self, directory: str, name: str, run: str | None) -> None:
@@ -161,9 +244,6 @@ class Output:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
         if self._sender is not None:
             self._sender.shutdown()  # its errors do not matter: the file is removed
@@ -187,26 +267,8 @@ class Output:
             if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise OutputError(f"no room for {nbytes} bytes: {explain(error)}", self.path) from error
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Appends bytes: small pieces are buffered, large ones written in calls that end on multiples of `WRITE`."""
-        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        if len(view) < SMALL:
-            self._pending += view
-            self.position += len(view)
-            if len(self._pending) >= WRITE:
-                self._flush()
-        else:
-            self._flush()
-            self._put(view, self.position)
-            self.position += len(view)
-        if self.progress is not None:
-            self.progress(len(view))
-
     def clones(self, file: Source) -> bool:
-        """Returns whether ranges of a file can be cloned into this one: both on one file system with reflinks.
-
-        Tries it at the beginning of this file, so call it before anything is written.
-        """
+        """Tries it at the beginning of this file, so call it before anything is written."""
         return self.position == 0 and file.size >= WORTH_CLONING and self._clone(file, 0, CLONED, 0)
 
     def _clone(self, file: Source, offset: int, nbytes: int, to: int) -> bool:
@@ -231,16 +293,8 @@ class Output:
                 begin = ahead + whole
         self._append(files.blocks(span, begin, end - begin))
 
-    def _append(self, blocks: Iterator[memoryview | bytes]) -> None:
-        for block in blocks:
-            self.write(block)
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._put(memoryview(bytes(self._pending)), self.position - len(self._pending))
-            self._pending.clear()
-
     def _put(self, view: memoryview, at: int) -> None:
+        """Writes in calls that end on multiples of `WRITE`."""
         done = 0
         try:
             while done < len(view):
@@ -386,7 +440,7 @@ def staging(target: str, run: str) -> str:
     return os.path.join(directory, f".{short(name)}.{run}.ckptool-partial")
 
 
-class Part(Output):
+class Part(LocalOutput):
     """Writes into the staging file of an `Output` of another process, from byte ``at`` on; that one commits it.
 
     As a context manager it removes nothing: other processes may write into the file.
@@ -424,71 +478,3 @@ class Part(Output):
     def drop(self) -> None:
         """Removes the staging file: no process writes into it any longer."""
         self._discard()
-
-
-class SetOptions(NamedTuple):
-    """How the files of one checkpoint are put into a directory.
-
-    ``kind``: that of the files, where a format has several. ``max_shard_size``: bytes of tensors in one. ``shard_name``
-    begins their names instead of the input's family. ``with_files`` copies the small files beside the input.
-    ``force`` replaces a set of the same names as a whole, ``in_place`` the input's. ``fsync`` waits for the disk.
-    ``ranks``: over how many the work is divided, or would be.
-    """
-
-    kind: str
-    max_shard_size: int
-    shard_name: str | None = None
-    with_files: bool = False
-    force: bool = False
-    in_place: bool = False
-    fsync: bool = True
-    ranks: int = 1
-
-
-def commit_set(outputs: Sequence[Output], force: bool) -> None:
-    """Commits several outputs, the last one (an index) last; if one fails, all is restored as before.
-
-    The old index is renamed first, and the new one last: no reader finds an index with a mix of old and new files.
-    The caller holds the directory's lock (`locked`).
-    """
-    if len(outputs) == 1:
-        outputs[0].commit()
-        return
-    last = outputs[-1]
-    done = False
-    try:
-        last.keep(True)  # by this staging file the next run knows that this one did not finish
-        if force:
-            last.set_aside()
-        for output in outputs[:-1]:
-            if force:
-                output.set_aside()
-            output.link()
-            output.commit()
-        last.commit()
-        done = True
-        _forget(outputs)
-    except BaseException as error:
-        if done:
-            _forget(outputs)
-        else:
-            _undo(outputs, error)
-            last.keep(False)
-        raise
-
-
-def _forget(outputs: Iterable[Output]) -> None:
-    for output in outputs:
-        output.forget()
-
-
-def _undo(outputs: Iterable[Output], error: BaseException) -> None:
-    """Restores backups and removes new files. Raises: OutputError."""
-    try:
-        for output in outputs:
-            output.undo()
-    except OSError as second:
-        raise OutputError(
-            f"{error}; and what was there cannot have its names again ({explain(second)}): "
-            "it is kept beside them as .NAME.xxxxxxxx.ckptool-old"
-        ) from error

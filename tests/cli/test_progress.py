@@ -15,7 +15,7 @@ import torch
 from oracles import FIXTURES, Run, Saved
 
 from ckptool.cli import progress
-from ckptool.io.output import Output
+from ckptool.io.output import LocalOutput
 
 SHOW = "\x1b[?25h"
 """What gives a terminal its cursor back."""
@@ -323,14 +323,14 @@ def test_an_interrupt_during_a_remap_leaves_nothing(
     run: Run, saved: Saved, terminal: Terminal, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large(saved)
-    write = Output.write
+    write = LocalOutput.write
 
-    def interrupted(self: Output, data: Any) -> None:
+    def interrupted(self: LocalOutput, data: Any) -> None:
         write(self, data)
         if self.position > 2_000_000:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Output, "write", interrupted)
+    monkeypatch.setattr(LocalOutput, "write", interrupted)
     assert run("remap", "large.pth", "-o", "o.pth", "--add-prefix", "x.")[0] == 130
     assert os.listdir() == ["large.pth"]
     assert SHOW in terminal.getvalue()

@@ -34,7 +34,8 @@ from ckptool.errors import (
 )
 from ckptool.formats import read
 from ckptool.io.files import Files
-from ckptool.io.output import Output, SetOptions
+from ckptool.io.output import LocalOutput
+from ckptool.io.targets import SetOptions
 
 INDEX = "model.safetensors.index.json"
 
@@ -463,10 +464,10 @@ def test_a_failure_while_writing_leaves_nothing(existing: bool, saved: Saved, tm
 def test_a_failure_while_names_are_given_leaves_nothing(
     error: BaseException, four: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = Output.commit
+    commit = LocalOutput.commit
     given: list[str] = []
 
-    def failing(self: Output) -> None:
+    def failing(self: LocalOutput) -> None:
         given.append(os.path.basename(self.path))
         inodes = {path.stat().st_ino for path in (tmp_path / "out").iterdir()}
         assert len(inodes) == 4  # everything was written before the first has its name
@@ -474,7 +475,7 @@ def test_a_failure_while_names_are_given_leaves_nothing(
             raise error
         commit(self)
 
-    monkeypatch.setattr(Output, "commit", failing)
+    monkeypatch.setattr(LocalOutput, "commit", failing)
     with pytest.raises(type(error)):
         write(four, tmp_path / "out", 80)
     assert len(given) == 3
@@ -482,9 +483,9 @@ def test_a_failure_while_names_are_given_leaves_nothing(
 
 
 def test_the_index_gets_its_name_last(four: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = Output.commit
+    commit = LocalOutput.commit
     given: list[str] = []
-    monkeypatch.setattr(Output, "commit", lambda self: (given.append(os.path.basename(self.path)), commit(self)))
+    monkeypatch.setattr(LocalOutput, "commit", lambda self: (given.append(os.path.basename(self.path)), commit(self)))
     write(four, tmp_path / "out", 80)
     assert given == [*sorted(given[:-1]), INDEX]
 

@@ -17,7 +17,7 @@ from ckptool import open as open_checkpoint
 from ckptool import remap, save
 from ckptool.io import output as outputs
 from ckptool.io import system
-from ckptool.io.output import CLONED, Output
+from ckptool.io.output import CLONED, LocalOutput
 from ckptool.io.source import LocalFile
 
 State = dict[str, torch.Tensor]
@@ -28,13 +28,13 @@ def cloned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many bytes were shared, a number for each time."""
     shared: list[int] = []
 
-    def clone(self: Output, file: LocalFile, offset: int, nbytes: int, to: int) -> bool:
+    def clone(self: LocalOutput, file: LocalFile, offset: int, nbytes: int, to: int) -> bool:
         assert offset % CLONED == nbytes % CLONED == to % CLONED == 0, "no file system takes these"
         os.pwrite(self._fd, os.pread(file.fd, nbytes, offset), to)
         shared.append(nbytes)
         return True
 
-    monkeypatch.setattr(Output, "_clone", clone)
+    monkeypatch.setattr(LocalOutput, "_clone", clone)
     monkeypatch.setattr(outputs, "WORTH_CLONING", CLONED)
     return shared
 

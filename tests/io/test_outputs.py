@@ -10,7 +10,7 @@ import pytest
 
 from ckptool.errors import OutputError
 from ckptool.io import output as outputs
-from ckptool.io.output import Output
+from ckptool.io.output import LocalOutput
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions and links of POSIX")
 
@@ -20,7 +20,7 @@ def noise(nbytes: int) -> bytes:
 
 
 def put(path: Path, data: bytes, **options: bool) -> None:
-    with Output(str(path), **options) as output:
+    with LocalOutput(str(path), **options) as output:
         output.write(data)
         output.commit()
 
@@ -29,7 +29,7 @@ def put(path: Path, data: bytes, **options: bool) -> None:
 @pytest.mark.parametrize("nbytes", [0, 1, outputs.WRITE, outputs.WRITE + 1, 3 * outputs.WRITE - 1])
 def test_what_is_written_is_there(nbytes: int, fsync: bool, tmp_path: Path) -> None:
     data = noise(nbytes)
-    with Output(str(tmp_path / "out"), fsync=fsync) as output:
+    with LocalOutput(str(tmp_path / "out"), fsync=fsync) as output:
         output.reserve(nbytes + 100)  # more than it will be: the rest must go
         output.write(data[: nbytes // 3])
         output.write(memoryview(bytearray(data[nbytes // 3 :])))
@@ -41,7 +41,7 @@ def test_what_is_written_is_there(nbytes: int, fsync: bool, tmp_path: Path) -> N
 
 def test_nothing_is_there_before_the_end_and_nothing_is_left_after_an_error(tmp_path: Path) -> None:
     def halfway() -> None:
-        with Output(str(tmp_path / "out")) as output:
+        with LocalOutput(str(tmp_path / "out")) as output:
             output.write(b"abc")
             assert not (tmp_path / "out").exists()
             raise RuntimeError("halfway")
@@ -55,7 +55,7 @@ def test_an_interrupt_leaves_nothing_and_the_old_file_stays(tmp_path: Path) -> N
     (tmp_path / "out").write_bytes(b"old")
 
     def interrupted() -> None:
-        with Output(str(tmp_path / "out"), force=True) as output:
+        with LocalOutput(str(tmp_path / "out"), force=True) as output:
             output.write(b"new")
             raise KeyboardInterrupt
 
@@ -66,7 +66,7 @@ def test_an_interrupt_leaves_nothing_and_the_old_file_stays(tmp_path: Path) -> N
 
 
 def test_without_a_commit_nothing_appears(tmp_path: Path) -> None:
-    with Output(str(tmp_path / "out")) as output:
+    with LocalOutput(str(tmp_path / "out")) as output:
         output.write(b"abc")
     assert os.listdir(tmp_path) == []
 
@@ -82,7 +82,7 @@ def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
 
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten_without_force(tmp_path: Path) -> None:
-    with Output(str(tmp_path / "out")) as output:
+    with LocalOutput(str(tmp_path / "out")) as output:
         output.write(b"new")
         (tmp_path / "out").write_bytes(b"of another process")
         with pytest.raises(OutputError):
@@ -125,9 +125,9 @@ def test_a_replaced_file_keeps_its_permissions(mode: int, tmp_path: Path) -> Non
 
 def test_directories_and_absent_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="directory"):
-        Output(str(tmp_path), force=True)
+        LocalOutput(str(tmp_path), force=True)
     with pytest.raises(OutputError, match="no such directory"):
-        Output(str(tmp_path / "absent" / "out"))
+        LocalOutput(str(tmp_path / "absent" / "out"))
 
 
 @posix
@@ -135,7 +135,7 @@ def test_devices_and_pipes_are_never_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/null"):
         with pytest.raises(OutputError, match="not a regular file"):
-            Output(path, force=True)
+            LocalOutput(path, force=True)
 
 
 @posix
@@ -143,7 +143,7 @@ def test_what_the_system_says_of_a_name_is_what_is_said(tmp_path: Path) -> None:
     os.symlink("loop", tmp_path / "loop")
     for name, words in (("n" * 256, "file name too long"), ("loop", "too many levels of symbolic links")):
         with pytest.raises(OutputError, match=f"cannot be written: {words}"):
-            Output(str(tmp_path / name), force=True)
+            LocalOutput(str(tmp_path / name), force=True)
 
 
 def test_long_names_can_be_written(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_long_names_can_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path: Path) -> None:
-    with Output(str(tmp_path / "out")) as output:
+    with LocalOutput(str(tmp_path / "out")) as output:
         full = os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, output._fd)
         os.close(full)
@@ -167,14 +167,14 @@ def test_what_is_written_is_sent_to_the_disk_meanwhile(tmp_path: Path, monkeypat
     sent: list[int] = []
     monkeypatch.setattr("ckptool.io.output.AHEAD", 1 << 16)
     monkeypatch.setattr(os, "fdatasync", sent.append)
-    with Output(str(tmp_path / "a")) as output:
+    with LocalOutput(str(tmp_path / "a")) as output:
         for _ in range(20):
             output.write(b"x" * (1 << 16))
         output.commit()
     assert sent
     assert (tmp_path / "a").read_bytes() == b"x" * (20 << 16)
     sent.clear()
-    with Output(str(tmp_path / "b"), fsync=False) as output:
+    with LocalOutput(str(tmp_path / "b"), fsync=False) as output:
         output.write(b"x" * (1 << 20))
         output.commit()
     assert sent == []

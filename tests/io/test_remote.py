@@ -125,11 +125,6 @@ def test_a_filter_of_one_layer_moves_that_layer(tmp_path: Path, run: Run) -> Non
     assert torch.equal(torch.load("one.pth")["layer7.w"], torch.full((1 << 19,), 7.0))
 
 
-def test_a_url_is_no_output_yet(run: Run) -> None:
-    code, _, err = run("convert", FIXTURES / "resnet_old.pth", "-o", "memory://out.safetensors")
-    assert (code, err.count("\n"), "a URL is read, and not written" in err) == (2, 1, True)
-
-
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_a_look_at_ten_gigabytes_moves_some_hundred_kilobytes(suffix: str, tmp_path: Path, run: Run) -> None:
     sizes = {f"model.layers.{n}.mlp.up_proj.weight": 1 << 22 for n in range(600)}

@@ -18,7 +18,7 @@ import ckptool.formats
 from ckptool import saving
 from ckptool.errors import CkptoolError, OutputError
 from ckptool.io import system
-from ckptool.io.output import Output
+from ckptool.io.output import LocalOutput
 from ckptool.io.source import LocalFile
 
 PACKAGE = Path(ckptool.formats.__file__).parents[1]
@@ -243,7 +243,7 @@ def test_an_output_that_cannot_be_renamed_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(system, "renames_open_files", lambda: False)
     for name in ("replace", "link"):
         monkeypatch.setattr(os, name, fails)
-    with Output(str(tmp_path / "out")) as output:
+    with LocalOutput(str(tmp_path / "out")) as output:
         output.write(b"x")
         with pytest.raises(OutputError, match="used by another process"):
             output.commit()

@@ -21,14 +21,14 @@ from ckptool.core.tensor import Span
 from ckptool.errors import FormatError
 from ckptool.io import zip_write as zipwriter
 from ckptool.io.files import Files
-from ckptool.io.output import Output
+from ckptool.io.output import LocalOutput
 from ckptool.io.zip_write import ZipWriter
 
 Saved = Callable[..., Path]
 
 
 def written(path: Path, content: dict[str, bytes], root: str = "archive") -> bytes:
-    with Output(str(path)) as output:
+    with LocalOutput(str(path)) as output:
         archive = ZipWriter(output, root)
         for name, data in content.items():
             archive.add(name, data)
@@ -95,7 +95,7 @@ def test_records_beyond_four_gigabytes_are_laid_out_as_torch_does(
 ) -> None:
     # A file with a hole stands for 4 GiB of data; `blocks` claims the bytes and only moves on.
     path = tmp_path / "far.zip"
-    with Output(str(path), fsync=False) as output:
+    with LocalOutput(str(path), fsync=False) as output:
         archive = ZipWriter(output, "archive")
         archive.add("data.pkl", b"pickle")
         big = (1 << 32) + 100
@@ -130,7 +130,7 @@ def test_records_beyond_four_gigabytes_are_laid_out_as_torch_does(
 
 
 def test_a_record_of_another_size_than_promised_is_a_bug_that_shows(tmp_path: Path) -> None:
-    with Output(str(tmp_path / "a.zip")) as output, pytest.raises(RuntimeError, match="data/0"):
+    with LocalOutput(str(tmp_path / "a.zip")) as output, pytest.raises(RuntimeError, match="data/0"):
         ZipWriter(output, "archive").add_blocks("data/0", 10, [b"only"], None)
 
 

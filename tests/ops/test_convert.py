@@ -21,7 +21,7 @@ from oracles import FIXTURES, Run, Saved, bits, load
 from safetensors.torch import load_file, save_file
 
 import ckptool
-from ckptool.io.output import Output
+from ckptool.io.output import LocalOutput
 
 NESTED = FIXTURES / "resnet_nested.pth"
 
@@ -317,12 +317,12 @@ def test_a_byte_that_was_written_wrong_is_found_and_nothing_is_left(
 
 def test_a_broken_header_is_found(refused: Callable[..., str], saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved({"w": torch.ones(4)})
-    write = Output.write
+    write = LocalOutput.write
 
-    def cut(self: Output, data: Any) -> None:
+    def cut(self: LocalOutput, data: Any) -> None:
         write(self, bytes(data).replace(b'"F32"', b'"F64"'))
 
-    monkeypatch.setattr(Output, "write", cut)
+    monkeypatch.setattr(LocalOutput, "write", cut)
     refused(path, "-o", "o.safetensors")
 
 
@@ -372,15 +372,15 @@ def test_a_failed_proof_of_a_replacement_leaves_the_old_file(
 SLOW = """
 import os, sys, time
 from ckptool.cli import main
-from ckptool.io.output import Output
-write, told = Output.write, []
+from ckptool.io.output import LocalOutput
+write, told = LocalOutput.write, []
 def slow(self, data):
     write(self, data)
     if self.position > 100_000 and not told:
         told.append(1)
         print("writing", flush=True)
         time.sleep(60)
-Output.write = slow
+LocalOutput.write = slow
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -415,14 +415,14 @@ def test_an_interrupt_of_the_second_leaves_the_first_whole(
     run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [saved({"w": torch.arange(1000.0) + number}, f"{number}.pth") for number in range(3)]
-    finished = Output.commit
+    finished = LocalOutput.commit
 
-    def commit(self: Output) -> None:
+    def commit(self: LocalOutput) -> None:
         if self.path.startswith(str(Path("1.safetensors").absolute())) or self.path.endswith("1.safetensors"):
             raise KeyboardInterrupt
         finished(self)
 
-    monkeypatch.setattr(Output, "commit", commit)
+    monkeypatch.setattr(LocalOutput, "commit", commit)
     assert run("convert", *paths, "--to", "safetensors")[0] == 130
     assert sorted(os.listdir()) == ["0.pth", "0.safetensors", "1.pth", "2.pth"]
     assert load_file("0.safetensors")["w"].tolist() == list(range(1000))

@@ -135,18 +135,18 @@ def test_a_suffix_that_says_no_format_is_refused_if_the_inputs_format_cannot_be_
 
 
 def test_in_place_that_fails_leaves_the_file_as_it_was(run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptool.io.output import Output
+    from ckptool.io.output import LocalOutput
 
     path = saved({"a": torch.ones(1000)})
     before = path.read_bytes()
-    write = Output.write
+    write = LocalOutput.write
 
-    def full(self: Output, data: Any) -> None:
+    def full(self: LocalOutput, data: Any) -> None:
         if len(data) > 3000:
             raise ckptool.errors.OutputError("the disk is full", self.path)
         write(self, data)
 
-    monkeypatch.setattr(Output, "write", full)
+    monkeypatch.setattr(LocalOutput, "write", full)
     code, _, err = run("remap", path, "-o", path, "--rename", "a=c", "--in-place")
     assert (code, "disk is full" in err) == (2, True)
     assert path.read_bytes() == before
@@ -195,16 +195,16 @@ def test_left_out_is_said_where_the_format_holds_weights_only(run: Run) -> None:
 def test_a_written_file_is_compared_with_what_was_meant(
     rules: Any, run: Run, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptool.io.output import Output
+    from ckptool.io.output import LocalOutput
 
     path = saved({"w": torch.arange(1000.0).view(10, 100)})
     Path("rules.json").write_text(json.dumps(rules))
-    write = Output.write
+    write = LocalOutput.write
 
-    def flipped(self: Output, data: Any) -> None:
+    def flipped(self: LocalOutput, data: Any) -> None:
         write(self, bytes([*data[:-1], data[-1] ^ 1]) if len(data) >= 4000 else data)
 
-    monkeypatch.setattr(Output, "write", flipped)
+    monkeypatch.setattr(LocalOutput, "write", flipped)
     code, _, err = run("remap", path, "-o", "out.pth", "--rules", "rules.json", "--verify")
     assert (code, err.count("\n")) == (2, 1)
     assert sorted(os.listdir()) == ["rules.json", "saved.pth"]

@@ -29,7 +29,7 @@ import ckptool
 from ckptool import limits
 from ckptool.core import modules
 from ckptool.errors import CkptoolError, CollisionError, FormatError, LimitError, OutputError, UnsupportedError
-from ckptool.io.output import Output
+from ckptool.io.output import LocalOutput
 from ckptool.pickling import guard as nesting
 from ckptool.pickling import load as pickles
 
@@ -684,11 +684,11 @@ def test_a_write_that_is_terminated_leaves_nothing_behind() -> None:
 import os, signal, sys
 from ckptool.io import output as outputs
 from ckptool.cli import main
-write = outputs.Output.write
+write = outputs.LocalOutput.write
 def killed(self, data):
     write(self, data)
     os.kill(os.getpid(), signal.SIGTERM)
-outputs.Output.write = killed
+outputs.LocalOutput.write = killed
 sys.exit(main(["filter", sys.argv[1], "-o", "out.pth"]))
 """
     run = subprocess.run(
@@ -699,5 +699,5 @@ sys.exit(main(["filter", sys.argv[1], "-o", "out.pth"]))
 
 
 def test_room_beyond_any_file_is_refused() -> None:
-    with pytest.raises(OutputError, match="no room"), Output("out") as output:
+    with pytest.raises(OutputError, match="no room"), LocalOutput("out") as output:
         output.reserve(1 << 70)

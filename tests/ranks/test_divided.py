@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torchrun import Ended, ranks
 
 import ckptool
-from ckptool.io.output import Output, Part
+from ckptool.io.output import LocalOutput, Part
 from ckptool.ranks import world
 
 
@@ -219,11 +219,11 @@ MOMENTS = {
     "while it writes": (1, Part, "_flush", 1),
     "when it has written": (1, Part, "finished", 1),
     "when it verifies": (1, world.World, "together", 5),
-    "as the first, before the others write": (0, Output, "leave", 1),
+    "as the first, before the others write": (0, LocalOutput, "leave", 1),
     "as the first, while it writes": (0, Part, "_flush", 1),
-    "as the first, when it finishes files": (0, Output, "take", 1),
-    "as the first, when it gives names": (0, Output, "_publish", 1),
-    "as the first, before the index": (0, Output, "_publish", 3),
+    "as the first, when it finishes files": (0, LocalOutput, "take", 1),
+    "as the first, when it gives names": (0, LocalOutput, "_publish", 1),
+    "as the first, before the index": (0, LocalOutput, "_publish", 3),
 }
 FAST = ("while it writes", "as the first, before the index")
 

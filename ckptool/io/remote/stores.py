@@ -46,22 +46,23 @@ def file_system(url: str) -> tuple[Any, str]:
         found: tuple[Any, str] = url_to_fs(paths.revealed(url))
     except ImportError as error:
         missing = getattr(error, "name", None) or "a library"
-        what = f"reading {scheme}:// needs {missing}, which is not installed: pip install 'ckptool[{extra}]'"
+        what = f"{scheme}:// needs {missing}, which is not installed: pip install 'ckptool[{extra}]'"
         raise DependencyError(what, url) from None
     except ValueError as error:
-        raise UnsupportedError(f"no URL that can be read: {_said(error)}", url) from None
+        raise UnsupportedError(f"no URL that can be read: {said(error)}", url) from None
     except Exception as error:
-        raise _translated(error, url) from None
+        raise translated(error, url) from None
     _used[id(found[0])] = found[0]
     return found
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """Returns what an error says, on one line and without the secrets of URLs."""
     text = " ".join(paths.scrubbed(str(error)).split())
     return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
 
 
-def _translated(error: Exception, url: str) -> Exception:
+def translated(error: Exception, url: str) -> Exception:
     """Returns what an error of a store's library means: an error of ours, or `Broken` if it may pass."""
     if isinstance(error, FileNotFoundError):
         return UnreadableError("no such file or directory", url)
@@ -70,8 +71,16 @@ def _translated(error: Exception, url: str) -> Exception:
     if "Expired" in type(error).__name__ and "Token" not in str(error):
         return FormatError("it was changed while it was read", url)
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-        return UnreadableError(f"no permission, or no credentials: {_said(error)}", url)
-    return Broken(_said(error))
+        return UnreadableError(f"no permission, or no credentials: {said(error)}", url)
+    return Broken(said(error))
+
+
+def place_of(url: str) -> tuple[str, str]:
+    """Returns what is equal for two URLs of one file."""
+    if "::" in url or paths.is_web(url):
+        return "", url
+    fs, path = file_system(url)
+    return type(fs).__name__, path.rstrip("/")
 
 
 def kind(url: str) -> str:
@@ -82,7 +91,7 @@ def kind(url: str) -> str:
     except FileNotFoundError:
         return ""
     except Exception as error:
-        found = _translated(error, url)
+        found = translated(error, url)
         raise found if not isinstance(found, Broken) else UnreadableError(found.reason, url) from None
 
 
@@ -94,7 +103,7 @@ def names_in(url: str) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except Exception as error:
-        raised = _translated(error, url)
+        raised = translated(error, url)
         raise raised if not isinstance(raised, Broken) else UnreadableError(raised.reason, url) from None
     top = path.rstrip("/")
     names = {one["name"].rstrip("/"): one["type"] for one in found}
@@ -116,12 +125,12 @@ class Stored(Origin):
             self.file = self.fs.open(self.path, "rb", cache_type="none", block_size=1 << 20)
             info = getattr(self.file, "details", None) or self.fs.info(self.path)
         except Exception as error:
-            raise _translated(error, self.url) from None
+            raise translated(error, self.url) from None
         if info["type"] == "directory":
             raise UnreadableError("is a directory", self.url)
         if info.get("size") is None:
             raise UnreadableError("its store does not say how large it is", self.url)
-        self.size, self.version = info["size"], _version(info)
+        self.size, self.version = info["size"], version_of(info)
         return b""
 
     def fetch(self, begin: int, end: int, into: bytearray) -> None:
@@ -133,7 +142,7 @@ class Stored(Origin):
                     self.file.seek(begin)
                     data = self.file.read(end - begin)
         except Exception as error:
-            raise _translated(error, self.url) from None
+            raise translated(error, self.url) from None
         if len(data) > end - begin:
             raise UnreadableError("its store answers with other bytes than those that it was asked for", self.url)
         into += data
@@ -146,16 +155,17 @@ class Stored(Origin):
             if _looked.get(id(self.fs), 0) <= self._fetched:  # else what is known of its directory is newer
                 self.fs.invalidate_cache()
                 _looked[id(self.fs)] = time.monotonic()
-            now = _version(self.fs.info(self.path))
+            now = version_of(self.fs.info(self.path))
         except FileNotFoundError:
             now = None
         except Exception as error:
-            found = _translated(error, self.url)
+            found = translated(error, self.url)
             raise found if not isinstance(found, Broken) else UnreadableError(found.reason, self.url) from None
         if now != self.version:
             raise FormatError("it was changed while it was read", self.url)
 
 
-def _version(info: dict[str, Any]) -> tuple[int, ...]:
+def version_of(info: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the size and a number that another version of the file would not have."""
     mark = next((str(info[name]) for name in MARKS if info.get(name) is not None), "")
     return info["size"], int.from_bytes(hashlib.sha256(mark.encode("utf-8", "replace")).digest()[:8], "big")

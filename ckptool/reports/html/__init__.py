@@ -21,6 +21,7 @@ from ckptool.core.checkpoint import Checkpoint
 from ckptool.core.tensor import TensorInfo
 from ckptool.core.tree import Path, PyObject, brief, children, key_text, path_text
 from ckptool.errors import UsageError
+from ckptool.io.files import same_place
 from ckptool.io.paths import basename, is_url
 from ckptool.reports.html import data
 
@@ -37,7 +38,7 @@ TEXT = 200
 def check(path: str, inputs: Sequence[Checkpoint], force: bool, *others: str | None) -> None:
     """Raises OutputError if a page cannot be written there, UsageError if it has the name of another output."""
     for other in filter(None, others):
-        if saving.same_place(path, other):
+        if same_place(path, other):
             raise UsageError(f"two outputs have the name {path}")
     saving.check_report(path, force=force, inputs=inputs)
 
