@@ -110,12 +110,13 @@ def save(
             checkpoint = checkpoint.with_state_dict(detached(checkpoint.state_dict()))
         if options.world_size is not None:
             raise UsageError("--world-size goes with --dry-run: torchrun --nproc-per-node N starts N ranks")
+        alone: tuple[str, ...] = ()
         if ranks.current is not None:
             from ckptool.ranks.alike import writes
 
-            if not writes(
-                checkpoint, url, row.by_ranks and not is_url(url), row.name, options.max_shard_size, options.verify
-            ):
+            divided = row.by_ranks and not is_url(url)
+            alone = () if divided else ("written by rank 0 alone: only directories of this machine are divided",)
+            if not writes(checkpoint, url, divided, row.name, options.max_shard_size, options.verify):
                 return Saved(url, 0)
         write = _save_directory if row.is_directory else _save_file
         _begin(progress, "copy")
@@ -130,6 +131,7 @@ def save(
             left_out=saved.left_out + _lost(checkpoint, row),
             notes=(
                 *saved.notes,
+                *alone,
                 *files.notes(),
                 *_notes(checkpoint, row, url),
                 *_untagged(checkpoint, row, options.map_location),

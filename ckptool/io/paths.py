@@ -15,13 +15,24 @@ from collections.abc import Callable
 _URL = re.compile(r"[A-Za-z][\w+.-]+:(//|:[A-Za-z][\w+.-]+:)")
 """A scheme of two letters or more: one is a drive of Windows."""
 
+_SCHEME = re.compile(r"(?:^|(?<=::))[A-Za-z][\w+.-]+://")
+"""Schemes of a URL and of what it is in; upper case is as good as lower."""
+
 WEB = ("http://", "https://")
 """What URLs begin with that have a query, and names with ``%20`` for a space."""
 
 _LINK = re.compile(
-    r"((?:https?|ftps?|sftp|ssh|smb|webhdfs|s3a?|gs|gcs)://)(?:([^/?#]*)@)?([^/?#]*)([^?#]*)(?:([?#])(.*))?", re.DOTALL
+    r"((?!(?:file|local|memory|hf|zip|tar)://)[A-Za-z][\w+.-]+://)(?:([^/?#]*|[^/?#:\[]*:(?!\d*(?:[/?#]|$)).*?)@)?"
+    r"([^/?#]*)([^?#]*)(?:([?#])(.*))?",
+    re.DOTALL,
 )
-"""What may have secrets: (scheme, user and password, host, path, mark, query or fragment)."""
+"""What may have secrets: (scheme, user and password, host, path, mark, query or fragment).
+
+A password may hold ``/``, which it should not: it ends at the first ``@``, where what precedes it is no port.
+"""
+
+_NO_QUERY = ("s3", "gs", "gcs", "ftp", "sftp", "ssh", "smb")
+"""What schemes begin with where ``?`` is a character of names."""
 
 _PLAIN = re.compile(r"(download|raw|dl|ref|revision|versionId)=[\w.-]{0,64}")
 """A query that is no secret."""
@@ -50,6 +61,7 @@ def given(text: str) -> str:
     """
     if not is_url(text):
         return text
+    text = _SCHEME.sub(lambda found: found[0].lower(), text)
     if text.startswith(("file://", "local://")) and "::" not in text:
         return text.partition("://")[2]
     return _each_link(text, _mask)
@@ -67,7 +79,7 @@ def _each_link(url: str, change: Callable[[str, str, str], str]) -> str:
         if found := _LINK.fullmatch(link):
             scheme, user, host, path, mark, query = found.groups()
             user = f"{change(host, '@', user)}@" if user else "" if user is None else "@"
-            query = "" if mark is None or not scheme.startswith("http") else mark + change(host, mark, query)
+            query = "" if mark is None or scheme.startswith(_NO_QUERY) else mark + change(host, mark, query)
             path = link[found.start(4) :] if mark and not query else path
             link = f"{scheme}{user}{host}{path}{query}"
         links.append(link)

@@ -200,17 +200,16 @@ class _Proposal:
         unproven = next((text for part in parts if (text := self._unproven(part.item, part.made))), None)
         if len(parts) == 1 and not parts[0].made.piece:
             item = parts[0].item
-            op = self._op(item, self._shapes[key], parts[0].made.leaf)
+            if (op := self._op(item, self._shapes[key], parts[0].made.leaf)) is None:
+                return None
             whole = ";".join(step for step in (item.piece, op) if step) or "rename"
             return Pair(key, [item.key], whole, confidence, witnesses, unproven)
         parts.sort(key=lambda part: part.made.number)
         if [part.made.number for part in parts] != list(range(parts[0].made.count)):
             return None
-        ops = {
-            ";".join(step for step in (item.piece, self._op(item, made.shape, made.leaf)) if step)
-            for item, made in ((part.item, part.made) for part in parts)
-        }
-        if len(ops) > 1:
+        each = [(part.item.piece, self._op(part.item, part.made.shape, part.made.leaf)) for part in parts]
+        ops = {";".join(filter(None, steps)) for steps in each}
+        if len(ops) > 1 or any(op is None for _, op in each):
             return None
         op = ";".join(step for step in (ops.pop(), f"concat:{parts[0].made.dim}") if step)
         return Pair(key, [part.item.key for part in parts], op, confidence, witnesses, unproven)
@@ -275,8 +274,8 @@ def _turned(parts: Iterable[_Part]) -> dict[tuple[str, str], bool | None]:
     """Returns, per pair of leaves, whether those of their matrices that are not square are transposed; None: some."""
     votes: dict[tuple[str, str], set[bool]] = defaultdict(set)
     for part in parts:
-        one, other = part.item.shape, part.made.shape
-        if len(one) == len(other) == 2 and one[0] != one[1] and 1 not in one:
+        one, other = layouts.solid(part.item.shape), layouts.solid(part.made.shape)
+        if len(one) == len(other) == 2 and one[0] != one[1]:
             votes[part.item.leaf, part.made.leaf].add(one != other)
     return {leaves: found == {True} if len(found) == 1 else None for leaves, found in votes.items()}
 
@@ -299,8 +298,8 @@ def _unproven(item: Item, made: Item, turned: Mapping[tuple[str, str], bool | No
     for one in (item, made):
         if one.piece and one.path[-1] in QKV and not names.is_in_proj(one.path[:-1]):
             return _WOVEN
-    shape = item.shape
-    is_square = len(shape) == 2 and shape[0] == shape[1] > 1 and made.shape == shape
+    shape = layouts.solid(item.shape)
+    is_square = len(shape) == 2 and shape[0] == shape[1] and layouts.solid(made.shape) == shape
     leaves = item.leaf, made.leaf
     if is_square and turned.get(leaves) is None and (leaves in turned or leaves[0] != leaves[1]):
         return "whether the square matrix is transposed"

@@ -103,7 +103,7 @@ def _of_one_layout(pairs: Sequence[Pair], shapes: Mapping[str, Sequence[int]]) -
     """
 
     def is_fused(module: str) -> bool:
-        rows, *more = shapes.get(f"{module}.weight", (0,))
+        rows, *more = shapes.get(f"{module}.weight") or (0,)
         return len(more) == 1 and rows == 3 * more[0]
 
     def may_differ(old: str, new: str) -> bool:

@@ -72,7 +72,10 @@ def _unused(shapes: Mapping[str, Shape]) -> str:
 
 def _wrong(rules: list[Rule], chains: Mapping[str, Chain], shapes: Mapping[str, Shape]) -> list[str]:
     """Returns the keys of the target that rules do not make as their chains say, and other keys that they leave."""
-    plan = Rules.parse(rules).plan(dict(shapes))
+    try:
+        plan = Rules.parse(rules).plan(dict(shapes))
+    except UsageError:  # ``{i+1}`` where an odd key has no number: which one is not said
+        return list(chains)
     if plan.errors or plan.unused:
         return [*plan.errors, *plan.unused]
     found = histories(plan.batches, shapes)

@@ -64,6 +64,12 @@ SECRET = {
     "s3://id:key@bucket/a?c": "s3://***@bucket/a?c",
     "memory://a@b?c": "memory://a@b?c",
     "sftp://me:p4ss@five.host/a@b": "sftp://***@five.host/a@b",
+    "https://six.host/a@b/c.pth": "https://six.host/a@b/c.pth",
+    "https://seven.host:8000/a@b.pth": "https://seven.host:8000/a@b.pth",
+    "http://me:p4/s#s@eight.host/a.pth": "http://***@eight.host/a.pth",
+    "http://me:p4ss@nine.host:99999/a": "http://***@nine.host:99999/a",
+    "az://me:p4ss@ten/a?sig=1": "az://***@ten/a?***",
+    "anything://me:p4ss@eleven/a?sig=1": "anything://***@eleven/a?***",
 }
 
 
@@ -74,6 +80,8 @@ def test_secrets_are_masked_once_and_come_back_for_who_opens() -> None:
         assert paths.given(mask) == mask
         assert paths.given(url) == mask
         assert paths.revealed(mask) == url
+    for url in ("HTTPS://me:p4ss@twelve.host/A.pth", "zip://a::HTTPS://me:p4ss@twelve.host/A.pth"):
+        assert paths.given(url).endswith("https://***@twelve.host/A.pth")
     beside = paths.join(paths.dirname("https://***@one.host/a.pth"), "b.pth")
     assert paths.revealed(beside) == "https://me:p4ss@one.host/b.pth"
     assert "p4ss" not in paths.scrubbed("no route to me:p4ss@one.host (p4ss)")

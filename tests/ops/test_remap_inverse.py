@@ -261,6 +261,11 @@ def edited(change: Callable[[Any], Any]) -> None:
     Path("map.json").write_text(json.dumps(document if changed is None else changed))
 
 
+def step(document: Any, number: int) -> Any:
+    """Returns one of the steps of a map, whatever batches they are in."""
+    return [one for batch in document["steps"] for one in batch][number]
+
+
 EDITS: dict[str, Callable[[Any], Any]] = {
     "another document": lambda m: {"a": "b"},
     "a list": lambda m: [],
@@ -281,10 +286,10 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "dims of another rank": lambda m: m["steps"][0][0].update(args={"dims": [2, 0, 1]}),
     "dims that are none": lambda m: m["steps"][0][0].update(args={"dims": [0, 0]}),
     "args of another op": lambda m: m["steps"][0][0].update(args={"dim": 0}),
-    "a shape that does not hold": lambda m: m["steps"][1][0]["args"].update({"from": [5, 5]}),
-    "no shape": lambda m: m["steps"][1][0].update(args={}),
-    "sizes that do not add up": lambda m: m["steps"][2][0]["args"].update(sizes=[1, 1]),
-    "a dim that is not there": lambda m: m["steps"][2][0]["args"].update(dim=7),
+    "a shape that does not hold": lambda m: step(m, 1)["args"].update({"from": [5, 5]}),
+    "no shape": lambda m: step(m, 1).update(args={}),
+    "sizes that do not add up": lambda m: step(m, 2)["args"].update(sizes=[1, 1]),
+    "a dim that is not there": lambda m: step(m, 2)["args"].update(dim=7),
     "modules as a list": lambda m: m.update(modules=["x"]),
     "modules by name": lambda m: m.update(modules={"a": "b"}),
     "modules by numbers": lambda m: m.update(modules={"a": [1]}),
@@ -304,22 +309,22 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "a key that no step brings back": lambda m: m["keys"].append("never"),
     "a key used twice": lambda m: m["steps"][0].append(m["steps"][0][0]),
     "no names at all": lambda m: m["steps"][0][0].update(old=[], new=[]),
-    "names that are a text": lambda m: m["steps"][3][0].update(new="p2"),
+    "names that are a text": lambda m: step(m, 3).update(new="p2"),
     "dims that are true": lambda m: m["steps"][0][0].update(args={"dims": [True, False]}),
     "dims that are large": lambda m: m["steps"][0][0].update(args={"dims": [0, 10**30]}),
-    "a shape of a thousand dims": lambda m: m["steps"][1][0]["args"].update({"from": [6, *[1] * 2000]}),
-    "a shape beyond any tensor": lambda m: m["steps"][1][0]["args"].update({"from": [0, 10**30]}),
-    "negative sizes": lambda m: m["steps"][2][0]["args"].update(sizes=[-1, 5]),
-    "sizes as a number": lambda m: m["steps"][2][0]["args"].update(sizes=2),
-    "a negative dim": lambda m: m["steps"][2][0]["args"].update(dim=-1),
-    "heads of none": lambda m: m["steps"][2][0].update(op="chunk", args={"dim": 0, "heads": 0, "parts": 2}),
-    "parts without end": lambda m: m["steps"][2][0].update(op="chunk", args={"dim": 0, "heads": 1, "parts": 10**9}),
-    "heads that do not divide": lambda m: m["steps"][2][0].update(op="chunk", args={"dim": 0, "heads": 3, "parts": 2}),
-    "a drop that keeps": lambda m: m["steps"][3][0].update(op="drop"),
+    "a shape of a thousand dims": lambda m: step(m, 1)["args"].update({"from": [6, *[1] * 2000]}),
+    "a shape beyond any tensor": lambda m: step(m, 1)["args"].update({"from": [0, 10**30]}),
+    "negative sizes": lambda m: step(m, 2)["args"].update(sizes=[-1, 5]),
+    "sizes as a number": lambda m: step(m, 2)["args"].update(sizes=2),
+    "a negative dim": lambda m: step(m, 2)["args"].update(dim=-1),
+    "heads of none": lambda m: step(m, 2).update(op="chunk", args={"dim": 0, "heads": 0, "parts": 2}),
+    "parts without end": lambda m: step(m, 2).update(op="chunk", args={"dim": 0, "heads": 1, "parts": 10**9}),
+    "heads that do not divide": lambda m: step(m, 2).update(op="chunk", args={"dim": 0, "heads": 3, "parts": 2}),
+    "a drop that keeps": lambda m: step(m, 3).update(op="drop"),
     "keys as a number": lambda m: m.update(keys=3),
     "steps as a dict": lambda m: m.update(steps={}),
     "a batch as a dict": lambda m: m.update(steps=[{}]),
-    "renames of unequal length": lambda m: m["steps"][3][0].update(old=["p", "r"], new=["p2"]),
+    "renames of unequal length": lambda m: step(m, 3).update(old=["p", "r"], new=["p2"]),
 }
 WRITTEN_BY = [{"transpose": "w"}, {"reshape": "v", "shape": [-1]}, {"split": "u", "into": ["u0", "u1"]},
               {"rename": "p", "to": "p2"}]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import Run
 
@@ -27,6 +27,7 @@ from ckptool.values.blocks import read_bytes
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SHAPES, st.data())
 def test_boxes_are_a_run_of_elements_in_their_order(shape: tuple[int, ...], data: st.DataObject) -> None:
     count = math.prod(shape)
@@ -39,6 +40,7 @@ def test_boxes_are_a_run_of_elements_in_their_order(shape: tuple[int, ...], data
     assert len(found) <= max(2 * len(shape) - 1, 1)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 10_000), max_size=40), st.integers(1, 50), st.integers(1, 64))
 def test_every_byte_is_of_one_rank_wherever_units_can_be_cut(sizes: list[int], world: int, grain: int) -> None:
     division = Division(sizes, world, lambda unit, within, slack: within // grain * grain)

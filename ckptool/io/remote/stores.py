@@ -50,8 +50,9 @@ def file_system(url: str) -> tuple[Any, str]:
         raise DependencyError(what, url) from None
     except ValueError as error:
         raise UnsupportedError(f"no URL that can be read: {said(error)}", url) from None
-    except Exception as error:
-        raise translated(error, url) from None
+    except Exception as error:  # some connect here
+        raised = translated(error, url)
+        raise raised if not isinstance(raised, Broken) else UnreadableError(raised.reason, url) from None
     _used[id(found[0])] = found[0]
     return found
 

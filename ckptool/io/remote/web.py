@@ -67,7 +67,7 @@ class Page(Origin):
             return sync(self.fs.loop, ask)
         except (CkptoolError, Broken):
             raise
-        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:
+        except (ValueError, aiohttp.TooManyRedirects) as error:  # yarl's and aiohttp's: a port that is no number
             many = isinstance(error, aiohttp.TooManyRedirects)
             raise UnreadableError(
                 "too many redirects" if many else "is no URL that can be asked for", self.url

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
+from operator import mul
 
 Shape = Sequence[int]
 
 
 def op_of(shape: Shape, target: Shape, turned: bool | None = None) -> str | None:
-    """Returns the op from one shape to another, "" for none, and None if the numbers of elements differ.
+    """Returns the op from one shape to another, "" for none, and None if there is none that keeps rows together.
 
     ``turned``: whether matrices that could be either are transposed.
     """
     shape, target = tuple(shape), tuple(target)
-    if shape == target:
-        return "transpose" if turned and len(shape) == 2 and shape[0] == shape[1] and shape[0] > 1 else ""
     if prod(shape) != prod(target):
         return None
+    matrix, wanted = solid(shape), solid(target)
+    if matrix == wanted and not (turned and len(matrix) == 2 and matrix[0] == matrix[1]):
+        return "" if shape == target else "reshape"
     if len(shape) == 2 and shape[::-1] == target:
         return "transpose"
-    if solid(shape) == solid(target):
-        return "reshape"
-    if len(shape) == len(target) and sorted(shape) == sorted(target):
+    if shape != target and len(shape) == len(target) and sorted(shape) == sorted(target):
         return "permute:" + ",".join(map(str, _axes(shape, target)))
-    return "reshape"
+    if len(matrix) == 2 and matrix[::-1] == wanted:
+        first = [] if shape == matrix else ["reshape:" + ",".join(map(str, matrix))]
+        return ";".join([*first, "transpose", *([] if target == wanted else ["reshape"])])
+    return "reshape" if _nests(shape, target) else None
+
+
+def _nests(shape: Shape, target: Shape) -> bool:
+    """Returns whether one shape has neighbouring dimensions of the other joined, so that no element moves."""
+    fewer, more = sorted(({*accumulate(one, mul)} for one in (shape, target)), key=len)
+    return fewer <= more
 
 
 def solid(shape: Shape) -> tuple[int, ...]:
