@@ -151,6 +151,8 @@ def check(checkpoint: Checkpoint, path: str | os.PathLike[str], options: SaveOpt
     url = given(os.fspath(path))
     try:
         row, tags = _refuse(checkpoint, url, options)
+        if options.world_size is not None and is_url(url):
+            raise UsageError("--world-size goes with a directory of this machine: rank 0 alone writes to a URL")
         if options.world_size is not None and not row.by_ranks:
             raise UsageError("--world-size goes with --to dcp or --to sharded: several ranks write no other format")
         if row.is_directory:

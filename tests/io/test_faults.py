@@ -244,3 +244,20 @@ def test_a_secret_in_the_url_of_a_list_of_rows_is_printed_nowhere(root: Path, ru
             for form in ([], ["--json"]):
                 code, out, err = run(*call, *form)
                 assert (code, "s3cr3t" in out + err) == (0 if name == "rows.txt" else 2, False), out + err
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:port/a", "http://me:hunt/er2@127.0.0.1:9/a", "http://me:hunter2@[::1/a"]
+)
+def test_what_is_no_url_is_one_line_without_its_password(url: str, run: Run) -> None:
+    code, out, err = run("inspect", url)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is no URL that can be asked for" in err
+    assert not any(part in err for part in ("hunt", "er2"))
+
+
+def test_a_store_that_cannot_be_connected_to_is_one_line(run: Run) -> None:
+    code, out, err = run("inspect", "ftp://me:hunter2@127.0.0.1:9/a.pth")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "ConnectionRefusedError" in err
+    assert "hunter2" not in err

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import Run
+from oracles import FIXTURES, Run
 
 import ckptool
 from ckptool.core.tensor import TensorInfo
@@ -207,3 +207,11 @@ def test_a_plan_goes_with_a_dry_run_and_a_directory(run: Run) -> None:
     assert (
         ckptool.convert("in.pth", "out", to="sharded", dry_run=True, world_size=2).notes[0].startswith("divided over 2")
     )
+
+
+def test_no_plan_is_made_for_a_url_which_rank_0_writes_alone(run: Run) -> None:
+    call = ["convert", FIXTURES / "resnet_old.pth", "--to", "dcp", "-o", "memory://plan", "--dry-run"]
+    assert run(*call)[0] == 0
+    code, out, err = run(*call, "--world-size", 4)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "rank 0 alone writes to a URL" in err

@@ -51,8 +51,7 @@ def file_system(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise UnsupportedError(f"no URL that can be read: {said(error)}", url) from None
     except Exception as error:  # some connect here
-        raised = translated(error, url)
-        raise raised if not isinstance(raised, Broken) else UnreadableError(raised.reason, url) from None
+        raise final(error, url) from None
     _used[id(found[0])] = found[0]
     return found
 
@@ -76,6 +75,12 @@ def translated(error: Exception, url: str) -> Exception:
     return Broken(said(error))
 
 
+def final(error: Exception, url: str) -> Exception:
+    """Returns what `translated` does, for who does not try again."""
+    found = translated(error, url)
+    return UnreadableError(found.reason, url) if isinstance(found, Broken) else found
+
+
 def place_of(url: str) -> tuple[str, str]:
     """Returns what is equal for two URLs of one file."""
     if "::" in url or paths.is_web(url):
@@ -92,8 +97,7 @@ def kind(url: str) -> str:
     except FileNotFoundError:
         return ""
     except Exception as error:
-        found = translated(error, url)
-        raise found if not isinstance(found, Broken) else UnreadableError(found.reason, url) from None
+        raise final(error, url) from None
 
 
 def names_in(url: str) -> dict[str, str]:
@@ -104,8 +108,7 @@ def names_in(url: str) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except Exception as error:
-        raised = translated(error, url)
-        raise raised if not isinstance(raised, Broken) else UnreadableError(raised.reason, url) from None
+        raise final(error, url) from None
     top = path.rstrip("/")
     names = {one["name"].rstrip("/"): one["type"] for one in found}
     named = {name.rpartition("/")[2]: kind for name, kind in names.items() if name != top and name.strip("/") != top}
@@ -160,8 +163,7 @@ class Stored(Origin):
         except FileNotFoundError:
             now = None
         except Exception as error:
-            found = translated(error, self.url)
-            raise found if not isinstance(found, Broken) else UnreadableError(found.reason, self.url) from None
+            raise final(error, self.url) from None
         if now != self.version:
             raise FormatError("it was changed while it was read", self.url)
 

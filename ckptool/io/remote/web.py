@@ -44,6 +44,12 @@ class Page(Origin):
         self.url = url
         self.real = paths.revealed(url)
         self.fs = stores.file_system(url)[0]
+        from yarl import URL  # aiohttp's, so only where that is installed
+
+        try:
+            URL(self.real)
+        except ValueError:  # a port that is no number
+            raise UnreadableError("is no URL that can be asked for", url) from None
         self.wait = MAX_WAIT.now()
         self.known = ""
 
@@ -67,7 +73,7 @@ class Page(Origin):
             return sync(self.fs.loop, ask)
         except (CkptoolError, Broken):
             raise
-        except (ValueError, aiohttp.TooManyRedirects) as error:  # yarl's and aiohttp's: a port that is no number
+        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:
             many = isinstance(error, aiohttp.TooManyRedirects)
             raise UnreadableError(
                 "too many redirects" if many else "is no URL that can be asked for", self.url
